@@ -1,0 +1,1 @@
+"""The recipe: everything frozen but the projector, tuned with DeepSpeed."""

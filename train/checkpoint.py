@@ -1,0 +1,154 @@
+"""A run's folder: what it is, its resumable state, what was trained, its results.
+
+`runs/NAME/` holds config.yaml, env.json, metrics.jsonl, manifest.json, projector.safetensors, meta.json, result.json, wandb/
+and pictures; while it trains, also state/.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from train.config import ROOT, identity, run_name
+from train.engine import Engine, from_main
+from vzip import UserError
+from vzip.io import ADAPTER, save_checkpoint
+
+PACKAGES = ("torch", "transformers", "deepspeed", "peft", "hydra-core", "wandb", "safetensors")
+MIN_FREE_BYTES = 500_000_000
+
+
+def _git(*arguments: str) -> str | None:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def environment(cfg: DictConfig, *, world_size: int) -> dict[str, Any]:
+    """What a run ran on: commit, versions, hardware, seed."""
+    cuda = torch.cuda.is_available()
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "modified_files": (_git("status", "--porcelain") or "").splitlines(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "hardware": {
+            "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+            "num_cpus": os.cpu_count(),
+            "world_size": world_size,
+        },
+        "seed": cfg.seed,
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file beside its place and move it there, so that a kill leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False))
+    temporary.replace(path)
+
+
+class RunFolder:
+    """The folder of one run. Rank 0 writes; all ranks call the same methods.
+
+    Raises:
+        UserError: a folder of that name holds another run, or the disk is full.
+    """
+
+    def __init__(self, cfg: DictConfig, *, rank: int) -> None:
+        self.cfg, self.main = cfg, rank == 0
+        self.path = Path(cfg.runs) / run_name(cfg)
+        self.state = self.path / "state"
+        if self.main and cfg.fresh and self.path.exists():
+            shutil.rmtree(self.path)
+        deepspeed.comm.barrier()
+        self._refuse_other_run()
+
+    def _refuse_other_run(self) -> None:
+        config = self.path / "config.yaml"
+        if config.is_file() and identity(OmegaConf.load(config)) != identity(self.cfg):
+            raise UserError(
+                f"{self.path} holds a run with other settings; choose another name=..., or start over with fresh=true"
+            )
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """result.json of a finished run."""
+        path = self.path / "result.json"
+        return from_main(json.loads(path.read_text()) if path.is_file() else None)
+
+    def begin(self, manifest: dict[str, Any], *, world_size: int) -> None:
+        """Write what the run is, before it trains."""
+        if not self.main:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(self.path).free) < MIN_FREE_BYTES:
+            raise UserError(
+                f"only {free / 1e6:.0f} MB are free at {self.path}; a run needs {MIN_FREE_BYTES / 1e6:.0f} MB: "
+                f"free some, or set runs=... to another disk"
+            )
+        (self.path / "config.yaml").write_text(OmegaConf.to_yaml(self.cfg, resolve=True))
+        write_json(self.path / "env.json", environment(self.cfg, world_size=world_size))
+        write_json(self.path / "manifest.json", manifest)
+
+    def save_state(self, engine: Engine, step: int) -> None:
+        """Save the state after `step` steps, then delete older ones."""
+        engine.save(str(self.state), tag=f"step{step}", state={"step": step})
+        deepspeed.comm.barrier()
+        if self.main:
+            for old in self.state.glob("step*"):
+                if old.name != f"step{step}":
+                    shutil.rmtree(old)
+
+    def resume(self, engine: Engine) -> int:
+        """Load the newest state into the engine: how many steps it has done, 0 without one."""
+        if not from_main((self.state / "latest").is_file()):
+            return 0
+        return int(engine.load(str(self.state))["step"])
+
+    def save_trained(self, engine: Engine, meta: dict[str, Any]) -> None:
+        """Write projector.safetensors and meta.json, and the adapter in peft's format where there is LoRA."""
+        projector, adapter = engine.weights()
+        if not self.main:
+            return
+        if adapter:
+            engine.trainable.peft_model.save_pretrained(self.path / ADAPTER, state_dict=adapter)
+        save_checkpoint(self.path, projector, meta)
+
+    def trained_meta(
+        self, engine: Engine, manifest: dict[str, Any], num_image_tokens: int, num_steps: int
+    ) -> dict[str, Any]:
+        """The part of meta.json that says how the projector was trained."""
+        return {
+            "num_image_tokens": num_image_tokens,
+            "dtype": self.cfg.model.dtype,
+            "adapter": engine.trainable.peft_model is not None,
+            "trained": list(engine.trainable.parameters),
+            "data": {key: manifest[key] for key in ("hash", "num_rows", "fraction", "seed")},
+            "num_steps": num_steps,
+            "commit": _git("rev-parse", "HEAD"),
+        }
+
+    def answers(self, row: str) -> list[dict[str, Any]] | None:
+        """The answers of an evaluation row, where an interrupted run has them already."""
+        path = self.path / f"answers_{row}.json"
+        return from_main(json.loads(path.read_text()) if path.is_file() else None)
+
+    def save_answers(self, row: str, answers: list[dict[str, Any]]) -> None:
+        if self.main:
+            write_json(self.path / f"answers_{row}.json", answers)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write result.json, which makes the run a finished one, and delete the resumable state."""
+        if self.main:
+            write_json(self.path / "result.json", result)
+            shutil.rmtree(self.state, ignore_errors=True)

@@ -1,0 +1,183 @@
+"""The settings of a run: a typed schema, so that a mistyped name or value fails by name before any work.
+
+Groups whose members differ (model, reducer, data, deepspeed, tune) are plain mappings here; their own YAML file is the
+list of what can be set, and `_target_` names what they build.
+"""
+
+import errno
+import functools
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ParamSpec
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from data.paths import data_dir
+from vzip import UserError
+
+P = ParamSpec("P")
+ROOT = Path(__file__).resolve().parent.parent
+NOT_PART_OF_A_RUN = ("fresh", "dry_run", "name", "runs", "track", "control")
+
+
+@dataclass
+class Optim:
+    """AdamW with linear warmup and cosine decay to zero."""
+
+    lr: float = 2e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    warmup: float = 0.03
+    """Share of the steps that the warmup takes."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this 2-norm; 0 turns it off."""
+    epochs: float = 1.0
+    """Passes over the rows of the subset."""
+    max_steps: int | None = None
+    """Stop after this many steps; the schedule is that of the shortened run."""
+
+
+@dataclass
+class Batch:
+    """Rows a step. global = micro x accumulation x ranks; accumulation is derived."""
+
+    size: int = 128
+    """Rows of a global batch."""
+    micro: int = 16
+    """Rows of one forward on one rank."""
+
+
+@dataclass
+class Evaluate:
+    """Answers generated for held-out questions."""
+
+    questions: int = 300
+    """Questions asked, spread over the held-out rows; 0 turns the evaluation off."""
+    batch: int = 32
+    """Questions of one generate call on one rank."""
+    max_new_tokens: int = 8
+    baselines: bool = True
+    """Also evaluate `full` (all tokens) and `free` (reduced) with the base projector, before tuning."""
+
+
+@dataclass
+class Config:
+    """Everything a run depends on."""
+
+    model: dict[str, Any] = MISSING
+    reducer: dict[str, Any] = MISSING
+    data: dict[str, Any] = MISSING
+    deepspeed: dict[str, Any] = MISSING
+    tune: dict[str, Any] = MISSING
+    track: dict[str, Any] = MISSING
+    optim: Optim = field(default_factory=Optim)
+    batch: Batch = field(default_factory=Batch)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    seed: int = 0
+    """Of the subset, the order and every random draw."""
+    weights: str = "pretrained"
+    """"pretrained", or "random" for the architecture alone (benchmarks, dry runs)."""
+    save_every: int = 25
+    """Steps between resumable states."""
+    runs: str = "runs"
+    """Folder of all runs."""
+    name: str | None = None
+    """Folder of this run below `runs`; by default made of the settings, so that the same command resumes."""
+    fresh: bool = False
+    """Start over, deleting what the run's folder holds."""
+    dry_run: bool = False
+    """Print the plan, and stop."""
+    control: bool = False
+    """Also tune a projector for as many random tokens, the same way, and show it as the row `random`."""
+
+
+def build(node: DictConfig) -> Any:
+    """What the node's `_target_` makes. Raises UserError where its settings are wrong."""
+    try:
+        return instantiate(node)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise UserError(f"{node['_target_']} can't be made with {OmegaConf.to_container(node)}: {error.__cause__}") from error
+
+
+def teach(command: Callable[P, None]) -> Callable[P, None]:
+    """End a command with a message and exit code 2, without a traceback, where its user made a mistake."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except UserError as error:
+            message = str(error)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            message = f"the disk is full ({error}); free some space and run the same command again: it resumes"
+        else:
+            return
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # rank 0 says the same, and its launcher ends the others
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(2)  # other ranks may be waiting in a collective that no clean exit gets out of
+
+    return run
+
+
+def register() -> None:
+    """Make the schema and the resolver `${data_dir:}` known to Hydra."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("data_dir", lambda: str(data_dir()), replace=True)
+    OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises UserError for values that no run can have."""
+    positive = {"batch.size": cfg.batch.size, "batch.micro": cfg.batch.micro, "save_every": cfg.save_every}
+    positive |= {"optim.epochs": cfg.optim.epochs, "optim.lr": cfg.optim.lr}
+    for name, value in positive.items():
+        if value <= 0:
+            raise UserError(f"{name}={value} must be positive")
+    if not 0 <= cfg.optim.warmup < 1:
+        raise UserError(f"optim.warmup={cfg.optim.warmup} must lie in [0, 1): the share of steps that warm up")
+    if cfg.weights not in ("pretrained", "random"):
+        raise UserError(f"weights={cfg.weights!r} must be 'pretrained' or 'random'")
+
+
+def accumulation(cfg: DictConfig, world_size: int) -> int:
+    """Micro batches of a rank a step. Raises UserError if the global batch can't be cut that way."""
+    rows = cfg.batch.micro * world_size
+    if cfg.batch.size % rows:
+        fits = [micro for micro in range(1, cfg.batch.size + 1) if cfg.batch.size % (micro * world_size) == 0]
+        advice = f"batch.micro can be {', '.join(map(str, fits))}" if fits else f"choose a multiple of {world_size}"
+        raise UserError(
+            f"batch.size={cfg.batch.size} is not a multiple of batch.micro={cfg.batch.micro} x {world_size} ranks; {advice}"
+        )
+    return int(cfg.batch.size // rows)
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """The settings that make a run what it is: two runs with the same ones are the same run."""
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items() if key not in NOT_PART_OF_A_RUN}
+
+
+def run_name(cfg: DictConfig) -> str:
+    """`name`, or one made of model, reducer, budget, tuned part and a hash of the settings."""
+    if cfg.name:
+        return str(cfg.name)
+    digest = hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:6]
+    reducer = cfg.reducer["_target_"].rsplit(".", 1)[-1].lower()
+    budget = "" if "budget" not in cfg.reducer else f"-{cfg.reducer.budget}"
+    return f"{cfg.model.name}-{reducer}{budget}-{cfg.tune.name}-seed{cfg.seed}-{digest}"

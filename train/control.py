@@ -1,0 +1,24 @@
+"""The control: an ordinary run with as many random tokens in place of the reducer's."""
+
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from train.config import build
+
+
+def control_row(cfg: DictConfig, tune: Callable[[DictConfig], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """With `control=true`, the row `random`: its own run, folder and resumption; else nothing."""
+    if not cfg.control:
+        return []
+    reducer = build(cfg.reducer).settings()
+    changes = {
+        "reducer": {"_target_": "vzip.reducers.random.Random", "budget": reducer["dominant"] + reducer["contextual"]},
+        "evaluate": {"baselines": False},
+        "control": False,
+        "name": cfg.name and f"{cfg.name}-random",
+    }
+    other = OmegaConf.create({**OmegaConf.to_container(cfg, resolve=True), "reducer": changes.pop("reducer")})
+    (tuned,) = tune(OmegaConf.merge(other, changes))
+    return [{**tuned, "name": "random"}]

@@ -1,0 +1,191 @@
+"""DeepSpeed around the model: the loss of a micro batch, and an engine of any ZeRO stage.
+
+The frozen weights stay in bf16 and the tuned ones are float32 parameters, their own master weights. DeepSpeed is told of no
+precision at all: its bf16 mode would cast them, and keeps master weights in some ZeRO stages but not in others.
+"""
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import deepspeed
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from data.dataset import MicroBatch
+from train.trainable import Trainable
+from vzip import UserError
+from vzip.families import Family
+from vzip.templates import IGNORED
+
+
+def init_distributed() -> None:
+    """Join the ranks that the launcher started, or be a world of one without a launcher."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    deepspeed.init_distributed(verbose=False)
+    if not torch.cuda.is_available():  # ranks of one machine share its cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1"))))
+
+
+def is_main() -> bool:
+    return bool(deepspeed.comm.get_rank() == 0)
+
+
+def say(what: str | Callable[..., None], *arguments: Any, **settings: Any) -> None:
+    """Print a line, or call a function that prints, on rank 0 alone."""
+    if is_main():
+        print(what, flush=True) if isinstance(what, str) else what(*arguments, **settings)
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on every rank: the ranks of other hosts don't see its files."""
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(values: list[Any]) -> list[Any]:
+    """The values of all ranks, one rank after the other, on every rank."""
+    parts: list[Any] = [None] * deepspeed.comm.get_world_size()
+    torch.distributed.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
+
+
+def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return MicroBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+
+class TokenLoss(nn.Module):
+    """Sum of the cross entropy over the label tokens of a micro batch; logits are made at those positions alone.
+
+    Args:
+        family: around the model, with the reducer attached.
+    """
+
+    def __init__(self, family: Family) -> None:
+        super().__init__()
+        self.model = family.model
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        inner = self.model.model
+        pixel_values = batch.pixel_values.to(self.model.dtype)
+        output = inner(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            pixel_values=pixel_values if batch.has_images else None,
+            use_cache=False,
+        )
+        targets = batch.labels[:, 1:]
+        at_labels = targets != IGNORED
+        logits = self.model.lm_head(output.last_hidden_state[:, :-1][at_labels])
+        loss = F.cross_entropy(logits.float(), targets[at_labels], reduction="sum")
+        if not batch.has_images:
+            # Text alone gives the projector no gradient, but every rank must run the same modules in the same order, or
+            # the others wait for it forever: a blank picture goes through them, times zero.
+            for features in inner.get_image_features(pixel_values=pixel_values).pooler_output:
+                loss = loss + 0.0 * features.float().sum()
+        return loss
+
+
+def deepspeed_config(cfg: DictConfig, *, accumulation: int) -> dict[str, Any]:
+    """The group `deepspeed`, completed with what the other settings say."""
+    settings = OmegaConf.to_container(cfg.deepspeed, resolve=True)
+    assert isinstance(settings, dict)
+    return {
+        **{str(key): value for key, value in settings.items()},
+        "train_micro_batch_size_per_gpu": cfg.batch.micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": cfg.optim.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+
+
+class Engine:
+    """One optimizer step at a time, on the mean loss over the label tokens of the global batch.
+
+    Args:
+        family: around the model, with the reducer attached.
+        trainable: what AdamW gets.
+        cfg: the run's settings.
+        accumulation: micro batches a step.
+    """
+
+    def __init__(self, family: Family, trainable: Trainable, cfg: DictConfig, *, accumulation: int) -> None:
+        self.family, self.trainable, self.accumulation = family, trainable, accumulation
+        optimizer = torch.optim.AdamW(
+            trainable.parameters.values(), lr=cfg.optim.lr, betas=tuple(cfg.optim.betas), weight_decay=cfg.optim.weight_decay
+        )
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=TokenLoss(family), optimizer=optimizer, config=deepspeed_config(cfg, accumulation=accumulation)
+        )
+        self.rank, self.world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+        self.device = torch.device(self.deepspeed.device)
+        self.stage = self.deepspeed.zero_optimization_stage()
+
+    def step(self, micro_batches: list[MicroBatch], *, lr: float, num_labels: int) -> tuple[float, float]:
+        """One AdamW step: (loss, gradient norm before clipping).
+
+        Args:
+            micro_batches: this rank's `accumulation` parts of the global batch.
+            lr: learning rate of this step.
+            num_labels: label tokens of the whole global batch, on all ranks.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # DeepSpeed divides by the accumulation and averages over ranks; this turns both into one global token mean.
+        scale = self.accumulation * self.world_size / max(num_labels, 1)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for part in micro_batches:
+            loss = self.deepspeed(to_device(part, self.device))
+            total += loss.detach()
+            self.deepspeed.backward(loss * scale)
+            norm = self._unsharded_norm()
+            self.deepspeed.step()
+        deepspeed.comm.all_reduce(total)
+        return total.item() / max(num_labels, 1), norm if norm is not None else float(self.deepspeed.get_global_grad_norm())
+
+    def _unsharded_norm(self) -> float | None:
+        """The gradient norm where gradients are whole (ZeRO 0); ZeRO 2 and 3 report theirs after the step."""
+        if self.stage > 0:
+            return None
+        gradients = [p.grad for p in self.trainable.parameters.values() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def save(self, folder: str, tag: str, state: dict[str, Any]) -> None:
+        """Write the resumable state: tuned weights, optimizer, `state`. Called by all ranks."""
+        self.deepspeed.save_checkpoint(folder, tag=tag, client_state=state, exclude_frozen_parameters=True)
+
+    def load(self, folder: str) -> dict[str, Any]:
+        """Read the newest state back. Raises UserError if it is of other ranks or another ZeRO stage."""
+        try:
+            _, state = self.deepspeed.load_checkpoint(folder, load_module_strict=False)
+        except (OSError, RuntimeError, KeyError, AssertionError) as error:
+            raise UserError(
+                f"the state in {folder} can't be resumed ({error}); use as many ranks and the ZeRO stage that wrote it, "
+                f"or start over with fresh=true"
+            ) from error
+        return dict(state)
+
+    def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(projector, adapter): whole copies on the CPU, named as in the model and as in peft. Called by all ranks.
+
+        The projector is there whether it was tuned itself or carries LoRA: it need not be the base model's own.
+        """
+        family = self.family
+        kept = {n: p for n, p in family.model.named_parameters() if n.startswith(family.projector_name) or "lora_" in n}
+        with deepspeed.zero.GatheredParameters(list(kept.values()), enabled=self.stage == 3):
+            copies = {name: value.detach().to("cpu", copy=True) for name, value in kept.items()}
+        projector = {n.replace(".base_layer", ""): value for n, value in copies.items() if "lora_" not in n}
+        return projector, {f"base_model.model.{n}": value for n, value in copies.items() if "lora_" in n}

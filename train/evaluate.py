@@ -1,0 +1,190 @@
+"""Answers generated for held-out questions, with all tokens, reduced, and tuned; one table."""
+
+import string
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from data.conversations import Row, read_rows
+from data.dataset import Collator, Example
+from data.pictures import refuse_if_too_bad
+from data.progress import progress
+from data.subset import draw
+from train.checkpoint import RunFolder
+from train.engine import Engine, gather, say, to_device
+from vzip import attach
+from vzip.reducers import Reducer
+from vzip.reducers.identity import Identity
+from vzip.templates import Template, encode
+
+NUM_SAMPLES = 4
+"""Answers and pictures that the tracker shows of each row."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out question, with the turns before it, ready for the model."""
+
+    example: Example
+    text: str
+    expected: str
+    kind: str
+    image: str
+
+
+def questions_of(rows: Sequence[Row], template: Template, tokenizer: Any, folder: Path, *, limit: int) -> list[Question]:
+    """Up to `limit` questions, spread over the rows and the same in every run. Earlier turns keep their true answers."""
+    questions = []
+    for row in draw(rows, fraction=1.0, seed=0):
+        for turn, (text, expected) in enumerate(row.turns):
+            ids, labels = encode(template, tokenizer, [*row.turns[:turn], (text, None)])
+            example = Example(ids, labels, tuple(folder / image for image in row.images))
+            questions.append(Question(example, text, expected, row.kind, ", ".join(row.images)))
+        if len(questions) >= limit:
+            break
+    return questions[:limit]
+
+
+def _normal(answer: str) -> str:
+    return answer.strip().strip(string.punctuation).strip().lower()
+
+
+class Evaluator:
+    """Asks the held-out questions under one reducer after another.
+
+    Args:
+        cfg: the run's settings.
+        engine: around the model, which must have no reducer attached when a method is called.
+        run: keeps the answers, so that a resumed run does not ask again.
+        processor: of the model.
+        template: the model's training format.
+    """
+
+    def __init__(self, cfg: DictConfig, engine: Engine, run: RunFolder, processor: Any, template: Template) -> None:
+        self.cfg, self.engine, self.run, self.processor, self.template = cfg, engine, run, processor, template
+        self.questions: list[Question] = []
+        self.samples: list[dict[str, Any]] = []
+        if cfg.evaluate.questions and cfg.data.held_out:
+            rows, bad = read_rows(cfg.data.held_out)
+            refuse_if_too_bad(bad, len(rows) + len(bad))
+            folder, limit = Path(cfg.data.image_folder), cfg.evaluate.questions
+            self.questions = questions_of(rows, template, processor.tokenizer, folder, limit=limit)
+        else:
+            say("no evaluation: data.held_out or evaluate.questions is not set")
+
+    @property
+    def pictures(self) -> list[Path]:
+        """The pictures of the first questions."""
+        return list(dict.fromkeys(path for question in self.questions for path in question.example.images))[:NUM_SAMPLES]
+
+    def baselines(self, reducer: Reducer) -> list[dict[str, Any]]:
+        """The rows `full` and `free`, of the model as it is before tuning."""
+        if not self.cfg.evaluate.baselines:
+            return []
+        full = self.rows("full", Identity())
+        return full if isinstance(reducer, Identity) else full + self.rows("free", reducer)
+
+    def rows(self, name: str, reducer: Reducer) -> list[dict[str, Any]]:
+        """The row `name` under `reducer`; none without questions."""
+        if not self.questions:
+            return []
+        answers = self.run.answers(name)
+        with attach(self.engine.family.model, reducer=reducer) as handle:
+            num_image_tokens = handle.num_image_tokens()
+            if answers is None:
+                answers = self._ask(Collator.of(self.processor, num_image_tokens), title=f"evaluate {name}")
+                self.run.save_answers(name, answers)
+        self.samples += [{"row": name, **given} for given in answers[:NUM_SAMPLES]]
+        return [score(name, num_image_tokens, answers)]
+
+    @torch.no_grad()
+    def _ask(self, collate: Collator, *, title: str) -> list[dict[str, Any]]:
+        """Greedy answers to all questions, in order, on every rank."""
+        torch.manual_seed(self.cfg.seed)
+        rank, world_size, size = self.engine.rank, self.engine.world_size, self.cfg.evaluate.batch
+        mine = list(range(rank, len(self.questions), world_size)) or [0]
+        mine += mine[-1:] * (-(-len(self.questions) // world_size) - len(mine))  # as many calls on every rank, for ZeRO 3
+        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
+        found = []
+        for part in progress(parts, total=len(parts), title=title, unit="batch", shown=rank == 0):
+            found += list(zip(part, self._generate([self.questions[index].example for index in part], collate), strict=True))
+        by_index = dict(gather(found))
+        return [_graded(question, by_index[index]) for index, question in enumerate(self.questions)]
+
+    def _generate(self, examples: Sequence[Example], collate: Collator) -> list[str]:
+        model, tokenizer, sharded = self.engine.family.model, self.processor.tokenizer, self.engine.stage == 3
+        batch = to_device(collate(examples, left=True), self.engine.device)
+        pixel_values = batch.pixel_values.to(model.dtype)
+        if sharded and not batch.has_images:
+            model.get_image_features(pixel_values=pixel_values)  # every rank runs the same modules
+        output = model.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            **({"pixel_values": pixel_values} if batch.has_images else {}),
+            max_new_tokens=self.cfg.evaluate.max_new_tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.convert_tokens_to_ids(self.template.end),
+            pad_token_id=collate.pad_id,
+            synced_gpus=sharded,
+        )
+        texts: list[str] = tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+        return texts
+
+
+def _graded(question: Question, answer: str) -> dict[str, Any]:
+    return {
+        "image": question.image,
+        "question": question.text,
+        "expected": question.expected,
+        "answer": answer.strip(),
+        "kind": question.kind,
+        "correct": _normal(answer) == _normal(question.expected),
+    }
+
+
+def score(name: str, num_image_tokens: int, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A row of result.json: the share of correct answers by kind of question, and of all."""
+    by_kind: dict[str, list[bool]] = defaultdict(list)
+    for given in answers:
+        by_kind[given["kind"]].append(given["correct"])
+        if given["kind"] != "all":
+            by_kind["all"].append(given["correct"])
+    metrics = {kind: sum(correct) / len(correct) for kind, correct in sorted(by_kind.items(), key=lambda item: item[0] == "all")}
+    return {"name": name, "num_image_tokens": num_image_tokens, "num_questions": len(answers), "metrics": metrics}
+
+
+def gap_closed(rows: Sequence[dict[str, Any]], kind: str) -> float | None:
+    """Share of the gap between `free` and `full` that `tuned` closes; None where there is no gap."""
+    value = {row["name"]: row["metrics"].get(kind) for row in rows}
+    if any(value.get(name) is None for name in ("full", "free", "tuned")) or value["full"] <= value["free"]:
+        return None
+    return float((value["tuned"] - value["free"]) / (value["full"] - value["free"]))
+
+
+def print_results(rows: Sequence[dict[str, Any]], *, title: str) -> None:
+    """The table: score by kind of question, and in brackets the per cent of `full`."""
+    if not rows:
+        return
+    full = next((row["metrics"] for row in rows if row["name"] == "full"), {})
+    kinds = list(rows[0]["metrics"])
+    table = Table("row", "tokens an image", *kinds, title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        cells = []
+        for kind in kinds:
+            value = row["metrics"][kind]
+            cells.append(f"{value:.3f}" + (f" ({value / full[kind]:.0%})" if full.get(kind) else ""))
+        table.add_row(row["name"], str(row["num_image_tokens"]), *cells)
+    console = Console()
+    console.print(table)
+    for kind in kinds:
+        if (share := gap_closed(rows, kind)) is not None:
+            console.print(f"{kind}: tuning closes {share:.0%} of the gap between free and full")

@@ -1,0 +1,82 @@
+"""Where the numbers of a run go: metrics.jsonl always, wandb beside it."""
+
+import json
+import os
+import netrc
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory so far, in GB: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
+
+
+class Tracker:
+    """Writes on rank 0, does nothing on the others.
+
+    Args:
+        folder: the run's folder.
+        cfg: the run's settings.
+        rank: of this process.
+    """
+
+    def __init__(self, folder: Path, cfg: DictConfig, *, rank: int) -> None:
+        self.path, self.main, self.wandb = folder / "metrics.jsonl", rank == 0, None
+        if self.main and cfg.track.wandb:
+            import wandb
+
+            mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+            self.wandb = wandb.init(
+                project=cfg.track.project, name=folder.name, id=folder.name, resume="allow", dir=folder, mode=mode,
+                config=OmegaConf.to_container(cfg, resolve=True), settings=wandb.Settings(silent=True),
+            )
+
+    def forget_from(self, step: int) -> None:
+        """Drop the metrics of steps that will be run again."""
+        if self.main and self.path.is_file():
+            lines = self.path.read_text().splitlines(keepends=True)
+            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] < step))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        if not self.main:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+
+    def log_results(self, rows: list[dict[str, Any]], answers: list[dict[str, Any]], pictures: list[Path]) -> None:
+        """The results table, sample answers and pictures of kept tokens, to wandb; on disk they are files of their own."""
+        if not self.wandb:
+            return
+        import wandb
+
+        for row in rows:
+            for kind, value in row["metrics"].items():
+                self.wandb.summary[f"eval/{row['name']}_{kind}"] = value
+        table = wandb.Table(columns=["row", "image", "question", "expected", "answer"])
+        for answer in answers:
+            table.add_data(*(answer[key] for key in ("row", "image", "question", "expected", "answer")))
+        self.wandb.log({"eval/answers": table, "eval/kept_tokens": [wandb.Image(str(path)) for path in pictures]})
+
+    def finish(self) -> None:
+        if self.wandb:
+            self.wandb.finish()

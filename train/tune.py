@@ -1,0 +1,88 @@
+"""Tune the projector of a LLaVA-type model behind a token reducer: the table of contents of a run.
+
+    make tune MODEL=llava-7b        deepspeed train/tune.py model=llava-7b        python train/tune.py model=smol
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, from wherever this file is started
+
+import deepspeed
+import hydra
+from omegaconf import DictConfig
+
+from data.dataset import Collator, MicroBatches
+from train import config
+from train.checkpoint import RunFolder
+from train.control import control_row
+from train.engine import Engine, init_distributed, say
+from train.evaluate import Evaluator, print_results
+from train.examples import training_examples
+from train.loop import fit
+from train.models import load_model
+from train.overlay import draw_examples
+from train.plan import num_steps, print_plan
+from train.track import Tracker
+from train.trainable import make_trainable, print_table
+from vzip import attach
+from vzip.io import describe, fingerprint
+
+
+def tune(cfg: DictConfig) -> list[dict[str, Any]]:
+    """Run the recipe, or the rest of it: the rows of result.json."""
+    rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+    accumulation = config.accumulation(cfg, world_size)
+    reducer, template = config.build(cfg.reducer), config.build(cfg.model.template)
+    run = RunFolder(cfg, rank=rank)
+    if run.result is not None:
+        say(f"{run.path} is finished; fresh=true starts it over")
+        return run.result["rows"]
+
+    family, processor = load_model(cfg)
+    meta = describe(family, reducer, base=cfg.model.id, base_fingerprint=fingerprint(family))
+    num_image_tokens = family.num_image_tokens(reducer)
+    trainable = make_trainable(family, cfg.tune)
+    say(print_table, family, trainable)
+
+    examples, manifest = training_examples(cfg, template, processor.tokenizer)
+    steps = num_steps(cfg, len(examples))
+    collate = Collator.of(processor, num_image_tokens)
+    batches = MicroBatches(
+        examples, collate, micro=cfg.batch.micro, accumulation=accumulation, rank=rank, world_size=world_size,
+        num_steps=steps, seed=cfg.seed,
+    )
+    say(f"{run.path}: {steps} steps of {cfg.batch.size} = {cfg.batch.micro} micro x {accumulation} accumulation x {world_size} ranks")
+    run.begin(manifest, world_size=world_size)
+
+    engine = Engine(family, trainable, cfg, accumulation=accumulation)
+    tracker = Tracker(run.path, cfg, rank=rank)
+    evaluator = Evaluator(cfg, engine, run, processor, template)
+    rows = evaluator.baselines(reducer)
+    with attach(family.model, reducer=reducer) as handle:
+        fit(engine, batches, cfg, run, tracker)
+        run.save_trained(engine, meta | run.trained_meta(engine, manifest, num_image_tokens, steps))
+        pictures = draw_examples(handle, processor.image_processor, evaluator.pictures, run.path)
+    rows += evaluator.rows("tuned", reducer) + control_row(cfg, tune)
+    tracker.log_results(rows, evaluator.samples, pictures)
+    tracker.finish()
+    run.finish({"rows": rows, "num_steps": steps, "manifest": manifest["hash"], "seed": cfg.seed})
+    return rows
+
+
+@hydra.main(config_path="../configs", config_name="tune", version_base="1.3")
+@config.teach
+def main(cfg: DictConfig) -> None:
+    init_distributed()
+    config.check(cfg)
+    if cfg.dry_run:
+        say(print_plan, cfg, world_size=deepspeed.comm.get_world_size())
+    else:
+        say(print_results, tune(cfg), title=f"{cfg.runs}/{config.run_name(cfg)}")
+
+
+if __name__ == "__main__":
+    sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank")]  # from the launcher
+    config.register()
+    main()

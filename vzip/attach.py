@@ -1,0 +1,93 @@
+"""Put a reducer into a model instance, and take it out again."""
+
+import copy
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from vzip.errors import UserError
+from vzip.families import family_of
+from vzip.reducers.base import Reducer, Reduction
+from vzip.reducers.visionzip import VisionZip
+
+
+class Handle:
+    """A model with a reducer attached. `detach()`, or leaving the `with` block, makes it exactly what it was.
+
+    Attributes:
+        family: the adapter that knows the model's parts.
+        reducer: the reducer in place.
+    """
+
+    def __init__(self, model: Any, reducer: Reducer) -> None:
+        self.family = family_of(model)
+        self.reducer = reducer
+        self.num_image_tokens()  # a budget that does not fit fails here, before any work
+        self.family.install(reducer)
+
+    def num_image_tokens(self, image_size: tuple[int, int] | None = None) -> int:
+        """Placeholders that one image of `image_size` = (height, width) pixels takes; without one, of the tower's own size."""
+        return self.family.num_image_tokens(self.reducer, image_size)
+
+    def reduce(self, pixel_values: Tensor, **kwargs: Any) -> Reduction:
+        """What the reducer makes of float[B, 3, height, width]: features before the projector, and which tokens they are."""
+        return self.family.reduce(self.reducer, pixel_values, **kwargs)
+
+    def processor(self, processor: Any) -> Any:
+        """A copy of the model's processor that expands each image to the reduced number of placeholders."""
+        reduced = copy.copy(processor)
+
+        def replace_image_token(image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+            token: str = reduced.image_token
+            return token * self.family.num_processed_tokens(self.reducer, image_inputs, image_idx)
+
+        def get_num_multimodal_tokens(image_sizes: Any = None, **kwargs: Any) -> Any:
+            counts = processor._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
+            if image_sizes is not None:
+                counts.num_image_tokens = [self.num_image_tokens(tuple(size)) for size in image_sizes]
+            return counts
+
+        reduced.replace_image_token = replace_image_token
+        reduced._get_num_multimodal_tokens = get_num_multimodal_tokens
+        return reduced
+
+    def detach(self) -> None:
+        """Take the reducer out. Processors made by `processor` stay reduced; use the original one again."""
+        self.family.uninstall()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.detach()
+
+
+def attach(
+    model: Any,
+    *,
+    budget: int | None = None,
+    dominant: int | None = None,
+    contextual: int | None = None,
+    reducer: Reducer | None = None,
+) -> Handle:
+    """Attach a reducer to a LLaVA-type model: give `budget`, or `dominant` and `contextual`, or `reducer`.
+
+    Afterwards `model(...)` and `model.generate(...)` take rows with `handle.num_image_tokens()` placeholders an image.
+    Only this instance changes.
+
+    Args:
+        model: e.g. a `LlavaForConditionalGeneration`.
+        budget: tokens an image, split 5.4 : 1 (the paper's ratio).
+        dominant: dominant tokens, CLS counted.
+        contextual: merged tokens.
+        reducer: any other reducer, e.g. `vzip.reducers.identity.Identity()`.
+
+    Raises:
+        UserError: an unsupported model, settings that contradict each other, a budget larger than an image.
+    """
+    if reducer is None:
+        reducer = VisionZip(budget=budget, dominant=dominant, contextual=contextual)
+    elif (budget, dominant, contextual) != (None, None, None):
+        raise UserError("give either reducer=..., or budget / dominant / contextual, not both")
+    return Handle(model, reducer)

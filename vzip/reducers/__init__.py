@@ -1,0 +1,25 @@
+"""Reducers: one file each, found on disk by the name of its module."""
+
+import importlib
+import pkgutil
+from typing import Any
+
+from vzip.errors import UserError
+from vzip.reducers.base import Reducer, Reduction, VisionTokens
+
+__all__ = ["Reducer", "Reduction", "VisionTokens", "create", "names"]
+
+
+def names() -> list[str]:
+    """Names of the reducers on disk, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+
+
+def create(name: str, settings: dict[str, Any]) -> Reducer:
+    """The reducer that `Reducer.name` and `Reducer.settings()` describe. Raises UserError for an unknown name."""
+    if name not in names():
+        raise UserError(f"reducer={name!r} is unknown; there are: {', '.join(names())}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    (cls,) = (value for value in vars(module).values() if isinstance(value, type) and getattr(value, "name", "") == name)
+    reducer: Reducer = cls(**settings)
+    return reducer

@@ -1,0 +1,161 @@
+"""Run a vision tower up to one layer, and read that layer's attention while it stays on SDPA or FlashAttention.
+
+The released code asks all layers for full attention maps to use one row of one layer. Here forward hooks on the tapped
+layer's `q_proj` and `k_proj` give the queries and keys, from which only what is needed is computed; the layers after it
+are passed through. The tower is touched during the call alone.
+
+Legend of shapes: B images, N vision tokens, P patches, H heads, d width.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vzip.errors import UserError
+from vzip.reducers.base import VisionTokens
+
+QUERY_CHUNK = 256
+"""Queries whose attention is held at once where there is no CLS: B * H * 256 * N floats, whatever the picture's size."""
+
+
+@dataclass(frozen=True)
+class TowerLayout:
+    """Where a vision tower of `transformers` keeps its layers, and whether it has a CLS token."""
+
+    layers: str
+    attention: str
+    has_cls: bool
+
+
+TOWER_LAYOUTS = {
+    "clip_vision_model": TowerLayout(layers="encoder.layers", attention="self_attn", has_cls=True),
+    "dinov2": TowerLayout(layers="encoder.layer", attention="attention", has_cls=True),
+    "siglip_vision_model": TowerLayout(layers="encoder.layers", attention="self_attn", has_cls=False),
+}
+
+
+def tower_layout(tower: nn.Module) -> TowerLayout:
+    """The layout of a vision tower. Raises UserError for a kind that is not in `TOWER_LAYOUTS`."""
+    kind = tower.config.model_type  # type: ignore[union-attr]
+    if kind not in TOWER_LAYOUTS:
+        raise UserError(f"vision tower of type {kind!r} is not supported; supported are: {', '.join(sorted(TOWER_LAYOUTS))}")
+    return TOWER_LAYOUTS[kind]  # type: ignore[index]
+
+
+def layer_index(feature_layer: int, num_layers: int) -> int:
+    """Index of the layer whose output is `hidden_states[feature_layer]`: of 24 layers, -2 is layer 22.
+
+    `hidden_states` starts with the embeddings, so it has num_layers + 1 entries. Raises UserError out of range.
+    """
+    if not isinstance(feature_layer, int):
+        raise UserError(f"vision_feature_layer={feature_layer!r} names several layers; a reducer needs one, e.g. -2")
+    index = (feature_layer if feature_layer >= 0 else feature_layer + num_layers + 1) - 1
+    if not 0 <= index < num_layers:
+        raise UserError(f"vision_feature_layer={feature_layer} names no layer of the vision tower, which has {num_layers}")
+    return index
+
+
+def _split_heads(states: Tensor, head_dim: int) -> Tensor:
+    """float32[B, H, N, head_dim] (float64 stays) of float[B, N, H * head_dim]."""
+    heads = states.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    return heads.to(torch.promote_types(heads.dtype, torch.float32))
+
+
+def cls_attention(queries: Tensor, keys: Tensor) -> Tensor:
+    """float[B, P]: softmax attention of CLS (token 0) to each patch, averaged over heads, of float[B, H, N, head_dim]."""
+    scores = queries[:, :, :1] @ keys.transpose(2, 3) * queries.shape[-1] ** -0.5
+    return scores.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
+
+
+def received_attention(queries: Tensor, keys: Tensor, chunk: int = QUERY_CHUNK) -> Tensor:
+    """float[B, N]: attention each token receives, averaged over heads and queries, of float[B, H, N, head_dim].
+
+    Source: the paper's appendix A.2, for encoders without CLS. `chunk` queries at a time bound the memory.
+    """
+    total = queries.new_zeros(queries.shape[0], keys.shape[2])
+    for rows in queries.split(chunk, dim=2):
+        scores = rows @ keys.transpose(2, 3) * queries.shape[-1] ** -0.5
+        total += scores.softmax(dim=-1).mean(dim=1).sum(dim=1)
+    return total / queries.shape[2]
+
+
+def _pass_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden_states
+
+
+@contextmanager
+def _skipped(layers: list[nn.Module]) -> Iterator[None]:
+    """Make layers pass their input through. Their hooks still run, so parameter sharding keeps its bookkeeping."""
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = _pass_through
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
+@contextmanager
+def _captured(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of `modules`, by name, while the block runs."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            outputs[name] = output
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_tower(
+    tower: nn.Module, pixel_values: Tensor, *, feature_layer: int, num_dropped: int, attention: bool, **kwargs: Any
+) -> VisionTokens:
+    """The tokens that `hidden_states[feature_layer]` of the tower holds, with the attention of the layer that made them.
+
+    Args:
+        tower: a vision model of a kind in `TOWER_LAYOUTS`.
+        pixel_values: float[B, 3, height, width].
+        feature_layer: index into the tower's hidden states, as `vision_feature_layer` of LLaVA's config.
+        num_dropped: see `VisionTokens`.
+        attention: whether saliency and keys are needed.
+        kwargs: for the tower, e.g. `interpolate_pos_encoding`.
+
+    Raises:
+        UserError: an unknown kind of tower, or a layer that it does not have.
+    """
+    layout = tower_layout(tower)
+    layers = list(tower.get_submodule(layout.layers).children())
+    index = layer_index(feature_layer, len(layers))
+    tapped = {"features": layers[index]}
+    block = layers[index].get_submodule(layout.attention)
+    if attention:
+        tapped |= {"queries": block.get_submodule("q_proj"), "keys": block.get_submodule("k_proj")}
+    with _skipped(layers[index + 1 :]), _captured(tapped) as outputs:
+        tower(pixel_values, **kwargs)
+    if not attention:
+        return VisionTokens(features=outputs["features"], has_cls=layout.has_cls, num_dropped=num_dropped)
+    with torch.no_grad():
+        queries, keys = (_split_heads(outputs[name], block.head_dim) for name in ("queries", "keys"))  # type: ignore[arg-type]
+        saliency = cls_attention(queries, keys) if layout.has_cls else received_attention(queries, keys)
+        return VisionTokens(
+            features=outputs["features"],
+            has_cls=layout.has_cls,
+            num_dropped=num_dropped,
+            saliency=saliency,
+            keys=keys.mean(dim=1),
+        )
