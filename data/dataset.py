@@ -3,7 +3,7 @@
 Legend of shapes: M rows of a micro batch, L the longest row's tokens, I images of the micro batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,39 +127,48 @@ class Collator:
         )
 
 
-class MicroBatches(Dataset[MicroBatch]):
-    """Item i is micro batch i of this rank: step i // accumulation, part i % accumulation.
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is cut: micro x accumulation x world_size rows. Ranks and parts only cut the same rows otherwise."""
 
-    A global batch is `micro * accumulation * world_size` consecutive rows of the stream; part p of rank r takes every
-    row whose place in the batch, divided by `micro`, is p * world_size + r. So ranks and parts only cut it differently.
-    """
-
-    def __init__(
-        self, examples: Sequence[Example], collate: Callable[..., MicroBatch], *, micro: int, accumulation: int, rank: int,
-        world_size: int, num_steps: int, seed: int,
-    ) -> None:
-        self.examples, self.collate = examples, collate
-        self.micro, self.accumulation, self.rank, self.world_size = micro, accumulation, rank, world_size
-        self.num_steps, self.seed = num_steps, seed
-        num_epochs = -(-num_steps * self.global_batch // len(examples))
-        self.order = torch.cat([_permutation(len(examples), seed, epoch) for epoch in range(num_epochs)]).tolist()
+    micro: int
+    accumulation: int
+    world_size: int
+    num_steps: int
+    seed: int
 
     @property
-    def global_batch(self) -> int:
+    def size(self) -> int:
         return self.micro * self.accumulation * self.world_size
 
+    def __str__(self) -> str:
+        cut = f"{self.micro} micro x {self.accumulation} accumulation x {self.world_size} ranks"
+        return f"{self.num_steps:,} steps of {self.size} rows = {cut}"
+
+
+class MicroBatches(Dataset[MicroBatch]):
+    """Item i is a rank's micro batch i: step i // accumulation, part i % accumulation.
+
+    Step s takes rows s * size ... of an endless stream of epochs, each a permutation drawn from seed and epoch.
+    """
+
+    def __init__(self, examples: Sequence[Example], collate: Collator, plan: BatchPlan, *, rank: int) -> None:
+        self.examples, self.collate, self.plan, self.rank = examples, collate, plan, rank
+        num_epochs = -(-plan.num_steps * plan.size // len(examples))
+        self.order = torch.cat([_permutation(len(examples), plan.seed, epoch) for epoch in range(num_epochs)]).tolist()
+
     def __len__(self) -> int:
-        return self.num_steps * self.accumulation
+        return self.plan.num_steps * self.plan.accumulation
 
     def num_labels(self, step: int) -> int:
         """Label tokens of the whole global batch of a step, on all ranks."""
-        batch = self.order[step * self.global_batch : (step + 1) * self.global_batch]
+        batch = self.order[step * self.plan.size : (step + 1) * self.plan.size]
         return sum(self.examples[row].num_labels for row in batch)
 
     def __getitem__(self, index: int) -> MicroBatch:
-        step, part = divmod(index, self.accumulation)
-        start = step * self.global_batch + (part * self.world_size + self.rank) * self.micro
-        return self.collate([self.examples[row] for row in self.order[start : start + self.micro]])
+        step, part = divmod(index, self.plan.accumulation)
+        start = step * self.plan.size + (part * self.plan.world_size + self.rank) * self.plan.micro
+        return self.collate([self.examples[row] for row in self.order[start : start + self.plan.micro]])
 
 
 def loader(batches: MicroBatches, *, first: int, num_workers: int) -> "DataLoader[MicroBatch]":

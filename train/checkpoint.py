@@ -124,9 +124,7 @@ class RunFolder:
             engine.trainable.peft_model.save_pretrained(self.path / ADAPTER, state_dict=adapter)
         save_checkpoint(self.path, projector, meta)
 
-    def trained_meta(
-        self, engine: Engine, manifest: dict[str, Any], num_image_tokens: int, num_steps: int
-    ) -> dict[str, Any]:
+    def trained_meta(self, engine: Engine, manifest: dict[str, Any], num_image_tokens: int) -> dict[str, Any]:
         """The part of meta.json that says how the projector was trained."""
         return {
             "num_image_tokens": num_image_tokens,
@@ -134,7 +132,6 @@ class RunFolder:
             "adapter": engine.trainable.peft_model is not None,
             "trained": list(engine.trainable.parameters),
             "data": {key: manifest[key] for key in ("hash", "num_rows", "fraction", "seed")},
-            "num_steps": num_steps,
             "commit": _git("rev-parse", "HEAD"),
         }
 

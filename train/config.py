@@ -21,6 +21,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from data.dataset import BatchPlan
 from data.paths import data_dir
 from vzip import UserError
 
@@ -154,8 +155,8 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"weights={cfg.weights!r} must be 'pretrained' or 'random'")
 
 
-def accumulation(cfg: DictConfig, world_size: int) -> int:
-    """Micro batches of a rank a step. Raises UserError if the global batch can't be cut that way."""
+def batch_plan(cfg: DictConfig, *, num_rows: int, world_size: int) -> BatchPlan:
+    """Steps, and how each global batch is cut. Raises UserError if it can't be cut that way."""
     rows = cfg.batch.micro * world_size
     if cfg.batch.size % rows:
         fits = [micro for micro in range(1, cfg.batch.size + 1) if cfg.batch.size % (micro * world_size) == 0]
@@ -163,7 +164,14 @@ def accumulation(cfg: DictConfig, world_size: int) -> int:
         raise UserError(
             f"batch.size={cfg.batch.size} is not a multiple of batch.micro={cfg.batch.micro} x {world_size} ranks; {advice}"
         )
-    return int(cfg.batch.size // rows)
+    steps = max(1, round(cfg.optim.epochs * num_rows / cfg.batch.size))
+    return BatchPlan(
+        micro=cfg.batch.micro,
+        accumulation=cfg.batch.size // rows,
+        world_size=world_size,
+        num_steps=min(steps, cfg.optim.max_steps or steps),
+        seed=cfg.seed,
+    )
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:

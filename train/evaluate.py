@@ -156,7 +156,9 @@ def score(name: str, num_image_tokens: int, answers: Sequence[dict[str, Any]]) -
         by_kind[given["kind"]].append(given["correct"])
         if given["kind"] != "all":
             by_kind["all"].append(given["correct"])
-    metrics = {kind: sum(correct) / len(correct) for kind, correct in sorted(by_kind.items(), key=lambda item: item[0] == "all")}
+    metrics = {
+        kind: sum(correct) / len(correct) for kind, correct in sorted(by_kind.items(), key=lambda item: item[0] == "all")
+    }
     return {"name": name, "num_image_tokens": num_image_tokens, "num_questions": len(answers), "metrics": metrics}
 
 

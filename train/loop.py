@@ -23,19 +23,23 @@ def learning_rate(step: int, *, num_steps: int, peak: float, warmup: float) -> f
 
 
 def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, tracker: Tracker) -> None:
-    """Tune for `batches.num_steps` steps, from the newest saved state on, saving one every `cfg.save_every` steps."""
+    """Tune for `batches.plan.num_steps` steps, from the newest saved state on, saving one every `cfg.save_every` steps."""
     first = run.resume(engine)
     tracker.forget_from(first)
     micro_batches = iter(loader(batches, first=first * engine.accumulation, num_workers=cfg.data.num_workers))
     bar = progress(
-        range(first, batches.num_steps), total=batches.num_steps, start=first, title="tune", unit="step",
+        range(first, batches.plan.num_steps),
+        total=batches.plan.num_steps,
+        start=first,
+        title="tune",
+        unit="step",
         shown=engine.rank == 0,
     )
     for step in bar:
         start = time.perf_counter()
         torch.manual_seed(cfg.seed * 1_000_003 + step * engine.world_size + engine.rank)  # resuming needs no saved RNG
         parts = list(islice(micro_batches, engine.accumulation))
-        lr = learning_rate(step, num_steps=batches.num_steps, peak=cfg.optim.lr, warmup=cfg.optim.warmup)
+        lr = learning_rate(step, num_steps=batches.plan.num_steps, peak=cfg.optim.lr, warmup=cfg.optim.warmup)
         loss, grad_norm = engine.step(parts, lr=lr, num_labels=batches.num_labels(step))
         seconds = time.perf_counter() - start
         num_tokens = engine.world_size * sum(int(part.attention_mask.sum()) for part in parts)
@@ -51,5 +55,5 @@ def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, 
         bar.set_postfix_str(f"loss {loss:.3f}, {num_tokens / seconds:,.0f} tokens/s, {metrics['train/memory_gb']:.1f} GB")
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss is {loss} at step {step}; lower optim.lr={cfg.optim.lr}")
-        if (step + 1) % cfg.save_every == 0 and step + 1 < batches.num_steps:
+        if (step + 1) % cfg.save_every == 0 and step + 1 < batches.plan.num_steps:
             run.save_state(engine, step + 1)

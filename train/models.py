@@ -15,8 +15,12 @@ def _from_pretrained(cls: type[Family], cfg: DictConfig, dtype: torch.dtype) -> 
     try:
         return cls.from_pretrained(cfg.model.id, dtype=dtype)
     except OSError as error:
-        hint = "run `make data` to prepare the embedded default" if cfg.model.name == "smol" else (
-            "connect to the hub once, or set model.id to a folder that holds the model; weights=random builds it untrained"
+        hint = (
+            "run `make data` to prepare the embedded default"
+            if cfg.model.name == "smol"
+            else (
+                "connect to the hub once, or set model.id to a folder that holds the model; weights=random builds it untrained"
+            )
         )
         raise UserError(f"no weights for model.id={cfg.model.id}: {hint}\n({str(error).splitlines()[0]})") from error
 

@@ -7,13 +7,11 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from train.config import accumulation, build
+from train.config import batch_plan, build
 from train.models import count_model
 from train.trainable import make_trainable, print_table
-from vzip.attach import Handle
 from vzip.cost import row_cost, tuning_memory
 from vzip.reducers.identity import Identity
-from vzip.tap import layer_index
 
 H100_PEAK, MFU = 989e12, 0.4
 """bf16 FLOP/s of an H100 SXM, and the share of a device's peak that the estimate counts on."""
@@ -35,12 +33,6 @@ def measured_peak() -> float:
     return 2 * size**3 * rounds / (time.perf_counter() - start)
 
 
-def num_steps(cfg: DictConfig, num_rows: int) -> int:
-    """Optimizer steps of a run over `num_rows` rows."""
-    steps = max(1, round(cfg.optim.epochs * num_rows / cfg.batch.size))
-    return min(steps, cfg.optim.max_steps) if cfg.optim.max_steps else steps
-
-
 def _duration(seconds: float) -> str:
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
@@ -52,45 +44,30 @@ def print_plan(cfg: DictConfig, *, world_size: int) -> None:
     """Model, trainable table, tokens an image before and after, batch arithmetic, FLOPs, memory and time."""
     family = count_model(cfg)
     frozen_bytes = sum(p.numel() * p.element_size() for p in family.model.parameters())
-    handle = Handle(family.model, build(cfg.reducer))
+    reducer = build(cfg.reducer)
+    before, after = family.num_image_tokens(Identity()), family.num_image_tokens(reducer)
     trainable = make_trainable(family, cfg.tune)
     print_table(family, trainable)
 
-    before, after = family.num_image_tokens(Identity()), handle.num_image_tokens()
-    parts = accumulation(cfg, world_size)
-    num_rows = round(cfg.data.expected.rows * cfg.data.fraction)
-    steps, text_tokens = num_steps(cfg, num_rows), cfg.data.expected.text_tokens
-    config = family.model.config
-    num_layers = config.vision_config.num_hidden_layers
-    cost = row_cost(
-        tower=family.tower,
-        projector=family.projector,
-        language_model=family.language_model,
-        lm_head=family.lm_head,
-        num_patches=before,
-        num_layers_run=layer_index(config.vision_feature_layer, num_layers) + 1,
-        num_image_tokens=after,
-        num_text_tokens=text_tokens,
-    )
-    flops = cost.total * cfg.batch.size * steps
+    expected = cfg.data.expected
+    num_rows = round(expected.rows * cfg.data.fraction)
+    batches = batch_plan(cfg, num_rows=num_rows, world_size=world_size)
+    cost = row_cost(family, num_patches=before, num_image_tokens=after, num_text_tokens=expected.text_tokens)
+    flops = cost.total * batches.size * batches.num_steps
     num_trainable = sum(p.numel() for p in trainable.parameters.values())
-    memory = tuning_memory(
-        frozen_bytes=frozen_bytes, num_trainable=num_trainable, num_tokens=cfg.batch.micro * (after + text_tokens),
-        hidden_size=config.text_config.hidden_size, num_layers=config.text_config.num_hidden_layers,
-    )
+    memory = tuning_memory(family, num_trainable=num_trainable, num_tokens=batches.micro * (after + expected.text_tokens))
+    parts = f"tower {cost.tower / 1e9:,.0f}, projector {cost.projector / 1e9:,.1f}, language {cost.language / 1e9:,.0f} GFLOP"
     table = Table(show_header=False, title="plan", title_justify="left")
     for name, value in {
         "model": f"{cfg.model.name} ({cfg.model.id}, weights={cfg.weights})",
-        "reducer": repr(handle.reducer),
+        "reducer": repr(reducer),
         "tokens an image": f"{before} before, {after} after",
-        "rows": f"{num_rows:,} ({cfg.data.fraction:g} of {cfg.data.expected.rows:,} expected in {cfg.data.path})",
-        "batch": f"{cfg.batch.size} = {cfg.batch.micro} micro x {parts} accumulation x {world_size} ranks",
-        "steps": f"{steps:,} ({cfg.optim.epochs:g} epochs)",
-        "compute": f"{flops / 1e15:,.3g} PFLOP at {text_tokens} text tokens a row "
-        f"(a row: tower {cost.tower / 1e9:,.0f}, projector {cost.projector / 1e9:,.1f}, language {cost.language / 1e9:,.0f} GFLOP)",
+        "rows": f"{num_rows:,} = {cfg.data.fraction:g} of {expected.rows:,}, at {expected.text_tokens} text tokens (estimated)",
+        "batches": str(batches),
+        "compute": f"{flops / 1e15:,.3g} PFLOP; a row: {parts}",
         "memory a rank": f"{memory / 1e9:,.1f} GB, of it frozen weights {frozen_bytes / 1e9:,.1f} GB",
         "time on one H100": f"{_duration(flops / H100_PEAK / MFU)} at {MFU:.0%} of its peak",
-        "time here": f"{_duration(flops / measured_peak() / MFU / world_size)} at {MFU:.0%} of the measured peak, {world_size} ranks",
+        "time here": f"{_duration(flops / measured_peak() / MFU / world_size)} at {MFU:.0%} of the measured peak",
     }.items():
         table.add_row(name, value)
     Console().print(table)

@@ -1,8 +1,8 @@
 """Where the numbers of a run go: metrics.jsonl always, wandb beside it."""
 
 import json
-import os
 import netrc
+import os
 import resource
 import sys
 from pathlib import Path
@@ -45,8 +45,14 @@ class Tracker:
 
             mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
             self.wandb = wandb.init(
-                project=cfg.track.project, name=folder.name, id=folder.name, resume="allow", dir=folder, mode=mode,
-                config=OmegaConf.to_container(cfg, resolve=True), settings=wandb.Settings(silent=True),
+                project=cfg.track.project,
+                name=folder.name,
+                id=folder.name,
+                resume="allow",
+                dir=folder,
+                mode=mode,
+                config=OmegaConf.to_container(cfg, resolve=True),
+                settings=wandb.Settings(silent=True),
             )
 
     def forget_from(self, step: int) -> None:

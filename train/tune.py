@@ -1,6 +1,6 @@
 """Tune the projector of a LLaVA-type model behind a token reducer: the table of contents of a run.
 
-    make tune MODEL=llava-7b        deepspeed train/tune.py model=llava-7b        python train/tune.py model=smol
+make tune MODEL=llava-7b        deepspeed train/tune.py model=llava-7b        python train/tune.py model=smol
 """
 
 import sys
@@ -23,7 +23,7 @@ from train.examples import training_examples
 from train.loop import fit
 from train.models import load_model
 from train.overlay import draw_examples
-from train.plan import num_steps, print_plan
+from train.plan import print_plan
 from train.track import Tracker
 from train.trainable import make_trainable, print_table
 from vzip import attach
@@ -33,7 +33,6 @@ from vzip.io import describe, fingerprint
 def tune(cfg: DictConfig) -> list[dict[str, Any]]:
     """Run the recipe, or the rest of it: the rows of result.json."""
     rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
-    accumulation = config.accumulation(cfg, world_size)
     reducer, template = config.build(cfg.reducer), config.build(cfg.model.template)
     run = RunFolder(cfg, rank=rank)
     if run.result is not None:
@@ -47,27 +46,23 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
     say(print_table, family, trainable)
 
     examples, manifest = training_examples(cfg, template, processor.tokenizer)
-    steps = num_steps(cfg, len(examples))
-    collate = Collator.of(processor, num_image_tokens)
-    batches = MicroBatches(
-        examples, collate, micro=cfg.batch.micro, accumulation=accumulation, rank=rank, world_size=world_size,
-        num_steps=steps, seed=cfg.seed,
-    )
-    say(f"{run.path}: {steps} steps of {cfg.batch.size} = {cfg.batch.micro} micro x {accumulation} accumulation x {world_size} ranks")
+    plan = config.batch_plan(cfg, num_rows=len(examples), world_size=world_size)
+    batches = MicroBatches(examples, Collator.of(processor, num_image_tokens), plan, rank=rank)
+    say(f"{run.path}: {plan}")
     run.begin(manifest, world_size=world_size)
 
-    engine = Engine(family, trainable, cfg, accumulation=accumulation)
+    engine = Engine(family, trainable, cfg, accumulation=plan.accumulation)
     tracker = Tracker(run.path, cfg, rank=rank)
     evaluator = Evaluator(cfg, engine, run, processor, template)
     rows = evaluator.baselines(reducer)
     with attach(family.model, reducer=reducer) as handle:
         fit(engine, batches, cfg, run, tracker)
-        run.save_trained(engine, meta | run.trained_meta(engine, manifest, num_image_tokens, steps))
+        run.save_trained(engine, meta | run.trained_meta(engine, manifest, num_image_tokens))
         pictures = draw_examples(handle, processor.image_processor, evaluator.pictures, run.path)
     rows += evaluator.rows("tuned", reducer) + control_row(cfg, tune)
     tracker.log_results(rows, evaluator.samples, pictures)
     tracker.finish()
-    run.finish({"rows": rows, "num_steps": steps, "manifest": manifest["hash"], "seed": cfg.seed})
+    run.finish({"rows": rows, "num_steps": plan.num_steps, "manifest": manifest["hash"], "seed": cfg.seed})
     return rows
 
 

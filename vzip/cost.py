@@ -1,4 +1,4 @@
-"""What a forward and a tuning run cost: parameters, FLOPs, memory. Multiply-adds count as two FLOPs.
+"""What a tuning run costs: FLOPs and memory. Multiply-adds count as two FLOPs.
 
 Source of the transformer formula: arXiv 2412.04467, section 4 (with a SwiGLU FFN's three matrices).
 """
@@ -8,10 +8,7 @@ from typing import Any
 
 from torch import nn
 
-
-def num_parameters(module: nn.Module, *, trainable: bool = False) -> int:
-    """Parameters of a module, tied ones once; the trainable ones alone if asked."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
+from vzip.families import Family
 
 
 def linear_flops(module: nn.Module) -> int:
@@ -40,26 +37,28 @@ class RowCost:
         return self.tower + self.projector + self.language
 
 
-def row_cost(
-    *, tower: nn.Module, projector: nn.Module, language_model: nn.Module, lm_head: nn.Module, num_patches: int,
-    num_layers_run: int, num_image_tokens: int, num_text_tokens: int,
-) -> RowCost:
-    """The cost of tuning on one row of `num_image_tokens` + `num_text_tokens` tokens."""
-    vision: Any = tower.config
-    share = num_layers_run / vision.num_hidden_layers
+def row_cost(family: Family, *, num_patches: int, num_image_tokens: int, num_text_tokens: int) -> RowCost:
+    """The cost of tuning on one row: an image of `num_patches`, reduced to `num_image_tokens`, and its text."""
+    vision: Any = family.tower.config
+    text: Any = family.language_model.config
+    tower = num_patches * linear_flops(family.tower) + attention_flops(vision, num_patches)
     tokens = num_image_tokens + num_text_tokens
-    language = tokens * (linear_flops(language_model) + linear_flops(lm_head))
-    language += attention_flops(language_model.config, tokens) // 2  # causal: half of it
+    language = tokens * (linear_flops(family.language_model) + linear_flops(family.lm_head))
+    language += attention_flops(text, tokens) // 2  # causal: half of it
     return RowCost(
-        tower=int(share * (num_patches * linear_flops(tower) + attention_flops(vision, num_patches))),
-        projector=2 * num_image_tokens * linear_flops(projector),
+        tower=tower * family.num_layers_run // vision.num_hidden_layers,
+        projector=2 * num_image_tokens * linear_flops(family.projector),
         language=2 * language,
     )
 
 
-def tuning_memory(*, frozen_bytes: int, num_trainable: int, num_tokens: int, hidden_size: int, num_layers: int) -> int:
-    """Bytes of one rank: frozen weights, float32 weights + gradient + two AdamW moments, activations.
+def tuning_memory(family: Family, *, num_trainable: int, num_tokens: int) -> int:
+    """Bytes that one rank needs for micro batches of `num_tokens` tokens.
 
-    A frozen linear layer saves no input, so a layer keeps about 32 d bytes a token in bf16.
+    Frozen weights; float32 weights, gradients and two AdamW moments of what is tuned; activations: a frozen linear layer
+    saves no input, so a layer of the language model keeps about 32 d bytes a token in bf16.
     """
-    return frozen_bytes + 16 * num_trainable + 32 * hidden_size * num_layers * num_tokens
+    text: Any = family.language_model.config
+    weights: int = sum(p.numel() * p.element_size() for p in family.model.parameters())
+    activations: int = 32 * text.hidden_size * text.num_hidden_layers * num_tokens
+    return weights + 16 * num_trainable + activations

@@ -61,13 +61,13 @@ def layer_index(feature_layer: int, num_layers: int) -> int:
 
 def _split_heads(states: Tensor, head_dim: int) -> Tensor:
     """float32[B, H, N, head_dim] (float64 stays) of float[B, N, H * head_dim]."""
-    heads = states.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    heads = states.view(*states.shape[:2], -1, head_dim).transpose(1, 2)
     return heads.to(torch.promote_types(heads.dtype, torch.float32))
 
 
 def cls_attention(queries: Tensor, keys: Tensor) -> Tensor:
     """float[B, P]: softmax attention of CLS (token 0) to each patch, averaged over heads, of float[B, H, N, head_dim]."""
-    scores = queries[:, :, :1] @ keys.transpose(2, 3) * queries.shape[-1] ** -0.5
+    scores = (queries[:, :, :1] @ keys.transpose(2, 3)).mul(queries.shape[-1] ** -0.5)
     return scores.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
 
 
@@ -77,8 +77,8 @@ def received_attention(queries: Tensor, keys: Tensor, chunk: int = QUERY_CHUNK) 
     Source: the paper's appendix A.2, for encoders without CLS. `chunk` queries at a time bound the memory.
     """
     total = queries.new_zeros(queries.shape[0], keys.shape[2])
-    for rows in queries.split(chunk, dim=2):
-        scores = rows @ keys.transpose(2, 3) * queries.shape[-1] ** -0.5
+    for rows in torch.split(queries, chunk, dim=2):
+        scores = (rows @ keys.transpose(2, 3)).mul(queries.shape[-1] ** -0.5)
         total += scores.softmax(dim=-1).mean(dim=1).sum(dim=1)
     return total / queries.shape[2]
 

@@ -15,6 +15,7 @@ IMAGE = "<image>"
 IGNORED = -100
 """The label of a token that carries no loss, as in `torch.nn.functional.cross_entropy`."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class Template:
     """The texts around system prompt, questions and answers.

@@ -46,6 +46,11 @@ class Family:
         raise NotImplementedError
 
     @property
+    def num_layers_run(self) -> int:
+        """Layers of the tower up to the tapped one; those after it are not run."""
+        raise NotImplementedError
+
+    @property
     def projector(self) -> nn.Module:
         module: nn.Module = self.model.get_submodule(self.projector_name)
         return module

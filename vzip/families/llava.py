@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vzip.errors import UserError
 from vzip.families.base import Family
 from vzip.reducers.base import Reducer, Reduction
-from vzip.tap import run_tower, tower_layout
+from vzip.tap import layer_index, run_tower, tower_layout
 
 
 def _num_dropped(config: Any) -> int:
@@ -67,6 +67,11 @@ class Llava(Family):
         lm_head: nn.Module = self.model.lm_head
         return lm_head
 
+    @property
+    def num_layers_run(self) -> int:
+        config = self.model.config
+        return layer_index(config.vision_feature_layer, config.vision_config.num_hidden_layers) + 1
+
     def _num_tokens(self, reducer: Reducer, height: int, width: int) -> int:
         patch = self.model.config.vision_config.patch_size
         has_cls, num_dropped = tower_layout(self.tower).has_cls, _num_dropped(self.model.config)
@@ -90,9 +95,7 @@ class Llava(Family):
 
         # `wraps` the class's function: generate() reads the signature. `self`, not `inner`, so that a deep copy is whole.
         @functools.wraps(type(inner).get_image_features)
-        def get_image_features(
-            self: Any, pixel_values: Tensor, vision_feature_layer: int | None = None, **kwargs: Any
-        ) -> Any:
+        def get_image_features(self: Any, pixel_values: Tensor, vision_feature_layer: int | None = None, **kwargs: Any) -> Any:
             for handled in ("vision_feature_select_strategy", "image_sizes", "return_dict"):
                 kwargs.pop(handled, None)
             reduction = _reduce(self, reducer, pixel_values, vision_feature_layer, **kwargs)

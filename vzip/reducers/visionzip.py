@@ -67,10 +67,7 @@ def merge(targets: Tensor, others: Tensor, assigned: Tensor, how: str) -> Tensor
     members = F.one_hot(assigned, targets.shape[1]).transpose(1, 2).to(accurate)
     sizes = members.sum(dim=2, keepdim=True)
     total = members @ others.to(accurate)
-    if how == "sum":
-        merged = targets + total / sizes.clamp(min=1)
-    else:
-        merged = (targets + total) / (1 + sizes)
+    merged = targets + total / sizes.clamp(min=1) if how == "sum" else (targets + total) / (1 + sizes)
     return merged.to(targets.dtype)
 
 

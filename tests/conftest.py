@@ -1,0 +1,54 @@
+"""Fixtures that several tiers share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A tiny LLaVA on disk: 16 patches of 14 px, CLIP tower, byte tokenizer."""
+    return tiny.save_llava(tmp_path_factory.mktemp("tiny-llava"))
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory):
+    """train.json (24 rows, 2 of them text-only), test.json (8 questions) and images/, all noise."""
+    folder = tmp_path_factory.mktemp("noise")
+    tiny.save_data(folder)
+    tiny.save_data(folder, 8, text_only=0, held_out=True, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def overrides(tiny_folder, data_folder):
+    """Command-line overrides that run the recipe on the tiny model and data, in float32, on one CPU."""
+    return [
+        "model=llava-7b",
+        f"model.id={tiny_folder}",
+        "model.name=tiny",
+        "model.dtype=float32",
+        "model.budget=6",
+        f"data.path={data_folder}/train.json",
+        f"data.held_out={data_folder}/test.json",
+        f"data.image_folder={data_folder}/images",
+        "data.fraction=1.0",
+        "data.num_workers=0",
+        "optim.lr=1e-2",
+        "optim.max_steps=4",
+        "batch.size=8",
+        "batch.micro=4",
+        "evaluate.questions=8",
+        "track=none",
+    ]
