@@ -1,5 +1,8 @@
 """Fixtures that several tiers share."""
 
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,24 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+MISTRAL = ("mistral-common==1.13.1", "mistral_common/data/tokenizer.model.v1")
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_folder(tmp_path_factory):
+    """A folder with `tokenizer.model`, a real SentencePiece model of 32,000 pieces.
+
+    It is read from the wheel: installed without its dependencies, the package would break transformers' imports.
+    """
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), MISTRAL[0]]
+    if (done := subprocess.run(command, capture_output=True, text=True, check=False)).returncode:
+        pytest.skip(f"no package index has {MISTRAL[0]}: {done.stderr[-200:]}")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        (folder / "tokenizer.model").write_bytes(wheel.read(MISTRAL[1]))
+    return folder
 
 
 @pytest.fixture(scope="session")

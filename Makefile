@@ -1,0 +1,43 @@
+# VisionZip projector tuning. `make help` lists the commands.
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL ?=
+BUDGET ?=
+ARGS ?=
+TUNE := $(if $(MODEL),model=$(MODEL)) $(if $(BUDGET),reducer.budget=$(BUDGET)) $(ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup data tune test check format clean
+
+help: ## list the commands
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+setup: .venv/.done ## make .venv and install the pinned dependencies, once
+
+.venv/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
+	touch $@
+
+data: setup ## prepare the embedded default (model and easy-VQA) in the cache, once
+	$(BIN)/python scripts/prepare_smol.py
+
+# The embedded default is only prepared where it is what is tuned.
+tune: setup $(if $(filter-out smol,$(MODEL)),,data) ## tune: MODEL=llava-7b BUDGET=64 ARGS="optim.lr=2e-5"
+	$(BIN)/deepspeed train/tune.py $(TUNE)
+
+test: setup data ## all tests
+	$(BIN)/python -m pytest
+
+check: setup ## format, lint, types and the fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m 'not integration'
+
+format: setup ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## delete .venv and caches, but neither runs/ nor the prepared data
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

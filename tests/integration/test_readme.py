@@ -1,0 +1,54 @@
+"""Every command of the README runs, on less: the settings stay, steps and questions are cut."""
+
+import re
+import shlex
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.integration.commands import start
+
+pytestmark = pytest.mark.integration
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line
+]
+SHORT = ["optim.max_steps=1", "evaluate.questions=4", "track=none"]
+
+
+def shortened(command, runs, overrides):
+    """The command's words, with `DATA.json` and the like filled in, and as little to do as possible."""
+    words = shlex.split(command)
+    extra = [*SHORT, f"runs={runs}"]
+    if "llava-7b" in command:  # the tiny model in its place; a user's own settings come last, and win
+        own = "data." if "DATA.json" in command else "reducer.budget"
+        extra += [item for item in overrides if not item.startswith(("model=", own)) and item.split("=")[0] != "optim.max_steps"]
+        extra += ["reducer.budget=6"]
+        values = {"DATA.json": "data.path", "IMAGES": "data.image_folder"}
+        for placeholder, name in values.items():
+            value = next(item.split("=", 1)[1] for item in overrides if item.startswith(name + "="))
+            words = [word.replace(placeholder, value) for word in words]
+    if words[0] != "make":
+        return [*words, *extra]
+    if words[1] != "tune":
+        return ["make", "--dry-run", *words[1:]]  # the tests can't run themselves
+    given = [word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")]
+    return [*(word for word in words if not word.startswith("ARGS=")), "ARGS=" + " ".join([*given, *extra])]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_runs(command, tmp_path, overrides):
+    done = start(shortened(command, tmp_path / "runs", overrides))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_the_two_commands_are_there():
+    assert COMMANDS[:2] == ["make tune", "make test"]
+
+
+def test_make_help_lists_every_target():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.M))
+    listed = {line.split()[0] for line in start(["make", "help"]).stdout.splitlines()}
+    assert listed == targets

@@ -1,0 +1,189 @@
+"""The recipe, from command line to run folder, on a tiny model: same results on any ranks, resume, refusals."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+import vzip
+from peft import PeftConfig
+from safetensors.torch import load_file
+
+from tests import tiny
+from tests.conftest import ROOT
+from tests.integration.commands import command, environment, metrics, start, tune
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def settings(overrides, runs):
+    return [*overrides, f"runs={runs}"]
+
+
+@pytest.fixture(scope="module")
+def plain(settings, runs):
+    """A run on one process: the reference of the others."""
+    tune([*settings, "name=plain"])
+    return runs / "plain"
+
+
+def assert_same_run(run, reference):
+    for got, expected in zip(metrics(run), metrics(reference), strict=True):
+        assert got == pytest.approx(expected, rel=1e-5)
+    ours, theirs = load_file(run / "projector.safetensors"), load_file(reference / "projector.safetensors")
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_run_folder(plain, tiny_folder):
+    files = {path.name for path in plain.iterdir()}
+    assert {"config.yaml", "env.json", "metrics.jsonl", "manifest.json", "projector.safetensors", "meta.json"} <= files
+    assert {"result.json", "kept_tokens_0.png"} <= files and "state" not in files
+    rows = json.loads((plain / "result.json").read_text())["rows"]
+    assert [(row["name"], row["num_image_tokens"]) for row in rows] == [("full", 16), ("free", 6), ("tuned", 6)]
+    assert all(set(row["metrics"]) == {"open", "yesno", "all"} for row in rows)
+    tuned, base = load_file(plain / "projector.safetensors"), load_file(tiny_folder / "model.safetensors")
+    assert len(tuned) == 4
+    assert all(not torch.equal(value, base[name.replace("model.multi_modal", "multi_modal")]) for name, value in tuned.items())
+
+
+@pytest.mark.parametrize("ranks, micro", [(1, 8), (2, 2), (2, 4)])
+def test_same_losses_on_any_ranks_and_micro_batches(settings, runs, plain, ranks, micro):
+    name = f"ranks{ranks}-micro{micro}"
+    tune([*settings, f"name={name}", f"batch.micro={micro}"], ranks=ranks)
+    assert_same_run(runs / name, plain)
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3", "zero3_offload"])
+def test_zero_stages_agree_also_where_a_rank_has_no_image(settings, runs, plain, zero):
+    # Micro batches of one row: the two text-only rows leave a rank without an image.
+    tune([*settings, f"name={zero}", f"deepspeed={zero}", "batch.micro=1"], ranks=2)
+    assert_same_run(runs / zero, plain)
+
+
+def test_killed_run_resumes_to_the_same_bits(settings, runs):
+    long = [*settings, "optim.max_steps=null", "optim.epochs=40", "save_every=5", "evaluate.questions=0"]
+    tune([*long, "name=whole"])
+    run = runs / "killed"
+    process = subprocess.Popen(
+        command([*long, "name=killed"]), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and (not (run / "metrics.jsonl").is_file() or len(metrics(run)) < 12):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (run / "state" / "latest").is_file() and not (run / "result.json").exists(), "the run ended before the kill"
+    with pytest.raises(vzip.UserError, match="has not finished"):
+        vzip.load(run)
+    tune([*long, "name=killed"])
+    assert metrics(run) == metrics(runs / "whole")
+    assert (run / "projector.safetensors").read_bytes() == (runs / "whole" / "projector.safetensors").read_bytes()
+
+
+def test_finished_run_does_nothing_until_fresh(settings, plain):
+    before = {path: path.stat().st_mtime_ns for path in plain.iterdir()}
+    done = tune([*settings, "name=plain"])
+    assert "is finished" in done.stdout and "tuned" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in plain.iterdir()} == before
+    other = start(command([*settings, "name=plain", "optim.lr=1e-4"]))
+    assert other.returncode == 2 and "other settings" in other.stderr and "fresh=true" in other.stderr
+
+
+def test_load_generates_and_refuses_strangers(plain, tmp_path):
+    model, processor = vzip.load(plain)
+    inputs = processor(images=[tiny.picture()], text="USER: <image>\nwhat is it? ASSISTANT:", return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 3
+    tuned = load_file(plain / "projector.safetensors")
+    assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in tuned.items())
+
+    stranger = tiny.save_llava(tmp_path / "stranger", seed=1)
+    with pytest.raises(vzip.UserError, match="another base model"):
+        vzip.load(plain, base=str(stranger))
+    with pytest.raises(vzip.UserError, match="trained with the reducer"):
+        vzip.load_projector(vzip.attach(tiny.llava(), budget=7), plain)
+
+
+@pytest.mark.parametrize("mode", ["projector_lora", "language_lora"])
+def test_lora_is_saved_in_pefts_format_and_loads(settings, runs, plain, mode):
+    tune([*settings, f"tune={mode}", f"name={mode}", "evaluate.questions=0"])
+    run = runs / mode
+    assert PeftConfig.from_pretrained(str(run / "adapter")).r == 16
+    tuned, before = load_file(run / "projector.safetensors"), load_file(plain / "projector.safetensors")
+    assert set(tuned) == set(before)
+    model, processor = vzip.load(run)
+    lora = {name: value for name, value in model.named_parameters() if "lora_B" in name}
+    where = "multi_modal_projector" if mode == "projector_lora" else "language_model"
+    assert lora and all(where in name for name in lora) and any(value.abs().sum() > 0 for value in lora.values())
+    inputs = processor(images=[tiny.picture()], text="USER: <image>\nwhat is it? ASSISTANT:", return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 1
+
+
+def test_control_adds_the_random_row(settings, runs):
+    tune([*settings, "name=controlled", "control=true", "optim.max_steps=1"])
+    rows = json.loads((runs / "controlled" / "result.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["full", "free", "tuned", "random"]
+    assert json.loads((runs / "controlled-random" / "meta.json").read_text())["reducer"]["name"] == "random"
+
+
+def test_wandb_is_offline_without_a_key(settings, runs, tmp_path):
+    tune([*settings, "name=tracked", "track=wandb", "optim.max_steps=1"], HOME=str(tmp_path), NETRC=str(tmp_path / "none"))
+    assert list((runs / "tracked").glob("wandb/offline-run-*/*.wandb"))
+
+
+MISTAKES = {
+    "mistyped name": (["optim.learning_rate=1"], "learning_rate"),
+    "mistyped value": (["optim.lr=abc"], "optim.lr"),
+    "unknown member": (["model=llava-8b"], "llava-8b"),
+    "unknown reducer setting": (["reducer.bugdet=6"], "bugdet"),
+    "budget too large": (["reducer.budget=99"], "reducer.budget=99"),
+    "contradiction": (["reducer.dominant=4", "reducer.contextual=1"], "reducer.budget=5"),
+    "batch": (["batch.micro=3"], "batch.micro can be 1, 2, 4, 8"),
+    "fraction": (["data.fraction=1.5"], "data.fraction=1.5"),
+    "no data": (["data.path=/nowhere.json"], "/nowhere.json does not exist"),
+    "no pictures": (["data.image_folder=/nowhere"], "missing"),
+    "no weights": (["model.id=/nowhere/model"], "model.id=/nowhere/model"),
+    "no projector": (["model.projector=/nowhere.safetensors"], "/nowhere.safetensors"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_with_a_message(settings, runs, mistake):
+    changes, message = MISTAKES[mistake]
+    done = start(command([*settings, *changes, "name=mistake"]), HF_HUB_OFFLINE="1")
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (runs / "mistake").exists()
+
+
+def test_broken_files_are_named(settings, tmp_path, data_folder):
+    broken = tmp_path / "broken.json"
+    broken.write_text('[{"id": 1},\n {"id": 2,,}]')
+    done = start(command([*settings, f"data.path={broken}"]))
+    assert done.returncode == 2 and f"{broken}, line 2" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_one_bad_picture_in_many_is_reported_and_survived(settings, runs, tmp_path):
+    tiny.save_data(tmp_path, 120, text_only=0)
+    (tmp_path / "images" / "noise" / "train7.png").write_bytes(b"not a picture")
+    files = [f"data.path={tmp_path}/train.json", f"data.image_folder={tmp_path}/images", "data.held_out=null"]
+    done = tune([*settings, *files, "name=survived", "optim.max_steps=1"])
+    assert "left out: row-7" in done.stdout
+    manifest = json.loads((runs / "survived" / "manifest.json").read_text())
+    assert manifest["num_rows"] == 119 and [row["id"] for row in manifest["bad_rows"]] == ["row-7"]
+
+
+def test_dry_run_of_13b_needs_no_weights():
+    done = start(["make", "tune", "MODEL=llava-13b", "ARGS=weights=random dry_run=true"])
+    assert done.returncode == 0, done.stderr
+    assert "31,467,520 trainable parameters in 4 tensors" in done.stdout
+    assert "576 before, 64 after" in done.stdout
+    assert "520 steps of 128 rows" in done.stdout

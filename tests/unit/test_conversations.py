@@ -1,0 +1,217 @@
+"""LLaVA's JSON: good rows are read, bad ones are listed with their reason, broken files end the command."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.conversations import BadRow, Row, parse_row, read_rows
+from tests.conftest import ROOT
+from vzip import UserError
+
+
+def messages(*texts):
+    return [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
+
+
+def good(number=0):
+    return {"id": f"row-{number}", "image": f"coco/{number}.jpg", "conversations": messages("<image>\nwhat?", "a cat")}
+
+
+def write(folder, content):
+    path = folder / "rows.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_one_image_several_and_none():
+    one = parse_row({"id": "a", "image": "coco/1.jpg", "conversations": messages("<image>\nwhat?", "a cat", "sure?", "yes")})
+    several = parse_row({"image": ["vg/1.jpg", "gqa/2.jpg"], "conversations": messages("<image>", "x", "and <image>", "y")})
+    none = parse_row({"id": "c", "conversations": messages("hello", "hi")})
+
+    assert one.images == ("coco/1.jpg",) and one.turns == (("<image>\nwhat?", "a cat"), ("sure?", "yes"))
+    assert several.images == ("vg/1.jpg", "gqa/2.jpg") and several.id == ""
+    assert none.images == () and none.turns == (("hello", "hi"),)
+
+
+@pytest.mark.parametrize(
+    ("extra", "source", "kind"),
+    [
+        ({"image": "coco/train/1.jpg"}, "coco", "all"),
+        ({"image": "coco/1.jpg", "source": "mine", "type": "yesno"}, "mine", "yesno"),
+        ({"image": ["vg/1.jpg"]}, "vg", "all"),
+        ({}, "text", "all"),
+    ],
+)
+def test_source_and_kind(extra, source, kind):
+    row = parse_row({"conversations": messages("<image>" if "image" in extra else "q", "a"), **extra})
+    assert (row.source, row.kind) == (source, kind)
+
+
+def test_a_number_as_id_becomes_text():
+    assert parse_row({**good(), "id": 7}).id == "7"
+
+
+def test_digest_depends_on_content_not_on_the_order_of_keys():
+    row = good()
+    backwards = {key: row[key] for key in reversed(row)}
+    backwards["conversations"] = [{key: message[key] for key in reversed(message)} for message in row["conversations"]]
+
+    assert list(backwards) != list(row) and parse_row(backwards).digest == parse_row(row).digest
+    assert parse_row({**row, "id": "other"}).digest != parse_row(row).digest
+    assert parse_row({**row, "conversations": messages("<image>\nwhat?", "a dog")}).digest != parse_row(row).digest
+
+
+def test_digest_is_the_same_in_another_process(tmp_path):
+    path = write(tmp_path, [good(), {**good(1), "id": "é \U0001f600"}])
+    code = "import sys; from data.conversations import read_rows; print(*(row.digest for row in read_rows(sys.argv[1])[0]))"
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout.split() == [row.digest for row in read_rows(path)[0]]
+
+
+BROKEN = {
+    "not an object": [good()],
+    "no conversations": {"id": "x", "image": "a/b.jpg"},
+    "empty conversations": {**good(), "conversations": []},
+    "conversations is text": {**good(), "conversations": "what?"},
+    "odd number of messages": {**good(), "conversations": messages("<image>", "a", "b")},
+    "wrong speaker": {**good(), "conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "<image>"}]},
+    "two humans": {**good(), "conversations": [{"from": "human", "value": "<image>"}] * 2},
+    "message is text": {**good(), "conversations": ["<image>", "a"]},
+    "value is a number": {**good(), "conversations": messages("<image>", 3)},
+    "no value": {**good(), "conversations": [{"from": "human"}, {"from": "gpt", "value": "a"}]},
+    "image in an answer": {**good(), "conversations": messages("<image>", "a <image>")},
+    "empty answer": {**good(), "conversations": messages("<image>", " \n")},
+    "one placeholder too many": {**good(), "conversations": messages("<image><image>", "a")},
+    "one placeholder too few": {**good(), "conversations": messages("what?", "a")},
+    "placeholder without image": {"conversations": messages("<image>", "a")},
+    "absolute path": {**good(), "image": "/etc/passwd"},
+    "path upwards": {**good(), "image": "coco/../../secret.jpg"},
+    "empty path": {**good(), "image": ""},
+    "path is a number": {**good(), "image": 12},
+    "paths are numbers": {**good(), "image": [12]},
+    "path is an object": {**good(), "image": {"path": "a.jpg"}},
+}
+
+
+@pytest.mark.parametrize("row", BROKEN.values(), ids=BROKEN)
+def test_a_malformed_row_is_listed_and_the_others_survive(tmp_path, row):
+    rows, bad = read_rows(write(tmp_path, [good(0), row, good(2)]))
+
+    assert [row.id for row in rows] == ["row-0", "row-2"]
+    assert len(bad) == 1 and bad[0].reason
+    with pytest.raises(ValueError) as error:
+        parse_row(row)
+    assert str(error.value) == bad[0].reason
+
+
+def test_reasons_tell_the_faults_apart():
+    reasons = set()
+    for row in BROKEN.values():
+        with pytest.raises(ValueError) as error:
+            parse_row(row)
+        reasons.add(str(error.value))
+    assert len(reasons) >= 10
+
+
+def test_a_bad_row_is_named_by_its_id_or_its_place(tmp_path):
+    _, bad = read_rows(write(tmp_path, [good(), {"id": 41}, {}, None]))
+    assert [row.id for row in bad] == ["41", "#2", "#3"]
+
+
+def test_an_image_path_that_names_no_file_is_bad(tmp_path):
+    rows, bad = read_rows(write(tmp_path, [good(0), {**good(1), "image": "."}]))
+    assert len(rows) == 1 and len(bad) == 1
+
+
+def test_text_that_is_half_a_character_is_bad(tmp_path):
+    # JSON can hold half of a surrogate pair, but no tokenizer takes it and no file can be written with it.
+    half = {**good(1), "conversations": messages("<image>", "\ud83d")}
+    rows, bad = read_rows(write(tmp_path, [good(0), half]))
+    assert [row.id for row in rows] == ["row-0"] and len(bad) == 1
+
+
+TEXTS = st.sampled_from(["", " ", "<image>", "<image><image>\n", "a", "\0", "\ud800", "e\u0301\u202e\U0001f600", "\ufeff"])
+PATHS = st.sampled_from(
+    ["", ".", "./", "..", "/", "/a.jpg", "a/../b.jpg", "~", "a.jpg", "\0", "\ud800", "ö/1.jpg", "C:\\a.jpg"]
+)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
+JSON = st.recursive(SCALARS | PATHS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=2))
+KEYS = st.sampled_from(["id", "image", "conversations", "source", "type", "extra"])
+
+
+@st.composite
+def mutated(draw):
+    """A good row after a few mistakes."""
+    row = copy.deepcopy(good())
+    for _ in range(draw(st.integers(0, 3))):
+        key = draw(KEYS)
+        talk = row.get("conversations")
+        match draw(st.sampled_from(["drop", "replace", "image", "message", "value", "speaker", "repeat"])):
+            case "drop":
+                row.pop(key, None)
+            case "replace":
+                row[key] = draw(JSON)
+            case "image":
+                row["image"] = draw(PATHS | st.lists(PATHS | SCALARS, max_size=3))
+            case "message" if isinstance(talk, list) and talk:
+                talk[draw(st.integers(0, len(talk) - 1))] = draw(JSON)
+            case "value" if isinstance(talk, list) and talk and isinstance(talk[-1], dict):
+                talk[-1]["value"] = draw(TEXTS | JSON)
+            case "speaker" if isinstance(talk, list) and talk and isinstance(talk[0], dict):
+                talk[0]["from"] = draw(TEXTS | JSON)
+            case "repeat" if isinstance(talk, list):
+                row["conversations"] = talk * draw(st.integers(0, 3))
+    return row
+
+
+@settings(max_examples=60, deadline=None)
+@given(nearly_good=st.lists(mutated(), max_size=6), others=st.lists(JSON, max_size=2))
+def test_whatever_an_entry_holds_it_is_a_row_or_listed(tmp_path_factory, nearly_good, others):
+    entries = nearly_good + others
+    rows, bad = read_rows(write(tmp_path_factory.getbasetemp(), entries))
+
+    assert len(rows) + len(bad) == len(entries)
+    for row in rows:
+        assert isinstance(row, Row) and row.turns and row.source
+        assert len(row.images) == sum(question.count("<image>") for question, _ in row.turns)
+        assert not any(image.startswith("/") or ".." in image.split("/") for image in row.images)
+        assert all(answer.strip() and "<image>" not in answer for _, answer in row.turns)
+    assert all(isinstance(row, BadRow) and row.reason for row in bad)
+
+
+def test_broken_json_names_file_and_line(tmp_path):
+    path = write(tmp_path, '[\n{"id": 1},\n{"id": }\n]')
+    with pytest.raises(UserError, match="line 3") as error:
+        read_rows(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_bytes('[{"id": "é"}]'.encode("latin-1"))
+    with pytest.raises(UserError, match="UTF-8") as error:
+        read_rows(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["{}", '"rows"', "3", "null"])
+def test_json_without_a_list_is_refused(tmp_path, content):
+    with pytest.raises(UserError, match="expected a list"):
+        read_rows(write(tmp_path, content))
+
+
+def test_a_missing_file_names_the_setting(tmp_path):
+    with pytest.raises(UserError, match=r"data\.path"):
+        read_rows(tmp_path / "nowhere.json")
+    with pytest.raises(UserError, match=r"data\.path"):
+        read_rows(tmp_path)

@@ -1,0 +1,346 @@
+"""Projector checkpoints: what is written is what is loaded, and nothing is put where it does not belong."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import vzip
+from tests import tiny
+from vzip import UserError
+from vzip.io import META, WEIGHTS, describe, fingerprint, load_projector, read_meta, save_checkpoint
+
+BUDGET = {"dominant": 4, "contextual": 2}
+
+
+def attached(folder, **reducer):
+    model, _ = vzip.families.families()["llava"].from_pretrained(str(folder), dtype=torch.float32)
+    return vzip.attach(model, **(reducer or BUDGET))
+
+
+def projector_of(handle):
+    """The projector's tensors under the names that they have in the model."""
+    parameters = handle.family.model.named_parameters()
+    return {name: value.detach().clone() for name, value in parameters if name.startswith(handle.family.projector_name)}
+
+
+def save_run(folder, handle, base, **changes):
+    """What a run writes at its end."""
+    tensors = projector_of(handle)
+    meta = describe(handle.family, handle.reducer, base=str(base), base_fingerprint=fingerprint(handle.family))
+    meta |= {"num_image_tokens": 6, "dtype": "float32", "adapter": False, "trained": list(tensors)}
+    save_checkpoint(folder, tensors, meta | changes)
+    return folder
+
+
+def tune(handle, seed=1):
+    """Stands in for training: other projector weights."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in handle.family.projector.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    return handle
+
+
+@pytest.fixture
+def run(tmp_path, tiny_folder):
+    """(folder, handle): a finished run, and the attached model that wrote it."""
+    handle = tune(attached(tiny_folder))
+    return save_run(tmp_path / "run", handle, tiny_folder), handle
+
+
+def refused(function, *arguments, words, **keywords):
+    """The call raises a UserError that has all the words."""
+    with pytest.raises(UserError) as error:
+        function(*arguments, **keywords)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def unchanged(handle):
+    """Context: the projector is bit-identical afterwards, as it must be after a refusal."""
+
+    class Unchanged:
+        def __enter__(self):
+            self.before = projector_of(handle)
+
+        def __exit__(self, *error):
+            if error[0] is None:
+                assert all(torch.equal(value, self.before[name]) for name, value in projector_of(handle).items())
+
+    return Unchanged()
+
+
+def edit_meta(folder, change):
+    meta = json.loads((folder / META).read_text())
+    change(meta)
+    (folder / META).write_text(json.dumps(meta))
+
+
+def test_files_hold_the_projector_and_what_it_belongs_to(run, tiny_folder):
+    folder, handle = run
+    tensors = load_file(folder / WEIGHTS)
+    assert sorted(tensors) == [
+        f"model.multi_modal_projector.linear_{layer}.{kind}" for layer in (1, 2) for kind in ("bias", "weight")
+    ]
+    assert all(torch.equal(tensors[name], value) for name, value in projector_of(handle).items())
+    meta = read_meta(folder)
+    assert meta["base"] == {"id": str(tiny_folder), "model_type": "llava", "fingerprint": fingerprint(handle.family)}
+    assert meta["reducer"] == {"name": "visionzip", "dominant": 4, "contextual": 2, "merge": "sum"}
+    assert sorted(path.name for path in folder.iterdir()) == [META, WEIGHTS]  # and nothing half-written
+
+
+def test_saving_again_replaces_both_files(run, tiny_folder):
+    folder, handle = run
+    save_run(folder, tune(handle, seed=2), tiny_folder, note="second")
+    assert read_meta(folder)["note"] == "second"
+    assert all(torch.equal(load_file(folder / WEIGHTS)[name], value) for name, value in projector_of(handle).items())
+    assert sorted(path.name for path in folder.iterdir()) == [META, WEIGHTS]
+
+
+def test_load_projector_brings_back_every_bit(run, tiny_folder):
+    folder, handle = run
+    fresh = attached(tiny_folder)
+    assert not torch.equal(fresh.family.projector.linear_1.weight, handle.family.projector.linear_1.weight)
+    load_projector(fresh, folder)
+    assert all(torch.equal(value, projector_of(handle)[name]) for name, value in projector_of(fresh).items())
+    base = dict(attached(tiny_folder).family.model.named_parameters())
+    for name, value in fresh.family.model.named_parameters():
+        assert name in projector_of(handle) or torch.equal(value, base[name])
+
+
+def test_load_generates_what_the_model_that_wrote_it_does(run, tiny_folder):
+    folder, handle = run
+    question = {"images": [tiny.picture(1), tiny.picture(2)], "text": ["<image>a", "bcd<image>"], "padding": True}
+    inputs = handle.processor(tiny.processor())(**question, padding_side="left", return_tensors="pt")
+    limits = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    want = handle.family.model.generate(**inputs, **limits)
+
+    model, processor = vzip.load(folder, device="cpu")
+    again = processor(**question, padding_side="left", return_tensors="pt")
+    assert torch.equal(again["input_ids"], inputs["input_ids"])
+    assert torch.equal(model.generate(**again, **limits), want)
+    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+
+    untuned = attached(tiny_folder).family.model
+    assert not torch.equal(untuned(**inputs).logits, model(**again).logits)  # the projector matters here
+
+
+def test_load_takes_another_place_and_precision_of_the_base(run, tmp_path):
+    folder, _ = run
+    moved = tiny.save_llava(tmp_path / "moved")
+    edit_meta(folder, lambda meta: meta["base"].update(id=str(tmp_path / "gone")))
+    model, _ = vzip.load(str(folder), base=str(moved), dtype=torch.bfloat16, device="cpu")
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    projector = model.model.multi_modal_projector
+    assert torch.equal(projector.linear_1.weight, load_file(folder / WEIGHTS)["model.multi_modal_projector.linear_1.weight"])
+
+
+@pytest.mark.parametrize("reducer", [{"budget": 6}, {"reducer": "random"}, {"reducer": "identity"}], ids=str)
+def test_every_reducer_comes_back(tmp_path, tiny_folder, reducer):
+    if "reducer" in reducer:
+        name = reducer["reducer"]
+        reducer = {"reducer": vzip.reducers.create(name, {"budget": 5} if name == "random" else {})}
+    handle = attached(tiny_folder, **reducer)
+    model, processor = vzip.load(save_run(tmp_path / "run", handle, tiny_folder), device="cpu")
+    ids = processor(images=tiny.picture(), text="<image>", return_tensors="pt")["input_ids"]
+    assert (ids == model.config.image_token_id).sum() == handle.num_image_tokens()
+
+
+def test_fingerprint_is_the_same_in_any_precision(tiny_folder):
+    llava = vzip.families.families()["llava"]
+    prints = set()
+    for dtype in (torch.float32, torch.bfloat16):
+        model, _ = llava.from_pretrained(str(tiny_folder), dtype=dtype)
+        model.model.multi_modal_projector.float()
+        prints.add(fingerprint(llava(model)))
+    assert len(prints) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.vision_tower.encoder.layers.3.mlp.fc1.weight",
+        "model.vision_tower.embeddings.class_embedding",
+        "model.language_model.layers.0.input_layernorm.weight",
+        "model.language_model.embed_tokens.weight",
+        "lm_head.weight",
+    ],
+)
+def test_fingerprint_tells_one_changed_tensor(name):
+    family = vzip.families.family_of(tiny.llava())
+    before = fingerprint(family)
+    with torch.no_grad():
+        family.model.get_parameter(name).add_(1)
+    assert fingerprint(family) != before
+
+
+def test_fingerprint_ignores_the_projector():
+    family = vzip.families.family_of(tiny.llava())
+    before = fingerprint(family)
+    with torch.no_grad():
+        for parameter in family.projector.parameters():
+            parameter.normal_()
+    assert fingerprint(family) == before
+
+
+def test_other_base_weights_are_refused(run, tmp_path):
+    folder, _ = run
+    other = tiny.save_llava(tmp_path / "other", seed=1)
+    handle = attached(other)
+    with unchanged(handle):
+        refused(load_projector, handle, folder, words=["another base model", "frozen weights differ"])
+    refused(vzip.load, folder, base=str(other), device="cpu", words=["another base model"])
+
+
+@pytest.mark.parametrize("shape", [{"layers": 6}, {"width": 64}, {"tower": "dinov2"}, {"tower": "siglip"}], ids=str)
+def test_another_architecture_is_refused(run, shape):
+    handle = vzip.attach(tiny.llava(**shape), **BUDGET)
+    with unchanged(handle):
+        refused(load_projector, handle, run[0], words=["another base model"])
+
+
+def test_another_model_type_is_refused(run, tiny_folder):
+    folder, _ = run
+    edit_meta(folder, lambda meta: meta["base"].update(model_type="llava_next"))
+    handle = attached(tiny_folder)
+    with unchanged(handle):
+        refused(load_projector, handle, folder, words=["'llava_next'", "'llava'"])
+
+
+def test_a_family_that_this_version_does_not_have_is_refused(run):
+    folder, _ = run
+    edit_meta(folder, lambda meta: meta["base"].update(model_type="flamingo"))
+    refused(vzip.load, folder, words=["'flamingo'", "does not know"])
+
+
+@pytest.mark.parametrize(
+    ("reducer", "words"),
+    [
+        ({"reducer": vzip.reducers.create("random", {"budget": 6})}, ["'random'", "'visionzip'"]),
+        ({"reducer": vzip.reducers.create("identity", {})}, ["'identity'", "'visionzip'"]),
+        ({"dominant": 5, "contextual": 2}, ["'dominant': 4", "'dominant': 5"]),
+        ({"dominant": 4, "contextual": 3}, ["'contextual': 2", "'contextual': 3"]),
+        ({"reducer": vzip.reducers.create("visionzip", {**BUDGET, "merge": "average"})}, ["'sum'", "'average'"]),
+    ],
+    ids=["random", "identity", "dominant", "contextual", "merge"],
+)
+def test_another_reducer_or_budget_is_refused(run, tiny_folder, reducer, words):
+    handle = attached(tiny_folder, **reducer)
+    with unchanged(handle):
+        refused(load_projector, handle, run[0], words=["trained with the reducer", *words])
+
+
+def test_an_unknown_reducer_is_refused(run):
+    edit_meta(run[0], lambda meta: meta["reducer"].update(name="fastv"))
+    refused(vzip.load, run[0], device="cpu", words=["'fastv'", "visionzip"])
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, tiny_folder):
+    handle = attached(tiny_folder)
+    for folder in (tmp_path, tmp_path / "nothing"):
+        refused(load_projector, handle, folder, words=[str(folder), "is not a run folder", META])
+        refused(vzip.load, folder, words=["is not a run folder"])
+
+
+def test_an_unfinished_run_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    refused(vzip.load, tmp_path, words=[str(tmp_path), "has not finished"])
+
+
+@pytest.mark.parametrize("content", ['{"format": 1,\n "base": ', "", "[]", "null", '{"format": 1}', '{"format": 1, "base": {}}'])
+def test_a_broken_meta_is_refused(run, content):
+    folder, handle = run
+    (folder / META).write_text(content)
+    for call in (lambda: vzip.load(folder, device="cpu"), lambda: load_projector(handle, folder)):
+        refused(call, words=[META])
+
+
+@pytest.mark.parametrize("missing", ["base", "reducer", "dtype", "adapter"])
+def test_a_meta_that_lacks_a_key_is_refused(run, missing):
+    edit_meta(run[0], lambda meta: meta.pop(missing))
+    refused(vzip.load, run[0], device="cpu", words=[META, missing])
+
+
+@pytest.mark.parametrize("form", [0, 2, "1", None])
+def test_an_unknown_format_is_refused(run, form):
+    edit_meta(run[0], lambda meta: meta.update(format=form))
+    refused(vzip.load, run[0], words=[META, f"format {form!r} is unknown", "reads format 1"])
+
+
+def test_a_missing_base_is_refused_with_the_way_out(run, tmp_path):
+    folder, _ = run
+    gone = tmp_path / "gone"
+    edit_meta(folder, lambda meta: meta["base"].update(id=str(gone)))
+    refused(vzip.load, folder, device="cpu", words=[str(gone), "can't be loaded", "base=..."])
+    gone.mkdir()
+    refused(vzip.load, folder, device="cpu", words=[str(gone), "can't be loaded", "base=..."])
+
+
+def test_a_base_of_another_kind_is_refused(run, tmp_path):
+    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "text")
+    tiny.tokenizer().save_pretrained(tmp_path / "text")
+    refused(vzip.load, run[0], base=str(tmp_path / "text"), device="cpu", words=["text"])
+
+
+def torch_save(tensors, path):
+    torch.save(tensors, path)
+
+
+def cut(tensors, path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def misname(tensors, path):
+    save_file({name.removeprefix("model."): value for name, value in tensors.items()}, path)
+
+
+def leave_one_out(tensors, path):
+    save_file(dict(list(tensors.items())[1:]), path)
+
+
+def add_one(tensors, path):
+    save_file({**tensors, "lm_head.weight": torch.zeros(2, 2)}, path)
+
+
+def turn(tensors, path):
+    save_file({name: value.T.contiguous() for name, value in tensors.items()}, path)
+
+
+def delete(tensors, path):
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (torch_save, ["can't be read"]),  # a pickle: never opened as one
+        (cut, ["can't be read"]),
+        (delete, ["can't be read"]),
+        (misname, ["does not fit"]),
+        (leave_one_out, ["does not fit"]),
+        (add_one, ["does not fit"]),
+        (turn, ["does not fit"]),
+    ],
+)
+def test_broken_weights_are_refused_and_nothing_is_loaded(run, tiny_folder, damage, words):
+    folder, _ = run
+    damage(load_file(folder / WEIGHTS), folder / WEIGHTS)
+    handle = attached(tiny_folder)
+    with unchanged(handle):
+        refused(load_projector, handle, folder, words=[WEIGHTS, *words])
+
+
+def test_nothing_is_unpickled(run, tiny_folder, tmp_path):
+    """A pickle that would write a file when opened."""
+
+    class Trap:
+        def __reduce__(self):
+            return (type(tmp_path).touch, (tmp_path / "sprung",))
+
+    folder, _ = run
+    torch.save(Trap(), folder / WEIGHTS)
+    refused(load_projector, attached(tiny_folder), folder, words=["can't be read"])
+    assert not (tmp_path / "sprung").exists()

@@ -1,0 +1,294 @@
+"""Conversation templates: token ids and labels, against lists worked out by hand and LLaVA's own rule."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+from tests import tiny
+from vzip import UserError
+from vzip.templates import IGNORED, IMAGE, VICUNA_SYSTEM, chatml, encode, place_images, vicuna
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory):
+    """legacy -> a LLaMA tokenizer with 32,000 pieces and `<image>`, as LLaVA-1.5's."""
+    spec = importlib.util.find_spec("mistral_common")  # found, not imported: its own dependencies are not needed
+    if spec is None:
+        pytest.skip("needs a 32,000-piece SentencePiece model: pip install --no-deps mistral-common")
+    model = Path(spec.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
+    if not model.is_file():
+        pytest.skip(f"this mistral-common has no {model.name}")
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    shutil.copy(model, folder / "tokenizer.model")
+
+    def build(legacy):
+        tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=legacy)
+        tokenizer.add_tokens([IMAGE], special_tokens=True)
+        return tokenizer
+
+    tokenizers = {legacy: build(legacy) for legacy in (True, False)}
+    return tokenizers.__getitem__
+
+
+@pytest.fixture(scope="module")
+def joining():
+    """A byte tokenizer that joins newlines and spaces, as GPT-2's, Qwen's and SmolLM2's do."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*tiny.SPECIAL, *alphabet, "ĊĊ", "ĠĠ", "ĊĠ", "Ġx"]
+    merges = [("Ċ", "Ċ"), ("Ġ", "Ġ"), ("Ċ", "Ġ"), ("Ġ", "x")]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", extra_special_tokens=tiny.SPECIAL[3:])
+
+
+def labelled(labels):
+    return [label for label in labels if label != IGNORED]
+
+
+def pieces(tokenizer, ids):
+    return tokenizer.convert_ids_to_tokens(ids)
+
+
+PROMPT_END = ["▁ASS", "IST", "ANT", ":"]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_vicuna_token_by_token(sentencepiece, legacy):
+    tokenizer = sentencepiece(legacy)
+    turns = [("<image>\nWhat is it?", "A red car."), ("Where?", "On the road.")]
+    ids, labels = encode(vicuna("Be kind. "), tokenizer, turns)
+    first = ["<s>", "▁Be", "▁kind", ".", "▁US", "ER", ":", "▁", IMAGE, "▁", "<0x0A>", "What", "▁is", "▁it", "?", *PROMPT_END]
+    answer, answer_2 = ["▁A", "▁red", "▁car", ".", "</s>"], ["▁On", "▁the", "▁road", ".", "</s>"]
+    # Only a legacy tokenizer puts a space before text that follows a special token.
+    second = [*(["▁US", "ER"] if legacy else ["USER"]), ":", "▁Where", "?", *PROMPT_END]
+    assert pieces(tokenizer, ids) == first + answer + second + answer_2
+    carries_loss = [False] * len(first) + [True] * 5 + [False] * len(second) + [True] * 5
+    assert [label != IGNORED for label in labels] == carries_loss
+    assert [label for label, loss in zip(labels, carries_loss, strict=True) if loss] == labelled(labels)
+    assert pieces(tokenizer, labelled(labels)) == answer + answer_2
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_vicuna_without_system_prompt_and_image(sentencepiece, legacy):
+    tokenizer = sentencepiece(legacy)
+    ids, labels = encode(vicuna(""), tokenizer, [("Say\nit", "A.")])
+    assert pieces(tokenizer, ids) == ["<s>", "▁US", "ER", ":", "▁Say", "<0x0A>", "it", *PROMPT_END, "▁A", ".", "</s>"]
+    assert pieces(tokenizer, labelled(labels)) == ["▁A", ".", "</s>"]
+    ids, _ = encode(vicuna(""), tokenizer, [("<image>\nWhat", None)])
+    assert pieces(tokenizer, ids) == ["<s>", "▁US", "ER", ":", "▁", IMAGE, "▁", "<0x0A>", "What", *PROMPT_END]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_the_default_system_prompt_is_vicunas(sentencepiece, legacy):
+    tokenizer = sentencepiece(legacy)
+    ids, _ = encode(vicuna(), tokenizer, [("<image>\nHi", None)])
+    assert ids[: ids.index(tokenizer.convert_tokens_to_ids(IMAGE))] == llava_image_tokens(VICUNA_SYSTEM + "USER: ", tokenizer)
+    assert VICUNA_SYSTEM.startswith("A chat between a curious user and an artificial intelligence assistant. The")
+
+
+def llava_image_tokens(prompt, tokenizer):
+    """LLaVA's tokenizer_image_token: BOS, and every chunk between images by itself."""
+    ids = [tokenizer.bos_token_id]
+    for index, chunk in enumerate(prompt.split(IMAGE)):
+        ids += [tokenizer.convert_tokens_to_ids(IMAGE)] if index else []
+        ids += tokenizer.encode(chunk, add_special_tokens=False)
+    return ids
+
+
+def llava_preprocess(tokenizer, turns, *, system="", legacy=False):
+    """LLaVA's preprocess_v1: tokenize the whole prompt; find each round's answer by counting its tokens."""
+    prompt = system
+    for question, answer in turns:
+        if IMAGE in question:
+            question = (IMAGE + "\n" + question.replace(IMAGE, "").strip()).strip()
+        prompt += f"USER: {question} ASSISTANT: {answer}</s>"
+    ids = llava_image_tokens(prompt, tokenizer)
+    labels = [IGNORED] * len(ids)
+    position = 1  # after BOS
+    for index, text in enumerate(prompt.split("</s>")[:-1]):
+        question, _ = text.split(" ASSISTANT: ")
+        # Each round is counted with a BOS, which stands for its </s>; in place, a later round has no leading space.
+        joined = 1 if index and not legacy else 0
+        length = len(llava_image_tokens(text, tokenizer)) - joined
+        skipped = len(llava_image_tokens(question + " ASSISTANT: ", tokenizer)) - 2 - joined
+        labels[position + skipped : position + length] = ids[position + skipped : position + length]
+        position += length
+    assert position == len(ids)
+    return ids, labels
+
+
+CONVERSATIONS = [
+    [("<image>\nWhat is it?", "A red car.")],
+    [("What is it?\n<image>", "Ein rotes Auto, größer als 3 m.")],
+    [("<image>\nWhat is it?", "A red car."), ("Where?", "On the road."), ("Sure?\nReally?", "Yes!")],
+    [("What is it?", "A red car."), ("And this?\n<image>", "Two\nlines.")],
+    [("Hello", "Hi"), ("  spaces  inside ", "42 %")],
+    [("<image>\n日本語?", "はい。🙂"), ("Count: 1, 2", "3\n4\n")],
+    [("<image>\nList", "\nTwo"), ("again", " lead"), ("and", "  two")],
+    [("<image>\nBox?", "[0.1, 0.25, 0.9, 1.0]"), ("Sign?", "(a) :: b"), ("Word?", "ASSISTANT")],
+]
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+@pytest.mark.parametrize("system", ["", VICUNA_SYSTEM])
+def test_vicuna_is_llavas_preprocessing(sentencepiece, turns, system):
+    tokenizer = sentencepiece(False)
+    assert encode(vicuna(system), tokenizer, turns) == llava_preprocess(tokenizer, turns, system=system)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    turns=st.lists(
+        st.tuples(
+            st.text("ab Z19.,:?!\n-é漢", min_size=1).filter(str.strip), st.text("ab Z19.,:?!\n-é漢", min_size=1).filter(str.strip)
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    image_at=st.integers(0, 3),
+)
+def test_vicuna_is_llavas_preprocessing_for_any_text(sentencepiece, turns, image_at):
+    tokenizer = sentencepiece(False)
+    turns = [(f"{IMAGE}\n{q}" if index == image_at else q, a) for index, (q, a) in enumerate(turns)]
+    assert encode(vicuna(""), tokenizer, turns) == llava_preprocess(tokenizer, turns)
+
+
+def test_a_question_that_is_only_an_image_is_as_in_llava(sentencepiece):
+    tokenizer = sentencepiece(False)
+    turns = [("<image>\n", "A red car.")]
+    assert encode(vicuna(""), tokenizer, turns) == llava_preprocess(tokenizer, turns)
+
+
+def chatml_text(turns, system="Be kind."):
+    """The whole conversation as ChatML writes it."""
+    text = f"<|im_start|>system\n{system}<|im_end|>\n"
+    for question, answer in turns:
+        text += f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        text += "" if answer is None else f"{answer}<|im_end|>\n"
+    return text
+
+
+def test_chatml_is_the_templates_string():
+    tokenizer = tiny.tokenizer()
+    turns = [("<image>\nWhat is it?", "A red car."), ("Where?", " On the\nroad."), ("Text only", "ok")]
+    ids, labels = encode(chatml("Be kind."), tokenizer, turns)
+    assert ids == tokenizer.encode(chatml_text(turns), add_special_tokens=False)
+    ends = [i for i, token in enumerate(ids) if token == tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert [labels[i] != IGNORED for i in ends] == [False, False, True, False, True, False, True]
+    assert tokenizer.decode(labelled(labels)) == "A red car.<|im_end|> On the\nroad.<|im_end|>ok<|im_end|>"
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    for end in ends:
+        assert ids[end + 1 : end + 2] == newline and labels[end + 1] == IGNORED
+
+
+def test_chatml_joins_nothing_across_answers(joining):
+    turns = [("<image>\nWhat?\n\nreally?", "A x."), ("Where?", "On\n\n x")]
+    ids, labels = encode(chatml("Be kind."), joining, turns)
+    assert ids == joining.encode(chatml_text(turns), add_special_tokens=False)
+    assert joining.decode(labelled(labels)) == "A x.<|im_end|>On\n\n x<|im_end|>"
+
+
+@pytest.mark.parametrize("answer", ["\nTwo", " lead", "  lead", "\n\nTwo", "\n x", "\t", " ", "\n"])
+@pytest.mark.parametrize("kind", ["bytes", "joining"])
+def test_answers_that_start_with_white_space_keep_their_labels(answer, kind, joining):
+    tokenizer = joining if kind == "joining" else tiny.tokenizer()
+    turns = [("<image>\nx", answer), ("y", answer)]
+    ids, labels = encode(chatml("s"), tokenizer, turns)
+    assert tokenizer.decode(labelled(labels)) == f"{answer}<|im_end|>{answer}<|im_end|>"
+    assert tokenizer.decode(ids) == chatml_text(turns, "s")
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("answer", ["\nTwo", " lead", "  lead", "\n\nTwo", "\n x"])
+def test_vicuna_answers_that_start_with_white_space_keep_their_labels(sentencepiece, legacy, answer):
+    tokenizer = sentencepiece(legacy)
+    ids, labels = encode(vicuna(""), tokenizer, [("<image>\nx", answer), ("y", answer)])
+    text = "".join(pieces(tokenizer, labelled(labels))).replace("<0x0A>", "\n").replace("▁", " ")
+    assert text == f" {answer}</s> {answer}</s>"
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+
+
+# Any text but surrogates, which no tokenizer takes, and "<", which could spell a special token.
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), max_size=20)
+
+
+@st.composite
+def conversations(draw):
+    questions = draw(st.lists(TEXT, min_size=1, max_size=3))
+    images = [draw(st.integers(0, 2)) for _ in questions]
+    return [(f"{IMAGE}\n" * count + q, draw(TEXT)) for q, count in zip(questions, images, strict=True)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(turns=conversations())
+def test_properties_of_any_conversation(turns):
+    tokenizer = tiny.tokenizer()
+    template = chatml("s")
+    ids, labels = encode(template, tokenizer, turns)
+    assert len(ids) == len(labels)
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    assert tokenizer.decode(labelled(labels)) == "".join(answer + "<|im_end|>" for _, answer in turns)
+    rest = [token for token, label in zip(ids, labels, strict=True) if label == IGNORED]
+    questions = [(place_images(question), None) for question, _ in turns]
+    assert tokenizer.decode(rest) == "".join(
+        chatml_text([turn], "s").removeprefix("" if index == 0 else chatml_text([], "s")) + "\n"
+        for index, turn in enumerate(questions)
+    )
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    assert ids.count(image_id) == sum(question.count(IMAGE) for question, _ in turns)
+    assert image_id not in labels
+
+    prompt, nothing = encode(template, tokenizer, [*turns[:-1], (turns[-1][0], None)])
+    assert prompt == ids[: len(prompt)]
+    assert nothing == labels[: len(prompt)]
+    assert labels[len(prompt)] != IGNORED  # and the loss starts with the very next token
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_vicuna_prompt_is_a_prefix_of_its_row(sentencepiece, legacy):
+    tokenizer = sentencepiece(legacy)
+    turns = [("<image>\nWhat is it?", "A red car."), ("Where?", "On the road.")]
+    ids, labels = encode(vicuna(), tokenizer, turns)
+    prompt, nothing = encode(vicuna(), tokenizer, [turns[0], ("Where?", None)])
+    assert prompt == ids[: len(prompt)] and nothing == labels[: len(prompt)]
+    assert tokenizer.decode(ids[len(prompt) :]) == "On the road.</s>"
+
+
+@pytest.mark.parametrize(
+    ("question", "placed"),
+    [
+        ("no image", "no image"),
+        ("  no image\n", "  no image\n"),
+        ("<image>\nWhat?", "<image>\nWhat?"),
+        ("What?\n<image>", "<image>\nWhat?"),
+        ("Is <image> that?", "<image>\nIs  that?"),
+        ("<image> and\n<image>", "<image>\n<image>\nand"),
+    ],
+)
+def test_images_are_placed_first(question, placed):
+    assert place_images(question) == placed
+    assert place_images(placed) == placed
+
+
+def test_a_tokenizer_that_does_not_fit_the_template_is_refused():
+    """Byte tokens written in reverse: no anchor is a prefix of what follows it."""
+
+    class Reversed:
+        bos_token_id = 0
+
+        def convert_tokens_to_ids(self, token):
+            return 1
+
+        def encode(self, text, add_special_tokens):
+            return list(reversed(text.encode()))
+
+    with pytest.raises(UserError, match="does not fit the tokenizer"):
+        encode(vicuna(""), Reversed(), [("q", "a")])
