@@ -24,7 +24,8 @@ from vzip import UserError
 from vzip.io import ADAPTER, save_checkpoint
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "hydra-core", "wandb", "safetensors")
-MIN_FREE_BYTES = 500_000_000
+BYTES_PER_PARAMETER = 28
+"""Of disk: two resumable states of float32 weights and AdamW moments, and the result."""
 
 
 def _git(*arguments: str) -> str | None:
@@ -86,15 +87,16 @@ class RunFolder:
         path = self.path / "result.json"
         return from_main(json.loads(path.read_text()) if path.is_file() else None)
 
-    def begin(self, manifest: dict[str, Any], *, world_size: int) -> None:
-        """Write what the run is, before it trains."""
+    def begin(self, manifest: dict[str, Any], *, num_trainable: int, world_size: int) -> None:
+        """Write what the run is, before it trains. Raises UserError if the disk has no room for its states."""
         if not self.main:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(self.path).free) < MIN_FREE_BYTES:
+        needed = 100_000_000 + BYTES_PER_PARAMETER * num_trainable
+        if (free := shutil.disk_usage(self.path).free) < needed:
             raise UserError(
-                f"only {free / 1e6:.0f} MB are free at {self.path}; a run needs {MIN_FREE_BYTES / 1e6:.0f} MB: "
-                f"free some, or set runs=... to another disk"
+                f"{self.path} has {free / 1e6:,.0f} MB free, a run needs {needed / 1e6:,.0f} MB; free some, or set runs=... "
+                f"to a folder on another disk"
             )
         (self.path / "config.yaml").write_text(OmegaConf.to_yaml(self.cfg, resolve=True))
         write_json(self.path / "env.json", environment(self.cfg, world_size=world_size))

@@ -78,24 +78,21 @@ class TokenLoss(nn.Module):
         self.model = family.model
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        inner = self.model.model
-        pixel_values = batch.pixel_values.to(self.model.dtype)
-        output = inner(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            pixel_values=pixel_values if batch.has_images else None,
-            use_cache=False,
-        )
+        inner, placeholder = self.model.model, self.model.config.image_token_id
+        images = inner.get_image_features(pixel_values=batch.pixel_values.to(self.model.dtype)).pooler_output
+        embeddings = inner.get_input_embeddings()(batch.input_ids)
+        features = torch.cat(images).to(embeddings.dtype)
+        if batch.has_images:
+            embeddings = embeddings.masked_scatter((batch.input_ids == placeholder).unsqueeze(-1), features)
+        else:
+            # Text alone gives the projector no gradient. But every rank must run the same modules in the same order, or the
+            # others wait for it forever: a blank picture goes through them, times zero.
+            embeddings = embeddings + 0.0 * features.sum()
+        output = inner.language_model(inputs_embeds=embeddings, attention_mask=batch.attention_mask, use_cache=False)
         targets = batch.labels[:, 1:]
         at_labels = targets != IGNORED
         logits = self.model.lm_head(output.last_hidden_state[:, :-1][at_labels])
-        loss = F.cross_entropy(logits.float(), targets[at_labels], reduction="sum")
-        if not batch.has_images:
-            # Text alone gives the projector no gradient, but every rank must run the same modules in the same order, or
-            # the others wait for it forever: a blank picture goes through them, times zero.
-            for features in inner.get_image_features(pixel_values=pixel_values).pooler_output:
-                loss = loss + 0.0 * features.float().sum()
-        return loss
+        return F.cross_entropy(logits.float(), targets[at_labels], reduction="sum")
 
 
 def deepspeed_config(cfg: DictConfig, *, accumulation: int) -> dict[str, Any]:

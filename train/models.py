@@ -1,5 +1,6 @@
 """From the model's settings to a model with its starting projector in float32, and its processor."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,19 +11,17 @@ from vzip import UserError
 from vzip.families import Family
 from vzip.io import load_weights
 
+PREPARE = "run `make data` to prepare the embedded default"
+CONNECT = "connect to the hub once, or set model.id to a folder that holds the model"
 
-def _from_pretrained(cls: type[Family], cfg: DictConfig, dtype: torch.dtype) -> tuple[Any, Any]:
+
+def _found(load: Callable[..., Any], cfg: DictConfig, **settings: Any) -> Any:
+    """What `load` finds at `model.id`. Raises UserError if that is nowhere."""
     try:
-        return cls.from_pretrained(cfg.model.id, dtype=dtype)
+        return load(cfg.model.id, **settings)
     except OSError as error:
-        hint = (
-            "run `make data` to prepare the embedded default"
-            if cfg.model.name == "smol"
-            else (
-                "connect to the hub once, or set model.id to a folder that holds the model; weights=random builds it untrained"
-            )
-        )
-        raise UserError(f"no weights for model.id={cfg.model.id}: {hint}\n({str(error).splitlines()[0]})") from error
+        hint = PREPARE if cfg.model.name == "smol" else CONNECT
+        raise UserError(f"nothing to load at model.id={cfg.model.id}: {hint}\n({str(error).splitlines()[0]})") from error
 
 
 def load_model(cfg: DictConfig) -> tuple[Family, Any]:
@@ -32,12 +31,12 @@ def load_model(cfg: DictConfig) -> tuple[Family, Any]:
         UserError: no weights at `model.id`, or a `model.projector` that does not fit.
     """
     cls, dtype = get_class(cfg.model["_target_"]), getattr(torch, cfg.model.dtype)
+    processor = _found(cls.load_processor, cfg)
     if cfg.weights == "random":
         torch.manual_seed(cfg.seed)
         model = cls.from_architecture(OmegaConf.to_container(cfg.model.architecture, resolve=True), dtype=dtype)
-        processor = None
     else:
-        model, processor = _from_pretrained(cls, cfg, dtype)
+        model = _found(cls.load_model, cfg, dtype=dtype)
     family = cls(model)
     family.projector.float()
     if cfg.model.projector and cfg.weights == "pretrained":

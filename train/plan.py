@@ -54,8 +54,8 @@ def print_plan(cfg: DictConfig, *, world_size: int) -> None:
     batches = batch_plan(cfg, num_rows=num_rows, world_size=world_size)
     cost = row_cost(family, num_patches=before, num_image_tokens=after, num_text_tokens=expected.text_tokens)
     flops = cost.total * batches.size * batches.num_steps
-    num_trainable = sum(p.numel() for p in trainable.parameters.values())
-    memory = tuning_memory(family, num_trainable=num_trainable, num_tokens=batches.micro * (after + expected.text_tokens))
+    num_tokens = batches.micro * (after + expected.text_tokens)
+    memory = tuning_memory(family, num_trainable=trainable.num_parameters, num_tokens=num_tokens)
     parts = f"tower {cost.tower / 1e9:,.0f}, projector {cost.projector / 1e9:,.1f}, language {cost.language / 1e9:,.0f} GFLOP"
     table = Table(show_header=False, title="plan", title_justify="left")
     for name, value in {
@@ -64,7 +64,7 @@ def print_plan(cfg: DictConfig, *, world_size: int) -> None:
         "tokens an image": f"{before} before, {after} after",
         "rows": f"{num_rows:,} = {cfg.data.fraction:g} of {expected.rows:,}, at {expected.text_tokens} text tokens (estimated)",
         "batches": str(batches),
-        "compute": f"{flops / 1e15:,.3g} PFLOP; a row: {parts}",
+        "compute": f"{flops / 1e15:,.1f} PFLOP; a row: {parts}",
         "memory a rank": f"{memory / 1e9:,.1f} GB, of it frozen weights {frozen_bytes / 1e9:,.1f} GB",
         "time on one H100": f"{_duration(flops / H100_PEAK / MFU)} at {MFU:.0%} of its peak",
         "time here": f"{_duration(flops / measured_peak() / MFU / world_size)} at {MFU:.0%} of the measured peak",

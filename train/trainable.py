@@ -19,6 +19,10 @@ class Trainable:
     parameters: dict[str, nn.Parameter]
     peft_model: Any = None
 
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
 
 def _add_lora(family: Family, lora: DictConfig) -> Any:
     from peft import LoraConfig, get_peft_model
@@ -60,5 +64,4 @@ def print_table(family: Family, trainable: Trainable) -> None:
     table.columns[2].justify = table.columns[3].justify = "right"
     console = Console(markup=False)
     console.print(table)
-    total = sum(p.numel() for p in trainable.parameters.values())
-    console.print(f"{total:,} trainable parameters in {len(trainable.parameters)} tensors")
+    console.print(f"{trainable.num_parameters:,} trainable parameters in {len(trainable.parameters)} tensors")

@@ -38,6 +38,7 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
     if run.result is not None:
         say(f"{run.path} is finished; fresh=true starts it over")
         return run.result["rows"]
+    control = control_row(cfg, tune)
 
     family, processor = load_model(cfg)
     meta = describe(family, reducer, base=cfg.model.id, base_fingerprint=fingerprint(family))
@@ -49,7 +50,7 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
     plan = config.batch_plan(cfg, num_rows=len(examples), world_size=world_size)
     batches = MicroBatches(examples, Collator.of(processor, num_image_tokens), plan, rank=rank)
     say(f"{run.path}: {plan}")
-    run.begin(manifest, world_size=world_size)
+    run.begin(manifest, num_trainable=trainable.num_parameters, world_size=world_size)
 
     engine = Engine(family, trainable, cfg, accumulation=plan.accumulation)
     tracker = Tracker(run.path, cfg, rank=rank)
@@ -59,7 +60,7 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
         fit(engine, batches, cfg, run, tracker)
         run.save_trained(engine, meta | run.trained_meta(engine, manifest, num_image_tokens))
         pictures = draw_examples(handle, processor.image_processor, evaluator.pictures, run.path)
-    rows += evaluator.rows("tuned", reducer) + control_row(cfg, tune)
+    rows += evaluator.rows("tuned", reducer) + control
     tracker.log_results(rows, evaluator.samples, pictures)
     tracker.finish()
     run.finish({"rows": rows, "num_steps": plan.num_steps, "manifest": manifest["hash"], "seed": cfg.seed})

@@ -153,7 +153,8 @@ def load(
     if cls is None:
         raise UserError(f"{folder} is of the family {meta['base']['model_type']!r}, which this version does not know")
     try:
-        model, processor = cls.from_pretrained(source, dtype=dtype or getattr(torch, meta["dtype"]))
+        model = cls.load_model(source, dtype=dtype or getattr(torch, meta["dtype"]))
+        processor = cls.load_processor(source)
     except OSError as error:
         raise UserError(f"the base model {source} can't be loaded: {error}\nPass base=... with its folder or hub id") from error
     settings = dict(meta["reducer"])

@@ -149,7 +149,7 @@ MISTAKES = {
     "fraction": (["data.fraction=1.5"], "data.fraction=1.5"),
     "no data": (["data.path=/nowhere.json"], "/nowhere.json does not exist"),
     "no pictures": (["data.image_folder=/nowhere"], "missing"),
-    "no weights": (["model.id=/nowhere/model"], "model.id=/nowhere/model"),
+    "nothing to load": (["model.id=/nowhere/model"], "model.id=/nowhere/model"),
     "no projector": (["model.projector=/nowhere.safetensors"], "/nowhere.safetensors"),
 }
 

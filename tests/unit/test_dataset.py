@@ -194,6 +194,15 @@ def test_a_worker_process_gives_the_same_batches(data_folder):
     assert all(equal(one, other) for one, other in zip(here, there, strict=True))
 
 
+def test_a_mistake_in_a_worker_process_has_no_traceback_in_its_message(tmp_path):
+    # Commands print the message alone.
+    example = Example([IMAGE_ID, 7], [IGNORED, 7], (tmp_path / "gone.png",))
+    source = batches([example], micro=1, accumulation=1, world_size=1, num_steps=1)
+    with pytest.raises(UserError, match=r"gone\.png") as error:
+        list(loader(source, first=0, num_workers=1))
+    assert "Traceback" not in str(error.value)
+
+
 def talk(*texts, **extra):
     messages = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
     return parse_row({"conversations": messages, **extra})

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 import vzip
 from tests import tiny
@@ -16,7 +16,7 @@ BUDGET = {"dominant": 4, "contextual": 2}
 
 
 def attached(folder, **reducer):
-    model, _ = vzip.families.families()["llava"].from_pretrained(str(folder), dtype=torch.float32)
+    model = vzip.families.families()["llava"].load_model(str(folder), dtype=torch.float32)
     return vzip.attach(model, **(reducer or BUDGET))
 
 
@@ -152,7 +152,7 @@ def test_fingerprint_is_the_same_in_any_precision(tiny_folder):
     llava = vzip.families.families()["llava"]
     prints = set()
     for dtype in (torch.float32, torch.bfloat16):
-        model, _ = llava.from_pretrained(str(tiny_folder), dtype=dtype)
+        model = llava.load_model(str(tiny_folder), dtype=dtype)
         model.model.multi_modal_projector.float()
         prints.add(fingerprint(llava(model)))
     assert len(prints) == 1
@@ -249,7 +249,7 @@ def test_an_unfinished_run_is_refused(tmp_path):
     refused(vzip.load, tmp_path, words=[str(tmp_path), "has not finished"])
 
 
-@pytest.mark.parametrize("content", ['{"format": 1,\n "base": ', "", "[]", "null", '{"format": 1}', '{"format": 1, "base": {}}'])
+@pytest.mark.parametrize("content", ['{"format": 1,\n "base": ', "", "[]", "null"])
 def test_a_broken_meta_is_refused(run, content):
     folder, handle = run
     (folder / META).write_text(content)
@@ -278,11 +278,11 @@ def test_a_missing_base_is_refused_with_the_way_out(run, tmp_path):
     refused(vzip.load, folder, device="cpu", words=[str(gone), "can't be loaded", "base=..."])
 
 
-def test_a_base_of_another_kind_is_refused(run, tmp_path):
-    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "text")
-    tiny.tokenizer().save_pretrained(tmp_path / "text")
-    refused(vzip.load, run[0], base=str(tmp_path / "text"), device="cpu", words=["text"])
+def test_a_base_of_another_kind_is_refused_by_its_config(run, tmp_path):
+    """Given the weights too, `transformers` would first make a LLaVA of the default size: 7 billion random weights."""
+    LlamaConfig().save_pretrained(tmp_path / "text")
+    tiny.processor().save_pretrained(tmp_path / "text")
+    refused(vzip.load, run[0], base=str(tmp_path / "text"), device="cpu", words=["'llama'", "not supported"])
 
 
 def torch_save(tensors, path):
@@ -306,7 +306,7 @@ def add_one(tensors, path):
 
 
 def turn(tensors, path):
-    save_file({name: value.T.contiguous() for name, value in tensors.items()}, path)
+    save_file({name: value.t().contiguous() for name, value in tensors.items()}, path)
 
 
 def delete(tensors, path):
@@ -327,7 +327,8 @@ def delete(tensors, path):
 )
 def test_broken_weights_are_refused_and_nothing_is_loaded(run, tiny_folder, damage, words):
     folder, _ = run
-    damage(load_file(folder / WEIGHTS), folder / WEIGHTS)
+    tensors = {name: value.clone() for name, value in load_file(folder / WEIGHTS).items()}  # not a view of the file
+    damage(tensors, folder / WEIGHTS)
     handle = attached(tiny_folder)
     with unchanged(handle):
         refused(load_projector, handle, folder, words=[WEIGHTS, *words])

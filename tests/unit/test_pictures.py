@@ -4,6 +4,7 @@ import io
 from contextlib import suppress
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
@@ -57,6 +58,15 @@ def test_grey_becomes_rgb(tmp_path, mode):
     Image.new("L", (8, 6), 255).convert(mode).save(tmp_path / "grey.png")
     picture = open_picture(tmp_path / "grey.png")
     assert (picture.mode, picture.size, picture.getpixel((3, 3))) == ("RGB", (8, 6), (255, 255, 255))
+
+
+def test_grey_of_16_bits_keeps_its_shades(tmp_path):
+    pixels = torch.arange(64, dtype=torch.int32).mul(1024).view(8, 8)
+    Image.fromarray(pixels.numpy().astype("uint16")).save(tmp_path / "deep.png")
+    picture = open_picture(tmp_path / "deep.png")
+
+    assert picture.mode == "RGB"
+    assert [picture.getpixel((column, 4))[0] for column in (0, 4, 7)] == pytest.approx([128, 144, 156], abs=2)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,5 @@
 """Conversation templates: token ids and labels, against lists worked out by hand and LLaVA's own rule."""
 
-import importlib.util
-import shutil
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,19 +12,11 @@ from vzip.templates import IGNORED, IMAGE, VICUNA_SYSTEM, chatml, encode, place_
 
 
 @pytest.fixture(scope="module")
-def sentencepiece(tmp_path_factory):
+def sentencepiece(sentencepiece_folder):
     """legacy -> a LLaMA tokenizer with 32,000 pieces and `<image>`, as LLaVA-1.5's."""
-    spec = importlib.util.find_spec("mistral_common")  # found, not imported: its own dependencies are not needed
-    if spec is None:
-        pytest.skip("needs a 32,000-piece SentencePiece model: pip install --no-deps mistral-common")
-    model = Path(spec.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
-    if not model.is_file():
-        pytest.skip(f"this mistral-common has no {model.name}")
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    shutil.copy(model, folder / "tokenizer.model")
 
     def build(legacy):
-        tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=legacy)
+        tokenizer = LlamaTokenizer.from_pretrained(sentencepiece_folder, legacy=legacy)
         tokenizer.add_tokens([IMAGE], special_tokens=True)
         return tokenizer
 
@@ -148,7 +136,8 @@ def test_vicuna_is_llavas_preprocessing(sentencepiece, turns, system):
 @given(
     turns=st.lists(
         st.tuples(
-            st.text("ab Z19.,:?!\n-é漢", min_size=1).filter(str.strip), st.text("ab Z19.,:?!\n-é漢", min_size=1).filter(str.strip)
+            st.text("ab Z19.,:?!\n-é漢", min_size=1).filter(str.strip),
+            st.text("ab Z19.,:?!\n-é漢", min_size=1).filter(str.strip),
         ),
         min_size=1,
         max_size=3,

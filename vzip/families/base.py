@@ -24,8 +24,13 @@ class Family:
         self.model = model
 
     @classmethod
-    def from_pretrained(cls, path: str, *, dtype: torch.dtype) -> tuple[Any, Any]:
-        """(model, processor) of a folder or a hub id, on the CPU. Raises OSError where there is neither."""
+    def load_model(cls, path: str, *, dtype: torch.dtype) -> Any:
+        """The model of a folder or a hub id, on the CPU. Raises OSError where there is neither."""
+        raise NotImplementedError
+
+    @classmethod
+    def load_processor(cls, path: str) -> Any:
+        """Its processor, unreduced. Raises OSError as above."""
         raise NotImplementedError
 
     @classmethod

@@ -43,9 +43,12 @@ class Llava(Family):
     projector_name: ClassVar[str] = "model.multi_modal_projector"
 
     @classmethod
-    def from_pretrained(cls, path: str, *, dtype: torch.dtype) -> tuple[Any, Any]:
-        model = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype)
-        return model.eval(), AutoProcessor.from_pretrained(path)
+    def load_model(cls, path: str, *, dtype: torch.dtype) -> Any:
+        return LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype).eval()
+
+    @classmethod
+    def load_processor(cls, path: str) -> Any:
+        return AutoProcessor.from_pretrained(path)
 
     @classmethod
     def from_architecture(cls, architecture: dict[str, Any], *, dtype: torch.dtype) -> Any:

@@ -1,0 +1,164 @@
+"""The golden cases: what the authors' released code gives for a checkpoint and its inputs, in float32.
+
+tests/golden/NAME holds `model/`, `case.json` and `case.safetensors`; an image is a picture, a tile a part of one.
+"""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+import vzip
+from tests.conftest import GOLDEN
+from vzip.tap import run_tower
+
+TOLERANCE = 1e-5
+LINEAR = {"0": "linear_1", "2": "linear_2"}  # the projector's layers: the authors' names, and those of `transformers`
+
+
+def error(got, want):
+    """Norm of the difference, relative to what is wanted."""
+    assert got.shape == want.shape
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def pictures(tiles, counts):
+    """float[images, most tiles, 3, H, W] of float[all tiles, 3, H, W], zeros behind an image's last tile."""
+    padded = torch.zeros(len(counts), max(counts), *tiles.shape[1:])
+    for image, part in enumerate(tiles.split(counts)):
+        padded[image, : len(part)] = part
+    return padded
+
+
+@pytest.fixture(scope="module", params=sorted(path.name for path in GOLDEN.iterdir() if path.is_dir()))
+def case(request):
+    """Settings, tensors, a fresh model, and the pictures as the model takes them."""
+    folder = GOLDEN / request.param
+    kind = json.loads((folder / "model" / "config.json").read_text())["model_type"]
+    if kind not in vzip.families.families():
+        pytest.skip(f"{request.param} is a {kind!r} model, and vzip.families has no such family yet")
+    settings = json.loads((folder / "case.json").read_text())
+    tensors = load_file(folder / "case.safetensors")
+    tiles = tensors["pixel_values_coarse"].float().div(32).repeat_interleave(14, -1).repeat_interleave(14, -2)
+    images, sizes = {"pixel_values": tiles}, [None] * len(tiles)
+    if settings["tiles"]:
+        sizes = [(height, width) for width, height in settings["image_sizes_width_height"]]
+        images = {"pixel_values": pictures(tiles, settings["tiles"]), "image_sizes": torch.tensor(sizes)}
+    return SimpleNamespace(
+        model=lambda: AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32).eval(),
+        budget={name: settings[name] for name in ("dominant", "contextual")},
+        image_id=settings["image_token_id_hf"],
+        want=tensors,
+        tiles=tiles,
+        images=images,
+        sizes=sizes,
+    )
+
+
+def expand(case, counts):
+    """The rows with as many placeholders an image as `counts` says, padded on the right again."""
+    counts = iter(counts)
+    rows: dict[str, list[Tensor]] = {name: [] for name in ("input_ids", "labels", "attention_mask")}
+    for row in range(len(case.want["input_ids"])):
+        kept = case.want["attention_mask"][row].bool()
+        ids = case.want["input_ids"][row][kept]
+        repeats = torch.tensor([next(counts) if token == case.image_id else 1 for token in ids.tolist()])
+        for name, values in rows.items():
+            values.append(case.want[name][row][kept].repeat_interleave(repeats))
+    padding = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    return {
+        name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding[name])
+        for name, values in rows.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def attached(case):
+    """The handle, what the model answers through the public API, and its projector's gradients."""
+    handle = vzip.attach(case.model(), **case.budget)
+    rows = expand(case, [handle.num_image_tokens(size) for size in case.sizes])
+    answer = handle.family.model(**rows, **case.images)
+    answer.loss.backward()
+    return SimpleNamespace(handle=handle, rows=rows, answer=answer)
+
+
+def test_full_loss_without_a_reducer(case):
+    model = case.model()
+    features = model.model.get_image_features(**case.images).pooler_output
+    loss = model(**expand(case, [len(image) for image in features]), **case.images).loss
+    assert error(loss.reshape(1), case.want["full.loss"]) < TOLERANCE
+
+
+def test_rows_are_expanded_alike(case, attached):
+    assert torch.equal(attached.rows["labels"], case.want["expanded_labels"])
+    assert torch.equal(attached.rows["attention_mask"], case.want["expanded_mask"])
+
+
+@torch.no_grad()
+def test_kept_indices(case, attached):
+    family = attached.handle.family
+    want = case.want["kept_indices"]
+    assert torch.equal(attached.handle.reduce(case.tiles).dominant, want.sort(dim=1).values)
+
+    layer = family.model.config.vision_feature_layer
+    tokens = run_tower(family.tower, case.tiles, feature_layer=layer, num_dropped=1, attention=True)
+    cls = int(tokens.has_cls)
+    falling = tokens.saliency.argsort(dim=1, descending=True)[:, : want.shape[1] - cls] + cls
+    assert not want[:, :cls].any()  # token 0, which leads whatever its score
+    assert torch.equal(want[:, cls:], falling)
+
+
+@torch.no_grad()
+def test_reduced_features(case, attached):
+    assert error(attached.handle.reduce(case.tiles).features, case.want["reduced"]) < TOLERANCE
+
+
+def test_what_the_language_model_receives(case, attached):
+    model, seen = attached.handle.family.model, {}
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**attached.rows, **case.images)
+    hook.remove()
+    mask = case.want["expanded_mask"].bool()
+    assert error(seen["inputs_embeds"][mask], case.want["inputs_embeds"][mask]) < TOLERANCE
+
+
+def test_logits(case, attached):
+    mask = case.want["expanded_mask"].bool()
+    assert error(attached.answer.logits[mask], case.want["logits"][mask]) < TOLERANCE
+
+
+def test_loss(case, attached):
+    assert error(attached.answer.loss.reshape(1), case.want["loss"]) < TOLERANCE
+
+
+def test_projector_gradients(case, attached):
+    projector = attached.handle.family.projector
+    for name in (name for name in case.want if name.startswith("grad.")):
+        _, layer, kind = name.split(".")
+        got = projector.get_submodule(LINEAR[layer]).get_parameter(kind).grad
+        assert error(got, case.want[name]) < TOLERANCE, name
+
+
+@torch.no_grad()
+def test_images_may_share_a_row(case, attached):
+    """All images in one row, and a row without an image: the same features, image by image."""
+    rows = attached.rows
+    kept = rows["attention_mask"].bool()
+    ids = [*rows["input_ids"][kept].split(kept.sum(dim=1).tolist())]
+    shared = [torch.cat(ids), torch.tensor([1, 5, 6])]
+    batch = {
+        "input_ids": torch.nn.utils.rnn.pad_sequence(shared, batch_first=True),
+        "attention_mask": torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in shared], batch_first=True),
+    }
+    answer = attached.handle.family.model(**batch, **case.images)
+    assert torch.equal(answer.image_hidden_states, attached.answer.image_hidden_states)
+    # The first image stands where it stood, with nothing new before it: the same answer up to its row's end.
+    mask = kept[0]
+    assert error(answer.logits[0, : mask.sum()], attached.answer.logits[0][mask]) < TOLERANCE
