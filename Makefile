@@ -6,6 +6,8 @@ BUDGET ?=
 ARGS ?=
 TUNE := $(if $(MODEL),model=$(MODEL)) $(if $(BUDGET),reducer.budget=$(BUDGET)) $(ARGS)
 
+export OMP_WAIT_POLICY ?= PASSIVE # threads that spin while others work stall a busy machine
+
 .DEFAULT_GOAL := help
 .PHONY: help setup data tune test check format clean
 

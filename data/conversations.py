@@ -63,6 +63,8 @@ def _images(row: dict[str, Any], num_placeholders: int) -> tuple[str, ...]:
     images = [] if image is None else [image] if isinstance(image, str) else image
     if not isinstance(images, list) or not all(isinstance(path, str) and path for path in images):
         raise ValueError("image is neither a path nor a list of paths")
+    if not all(Path(path).name for path in images):
+        raise ValueError("an image path names no file")
     if any(Path(path).is_absolute() or ".." in Path(path).parts for path in images):
         raise ValueError("an image path leaves the image folder")
     if len(images) != num_placeholders:
@@ -76,7 +78,7 @@ def parse_row(row: Any) -> Row:
         raise ValueError("the row is not an object")
     turns = _turns(row.get("conversations"))
     images = _images(row, sum(question.count(IMAGE) for question, _ in turns))
-    content = json.dumps(row, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    content = json.dumps(row, sort_keys=True, ensure_ascii=False).encode()  # half a surrogate pair is a ValueError here
     return Row(
         id=str(row.get("id", "")),
         images=images,

@@ -3,7 +3,7 @@
 Legend of shapes: M rows of a micro batch, L the longest row's tokens, I images of the micro batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,9 @@ def tokenize(
     for row in rows:
         ids, labels = encode(template, tokenizer, row.turns)
         num_cut += len(ids) > max_tokens
-        images = tuple(folder / image for image in row.images)
-        examples.append(Example(ids[:max_tokens], labels[:max_tokens], images))
+        ids, labels = ids[:max_tokens], labels[:max_tokens]
+        images = row.images[: ids.count(tokenizer.convert_tokens_to_ids(IMAGE))]
+        examples.append(Example(ids, labels, tuple(folder / image for image in images)))
     return examples, num_cut
 
 
@@ -171,6 +172,9 @@ class MicroBatches(Dataset[MicroBatch]):
         return self.collate([self.examples[row] for row in self.order[start : start + self.plan.micro]])
 
 
-def loader(batches: MicroBatches, *, first: int, num_workers: int) -> "DataLoader[MicroBatch]":
+def loader(batches: MicroBatches, *, first: int, num_workers: int) -> Iterator[MicroBatch]:
     """Micro batches from number `first` on, decoded by `num_workers` processes (0: by this one)."""
-    return DataLoader(batches, batch_size=None, sampler=range(first, len(batches)), num_workers=num_workers)
+    try:
+        yield from DataLoader(batches, batch_size=None, sampler=range(first, len(batches)), num_workers=num_workers)
+    except UserError as error:  # a worker's error comes with its traceback in the message
+        raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None

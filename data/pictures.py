@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from data.conversations import BadRow, Row
@@ -19,7 +20,10 @@ def open_picture(path: Path) -> Image.Image:
     """The picture as upright RGB. Raises OSError (missing, truncated, not a picture) or ValueError (decompression bomb)."""
     try:
         with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            upright = ImageOps.exif_transpose(picture)
+            if upright.mode.startswith("I;16"):  # convert() would clip 16 bits of grey to white
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype("uint8"))
+            return upright.convert("RGB")
     except (Image.DecompressionBombError, SyntaxError) as error:  # PIL raises SyntaxError on broken PNG chunks
         raise ValueError(str(error)) from error
 

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 from data.conversations import BadRow, Row
@@ -28,7 +29,7 @@ def draw(rows: Sequence[Row], *, fraction: float, seed: int) -> list[Row]:
     drawn = []
     for source in sorted(by_source):
         ordered = sorted(by_source[source], key=place)
-        drawn += ordered[: math.ceil(fraction * len(ordered))]
+        drawn += ordered[: math.ceil(Fraction(str(fraction)) * len(ordered))]  # 0.07 of 100 is 7, not 8
     return sorted(drawn, key=place)
 
 

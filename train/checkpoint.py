@@ -54,7 +54,7 @@ def environment(cfg: DictConfig, *, world_size: int) -> dict[str, Any]:
 def write_json(path: Path, content: Any) -> None:
     """Write a file beside its place and move it there, so that a kill leaves the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False))
+    temporary.write_text(json.dumps(content, indent=2))
     temporary.replace(path)
 
 

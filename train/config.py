@@ -8,6 +8,7 @@ import errno
 import functools
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -144,19 +145,25 @@ def register() -> None:
 
 def check(cfg: DictConfig) -> None:
     """Raises UserError for values that no run can have."""
-    positive = {"batch.size": cfg.batch.size, "batch.micro": cfg.batch.micro, "save_every": cfg.save_every}
-    positive |= {"optim.epochs": cfg.optim.epochs, "optim.lr": cfg.optim.lr}
-    for name, value in positive.items():
-        if value <= 0:
+    positive = ("batch.size", "batch.micro", "save_every", "optim.epochs", "optim.lr", "optim.max_steps", "evaluate.batch")
+    for name in positive:
+        value = OmegaConf.select(cfg, name)
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name}={value} must be positive")
     if not 0 <= cfg.optim.warmup < 1:
         raise UserError(f"optim.warmup={cfg.optim.warmup} must lie in [0, 1): the share of steps that warm up")
-    if cfg.weights not in ("pretrained", "random"):
-        raise UserError(f"weights={cfg.weights!r} must be 'pretrained' or 'random'")
+    if not isinstance(cfg.data.fraction, int | float) or not 0 < cfg.data.fraction <= 1:
+        raise UserError(f"data.fraction={cfg.data.fraction} must be a number in (0, 1]; 0.1 is a tenth")
+    choices = {"weights": ("pretrained", "random"), "model.dtype": ("float32", "bfloat16", "float16")}
+    for name, allowed in choices.items():
+        if OmegaConf.select(cfg, name) not in allowed:
+            raise UserError(f"{name}={OmegaConf.select(cfg, name)} must be one of: {', '.join(allowed)}")
 
 
 def batch_plan(cfg: DictConfig, *, num_rows: int, world_size: int) -> BatchPlan:
     """Steps, and how each global batch is cut. Raises UserError if it can't be cut that way."""
+    if not num_rows:
+        raise UserError(f"data.path={cfg.data.path} holds no rows; give a LLaVA-format JSON file with some")
     rows = cfg.batch.micro * world_size
     if cfg.batch.size % rows:
         fits = [micro for micro in range(1, cfg.batch.size + 1) if cfg.batch.size % (micro * world_size) == 0]

@@ -6,15 +6,18 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from train.config import build
+from vzip import UserError
 
 
 def control_row(cfg: DictConfig, tune: Callable[[DictConfig], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """With `control=true`, the row `random`: its own run, folder and resumption; else nothing."""
     if not cfg.control:
         return []
-    reducer = build(cfg.reducer).settings()
+    settings = build(cfg.reducer).settings()
+    if "dominant" not in settings:
+        raise UserError(f"control=true compares with reducer=visionzip, not with {cfg.reducer['_target_']}; leave control out")
     changes = {
-        "reducer": {"_target_": "vzip.reducers.random.Random", "budget": reducer["dominant"] + reducer["contextual"]},
+        "reducer": {"_target_": "vzip.reducers.random.Random", "budget": settings["dominant"] + settings["contextual"]},
         "evaluate": {"baselines": False},
         "control": False,
         "name": cfg.name and f"{cfg.name}-random",

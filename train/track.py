@@ -58,8 +58,11 @@ class Tracker:
     def forget_from(self, step: int) -> None:
         """Drop the metrics of steps that will be run again."""
         if self.main and self.path.is_file():
-            lines = self.path.read_text().splitlines(keepends=True)
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] < step))
+            whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] < step]
+            temporary = self.path.with_name(self.path.name + ".tmp")
+            temporary.write_text("".join(kept))
+            temporary.replace(self.path)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if not self.main:

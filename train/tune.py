@@ -3,11 +3,13 @@
 make tune MODEL=llava-7b        deepspeed train/tune.py model=llava-7b        python train/tune.py model=smol
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, from wherever this file is started
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on CPU: threads that spin while others work stall a busy machine
 
 import deepspeed
 import hydra

@@ -5,18 +5,18 @@ import hashlib
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+
 import vzip
 from data.conversations import read_rows
 from data.dataset import BatchPlan, Collator, MicroBatches, tokenize
-from hydra import compose, initialize_config_dir
+from tests import tiny
+from tests.conftest import ROOT
 from train import config
 from train.engine import Engine, init_distributed
 from train.trainable import make_trainable
 from vzip.families import family_of
 from vzip.templates import vicuna
-
-from tests import tiny
-from tests.conftest import ROOT
 
 pytestmark = pytest.mark.integration
 

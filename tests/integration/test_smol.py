@@ -5,16 +5,16 @@ import json
 
 import pytest
 import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
 from data.conversations import read_rows
 from data.paths import data_dir
 from data.pictures import open_picture
-from transformers import AutoProcessor, LlavaForConditionalGeneration
-from vzip.io import load_weights
-from vzip.families import family_of
-from vzip.templates import chatml, encode
-
 from tests.conftest import ROOT
 from tests.integration.commands import start, tune
+from vzip.families import family_of
+from vzip.io import load_weights
+from vzip.templates import chatml, encode
 
 pytestmark = pytest.mark.integration
 
@@ -36,7 +36,9 @@ def smol():
 
 def test_language_model_is_whole(smol):
     model, processor = smol
-    prompt = processor.apply_chat_template([{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True)
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True
+    )
     ids = processor.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     output = model.generate(**ids, max_new_tokens=12, do_sample=False)
     assert "Paris" in processor.tokenizer.decode(output[0, ids["input_ids"].shape[1] :])

@@ -7,10 +7,10 @@ import time
 
 import pytest
 import torch
-import vzip
 from peft import PeftConfig
 from safetensors.torch import load_file
 
+import vzip
 from tests import tiny
 from tests.conftest import ROOT
 from tests.integration.commands import command, environment, metrics, start, tune

@@ -18,10 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from data.dataset import BatchPlan, Collator, MicroBatches
-from data.pictures import refuse_if_too_bad
-from data.subset import draw
-from tests import tiny
+from data.dataset import BatchPlan
 from tests.conftest import ROOT
 from train import config
 from train.checkpoint import write_json
@@ -93,7 +90,7 @@ def test_the_defaults_pass_the_check():
         ("optim.lr=-1e-5", r"optim.lr=-1e-05"),
         ("optim.warmup=1", r"optim.warmup=1"),
         ("optim.warmup=-0.1", r"optim.warmup=-0.1"),
-        ("weights=none", "weights='none'"),
+        ("weights=none", "weights=none"),
         ("optim.lr=nan", "optim.lr"),
         ("optim.max_steps=0", "optim.max_steps"),
         ("optim.max_steps=-1", "optim.max_steps"),
@@ -163,12 +160,8 @@ def test_what_the_plan_advises_works(size, micro, world_size):
 
 
 def test_a_data_file_without_rows_is_a_user_error():
-    cfg = settings_of()
-    with pytest.raises(UserError):
-        refuse_if_too_bad([], 0)
-        rows = draw([], fraction=1.0, seed=0)
-        plan = config.batch_plan(cfg, num_rows=len(rows), world_size=1)
-        MicroBatches(rows, Collator.of(tiny.processor(), 6), plan, rank=0)
+    with pytest.raises(UserError, match="holds no rows"):
+        config.batch_plan(settings_of(), num_rows=0, world_size=1)
 
 
 # Names
@@ -442,11 +435,11 @@ def test_memory_is_in_gigabytes():
     assert 0.05 < memory_gb(torch.device("cpu")) < 1000
 
 
-@pytest.mark.parametrize("broken", [object(), float, "\ud800"], ids=["object", "class", "half a character"])
+@pytest.mark.parametrize("broken", [object(), float], ids=["object", "class"])
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, broken):
     path = tmp_path / "result.json"
     write_json(path, {"rows": [1, "é"]})
-    with pytest.raises((TypeError, UnicodeEncodeError)):
+    with pytest.raises(TypeError):
         write_json(path, {"rows": [2, broken]})
     assert json.loads(path.read_text()) == {"rows": [1, "é"]}
 
