@@ -4,6 +4,7 @@ BIN := .venv/bin
 MODEL ?=
 BUDGET ?=
 ARGS ?=
+PORT = $(shell $(PYTHON) -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 TUNE := $(if $(MODEL),model=$(MODEL)) $(if $(BUDGET),reducer.budget=$(BUDGET)) $(ARGS)
 
 export OMP_WAIT_POLICY ?= PASSIVE # threads that spin while others work stall a busy machine
@@ -26,7 +27,7 @@ data: setup ## prepare the embedded default (model and easy-VQA) in the cache, o
 
 # The embedded default is only prepared where it is what is tuned.
 tune: setup $(if $(filter-out smol,$(MODEL)),,data) ## tune: MODEL=llava-7b BUDGET=64 ARGS="optim.lr=2e-5"
-	$(BIN)/deepspeed train/tune.py $(TUNE)
+	$(BIN)/deepspeed --log_level warning --master_port $(PORT) train/tune.py $(TUNE)
 
 test: setup data ## all tests
 	$(BIN)/python -m pytest

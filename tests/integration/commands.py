@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,16 @@ BIN = Path(sys.executable).parent
 
 def command(overrides, *, ranks=None):
     """`python train/tune.py ...`, or `deepspeed train/tune.py ...` on that many ranks."""
-    starter = [sys.executable] if ranks is None else [str(BIN / "deepspeed"), "--num_accelerators", str(ranks)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(port)]
+    starter = [sys.executable] if ranks is None else launcher
     return [*starter, "train/tune.py", *overrides]
 
 
 def environment(**changes):
-    """This process's, without a wandb account, and with one free port a launch."""
+    """This process's, without a wandb account, and with no trace of a launcher around it."""
     hidden = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "MASTER", "RANK", "WORLD"))}
     return {**hidden, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "160", **changes}
 

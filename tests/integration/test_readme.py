@@ -23,9 +23,7 @@ def shortened(command, runs, overrides):
     extra = [*SHORT, f"runs={runs}"]
     if "llava-7b" in command:  # the tiny model in its place; a user's own settings come last, and win
         own = "data." if "DATA.json" in command else "reducer.budget"
-        extra += [
-            item for item in overrides if not item.startswith(("model=", own)) and item.split("=")[0] != "optim.max_steps"
-        ]
+        extra += [item for item in overrides if not item.startswith(("model=", "optim.max_steps=", own))]
         extra += ["reducer.budget=6"]
         values = {"DATA.json": "data.path", "IMAGES": "data.image_folder"}
         for placeholder, name in values.items():

@@ -36,9 +36,8 @@ def smol():
 
 def test_language_model_is_whole(smol):
     model, processor = smol
-    prompt = processor.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True
-    )
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     ids = processor.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     output = model.generate(**ids, max_new_tokens=12, do_sample=False)
     assert "Paris" in processor.tokenizer.decode(output[0, ids["input_ids"].shape[1] :])
