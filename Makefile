@@ -29,14 +29,14 @@ data: setup ## prepare the embedded default (model and easy-VQA) in the cache, o
 tune: setup $(if $(filter-out smol,$(MODEL)),,data) ## tune: MODEL=llava-7b BUDGET=64 ARGS="optim.lr=2e-5"
 	$(BIN)/deepspeed --log_level warning --master_port $(PORT) train/tune.py $(TUNE)
 
-test: setup data ## all tests
-	$(BIN)/python -m pytest
+test: setup data ## all tests, in two processes of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup ## format, lint, types and the fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m 'not integration'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'not integration'
 
 format: setup ## format the code
 	$(BIN)/ruff format .

@@ -17,14 +17,16 @@ class Handle:
 
     Attributes:
         family: the adapter that knows the model's parts.
-        reducer: the reducer in place.
+        reducer: the reducer.
+        attached: whether it is in place.
     """
 
     def __init__(self, model: Any, reducer: Reducer) -> None:
         self.family = family_of(model)
         self.reducer = reducer
-        self.num_image_tokens()  # a budget that does not fit fails here, before any work
+        self.family.refuse_unfit(reducer)
         self.family.install(reducer)
+        self.attached = True
 
     def num_image_tokens(self, image_size: tuple[int, int] | None = None) -> int:
         """Placeholders that one image of `image_size` = (height, width) pixels takes; without one, of the tower's own size."""
@@ -53,8 +55,10 @@ class Handle:
         return reduced
 
     def detach(self) -> None:
-        """Take the reducer out. Processors made by `processor` stay reduced; use the original one again."""
-        self.family.uninstall()
+        """Take the reducer out, once. Processors made by `processor` stay reduced; use the original one again."""
+        if self.attached:
+            self.family.uninstall()
+            self.attached = False
 
     def __enter__(self) -> Self:
         return self

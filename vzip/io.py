@@ -71,8 +71,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
         meta: dict[str, Any] = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
-    if meta.get("format") != FORMAT:
-        raise UserError(f"{path}: format {meta.get('format')!r} is unknown; this version reads format {FORMAT}")
+    form = meta.get("format") if isinstance(meta, dict) else meta
+    if form != FORMAT:
+        raise UserError(f"{path}: format {form!r} is unknown; this version reads format {FORMAT}")
+    if missing := {"base", "reducer", "dtype", "adapter"} - set(meta):
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}; it is not what a run wrote: restore it, or tune again")
     return meta
 
 

@@ -50,7 +50,7 @@ def _ids_after(tokenizer: Any, anchor: str, text: str) -> list[int]:
 def place_images(question: str) -> str:
     """The question with its `<image>` tokens at the front, each followed by a newline, as LLaVA's preprocessing puts them."""
     count = question.count(IMAGE)
-    return (IMAGE + "\n") * count + question.replace(IMAGE, "").strip() if count else question
+    return ((IMAGE + "\n") * count + question.replace(IMAGE, "").strip()).strip() if count else question
 
 
 def _prompt_ids(tokenizer: Any, text: str, anchor: str) -> list[int]:
@@ -64,6 +64,11 @@ def _prompt_ids(tokenizer: Any, text: str, anchor: str) -> list[int]:
     for chunk in others:
         ids += [image_id, *_ids(tokenizer, chunk)]
     return ids
+
+
+def _answer_ids(tokenizer: Any, prefix: str, answer: str) -> list[int]:
+    """Ids of an answer: after a prompt's last word where a space leads it, else by itself."""
+    return _ids_after(tokenizer, "a", prefix + answer) if prefix else _ids(tokenizer, answer)
 
 
 def encode(template: Template, tokenizer: Any, turns: Sequence[tuple[str, str | None]]) -> tuple[list[int], list[int]]:
@@ -90,7 +95,7 @@ def encode(template: Template, tokenizer: Any, turns: Sequence[tuple[str, str | 
         labels += [IGNORED] * len(prompt_ids)
         if answer is None:
             break
-        answer_ids = _ids_after(tokenizer, "\n", template.answer_prefix + answer) + _ids(tokenizer, template.end)
+        answer_ids = _answer_ids(tokenizer, template.answer_prefix, answer) + _ids(tokenizer, template.end)
         separator_ids = _ids_after(tokenizer, template.end, template.separator) if template.separator else []
         ids += answer_ids + separator_ids
         labels += answer_ids + [IGNORED] * len(separator_ids)

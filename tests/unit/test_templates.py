@@ -280,4 +280,4 @@ def test_a_tokenizer_that_does_not_fit_the_template_is_refused():
             return list(reversed(text.encode()))
 
     with pytest.raises(UserError, match="does not fit the tokenizer"):
-        encode(vicuna(""), Reversed(), [("q", "a")])
+        encode(vicuna(""), Reversed(), [("q", "b")])

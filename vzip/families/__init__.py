@@ -25,7 +25,8 @@ def families() -> dict[str, type[Family]]:
 
 def family_of(model: Any) -> Family:
     """The adapter around a model. Raises UserError for a model of another family."""
-    kind = getattr(model.config, "model_type", type(model).__name__)
-    if kind not in families():
-        raise UserError(f"a model of type {kind!r} is not supported; supported are: {', '.join(sorted(families()))}")
-    return families()[kind](model)
+    for family in families().values():
+        if isinstance(model, family.model_class):
+            return family(model)
+    supported = ", ".join(sorted(family.model_class.__name__ for family in families().values()))
+    raise UserError(f"a model of class {type(model).__name__} is not supported; supported are: {supported}")

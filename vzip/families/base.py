@@ -4,7 +4,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
+from vzip.errors import UserError
 from vzip.reducers.base import Reducer, Reduction
 
 
@@ -17,6 +19,8 @@ class Family:
 
     model_type: ClassVar[str]
     """`config.model_type` of the models that the family takes."""
+    model_class: ClassVar[type]
+    """Their class in `transformers`."""
     projector_name: ClassVar[str]
     """Name of the projector among the model's modules."""
 
@@ -27,6 +31,16 @@ class Family:
     def load_model(cls, path: str, *, dtype: torch.dtype) -> Any:
         """The model of a folder or a hub id, on the CPU. Raises OSError where there is neither."""
         raise NotImplementedError
+
+    @classmethod
+    def refuse_other_kind(cls, path: str) -> None:
+        """Raises UserError for a folder or hub id of another family, of which `transformers` would build a default one, and OSError without a config."""
+        config = PreTrainedConfig.get_config_dict(path)[0]
+        if not config:
+            raise OSError(f"{path} has no config.json")
+        kind = config.get("model_type")
+        if kind != cls.model_type:
+            raise UserError(f"{path} holds a model of type {kind!r}, not {cls.model_type!r}; give one of that family")
 
     @classmethod
     def load_processor(cls, path: str) -> Any:
@@ -67,6 +81,11 @@ class Family:
     def num_processed_tokens(self, reducer: Reducer, image_inputs: dict[str, Any], index: int) -> int:
         """The same for image `index` of what the image processor returned."""
         raise NotImplementedError
+
+    def refuse_unfit(self, reducer: Reducer) -> None:
+        """Raises UserError, before any work, if the budget does not fit an image or the tower has no such layer."""
+        self.num_image_tokens(reducer)
+        _ = self.num_layers_run
 
     def reduce(self, reducer: Reducer, pixel_values: Tensor, **kwargs: Any) -> Reduction:
         """The reducer's output for float[B, 3, height, width], before the projector."""

@@ -40,10 +40,12 @@ class Llava(Family):
     """Adapter of `LlavaForConditionalGeneration`, with any vision tower in `vzip.tap.TOWER_LAYOUTS`."""
 
     model_type: ClassVar[str] = "llava"
+    model_class: ClassVar[type] = LlavaForConditionalGeneration
     projector_name: ClassVar[str] = "model.multi_modal_projector"
 
     @classmethod
     def load_model(cls, path: str, *, dtype: torch.dtype) -> Any:
+        cls.refuse_other_kind(path)
         return LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype).eval()
 
     @classmethod
