@@ -7,6 +7,7 @@ and pictures; while it trains, also state/.
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -30,12 +31,20 @@ BYTES_PER_PARAMETER = 28
 
 def _git(*arguments: str) -> str | None:
     done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.rstrip() if done.returncode == 0 else None
+
+
+def _device() -> str:
+    """The GPU's name, or the processor's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    return found[1] if found else platform.processor()
 
 
 def environment(cfg: DictConfig, *, world_size: int) -> dict[str, Any]:
     """What a run ran on: commit, versions, hardware, seed."""
-    cuda = torch.cuda.is_available()
     return {
         "commit": _git("rev-parse", "HEAD"),
         "modified_files": (_git("status", "--porcelain") or "").splitlines(),
@@ -43,7 +52,7 @@ def environment(cfg: DictConfig, *, world_size: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "hardware": {
-            "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+            "device": _device(),
             "num_cpus": os.cpu_count(),
             "world_size": world_size,
         },

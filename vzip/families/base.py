@@ -34,7 +34,10 @@ class Family:
 
     @classmethod
     def refuse_other_kind(cls, path: str) -> None:
-        """Raises UserError for a folder or hub id of another family, of which `transformers` would build a default one, and OSError without a config."""
+        """Raises UserError for a folder or hub id of another family, and OSError for one without a config.
+
+        `transformers` only warns, and builds a model of this family's default size.
+        """
         config = PreTrainedConfig.get_config_dict(path)[0]
         if not config:
             raise OSError(f"{path} has no config.json")
