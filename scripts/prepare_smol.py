@@ -106,10 +106,6 @@ def load_encoder(path: Path) -> Dinov2Model:
         if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in constants:
             module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             weights[f"{module}.weight"] = constants[node.input[1]].T.contiguous()
-    renamed = {"attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj"}
-    renamed |= {"attention.attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj"}
-    for old, new in renamed.items():
-        weights = {name.replace(old, new): value for name, value in weights.items()}
     shapes = {tuple(value.shape): value for name, value in constants.items() if not name.startswith("backbone.")}
     cls, patches = shapes[(1, 1, 384)], shapes[(1, 1369, 384)]
     weights["embeddings.position_embeddings"] = torch.cat([cls, patches], dim=1)
@@ -121,16 +117,20 @@ def load_encoder(path: Path) -> Dinov2Model:
         "patch_size": PATCH,
         "use_mask_token": False,
     }
-    large = Dinov2Model(Dinov2Config(image_size=518, **shape))
-    large.load_state_dict(weights)
+    large = _encoder(Dinov2Config(image_size=518, **shape), weights)
     num_tokens = (SIDE // PATCH) ** 2 + 1
     with torch.no_grad():
         weights["embeddings.position_embeddings"] = large.embeddings.interpolate_pos_encoding(
             torch.zeros(1, num_tokens, 384), SIDE, SIDE
         )
-    encoder = Dinov2Model(Dinov2Config(image_size=SIDE, **shape))
-    encoder.load_state_dict(weights)
-    return encoder.eval()
+    return _encoder(Dinov2Config(image_size=SIDE, **shape), weights)
+
+
+def _encoder(config: Dinov2Config, weights: dict[str, Tensor]) -> Dinov2Model:
+    """The encoder with all of `weights`, under the names of the first versions, which every version takes."""
+    model, report = Dinov2Model.from_pretrained(None, config=config, state_dict=dict(weights), output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"], report
+    return model.eval()
 
 
 def load_language(folder: Path) -> tuple[Any, Any]:

@@ -23,5 +23,4 @@ def control_row(cfg: DictConfig, tune: Callable[[DictConfig], list[dict[str, Any
         "name": cfg.name and f"{cfg.name}-random",
     }
     other = OmegaConf.create({**OmegaConf.to_container(cfg, resolve=True), "reducer": changes.pop("reducer")})
-    (tuned,) = tune(OmegaConf.merge(other, changes))
-    return [{**tuned, "name": "random"}]
+    return [{**row, "name": "random"} for row in tune(OmegaConf.merge(other, changes))]

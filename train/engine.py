@@ -34,12 +34,15 @@ def init_distributed() -> None:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     # An all-reduce in shared memory for CPUs, which DeepSpeed would compile for a minute, and again when a flag changes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective, which would use GPU 0 on all
     deepspeed.init_distributed(verbose=False)
     if not torch.cuda.is_available():  # ranks of one machine share its cores
         torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1"))))
 
 
 def is_main() -> bool:
+    """Whether this is rank 0, which prints and writes."""
     return bool(deepspeed.comm.get_rank() == 0)
 
 
@@ -64,6 +67,7 @@ def gather(values: list[Any]) -> list[Any]:
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The batch with its tensors on the device."""
     values = {f.name: getattr(batch, f.name) for f in fields(batch)}
     return MicroBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
 

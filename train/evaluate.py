@@ -22,7 +22,7 @@ from train.engine import Engine, gather, say, to_device
 from vzip import attach
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
-from vzip.templates import Template, encode
+from vzip.templates import IMAGE, Template, encode
 
 NUM_SAMPLES = 4
 """Answers and pictures that the tracker shows of each row."""
@@ -45,7 +45,8 @@ def questions_of(rows: Sequence[Row], template: Template, tokenizer: Any, folder
     for row in draw(rows, fraction=1.0, seed=0):
         for turn, (text, expected) in enumerate(row.turns):
             ids, labels = encode(template, tokenizer, [*row.turns[:turn], (text, None)])
-            example = Example(ids, labels, tuple(folder / image for image in row.images))
+            images = row.images[: ids.count(tokenizer.convert_tokens_to_ids(IMAGE))]  # of the turns so far
+            example = Example(ids, labels, tuple(folder / image for image in images))
             questions.append(Question(example, text, expected, row.kind, ", ".join(row.images)))
         if len(questions) >= limit:
             break

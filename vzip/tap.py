@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
+from packaging import version
 from torch import Tensor, nn
 
 from vzip.errors import UserError
@@ -27,15 +29,23 @@ class TowerLayout:
     """Where a vision tower of `transformers` keeps its layers, and whether it has a CLS token."""
 
     layers: str
-    attention: str
+    queries: str
+    keys: str
     has_cls: bool
 
 
-TOWER_LAYOUTS = {
-    "clip_vision_model": TowerLayout(layers="encoder.layers", attention="self_attn", has_cls=True),
-    "dinov2": TowerLayout(layers="encoder.layer", attention="attention", has_cls=True),
-    "siglip_vision_model": TowerLayout(layers="encoder.layers", attention="self_attn", has_cls=False),
-}
+def _layouts() -> dict[str, TowerLayout]:
+    q, k = "self_attn.q_proj", "self_attn.k_proj"
+    old = version.parse(transformers.__version__) < version.parse("5.18")
+    dinov2 = ("attention.attention.query", "attention.attention.key") if old else ("attention.q_proj", "attention.k_proj")
+    return {
+        "clip_vision_model": TowerLayout(layers="encoder.layers", queries=q, keys=k, has_cls=True),
+        "dinov2": TowerLayout(layers="encoder.layer", queries=dinov2[0], keys=dinov2[1], has_cls=True),
+        "siglip_vision_model": TowerLayout(layers="encoder.layers", queries=q, keys=k, has_cls=False),
+    }
+
+
+TOWER_LAYOUTS = _layouts()
 
 
 def tower_layout(tower: nn.Module) -> TowerLayout:
@@ -59,9 +69,9 @@ def layer_index(feature_layer: int, num_layers: int) -> int:
     return index
 
 
-def _split_heads(states: Tensor, head_dim: int) -> Tensor:
+def _split_heads(states: Tensor, num_heads: int) -> Tensor:
     """float32[B, H, N, head_dim] (float64 stays) of float[B, N, H * head_dim]."""
-    heads = states.view(*states.shape[:2], -1, head_dim).transpose(1, 2)
+    heads = states.view(*states.shape[:2], num_heads, -1).transpose(1, 2)
     return heads.to(torch.promote_types(heads.dtype, torch.float32))
 
 
@@ -142,15 +152,15 @@ def run_tower(
     layers = list(tower.get_submodule(layout.layers).children())
     index = layer_index(feature_layer, len(layers))
     tapped = {"features": layers[index]}
-    block = layers[index].get_submodule(layout.attention)
     if attention:
-        tapped |= {"queries": block.get_submodule("q_proj"), "keys": block.get_submodule("k_proj")}
+        tapped |= {name: layers[index].get_submodule(getattr(layout, name)) for name in ("queries", "keys")}
     with _skipped(layers[index + 1 :]), _captured(tapped) as outputs:
         tower(pixel_values, **kwargs)
     if not attention:
         return VisionTokens(features=outputs["features"], has_cls=layout.has_cls, num_dropped=num_dropped)
     with torch.no_grad():
-        queries, keys = (_split_heads(outputs[name], block.head_dim) for name in ("queries", "keys"))  # type: ignore[arg-type]
+        num_heads: int = tower.config.num_attention_heads  # type: ignore[union-attr, assignment]
+        queries, keys = (_split_heads(outputs[name], num_heads) for name in ("queries", "keys"))
         saliency = cls_attention(queries, keys) if layout.has_cls else received_attention(queries, keys)
         return VisionTokens(
             features=outputs["features"],

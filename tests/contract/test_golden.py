@@ -21,9 +21,11 @@ LINEAR = {"0": "linear_1", "2": "linear_2"}  # the projector's layers: the autho
 
 
 def error(got, want):
-    """Norm of the difference, relative to what is wanted."""
+    """Norm of the difference, relative to what is wanted; `pytest -s` shows it."""
     assert got.shape == want.shape
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+    relative = ((got.double() - want.double()).norm() / want.double().norm()).item()
+    print(f"relative error {relative:.1e} of float{list(want.shape)}")
+    return relative
 
 
 def pictures(tiles, counts):

@@ -23,8 +23,10 @@ def command(overrides, *, ranks=None):
 
 
 def environment(**changes):
-    """This process's, without a wandb account, and with no trace of a launcher around it."""
-    hidden = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "MASTER", "RANK", "WORLD"))}
+    """This process's, without a wandb account, a launcher or a make around it."""
+    hidden = {
+        key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "MASTER", "RANK", "WORLD", "MAKE"))
+    }
     return {**hidden, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "160", **changes}
 
 

@@ -2,10 +2,13 @@
 
 import copy
 import hashlib
+import shutil
+from collections import namedtuple
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 import vzip
 from data.conversations import read_rows
@@ -13,6 +16,7 @@ from data.dataset import BatchPlan, Collator, MicroBatches, tokenize
 from tests import tiny
 from tests.conftest import ROOT
 from train import config
+from train.checkpoint import RunFolder
 from train.engine import Engine, init_distributed
 from train.trainable import make_trainable
 from vzip.families import family_of
@@ -99,3 +103,10 @@ def test_text_alone_is_a_step_of_zero_gradient(cfg, examples):
     loss, norm = engine.step([batches[0]], lr=1e-2, num_labels=batches.num_labels(0))
     assert loss > 0 and norm == 0
     assert digests(engine.family.model, projector=True) == before
+
+
+def test_a_disk_without_room_is_refused_before_training(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(50_000_000))
+    run = RunFolder(OmegaConf.merge(cfg, {"runs": str(tmp_path), "name": "full"}), rank=0)
+    with pytest.raises(vzip.UserError, match=r"50 MB free.*runs=\.\.\."):
+        run.begin({}, num_trainable=1000, world_size=1)

@@ -36,6 +36,7 @@ def plain(settings, runs):
 
 
 def assert_same_run(run, reference):
+    print(run.name, metrics(run))  # shown by `pytest -s`
     for got, expected in zip(metrics(run), metrics(reference), strict=True):
         assert got == pytest.approx(expected, rel=1e-5)
     ours, theirs = load_file(run / "projector.safetensors"), load_file(reference / "projector.safetensors")

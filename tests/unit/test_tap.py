@@ -74,10 +74,10 @@ def test_saliency_and_keys_are_an_eager_towers(tower, pixels, feature_layer):
     eager.set_attn_implementation("eager")
     index = layer_index(feature_layer, tiny.LAYERS)
     raw = []
-    block = layers_of(eager)[index].get_submodule(tower_layout(tower).attention)
-    block.k_proj.register_forward_hook(lambda module, args, output: raw.append(output))
+    projection = layers_of(eager)[index].get_submodule(tower_layout(tower).keys)
+    projection.register_forward_hook(lambda module, args, output: raw.append(output))
     weights = eager(pixels, output_attentions=True).attentions[index]  # float[B, H, N, N]
-    keys = torch.stack(raw[0].split(block.head_dim, dim=-1)).mean(dim=0)
+    keys = torch.stack(raw[0].chunk(tower.config.num_attention_heads, dim=-1)).mean(dim=0)
 
     tokens = tap(tower, pixels, feature_layer)
     want = weights[:, :, 0, 1:].mean(dim=1) if tokens.has_cls else weights.mean(dim=1).mean(dim=1)
