@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from tests.conftest import ROOT
-from tests.integration.commands import start
+from tests.integration.commands import start, tune
 
 pytestmark = pytest.mark.integration
 
@@ -41,6 +41,21 @@ def shortened(command, runs, overrides):
 def test_command_runs(command, tmp_path, overrides):
     done = start(shortened(command, tmp_path / "runs", overrides))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_python_of_the_readme_runs(tmp_path, overrides, tiny_folder):
+    tune([*overrides, *SHORT, f"runs={tmp_path}", "name=my-run"])
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    for there, here in {
+        "runs/my-run": f"{tmp_path}/my-run",
+        "llava-hf/llava-1.5-7b-hf": str(tiny_folder),
+        "budget=64": "budget=6",
+    }.items():
+        assert there in code
+        code = code.replace(there, here)
+    names = {}
+    exec(code, names)
+    assert names["handle"].num_image_tokens() == 6 and not names["handle"].attached
 
 
 def test_the_two_commands_are_there():
