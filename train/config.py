@@ -28,7 +28,7 @@ from vzip import UserError
 
 P = ParamSpec("P")
 ROOT = Path(__file__).resolve().parent.parent
-NOT_PART_OF_A_RUN = ("fresh", "dry_run", "name", "runs", "track", "control")
+NOT_PART_OF_A_RUN = ("fresh", "dry_run", "name", "runs", "track")
 
 
 @dataclass

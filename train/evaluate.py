@@ -12,13 +12,12 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from data.conversations import Row, read_rows
+from data.conversations import Row
 from data.dataset import Collator, Example
-from data.pictures import refuse_if_too_bad
 from data.progress import progress
-from data.subset import draw
 from train.checkpoint import RunFolder
 from train.engine import Engine, gather, say, to_device
+from train.examples import usable_rows
 from vzip import attach
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
@@ -40,9 +39,9 @@ class Question:
 
 
 def questions_of(rows: Sequence[Row], template: Template, tokenizer: Any, folder: Path, *, limit: int) -> list[Question]:
-    """Up to `limit` questions, spread over the rows and the same in every run. Earlier turns keep their true answers."""
+    """The first `limit` questions of the rows, each with the turns before it and their true answers."""
     questions = []
-    for row in draw(rows, fraction=1.0, seed=0):
+    for row in rows:
         for turn, (text, expected) in enumerate(row.turns):
             ids, labels = encode(template, tokenizer, [*row.turns[:turn], (text, None)])
             images = row.images[: ids.count(tokenizer.convert_tokens_to_ids(IMAGE))]  # of the turns so far
@@ -73,9 +72,8 @@ class Evaluator:
         self.questions: list[Question] = []
         self.samples: list[dict[str, Any]] = []
         if cfg.evaluate.questions and cfg.data.held_out:
-            rows, bad = read_rows(cfg.data.held_out)
-            refuse_if_too_bad(bad, len(rows) + len(bad))
             folder, limit = Path(cfg.data.image_folder), cfg.evaluate.questions
+            rows, _ = usable_rows(cfg.data.held_out, folder, fraction=1.0, seed=0)  # the same questions in every run
             self.questions = questions_of(rows, template, processor.tokenizer, folder, limit=limit)
         else:
             say("no evaluation: data.held_out or evaluate.questions is not set")

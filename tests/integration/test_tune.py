@@ -182,6 +182,14 @@ def test_one_bad_picture_in_many_is_reported_and_survived(settings, runs, tmp_pa
     assert manifest["num_rows"] == 119 and [row["id"] for row in manifest["bad_rows"]] == ["row-7"]
 
 
+def test_missing_held_out_pictures_are_refused_before_training(settings, runs, tmp_path):
+    held_out = tiny.save_data(tmp_path, 8, text_only=0, held_out=True)
+    held_out.write_text(held_out.read_text().replace("noise/test", "gone/test"))
+    done = start(command([*settings, f"data.held_out={held_out}", "name=blind"]))
+    assert done.returncode == 2 and "8 of 8 rows can't be used" in done.stderr and "Traceback" not in done.stderr
+    assert not (runs / "blind" / "metrics.jsonl").exists()
+
+
 def test_dry_run_of_13b_needs_no_weights():
     done = start(["make", "tune", "MODEL=llava-13b", "ARGS=weights=random dry_run=true"])
     assert done.returncode == 0, done.stderr

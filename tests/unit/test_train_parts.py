@@ -191,7 +191,7 @@ def test_the_name_changes_with_a_setting(override):
     assert config.run_name(settings_of(override)) != config.run_name(settings_of())
 
 
-@pytest.mark.parametrize("override", ["fresh=true", "track=none", "dry_run=true", "runs=elsewhere", "control=true"])
+@pytest.mark.parametrize("override", ["fresh=true", "track=none", "dry_run=true", "runs=elsewhere"])
 def test_the_name_does_not_change_with_what_is_no_part_of_a_run(override):
     assert config.run_name(settings_of(override)) == config.run_name(settings_of())
 
