@@ -1,7 +1,8 @@
-"""Read LLaVA's conversation JSON: a list of `{"id", "image", "conversations": [{"from", "value"}, ...]}`.
+"""Read LLaVA's conversation JSON: a list of `{"id", "image", "video", "conversations": [{"from", "value"}, ...]}`.
 
 A row that is not of that form is listed with its reason and left out; a file that is not JSON ends the command.
-Source of the format: repository haotian-liu/LLaVA, `docs/Finetune_Custom_Data.md`.
+Source of the format: repository haotian-liu/LLaVA, `docs/Finetune_Custom_Data.md`; with videos, repository
+PKU-YuanGroup/Video-LLaVA, `videollava/train/train.py` (`LazySupervisedDataset`).
 """
 
 import hashlib
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vzip import UserError
-from vzip.templates import IMAGE
+from vzip.templates import IMAGE, VIDEO
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,12 @@ class Row:
     id: str
     images: tuple[str, ...]
     """Paths below the image folder, one for each `<image>` in the questions."""
+    videos: tuple[str, ...]
+    """Paths below the same folder, of files or of folders of frames, one for each `<video>` in the questions."""
     turns: tuple[tuple[str, str], ...]
     """(question, answer) pairs."""
     source: str
-    """Where the row comes from: its "source", else the first part of the image path, or "text"."""
+    """Where the row comes from: its "source", else the first part of the first image's or video's path, or "text"."""
     kind: str
     """The question type, for held-out questions: its "type", else "all"."""
     digest: str
@@ -51,25 +54,27 @@ def _turns(conversation: Any) -> tuple[tuple[str, str], ...]:
         if not isinstance(message.get("value"), str):
             raise ValueError(f"message {position} has no text in 'value'")
         texts.append(message["value"])
-    if any(IMAGE in answer for answer in texts[1::2]):
-        raise ValueError(f"an answer contains {IMAGE}")
+    for placeholder in (IMAGE, VIDEO):
+        if any(placeholder in answer for answer in texts[1::2]):
+            raise ValueError(f"an answer contains {placeholder}")
     if not all(answer.strip() for answer in texts[1::2]):
         raise ValueError("an answer is empty")
     return tuple(zip(texts[::2], texts[1::2], strict=True))
 
 
-def _images(row: dict[str, Any], num_placeholders: int) -> tuple[str, ...]:
-    image = row.get("image")
-    images = [] if image is None else [image] if isinstance(image, str) else image
-    if not isinstance(images, list) or not all(isinstance(path, str) and path for path in images):
-        raise ValueError("image is neither a path nor a list of paths")
-    if not all(Path(path).name for path in images):
-        raise ValueError("an image path names no file")
-    if any(Path(path).is_absolute() or ".." in Path(path).parts for path in images):
-        raise ValueError("an image path leaves the image folder")
-    if len(images) != num_placeholders:
-        raise ValueError(f"{num_placeholders} {IMAGE} in the questions, but {len(images)} images")
-    return tuple(images)
+def _paths(row: dict[str, Any], key: str, num_placeholders: int) -> tuple[str, ...]:
+    """The row's "image" or "video" paths, as many as `<image>` or `<video>` in the questions."""
+    entry = row.get(key)
+    paths = [] if entry is None else [entry] if isinstance(entry, str) else entry
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+        raise ValueError(f"{key} is neither a path nor a list of paths")
+    if not all(Path(path).name for path in paths):
+        raise ValueError(f"a path of {key} names no file")
+    if any(Path(path).is_absolute() or ".." in Path(path).parts for path in paths):
+        raise ValueError(f"a path of {key} leaves the image folder")
+    if len(paths) != num_placeholders:
+        raise ValueError(f"{num_placeholders} <{key}> in the questions, but {len(paths)} {key}s")
+    return tuple(paths)
 
 
 def parse_row(row: Any) -> Row:
@@ -77,13 +82,15 @@ def parse_row(row: Any) -> Row:
     if not isinstance(row, dict):
         raise ValueError("the row is not an object")
     turns = _turns(row.get("conversations"))
-    images = _images(row, sum(question.count(IMAGE) for question, _ in turns))
+    images = _paths(row, "image", sum(question.count(IMAGE) for question, _ in turns))
+    videos = _paths(row, "video", sum(question.count(VIDEO) for question, _ in turns))
     content = json.dumps(row, sort_keys=True, ensure_ascii=False).encode()  # half a surrogate pair is a ValueError here
     return Row(
         id=str(row.get("id", "")),
         images=images,
+        videos=videos,
         turns=turns,
-        source=str(row.get("source") or (Path(images[0]).parts[0] if images else "text")),
+        source=str(row.get("source") or (Path((images + videos)[0]).parts[0] if images or videos else "text")),
         kind=str(row.get("type", "all")),
         digest=hashlib.sha256(content).hexdigest(),
     )

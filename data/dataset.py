@@ -1,10 +1,11 @@
 """From rows to padded micro batches, in an order that depends on seed and step alone.
 
-Legend of shapes: M rows of a micro batch, L the longest row's tokens, I images of the micro batch.
+Legend of shapes: M rows of a micro batch, L the longest row's tokens.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,22 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.conversations import Row
 from data.pictures import open_picture
+from data.videos import read_frames
 from vzip import UserError
-from vzip.templates import IGNORED, IMAGE, Template, encode
+from vzip.families import Family
+from vzip.families.base import MEDIA_INPUTS
+from vzip.reducers import Reducer
+from vzip.templates import IGNORED, IMAGE, VIDEO, Template, encode
 
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenized row: one placeholder id an image, not yet expanded."""
+    """A tokenized row: one placeholder id an image or video, not yet expanded."""
 
     ids: list[int]
     labels: list[int]
-    images: tuple[Path, ...]
+    media: dict[str, tuple[Path, ...]]
+    """Its images and its videos, by kind; a kind that it has not is left out."""
 
     @property
     def num_labels(self) -> int:
@@ -42,9 +48,19 @@ class MicroBatch:
     """int64[M, L]."""
     labels: Tensor
     """int64[M, L], `IGNORED` where there is no loss."""
-    pixel_values: Tensor
-    """float32[I, 3, height, width]; a blank one where no row has an image."""
-    has_images: bool
+    media: dict[str, dict[str, Tensor]]
+    """What the model takes of all the rows' images and videos, by kind, images first; a blank one where no row has any."""
+    num_placeholders: dict[str, int]
+    """Placeholders in `input_ids` by kind; 0 where the kind is blank."""
+
+
+def example_of(ids: list[int], labels: list[int], row: Row, tokenizer: Any, folder: Path) -> Example:
+    """The example with as many of the row's images and videos as `ids` has placeholders."""
+    media = {}
+    for kind, token, paths in (("image", IMAGE, row.images), ("video", VIDEO, row.videos)):
+        if paths and (count := ids.count(tokenizer.convert_tokens_to_ids(token))):
+            media[kind] = tuple(folder / path for path in paths[:count])
+    return Example(ids, labels, media)
 
 
 def tokenize(
@@ -55,10 +71,14 @@ def tokenize(
     for row in rows:
         ids, labels = encode(template, tokenizer, row.turns)
         num_cut += len(ids) > max_tokens
-        ids, labels = ids[:max_tokens], labels[:max_tokens]
-        images = row.images[: ids.count(tokenizer.convert_tokens_to_ids(IMAGE))]
-        examples.append(Example(ids, labels, tuple(folder / image for image in images)))
+        examples.append(example_of(ids[:max_tokens], labels[:max_tokens], row, tokenizer, folder))
     return examples, num_cut
+
+
+def kinds_of(examples: Sequence[Example]) -> tuple[str, ...]:
+    """Kinds of media that the rows hold, images first; images where they hold none."""
+    found = {kind for example in examples for kind in example.media}
+    return tuple(kind for kind in MEDIA_INPUTS if kind in found) or ("image",)
 
 
 def _permutation(num_rows: int, seed: int, epoch: int) -> Tensor:
@@ -69,62 +89,76 @@ class Collator:
     """Expands placeholders, pads, and processes pictures.
 
     Args:
-        image_processor: of the model's processor.
-        image_id: id of the placeholder token.
-        num_image_tokens: placeholders an image takes.
-        pad_id: id for padding.
+        processor: of the model, unreduced.
+        family: around the model.
+        reducer: by which placeholders are counted.
+        kinds: of media that every micro batch brings to the model, blank where no row has any: under ZeRO 3 all ranks
+            must run the same modules.
+        num_frames: of a video.
     """
 
-    def __init__(self, image_processor: Any, *, image_id: int, num_image_tokens: int, pad_id: int) -> None:
-        self.image_processor = image_processor
-        self.image_id = image_id
-        self.num_image_tokens = num_image_tokens
-        self.pad_id = pad_id
-
-    @classmethod
-    def of(cls, processor: Any, num_image_tokens: int) -> "Collator":
-        """The collator of a model's (unreduced) processor."""
+    def __init__(
+        self, processor: Any, family: Family, reducer: Reducer, *, kinds: tuple[str, ...] = ("image",), num_frames: int = 1
+    ) -> None:
+        self.processor, self.family, self.reducer, self.kinds, self.num_frames = processor, family, reducer, kinds, num_frames
         tokenizer = processor.tokenizer
-        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        image_id = tokenizer.convert_tokens_to_ids(IMAGE)
-        return cls(processor.image_processor, image_id=image_id, num_image_tokens=num_image_tokens, pad_id=pad_id)
+        self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
-    def _expand(self, example: Example) -> tuple[list[int], list[int]]:
+    def _process(self, kind: str, rows: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
+        """The model's inputs for rows of pictures, or of videos as lists of frames."""
+        if kind == "video":
+            made = self.processor.video_processor(list(chain(*rows)), return_tensors="pt")
+        else:
+            made = self.processor.image_processor([list(row) for row in rows], return_tensors="pt")
+        return {name: made[name] for name in MEDIA_INPUTS[kind] if name in made}
+
+    def _load(self, kind: str, examples: Sequence[Example]) -> dict[str, Tensor]:
+        try:
+            rows = [
+                [open_picture(path) if kind == "image" else read_frames(path, self.num_frames) for path in example.media[kind]]
+                for example in examples
+                if kind in example.media
+            ]
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:
+            raise UserError(f"a file that was readable before training is not any more: {error}") from error
+        return self._process(kind, rows)
+
+    def _blank(self, kind: str) -> dict[str, Tensor]:
+        black = Image.new("RGB", (32, 32))
+        return self._process(kind, [[black if kind == "image" else [black]]])
+
+    def _expand(self, example: Example, counts: dict[str, Iterator[int]]) -> tuple[list[int], list[int]]:
+        kind_of = {self.family.placeholder_id(kind): kind for kind in example.media}
         ids, labels = [], []
         for token, label in zip(example.ids, example.labels, strict=True):
-            count = self.num_image_tokens if token == self.image_id else 1
+            count = next(counts[kind_of[token]]) if token in kind_of else 1
             ids += [token] * count
             labels += [label] * count
         return ids, labels
 
-    def _pixel_values(self, paths: Sequence[Path]) -> Tensor:
-        try:
-            pictures = [open_picture(path) for path in paths]
-        except (OSError, ValueError) as error:
-            raise UserError(f"a picture that was readable before training is not any more: {error}") from error
-        pixel_values: Tensor = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
-        return pixel_values
-
-    def _blank(self) -> Tensor:
-        pixel_values: Tensor = self.image_processor([Image.new("RGB", (32, 32))], return_tensors="pt")["pixel_values"]
-        return torch.zeros_like(pixel_values)
-
     def __call__(self, examples: Sequence[Example], *, left: bool = False) -> MicroBatch:
         """A micro batch, padded on the right, or on the `left` for generation."""
-        rows = [self._expand(example) for example in examples]
+        media, counts = {}, {}
+        for kind in self.kinds:
+            there = sum(len(example.media.get(kind, ())) for example in examples)
+            media[kind] = self._load(kind, examples) if there else self._blank(kind)
+            counts[kind] = [self.family.num_processed_tokens(self.reducer, kind, media[kind], index) for index in range(there)]
+        iterators = {kind: iter(numbers) for kind, numbers in counts.items()}
+        rows = [self._expand(example, iterators) for example in examples]
         length = max(len(ids) for ids, _ in rows)
 
         def pad(values: list[int], value: int) -> list[int]:
             padding = [value] * (length - len(values))
             return padding + values if left else values + padding
 
-        paths = [path for example in examples for path in example.images]
         return MicroBatch(
             input_ids=torch.tensor([pad(ids, self.pad_id) for ids, _ in rows]),
             attention_mask=torch.tensor([pad([1] * len(ids), 0) for ids, _ in rows]),
             labels=torch.tensor([pad(labels, IGNORED) for _, labels in rows]),
-            pixel_values=self._pixel_values(paths) if paths else self._blank(),
-            has_images=bool(paths),
+            media=media,
+            num_placeholders={kind: sum(numbers) for kind, numbers in counts.items()},
         )
 
 

@@ -1,4 +1,4 @@
-"""Open pictures, and check all of a data set before training starts."""
+"""Open pictures, and check all pictures and videos of a data set before training starts."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -29,18 +29,26 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def _fault(row: Row, folder: Path) -> BadRow | None:
-    for image in row.images:
+    from data.videos import check_video  # not above: it opens frames with this module
+
+    checks = [(image, open_picture) for image in row.images] + [(video, check_video) for video in row.videos]
+    for path, check in checks:
         try:
-            open_picture(folder / image)
+            check(folder / path)
+        except UserError:  # it is a ValueError, but of the installation and not of this row
+            raise
         except FileNotFoundError:
-            return BadRow(id=row.id, source=row.source, reason=f"{image}: missing")
+            return BadRow(id=row.id, source=row.source, reason=f"{path}: missing")
         except (OSError, ValueError) as error:
-            return BadRow(id=row.id, source=row.source, reason=f"{image}: {error}")
+            return BadRow(id=row.id, source=row.source, reason=f"{path}: {error}")
     return None
 
 
 def check_pictures(rows: Sequence[Row], folder: Path) -> tuple[list[Row], list[BadRow]]:
-    """Decode every picture once, in threads: rows that can be used, and the others with their reasons."""
+    """Decode every picture and the start of every video once, in threads: usable rows, and the others with their reasons.
+
+    Raises UserError if there are video files, but no PyAV to read them.
+    """
     with ThreadPoolExecutor() as pool:
         faults = list(progress(pool.map(lambda row: _fault(row, folder), rows), total=len(rows), title="check pictures"))
     good = [row for row, fault in zip(rows, faults, strict=True) if fault is None]

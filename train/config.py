@@ -19,12 +19,13 @@ from typing import Any, ParamSpec
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from data.dataset import BatchPlan
 from data.paths import data_dir
 from vzip import UserError
+from vzip.reducers import Reducer
 
 P = ParamSpec("P")
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,14 +104,21 @@ class Config:
     """Also tune a projector for as many random tokens, the same way, and show it as the row `random`."""
 
 
-def build(node: DictConfig) -> Any:
-    """What the node's `_target_` makes. Raises UserError where its settings are wrong."""
+def build(node: DictConfig, **more: Any) -> Any:
+    """What the node's `_target_` makes of its settings and `more`. Raises UserError where they are wrong."""
     try:
-        return instantiate(node)
+        return instantiate(node, **more)
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise UserError(f"{node['_target_']} can't be made with {OmegaConf.to_container(node)}: {error.__cause__}") from error
+
+
+def build_reducer(cfg: DictConfig) -> Reducer:
+    """The run's reducer; a budget is the total of as many tiles as the model's family counts."""
+    tiles = get_class(cfg.model["_target_"]).budget_tiles
+    reducer: Reducer = build(cfg.reducer, **({"tiles": tiles} if "budget" in cfg.reducer else {}))
+    return reducer
 
 
 def teach(command: Callable[P, None]) -> Callable[P, None]:

@@ -3,21 +3,24 @@
 from collections.abc import Callable
 from typing import Any
 
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from train.config import build
+from train.config import build_reducer
 from vzip import UserError
+from vzip.reducers.visionzip import VisionZip
 
 
 def control_row(cfg: DictConfig, tune: Callable[[DictConfig], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """With `control=true`, the row `random`: its own run, folder and resumption; else nothing."""
     if not cfg.control:
         return []
-    settings = build(cfg.reducer).settings()
-    if "dominant" not in settings:
+    reducer = build_reducer(cfg)
+    if not isinstance(reducer, VisionZip):
         raise UserError(f"control=true compares with reducer=visionzip, not with {cfg.reducer['_target_']}; leave control out")
+    budget = (reducer.dominant + reducer.contextual) * get_class(cfg.model["_target_"]).budget_tiles
     changes = {
-        "reducer": {"_target_": "vzip.reducers.random.Random", "budget": settings["dominant"] + settings["contextual"]},
+        "reducer": {"_target_": "vzip.reducers.random.Random", "budget": budget, "anyres": reducer.anyres},
         "evaluate": {"baselines": False},
         "control": False,
         "name": cfg.name and f"{cfg.name}-random",

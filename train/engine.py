@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -68,8 +68,18 @@ def gather(values: list[Any]) -> list[Any]:
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """The batch with its tensors on the device."""
-    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return MicroBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+    return replace(
+        batch,
+        input_ids=batch.input_ids.to(device),
+        attention_mask=batch.attention_mask.to(device),
+        labels=batch.labels.to(device),
+        media={kind: {name: value.to(device) for name, value in inputs.items()} for kind, inputs in batch.media.items()},
+    )
+
+
+def media_inputs(batch: MicroBatch, kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The model's inputs of one kind of media, pictures in the model's precision."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.media[kind].items()}
 
 
 class TokenLoss(nn.Module):
@@ -81,19 +91,22 @@ class TokenLoss(nn.Module):
 
     def __init__(self, family: Family) -> None:
         super().__init__()
-        self.model = family.model
+        self.family, self.model = family, family.model
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        inner, placeholder = self.model.model, self.model.config.image_token_id
-        images = inner.get_image_features(pixel_values=batch.pixel_values.to(self.model.dtype)).pooler_output
+        inner, dtype = self.model.model, self.model.dtype
+        # Pictures first, whatever the rows hold, so that every rank runs the same modules in the same order.
+        features = {kind: self.family.media_features(kind, media_inputs(batch, kind, dtype)) for kind in batch.media}
         embeddings = inner.get_input_embeddings()(batch.input_ids)
-        features = torch.cat(images).to(embeddings.dtype)
-        if batch.has_images:
-            embeddings = embeddings.masked_scatter((batch.input_ids == placeholder).unsqueeze(-1), features)
-        else:
-            # Text alone gives the projector no gradient. But every rank must run the same modules in the same order, or the
-            # others wait for it forever: a blank picture goes through them, times zero.
-            embeddings = embeddings + 0.0 * features.sum()
+        for kind, found in features.items():
+            if count := batch.num_placeholders[kind]:
+                assert len(found) == count, f"{count} placeholders of {kind}s, {len(found)} features"
+                at = (batch.input_ids == self.family.placeholder_id(kind)).unsqueeze(-1)
+                embeddings = embeddings.masked_scatter(at, found.to(embeddings.dtype))
+            else:
+                # Text alone gives the projector no gradient. But the ranks wait for each other in every module: a blank
+                # picture goes through them, times zero.
+                embeddings = embeddings + 0.0 * found.sum().to(embeddings.dtype)
         output = inner.language_model(inputs_embeds=embeddings, attention_mask=batch.attention_mask, use_cache=False)
         targets = batch.labels[:, 1:]
         at_labels = targets != IGNORED

@@ -13,15 +13,15 @@ from rich.console import Console
 from rich.table import Table
 
 from data.conversations import Row
-from data.dataset import Collator, Example
+from data.dataset import Collator, Example, example_of, kinds_of
 from data.progress import progress
 from train.checkpoint import RunFolder
-from train.engine import Engine, gather, say, to_device
+from train.engine import Engine, gather, media_inputs, say, to_device
 from train.examples import usable_rows
 from vzip import attach
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
-from vzip.templates import IMAGE, Template, encode
+from vzip.templates import Template, encode
 
 NUM_SAMPLES = 4
 """Answers and pictures that the tracker shows of each row."""
@@ -44,9 +44,8 @@ def questions_of(rows: Sequence[Row], template: Template, tokenizer: Any, folder
     for row in rows:
         for turn, (text, expected) in enumerate(row.turns):
             ids, labels = encode(template, tokenizer, [*row.turns[:turn], (text, None)])
-            images = row.images[: ids.count(tokenizer.convert_tokens_to_ids(IMAGE))]  # of the turns so far
-            example = Example(ids, labels, tuple(folder / image for image in images))
-            questions.append(Question(example, text, expected, row.kind, ", ".join(row.images)))
+            example = example_of(ids, labels, row, tokenizer, folder)  # with the pictures of the turns so far
+            questions.append(Question(example, text, expected, row.kind, ", ".join(row.images + row.videos)))
         if len(questions) >= limit:
             break
     return questions[:limit]
@@ -81,7 +80,8 @@ class Evaluator:
     @property
     def pictures(self) -> list[Path]:
         """The pictures of the first questions."""
-        return list(dict.fromkeys(path for question in self.questions for path in question.example.images))[:NUM_SAMPLES]
+        paths = (path for question in self.questions for path in question.example.media.get("image", ()))
+        return list(dict.fromkeys(paths))[:NUM_SAMPLES]
 
     def baselines(self, reducer: Reducer) -> list[dict[str, Any]]:
         """The rows `full` and `free`, of the model as it is before tuning."""
@@ -98,10 +98,15 @@ class Evaluator:
         with attach(self.engine.family.model, reducer=reducer) as handle:
             num_image_tokens = handle.num_image_tokens()
             if answers is None:
-                answers = self._ask(Collator.of(self.processor, num_image_tokens), title=f"evaluate {name}")
+                answers = self._ask(self._collator(reducer), title=f"evaluate {name}")
                 self.run.save_answers(name, answers)
         self.samples += [{"row": name, **given} for given in answers[:NUM_SAMPLES]]
         return [score(name, num_image_tokens, answers)]
+
+    def _collator(self, reducer: Reducer) -> Collator:
+        kinds = kinds_of([question.example for question in self.questions])
+        num_frames = self.cfg.model.get("num_frames", 1)
+        return Collator(self.processor, self.engine.family, reducer, kinds=kinds, num_frames=num_frames)
 
     @torch.no_grad()
     def _ask(self, collate: Collator, *, title: str) -> list[dict[str, Any]]:
@@ -120,13 +125,17 @@ class Evaluator:
     def _generate(self, examples: Sequence[Example], collate: Collator) -> list[str]:
         model, tokenizer, sharded = self.engine.family.model, self.processor.tokenizer, self.engine.stage == 3
         batch = to_device(collate(examples, left=True), self.engine.device)
-        pixel_values = batch.pixel_values.to(model.dtype)
-        if sharded and not batch.has_images:
-            model.get_image_features(pixel_values=pixel_values)  # every rank runs the same modules
+        media: dict[str, Any] = {}
+        for kind, count in batch.num_placeholders.items():
+            inputs = media_inputs(batch, kind, model.dtype)
+            if count:
+                media |= inputs
+            elif sharded:
+                self.engine.family.media_features(kind, inputs)  # every rank runs the same modules
         output = model.generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
-            **({"pixel_values": pixel_values} if batch.has_images else {}),
+            **media,
             max_new_tokens=self.cfg.evaluate.max_new_tokens,
             do_sample=False,
             eos_token_id=tokenizer.convert_tokens_to_ids(self.template.end),

@@ -21,9 +21,9 @@ def draw_kept(handle: Handle, image_processor: Any, picture: Path, target: Path)
     """Save the picture with dominant patches framed in orange, merge targets in blue, and the other patches dimmed."""
     image = open_picture(picture).resize((SIDE, SIDE))
     pixel_values = image_processor([open_picture(picture)], return_tensors="pt")["pixel_values"]
-    tower = handle.family.tower
-    parameter = next(tower.parameters())
-    reduction = handle.reduce(pixel_values.to(parameter.device, parameter.dtype))
+    tile = pixel_values.flatten(0, -4)[:1]  # of several tiles the first, which is the whole picture
+    parameter = next(handle.family.tower.parameters())
+    reduction = handle.reduce(tile.to(parameter.device, parameter.dtype))
     num_prefix = reduction.slots.shape[1] - int(reduction.slots.shape[1] ** 0.5) ** 2
     grid = int((reduction.slots.shape[1] - num_prefix) ** 0.5)
     shown = Image.fromarray((np.asarray(image) * 0.35).astype("uint8"))

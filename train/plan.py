@@ -7,14 +7,18 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from train.config import batch_plan, build
+from train.config import batch_plan, build_reducer
 from train.models import count_model
 from train.trainable import make_trainable, print_table
 from vzip.cost import row_cost, tuning_memory
+from vzip.families import Family
+from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
 
 H100_PEAK, MFU = 989e12, 0.4
 """bf16 FLOP/s of an H100 SXM, and the share of a device's peak that the estimate counts on."""
+MAX_SIZES = 5
+"""Numbers of tiles that the plan shows."""
 
 
 def measured_peak() -> float:
@@ -40,28 +44,61 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
+def _visual(family: Family, cfg: DictConfig, reducer: Reducer) -> tuple[int, int]:
+    """(pictures that the tower sees, visual tokens) of a typical row of the data."""
+    expected = cfg.data.expected
+    if "image_size" in expected:
+        size = tuple(expected.image_size)
+        return family.num_tiles(size), family.num_image_tokens(reducer, size)
+    return cfg.model.num_frames, family.num_video_tokens(reducer, cfg.model.num_frames)
+
+
+def _token_rows(family: Family, cfg: DictConfig, reducer: Reducer) -> dict[str, str]:
+    """What the budget means: tokens of an image of each number of tiles, and of a video, before and after."""
+    rows, full = {}, Identity()
+    by_tiles = {family.num_tiles(size): size for size in family.image_sizes}
+    shown = sorted(by_tiles.items())
+    if len(shown) > MAX_SIZES:
+        shown = [shown[round(index * (len(shown) - 1) / (MAX_SIZES - 1))] for index in range(MAX_SIZES)]
+    for num_tiles, size in shown:
+        before, after = family.num_image_tokens(full, size), family.num_image_tokens(reducer, size)
+        name = "tokens an image" if len(by_tiles) == 1 else f"image of {num_tiles} tiles"
+        rows[name] = f"{before:,} before, {after:,} after" + (f" ({size[0]} x {size[1]} px)" if len(by_tiles) > 1 else "")
+    if family.budget_tiles > 1 and "budget" in cfg.reducer and cfg.reducer.budget is not None:
+        rows["budget"] = (
+            f"{cfg.reducer.budget} is the total of {family.budget_tiles} tiles: {cfg.reducer.budget // family.budget_tiles} "
+            f"each; an image of fewer tiles has as much less"
+        )
+    if "video" in family.kinds:
+        before, after = (family.num_video_tokens(which, cfg.model.num_frames) for which in (full, reducer))
+        rows[f"video of {cfg.model.num_frames} frames"] = f"{before:,} before, {after:,} after"
+    return rows
+
+
 def print_plan(cfg: DictConfig, *, world_size: int) -> None:
-    """Model, trainable table, tokens an image before and after, batch arithmetic, FLOPs, memory and time."""
-    family = count_model(cfg)
+    """Model, trainable table, visual tokens before and after, batch arithmetic, FLOPs, memory and time."""
+    family, reducer = count_model(cfg), build_reducer(cfg)
+    family.refuse_unfit(reducer)
     frozen_bytes = sum(p.numel() * p.element_size() for p in family.model.parameters())
-    reducer = build(cfg.reducer)
-    before, after = family.num_image_tokens(Identity()), family.num_image_tokens(reducer)
     trainable = make_trainable(family, cfg.tune)
     print_table(family, trainable)
 
     expected = cfg.data.expected
     num_rows = round(expected.rows * cfg.data.fraction)
     batches = batch_plan(cfg, num_rows=num_rows, world_size=world_size)
-    cost = row_cost(family, num_patches=before, num_image_tokens=after, num_text_tokens=expected.text_tokens)
+    num_tiles, num_visual_tokens = _visual(family, cfg, reducer)
+    cost = row_cost(
+        family, reducer, num_tiles=num_tiles, num_visual_tokens=num_visual_tokens, num_text_tokens=expected.text_tokens
+    )
     flops = cost.total * batches.size * batches.num_steps
-    num_tokens = batches.micro * (after + expected.text_tokens)
+    num_tokens = batches.micro * (num_visual_tokens + expected.text_tokens)
     memory = tuning_memory(family, num_trainable=trainable.num_parameters, num_tokens=num_tokens)
     parts = f"tower {cost.tower / 1e9:,.0f}, projector {cost.projector / 1e9:,.1f}, language {cost.language / 1e9:,.0f} GFLOP"
     table = Table(show_header=False, title="plan", title_justify="left")
     for name, value in {
         "model": f"{cfg.model.name} ({cfg.model.id}, weights={cfg.weights})",
         "reducer": repr(reducer),
-        "tokens an image": f"{before} before, {after} after",
+        **_token_rows(family, cfg, reducer),
         "rows": f"{num_rows:,} = {cfg.data.fraction:g} of {expected.rows:,}, at {expected.text_tokens} text tokens (estimated)",
         "batches": str(batches),
         "compute": f"{flops / 1e15:,.1f} PFLOP; a row: {parts}",

@@ -55,7 +55,7 @@ def make_trainable(family: Family, tune: DictConfig) -> Trainable:
 def print_table(family: Family, trainable: Trainable) -> None:
     """One line a part of the model, frozen or trainable, with counts, and the trainable tensors."""
     table = Table("part", "state", "parameters", "trainable", title="what is tuned", title_justify="left")
-    parts = {"vision tower": family.tower, "projector": family.projector, "language model": family.language_model}
+    parts = family.frozen_parts | {"projector": family.projector, "language model": family.language_model}
     parts["head"] = family.lm_head
     for title, module in parts.items():
         opened = [p for p in module.parameters() if p.requires_grad]

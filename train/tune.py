@@ -15,7 +15,7 @@ import deepspeed
 import hydra
 from omegaconf import DictConfig
 
-from data.dataset import Collator, MicroBatches
+from data.dataset import Collator, MicroBatches, kinds_of
 from train import config
 from train.checkpoint import RunFolder
 from train.control import control_row
@@ -35,7 +35,7 @@ from vzip.io import describe, fingerprint
 def tune(cfg: DictConfig) -> list[dict[str, Any]]:
     """Run the recipe, or the rest of it: the rows of result.json."""
     rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
-    reducer, template = config.build(cfg.reducer), config.build(cfg.model.template)
+    reducer, template = config.build_reducer(cfg), config.build(cfg.model.template)
     run = RunFolder(cfg, rank=rank)
     if run.result is not None:
         say(f"{run.path} is finished; fresh=true starts it over")
@@ -44,13 +44,13 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
 
     family, processor = load_model(cfg)
     meta = describe(family, reducer, base=cfg.model.id, base_fingerprint=fingerprint(family))
-    num_image_tokens = family.num_image_tokens(reducer)
     trainable = make_trainable(family, cfg.tune)
     say(print_table, family, trainable)
 
     examples, manifest = training_examples(cfg, template, processor.tokenizer)
     plan = config.batch_plan(cfg, num_rows=len(examples), world_size=world_size)
-    batches = MicroBatches(examples, Collator.of(processor, num_image_tokens), plan, rank=rank)
+    collate = Collator(processor, family, reducer, kinds=kinds_of(examples), num_frames=cfg.model.get("num_frames", 1))
+    batches = MicroBatches(examples, collate, plan, rank=rank)
     say(f"{run.path}: {plan}")
     run.begin(manifest, num_trainable=trainable.num_parameters, world_size=world_size)
 
@@ -60,7 +60,7 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
     rows = evaluator.baselines(reducer)
     with attach(family.model, reducer=reducer) as handle:
         fit(engine, batches, cfg, run, tracker)
-        run.save_trained(engine, meta | run.trained_meta(engine, manifest, num_image_tokens))
+        run.save_trained(engine, meta | run.trained_meta(engine, manifest, family.num_image_tokens(reducer)))
         pictures = draw_examples(handle, processor.image_processor, evaluator.pictures, run.path)
     rows += evaluator.rows("tuned", reducer) + control
     tracker.log_results(rows, evaluator.samples, pictures)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from vzip.families import Family
+from vzip.reducers import Reducer
 
 
 def linear_flops(module: nn.Module) -> int:
@@ -37,17 +38,18 @@ class RowCost:
         return self.tower + self.projector + self.language
 
 
-def row_cost(family: Family, *, num_patches: int, num_image_tokens: int, num_text_tokens: int) -> RowCost:
-    """The cost of tuning on one row: an image of `num_patches`, reduced to `num_image_tokens`, and its text."""
+def row_cost(family: Family, reducer: Reducer, *, num_tiles: int, num_visual_tokens: int, num_text_tokens: int) -> RowCost:
+    """The cost of tuning on one row: `num_tiles` pictures (images, tiles or frames), what they are reduced to, and text."""
     vision: Any = family.tower.config
     text: Any = family.language_model.config
-    tower = num_patches * linear_flops(family.tower) + attention_flops(vision, num_patches)
-    tokens = num_image_tokens + num_text_tokens
+    num_patches = (family.tile_side // vision.patch_size) ** 2
+    tower = num_tiles * (num_patches * linear_flops(family.tower) + attention_flops(vision, num_patches))
+    tokens = num_visual_tokens + num_text_tokens
     language = tokens * (linear_flops(family.language_model) + linear_flops(family.lm_head))
     language += attention_flops(text, tokens) // 2  # causal: half of it
     return RowCost(
-        tower=tower * family.num_layers_run // vision.num_hidden_layers,
-        projector=2 * num_image_tokens * linear_flops(family.projector),
+        tower=tower * family.num_layers_run(reducer) // vision.num_hidden_layers,
+        projector=2 * num_visual_tokens * linear_flops(family.projector),
         language=2 * language,
     )
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vzip.attach import Handle
 from vzip.errors import UserError
 from vzip.families import Family, families
 from vzip.reducers import Reducer, create
+from vzip.renaming import read_projector
 
 FORMAT = 1
 WEIGHTS, META, ADAPTER = "projector.safetensors", "meta.json", "adapter"
@@ -88,21 +88,24 @@ def refuse_mismatch(meta: Mapping[str, Any], family: Family, reducer: Reducer) -
         raise UserError(
             f"this projector was trained on another base model ({base['id']}): the frozen weights differ; load that base"
         )
-    given = {"name": reducer.name, **reducer.settings()}
-    if meta["reducer"] != given:
-        raise UserError(f"this projector was trained with the reducer {meta['reducer']}, not with {given}; attach that one")
+    recorded = create_reducer(meta)
+    if (recorded.name, recorded.settings()) != (reducer.name, reducer.settings()):
+        raise UserError(f"this projector was trained with the reducer {recorded}, not with {reducer}; attach that one")
+
+
+def create_reducer(meta: Mapping[str, Any]) -> Reducer:
+    """The reducer of a `meta.json`; a setting that was unknown when it was written has its default."""
+    settings = dict(meta["reducer"])
+    return create(settings.pop("name"), settings)
 
 
 def load_weights(family: Family, path: str | Path) -> None:
-    """Put the tensors of a safetensors file into the model's parameters of the same names.
+    """Put a projector's file into the model: ours, with the model's names, or LLaVA's `mm_projector.bin` or safetensors.
 
     Raises:
-        UserError: no such file, a file that is not safetensors, or names or shapes that are not the projector's.
+        UserError: no such file, one that can't be read, or names or shapes that are not the projector's.
     """
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"projector {path} can't be read: {error}; give a projector.safetensors of a run") from error
+    tensors = read_projector(Path(path))
     parameters = dict(family.model.named_parameters())
     expected = {name: tuple(value.shape) for name, value in parameters.items() if name.startswith(family.projector_name)}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -160,8 +163,7 @@ def load(
         processor = cls.load_processor(source)
     except OSError as error:
         raise UserError(f"the base model {source} can't be loaded: {error}\nPass base=... with its folder or hub id") from error
-    settings = dict(meta["reducer"])
-    handle = Handle(model, create(settings.pop("name"), settings))
+    handle = Handle(model, create_reducer(meta))
     handle.family.projector.float()
     load_projector(handle, folder)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

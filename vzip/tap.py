@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from vzip.errors import UserError
 from vzip.reducers.base import VisionTokens
 
-QUERY_CHUNK = 256
-"""Queries whose attention is held at once where there is no CLS: B * H * 256 * N floats, whatever the picture's size."""
+MAX_SCORES = 2**25
+"""Attention scores held at once where there is no CLS: 128 MiB of float32, and as much for their softmax."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,20 @@ def tower_layout(tower: nn.Module) -> TowerLayout:
     return TOWER_LAYOUTS[kind]  # type: ignore[index]
 
 
-def layer_index(feature_layer: int, num_layers: int) -> int:
-    """Index of the layer whose output is `hidden_states[feature_layer]`: of 24 layers, -2 is layer 22.
+def layer_index(layer: int, num_layers: int, *, setting: str = "vision_feature_layer") -> int:
+    """Index of the layer whose output is `hidden_states[layer]`: of 24 layers, -2 is layer 22.
 
-    `hidden_states` starts with the embeddings, so it has num_layers + 1 entries. Raises UserError out of range.
+    `hidden_states` starts with the embeddings, so it has num_layers + 1 entries. Raises UserError, naming the setting, for
+    anything but one of the layers.
     """
-    if not isinstance(feature_layer, int):
-        raise UserError(f"vision_feature_layer={feature_layer!r} names several layers; a reducer needs one, e.g. -2")
-    index = (feature_layer if feature_layer >= 0 else feature_layer + num_layers + 1) - 1
+    if not isinstance(layer, int):
+        raise UserError(f"{setting}={layer!r} is not one layer; a reducer needs one, e.g. -2")
+    index = (layer if layer >= 0 else layer + num_layers + 1) - 1
     if not 0 <= index < num_layers:
-        raise UserError(f"vision_feature_layer={feature_layer} names no layer of the vision tower, which has {num_layers}")
+        raise UserError(
+            f"{setting}={layer} names no layer of the vision tower, which has {num_layers}; "
+            f"choose 1 to {num_layers}, or {-num_layers} to -1"
+        )
     return index
 
 
@@ -81,13 +85,15 @@ def cls_attention(queries: Tensor, keys: Tensor) -> Tensor:
     return scores.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
 
 
-def received_attention(queries: Tensor, keys: Tensor, chunk: int = QUERY_CHUNK) -> Tensor:
+def received_attention(queries: Tensor, keys: Tensor, max_scores: int = MAX_SCORES) -> Tensor:
     """float[B, N]: attention each token receives, averaged over heads and queries, of float[B, H, N, head_dim].
 
-    Source: the paper's appendix A.2, for encoders without CLS. `chunk` queries at a time bound the memory.
+    Source: the paper's appendix A.2, for encoders without CLS. At most `max_scores` scores are held at once, though never
+    fewer than those of one query.
     """
-    total = queries.new_zeros(queries.shape[0], keys.shape[2])
-    for rows in torch.split(queries, chunk, dim=2):
+    num_images, num_heads, num_tokens, _ = keys.shape
+    total = queries.new_zeros(num_images, num_tokens)
+    for rows in torch.split(queries, max(1, max_scores // (num_images * num_heads * num_tokens)), dim=2):
         scores = (rows @ keys.transpose(2, 3)).mul(queries.shape[-1] ** -0.5)
         total += scores.softmax(dim=-1).mean(dim=1).sum(dim=1)
     return total / queries.shape[2]
@@ -132,31 +138,44 @@ def _captured(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
+def refuse_wrong_pictures(pixel_values: Tensor) -> None:
+    """Raises UserError unless there is at least one picture, float[B, 3, height, width]."""
+    if pixel_values.dim() != 4 or pixel_values.shape[1] != 3 or not pixel_values.shape[0]:
+        shape = list(pixel_values.shape)
+        raise UserError(
+            f"pixel_values of shape {shape} are no pictures: the vision tower takes float[B, 3, height, width] with "
+            f"B >= 1; use what the model's processor returns"
+        )
+
+
 def run_tower(
-    tower: nn.Module, pixel_values: Tensor, *, feature_layer: int, num_dropped: int, attention: bool, **kwargs: Any
+    tower: nn.Module, pixel_values: Tensor, *, feature_layer: int, num_dropped: int, attention_layer: int | None, **kwargs: Any
 ) -> VisionTokens:
-    """The tokens that `hidden_states[feature_layer]` of the tower holds, with the attention of the layer that made them.
+    """The tokens that `hidden_states[feature_layer]` of the tower holds, with the attention of one of its layers.
 
     Args:
         tower: a vision model of a kind in `TOWER_LAYOUTS`.
         pixel_values: float[B, 3, height, width].
         feature_layer: index into the tower's hidden states, as `vision_feature_layer` of LLaVA's config.
         num_dropped: see `VisionTokens`.
-        attention: whether saliency and keys are needed.
+        attention_layer: the hidden state whose layer's saliency and keys are wanted; None: neither.
         kwargs: for the tower, e.g. `interpolate_pos_encoding`.
 
     Raises:
-        UserError: an unknown kind of tower, or a layer that it does not have.
+        UserError: an unknown kind of tower, a layer that it does not have, or pixel values that are no pictures.
     """
+    refuse_wrong_pictures(pixel_values)
     layout = tower_layout(tower)
     layers = list(tower.get_submodule(layout.layers).children())
-    index = layer_index(feature_layer, len(layers))
+    index = last = layer_index(feature_layer, len(layers))
     tapped = {"features": layers[index]}
-    if attention:
-        tapped |= {name: layers[index].get_submodule(getattr(layout, name)) for name in ("queries", "keys")}
-    with _skipped(layers[index + 1 :]), _captured(tapped) as outputs:
+    if attention_layer is not None:
+        tap = layer_index(attention_layer, len(layers), setting="reducer.layer")
+        last = max(index, tap)
+        tapped |= {name: layers[tap].get_submodule(getattr(layout, name)) for name in ("queries", "keys")}
+    with _skipped(layers[last + 1 :]), _captured(tapped) as outputs:
         tower(pixel_values, **kwargs)
-    if not attention:
+    if attention_layer is None:
         return VisionTokens(features=outputs["features"], has_cls=layout.has_cls, num_dropped=num_dropped)
     with torch.no_grad():
         num_heads: int = tower.config.num_attention_heads  # type: ignore[union-attr, assignment]

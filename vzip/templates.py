@@ -5,6 +5,7 @@ the model's own training, and labels need no counting of characters. Source of t
 haotian-liu/LLaVA, `llava/conversation.py` (`conv_vicuna_v1`) and `llava/train/train.py` (`preprocess_v1`).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from vzip.errors import UserError
 
 IMAGE = "<image>"
+VIDEO = "<video>"
 IGNORED = -100
 """The label of a token that carries no loss, as in `torch.nn.functional.cross_entropy`."""
 
@@ -20,8 +22,8 @@ IGNORED = -100
 class Template:
     """The texts around system prompt, questions and answers.
 
-    A row is `bos system [user QUESTION assistant | answer_prefix ANSWER end | separator]...`; loss is carried by the part
-    between the bars: the answer and its end token.
+    A row is `bos system [user QUESTION assistant | answer_prefix ANSWER answer_suffix end | separator]...`; loss is carried
+    by the part between the bars: the answer, what is written around it, and its end token.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Template:
     user: str
     assistant: str
     answer_prefix: str = ""
+    answer_suffix: str = ""
     end: str
     separator: str = ""
     adds_bos: bool = False
@@ -47,22 +50,32 @@ def _ids_after(tokenizer: Any, anchor: str, text: str) -> list[int]:
     return whole[len(head) :]
 
 
-def place_images(question: str) -> str:
-    """The question with its `<image>` tokens at the front, each followed by a newline, as LLaVA's preprocessing puts them."""
-    count = question.count(IMAGE)
-    return ((IMAGE + "\n") * count + question.replace(IMAGE, "").strip()).strip() if count else question
+def place_media(question: str) -> str:
+    """The question with its placeholders at the front, each followed by a newline: first the images, then the videos.
+
+    For images this is LLaVA's preprocessing (`preprocess_multimodal`). Video-LLaVA's moves nothing: its data starts with
+    `<video>` and a newline already, and the few rows with both have the videos before the images.
+    """
+    front = (IMAGE + "\n") * question.count(IMAGE) + (VIDEO + "\n") * question.count(VIDEO)
+    return (front + question.replace(IMAGE, "").replace(VIDEO, "").strip()).strip() if front else question
+
+
+def _placeholder_id(tokenizer: Any, placeholder: str) -> int:
+    token_id: int | None = tokenizer.convert_tokens_to_ids(placeholder)
+    if token_id is None or token_id == getattr(tokenizer, "unk_token_id", None):
+        raise UserError(f"a question has {placeholder}, which this model's tokenizer does not know; take such rows out")
+    return token_id
 
 
 def _prompt_ids(tokenizer: Any, text: str, anchor: str) -> list[int]:
-    """Ids of a prompt that stands after `anchor` ("" at the start), one `<image>` id an image.
+    """Ids of a prompt that stands after `anchor` ("" at the start), one id for each `<image>` and `<video>`, in order.
 
-    Around an image every chunk of text is tokenized by itself, as in LLaVA (`tokenizer_image_token`).
+    Around a placeholder every chunk of text is tokenized by itself, as in LLaVA (`tokenizer_image_token`).
     """
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
-    first, *others = text.split(IMAGE)
+    first, *others = re.split(f"({IMAGE}|{VIDEO})", text)
     ids = _ids_after(tokenizer, anchor, first) if anchor and first else _ids(tokenizer, first)
-    for chunk in others:
-        ids += [image_id, *_ids(tokenizer, chunk)]
+    for placeholder, chunk in zip(others[::2], others[1::2], strict=True):
+        ids += [_placeholder_id(tokenizer, placeholder), *_ids(tokenizer, chunk)]
     return ids
 
 
@@ -72,30 +85,31 @@ def _answer_ids(tokenizer: Any, prefix: str, answer: str) -> list[int]:
 
 
 def encode(template: Template, tokenizer: Any, turns: Sequence[tuple[str, str | None]]) -> tuple[list[int], list[int]]:
-    """Token ids and labels of a conversation, one `<image>` id an image, not yet expanded.
+    """Token ids and labels of a conversation, one id for each `<image>` and `<video>`, not yet expanded.
 
     Args:
         template: the model's training format.
-        tokenizer: the model's tokenizer; it must know the token `<image>`.
+        tokenizer: the model's tokenizer; it must know the placeholders that the questions have.
         turns: (question, answer) pairs; None as the last answer ends the row where generation starts.
 
     Returns:
-        ids and labels of equal length; labels are `IGNORED` but on answers and their end tokens.
+        ids and labels of equal length; labels are `IGNORED` but on answers, with their prefix and suffix, and their end tokens.
 
     Raises:
-        UserError: a tokenizer that the template does not fit.
+        UserError: a tokenizer that the template does not fit, or that does not know a placeholder.
     """
     ids = [tokenizer.bos_token_id] if template.adds_bos else []
     labels = [IGNORED] * len(ids)
     before, anchor = template.system, ""
     for question, answer in turns:
-        prompt = before + template.user + place_images(question) + template.assistant
+        prompt = before + template.user + place_media(question) + template.assistant
         prompt_ids = _prompt_ids(tokenizer, prompt, anchor)
         ids += prompt_ids
         labels += [IGNORED] * len(prompt_ids)
         if answer is None:
             break
-        answer_ids = _answer_ids(tokenizer, template.answer_prefix, answer) + _ids(tokenizer, template.end)
+        answer_ids = _answer_ids(tokenizer, template.answer_prefix, answer + template.answer_suffix)
+        answer_ids += _ids(tokenizer, template.end)
         separator_ids = _ids_after(tokenizer, template.end, template.separator) if template.separator else []
         ids += answer_ids + separator_ids
         labels += answer_ids + [IGNORED] * len(separator_ids)
@@ -117,6 +131,23 @@ def vicuna(system: str = VICUNA_SYSTEM) -> Template:
         user="USER: ",
         assistant=" ASSISTANT:",
         answer_prefix=" ",
+        end="</s>",
+        adds_bos=True,
+    )
+
+
+def mistral() -> Template:
+    """Mistral's instructions, of LLaVA-NeXT with Mistral: `[INST] question [/INST] answer </s>[INST] ...`.
+
+    Source: repository haotian-liu/LLaVA, `llava/conversation.py` (`conv_mistral_instruct`, whose LLAMA_2 style writes a space
+    on both sides of an answer) and `llava/train/train.py` (`preprocess_llama_2`).
+    """
+    return Template(
+        name="mistral",
+        user="[INST] ",
+        assistant=" [/INST]",
+        answer_prefix=" ",
+        answer_suffix=" ",
         end="</s>",
         adds_bos=True,
     )

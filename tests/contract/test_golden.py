@@ -107,7 +107,7 @@ def test_kept_indices(case, attached):
     assert torch.equal(attached.handle.reduce(case.tiles).dominant, want.sort(dim=1).values)
 
     layer = family.model.config.vision_feature_layer
-    tokens = run_tower(family.tower, case.tiles, feature_layer=layer, num_dropped=1, attention=True)
+    tokens = run_tower(family.tower, case.tiles, feature_layer=layer, num_dropped=1, attention_layer=layer)
     cls = int(tokens.has_cls)
     falling = tokens.saliency.argsort(dim=1, descending=True)[:, : want.shape[1] - cls] + cls
     assert not want[:, :cls].any()  # token 0, which leads whatever its score

@@ -23,6 +23,10 @@ def good(number=0):
     return {"id": f"row-{number}", "image": f"coco/{number}.jpg", "conversations": messages("<image>\nwhat?", "a cat")}
 
 
+def good_video(number=0):
+    return {"id": f"row-{number}", "video": f"valley/{number}.mp4", "conversations": messages("<video>\nwhat?", "a cat")}
+
+
 def write(folder, content):
     path = folder / "rows.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -39,9 +43,25 @@ def test_one_image_several_and_none():
     assert none.images == () and none.turns == (("hello", "hi"),)
 
 
+def test_one_video_several_and_both_kinds():
+    one = parse_row({"video": "valley/1.mp4", "conversations": messages("<video>\nwhat?", "a cat", "sure?", "yes")})
+    several = parse_row({"video": ["a/1.mp4", "b/frames"], "conversations": messages("<video>", "x", "and <video>", "y")})
+    both = parse_row(
+        {"image": ["coco/1.jpg", "coco/2.jpg"], "video": "a/1.mp4", "conversations": messages("<video><image><image>", "x")}
+    )
+
+    assert one.videos == ("valley/1.mp4",) and one.images == () and one.turns[0] == ("<video>\nwhat?", "a cat")
+    assert several.videos == ("a/1.mp4", "b/frames")
+    assert both.images == ("coco/1.jpg", "coco/2.jpg") and both.videos == ("a/1.mp4",)
+    assert parse_row(good()).videos == ()
+
+
 @pytest.mark.parametrize(
     ("extra", "source", "kind"),
     [
+        ({"video": "valley/train/1.mp4"}, "valley", "all"),
+        ({"video": ["ssv2/1.webm"], "source": "mine"}, "mine", "all"),
+        ({"video": "valley/1.mp4", "image": "coco/1.jpg"}, "coco", "all"),
         ({"image": "coco/train/1.jpg"}, "coco", "all"),
         ({"image": "coco/1.jpg", "source": "mine", "type": "yesno"}, "mine", "yesno"),
         ({"image": ["vg/1.jpg"]}, "vg", "all"),
@@ -49,7 +69,8 @@ def test_one_image_several_and_none():
     ],
 )
 def test_source_and_kind(extra, source, kind):
-    row = parse_row({"conversations": messages("<image>" if "image" in extra else "q", "a"), **extra})
+    question = "".join(f"<{key}>" for key in ("image", "video") if key in extra) or "q"
+    row = parse_row({"conversations": messages(question, "a"), **extra})
     assert (row.source, row.kind) == (source, kind)
 
 
@@ -100,6 +121,20 @@ BROKEN = {
     "path is a number": {**good(), "image": 12},
     "paths are numbers": {**good(), "image": [12]},
     "path is an object": {**good(), "image": {"path": "a.jpg"}},
+    "video in an answer": {**good_video(), "conversations": messages("<video>", "a <video>")},
+    "video in an answer about an image": {**good(), "conversations": messages("<image>", "a <video>")},
+    "a video too few": {**good_video(), "conversations": messages("<video><video>", "a")},
+    "a video too many": {**good_video(), "conversations": messages("what?", "a")},
+    "placeholder without video": {"conversations": messages("<video>", "a")},
+    "a video for an image": {**good_video(), "conversations": messages("<image>", "a")},
+    "both, but one placeholder": {**good_video(), "image": "a/b.jpg"},
+    "absolute video": {**good_video(), "video": "/etc/passwd"},
+    "video upwards": {**good_video(), "video": ["valley/../../secret.mp4"]},
+    "empty video": {**good_video(), "video": ""},
+    "video that names no file": {**good_video(), "video": "./"},
+    "video is a number": {**good_video(), "video": 12},
+    "videos are numbers": {**good_video(), "video": [12]},
+    "video is an object": {**good_video(), "video": {"path": "a.mp4"}},
 }
 
 
@@ -120,7 +155,15 @@ def test_reasons_tell_the_faults_apart():
         with pytest.raises(ValueError) as error:
             parse_row(row)
         reasons.add(str(error.value))
-    assert len(reasons) >= 10
+    assert len(reasons) >= 18
+
+
+def test_a_reason_says_which_kind_is_wrong():
+    for row, kind in ((BROKEN["absolute path"], "image"), (BROKEN["absolute video"], "video")):
+        with pytest.raises(ValueError, match=kind):
+            parse_row(row)
+    with pytest.raises(ValueError, match="2 <video> in the questions, but 1 videos"):
+        parse_row(BROKEN["a video too few"])
 
 
 def test_a_bad_row_is_named_by_its_id_or_its_place(tmp_path):
@@ -140,29 +183,31 @@ def test_text_that_is_half_a_character_is_bad(tmp_path):
     assert [row.id for row in rows] == ["row-0"] and len(bad) == 1
 
 
-TEXTS = st.sampled_from(["", " ", "<image>", "<image><image>\n", "a", "\0", "\ud800", "e\u0301\u202e\U0001f600", "\ufeff"])
+TEXTS = st.sampled_from(
+    ["", " ", "<image>", "<image><image>\n", "<video>", "a", "\0", "\ud800", "e\u0301\u202e\U0001f600", "\ufeff"]
+)
 PATHS = st.sampled_from(
     ["", ".", "./", "..", "/", "/a.jpg", "a/../b.jpg", "~", "a.jpg", "\0", "\ud800", "ö/1.jpg", "C:\\a.jpg"]
 )
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
 JSON = st.recursive(SCALARS | PATHS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=2))
-KEYS = st.sampled_from(["id", "image", "conversations", "source", "type", "extra"])
+KEYS = st.sampled_from(["id", "image", "video", "conversations", "source", "type", "extra"])
 
 
 @st.composite
 def mutated(draw):
     """A good row after a few mistakes."""
-    row = copy.deepcopy(good())
+    row = copy.deepcopy(draw(st.sampled_from([good(), good_video()])))
     for _ in range(draw(st.integers(0, 3))):
         key = draw(KEYS)
         talk = row.get("conversations")
-        match draw(st.sampled_from(["drop", "replace", "image", "message", "value", "speaker", "repeat"])):
+        match draw(st.sampled_from(["drop", "replace", "image", "video", "message", "value", "speaker", "repeat"])):
             case "drop":
                 row.pop(key, None)
             case "replace":
                 row[key] = draw(JSON)
-            case "image":
-                row["image"] = draw(PATHS | st.lists(PATHS | SCALARS, max_size=3))
+            case "image" | "video" as kind:
+                row[kind] = draw(PATHS | st.lists(PATHS | SCALARS, max_size=3))
             case "message" if isinstance(talk, list) and talk:
                 talk[draw(st.integers(0, len(talk) - 1))] = draw(JSON)
             case "value" if isinstance(talk, list) and talk and isinstance(talk[-1], dict):
@@ -184,8 +229,9 @@ def test_whatever_an_entry_holds_it_is_a_row_or_listed(tmp_path_factory, nearly_
     for row in rows:
         assert isinstance(row, Row) and row.turns and row.source
         assert len(row.images) == sum(question.count("<image>") for question, _ in row.turns)
-        assert not any(image.startswith("/") or ".." in image.split("/") for image in row.images)
-        assert all(answer.strip() and "<image>" not in answer for _, answer in row.turns)
+        assert len(row.videos) == sum(question.count("<video>") for question, _ in row.turns)
+        assert not any(path.startswith("/") or ".." in path.split("/") for path in row.images + row.videos)
+        assert all(answer.strip() and "<image>" not in answer and "<video>" not in answer for _, answer in row.turns)
     assert all(isinstance(row, BadRow) and row.reason for row in bad)
 
 

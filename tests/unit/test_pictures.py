@@ -1,6 +1,7 @@
 """Pictures of every make come out as upright RGB, and those that can't be opened are found before training."""
 
 import io
+import sys
 from contextlib import suppress
 
 import pytest
@@ -131,8 +132,8 @@ def test_a_damaged_file_is_a_picture_or_one_of_two_errors(tmp_path_factory, kind
         assert open_picture(path).mode == "RGB"
 
 
-def row(name, *images, source="noise"):
-    return Row(id=name, images=images, turns=(("q", "a"),), source=source, kind="all", digest=name)
+def row(name, *images, videos=(), source="noise"):
+    return Row(id=name, images=images, videos=videos, turns=(("q", "a"),), source=source, kind="all", digest=name)
 
 
 def test_check_pictures_parts_good_from_bad_in_order(tmp_path):
@@ -148,6 +149,35 @@ def test_check_pictures_parts_good_from_bad_in_order(tmp_path):
     assert [(row.id, row.source) for row in bad] == [("row-7", "noise"), ("row-20", "noise"), ("broken pair", "pairs")]
     assert bad[1].reason == "20.png: missing"
     assert "7.png" in bad[0].reason and "7.png" in bad[2].reason
+
+
+def test_check_pictures_looks_at_videos_too(tmp_path):
+    for number in range(3):
+        (tmp_path / "clip").mkdir(exist_ok=True)
+        tiny.picture(number).save(tmp_path / "clip" / f"{number}.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.mp4").write_text("just text\n")
+    rows = [
+        row("frames", videos=("clip",)),
+        row("gone", videos=("clip", "gone.mp4"), source="valley"),
+        row("empty", videos=("empty",)),
+        row("text", videos=("text.mp4",)),
+        row("both", "clip/1.png", videos=("clip",)),
+        row("bad picture", "clip/9.png", videos=("clip",)),
+    ]
+    good, bad = check_pictures(rows, tmp_path)
+
+    assert [row.id for row in good] == ["frames", "both"]
+    assert [row.id for row in bad] == ["gone", "empty", "text", "bad picture"]
+    assert bad[0] == BadRow(id="gone", source="valley", reason="gone.mp4: missing")
+    assert "no frames" in bad[1].reason and "not a video" in bad[2].reason and bad[3].reason == "clip/9.png: missing"
+
+
+def test_without_pyav_no_row_is_blamed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)  # makes its import fail
+    (tmp_path / "a.mp4").write_bytes(b"...")
+    with pytest.raises(UserError, match="pip install av"):
+        check_pictures([row("a", videos=("a.mp4",))], tmp_path)
 
 
 def test_no_rows_need_no_pictures(tmp_path):

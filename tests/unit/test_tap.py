@@ -23,7 +23,9 @@ def pixels():
 
 
 def tap(tower, pixels, feature_layer=-2, *, attention=True):
-    return run_tower(tower, pixels, feature_layer=feature_layer, num_dropped=0, attention=attention)
+    return run_tower(
+        tower, pixels, feature_layer=feature_layer, num_dropped=0, attention_layer=feature_layer if attention else None
+    )
 
 
 def layers_of(tower):
@@ -164,7 +166,7 @@ def test_a_layers_own_forward_comes_back(tower, pixels):
 def test_an_unknown_tower_is_refused():
     text = tiny.llava().model.language_model
     with pytest.raises(UserError, match="'llama' is not supported") as error:
-        run_tower(text, torch.zeros(1), feature_layer=-2, num_dropped=0, attention=True)
+        run_tower(text, torch.zeros(1), feature_layer=-2, num_dropped=0, attention_layer=-2)
     assert "clip_vision_model" in str(error.value)
 
 

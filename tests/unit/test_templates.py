@@ -8,16 +8,16 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from tests import tiny
 from vzip import UserError
-from vzip.templates import IGNORED, IMAGE, VICUNA_SYSTEM, chatml, encode, place_images, vicuna
+from vzip.templates import IGNORED, IMAGE, VICUNA_SYSTEM, VIDEO, chatml, encode, mistral, place_media, vicuna
 
 
 @pytest.fixture(scope="module")
 def sentencepiece(sentencepiece_folder):
-    """legacy -> a LLaMA tokenizer with 32,000 pieces and `<image>`, as LLaVA-1.5's."""
+    """legacy -> a LLaMA tokenizer with 32,000 pieces, `<image>` and `<video>`, as LLaVA-1.5's and Video-LLaVA's."""
 
     def build(legacy):
         tokenizer = LlamaTokenizer.from_pretrained(sentencepiece_folder, legacy=legacy)
-        tokenizer.add_tokens([IMAGE], special_tokens=True)
+        tokenizer.add_tokens([IMAGE, VIDEO], special_tokens=True)
         return tokenizer
 
     tokenizers = {legacy: build(legacy) for legacy in (True, False)}
@@ -91,13 +91,16 @@ def llava_image_tokens(prompt, tokenizer):
     return ids
 
 
+def llava_question(question):
+    """LLaVA's preprocess_multimodal."""
+    return (IMAGE + "\n" + question.replace(IMAGE, "").strip()).strip() if IMAGE in question else question
+
+
 def llava_preprocess(tokenizer, turns, *, system="", legacy=False):
     """LLaVA's preprocess_v1: tokenize the whole prompt; find each round's answer by counting its tokens."""
     prompt = system
     for question, answer in turns:
-        if IMAGE in question:
-            question = (IMAGE + "\n" + question.replace(IMAGE, "").strip()).strip()
-        prompt += f"USER: {question} ASSISTANT: {answer}</s>"
+        prompt += f"USER: {llava_question(question)} ASSISTANT: {answer}</s>"
     ids = llava_image_tokens(prompt, tokenizer)
     labels = [IGNORED] * len(ids)
     position = 1  # after BOS
@@ -226,7 +229,7 @@ def test_properties_of_any_conversation(turns):
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
     assert tokenizer.decode(labelled(labels)) == "".join(answer + "<|im_end|>" for _, answer in turns)
     rest = [token for token, label in zip(ids, labels, strict=True) if label == IGNORED]
-    questions = [(place_images(question), None) for question, _ in turns]
+    questions = [(place_media(question), None) for question, _ in turns]
     assert tokenizer.decode(rest) == "".join(
         chatml_text([turn], "s").removeprefix("" if index == 0 else chatml_text([], "s")) + "\n"
         for index, turn in enumerate(questions)
@@ -260,11 +263,17 @@ def test_a_vicuna_prompt_is_a_prefix_of_its_row(sentencepiece, legacy):
         ("What?\n<image>", "<image>\nWhat?"),
         ("Is <image> that?", "<image>\nIs  that?"),
         ("<image> and\n<image>", "<image>\n<image>\nand"),
+        ("<video>", "<video>"),
+        ("<video>\nWhat?", "<video>\nWhat?"),
+        ("Is <video> that?\n", "<video>\nIs  that?"),
+        ("<video><video>\nSame?", "<video>\n<video>\nSame?"),
+        ("<video> like <image>?", "<image>\n<video>\nlike ?"),
+        ("<video>a<image>b<video>c<image>", "<image>\n<image>\n<video>\n<video>\nabc"),
     ],
 )
-def test_images_are_placed_first(question, placed):
-    assert place_images(question) == placed
-    assert place_images(placed) == placed
+def test_images_are_placed_first_then_videos(question, placed):
+    assert place_media(question) == placed
+    assert place_media(placed) == placed
 
 
 def test_a_tokenizer_that_does_not_fit_the_template_is_refused():
@@ -281,3 +290,77 @@ def test_a_tokenizer_that_does_not_fit_the_template_is_refused():
 
     with pytest.raises(UserError, match="does not fit the tokenizer"):
         encode(vicuna(""), Reversed(), [("q", "b")])
+
+
+def mistral_prompt(turns):
+    """LLaVA's conv_mistral_instruct: spaces on both sides of questions and answers, no system prompt."""
+    return "".join(f"[INST] {llava_question(question)} [/INST] {answer} </s>" for question, answer in turns)
+
+
+def llava_preprocess_llama_2(tokenizer, turns):
+    """LLaVA's preprocess_llama_2: tokenize the whole prompt; find each round's answer by counting its tokens."""
+    prompt = mistral_prompt(turns)
+    ids = llava_image_tokens(prompt, tokenizer)
+    labels = [IGNORED] * len(ids)
+    position = 1  # after BOS
+    for text in prompt.split("</s>")[:-1]:
+        question, _ = text.split("[/INST] ")
+        length = len(llava_image_tokens(text, tokenizer))  # its BOS stands for the </s>
+        skipped = len(llava_image_tokens(question + "[/INST] ", tokenizer)) - 2  # without BOS and the last space
+        labels[position + skipped : position + length] = ids[position + skipped : position + length]
+        position += length
+    assert position == len(ids)
+    return ids, labels
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_mistral_token_by_token(sentencepiece, legacy):
+    tokenizer = sentencepiece(legacy)
+    turns = [("<image>\nWhat is it?", "A red car."), ("Where?", "On the road.")]
+    ids, labels = encode(mistral(), tokenizer, turns)
+    start, end = ["▁[", "INST", "]"], ["▁[", "/", "INST", "]"]
+    first = ["<s>", *start, "▁", IMAGE, "▁", "<0x0A>", "What", "▁is", "▁it", "?", *end]
+    answer, answer_2 = ["▁A", "▁red", "▁car", ".", "▁", "</s>"], ["▁On", "▁the", "▁road", ".", "▁", "</s>"]
+    second = [*(start if legacy else ["[", "INST", "]"]), "▁Where", "?", *end]
+    assert pieces(tokenizer, ids) == first + answer + second + answer_2
+    assert labels == [IGNORED] * len(first) + ids[len(first) :][:6] + [IGNORED] * len(second) + ids[-6:]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+def test_mistral_is_llavas_preprocessing(sentencepiece, turns, legacy):
+    tokenizer = sentencepiece(legacy)
+    assert encode(mistral(), tokenizer, turns) == llava_preprocess_llama_2(tokenizer, turns)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_mistral_prompt_is_a_prefix_of_its_row(sentencepiece, legacy):
+    tokenizer = sentencepiece(legacy)
+    turns = [("<image>\nWhat is it?", "A red car."), ("Where?", "On the road.")]
+    ids, labels = encode(mistral(), tokenizer, turns)
+    prompt, nothing = encode(mistral(), tokenizer, [turns[0], ("Where?", None)])
+    assert prompt == llava_image_tokens(mistral_prompt(turns[:1]) + "[INST] Where? [/INST]", tokenizer)
+    assert prompt == ids[: len(prompt)] and nothing == labels[: len(prompt)]
+
+
+@pytest.mark.parametrize("build", [vicuna, mistral])
+def test_videos_are_tokenized_as_images_are(sentencepiece, build):
+    tokenizer = sentencepiece(False)
+    image_id, video_id = tokenizer.convert_tokens_to_ids([IMAGE, VIDEO])
+    turns = [("<video>\nWhat happens?", "A car stops."), ("And in <video> this?", "It\nstarts.")]
+    ids, labels = encode(build(), tokenizer, turns)
+    expected, expected_labels = encode(build(), tokenizer, [(q.replace(VIDEO, IMAGE), a) for q, a in turns])
+    assert ids == [video_id if token == image_id else token for token in expected]
+    assert ids.count(video_id) == 2 and labels == expected_labels
+
+
+def test_images_and_videos_of_a_question_keep_their_order():
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens([VIDEO], special_tokens=True)
+    ids, _ = encode(chatml("s"), tokenizer, [("<video> like <image>?<video>", "no")])
+    assert tokenizer.decode(ids) == chatml_text([("<image>\n<video>\n<video>\nlike ?", "no")], "s")
+
+
+def test_a_placeholder_that_the_tokenizer_does_not_know_is_refused():
+    with pytest.raises(UserError, match="<video>"):
+        encode(chatml("s"), tiny.tokenizer(), [("<video>\nWhat?", "no")])

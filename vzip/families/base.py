@@ -1,17 +1,59 @@
-"""What a family adapter tells the rest: where the parts of a VLM are, and how many tokens an image takes."""
+"""What a family adapter tells the rest: where the parts of a VLM are, how many tokens a picture takes, and the seam.
 
+The seam is a method of the model's inner module (in transformers 5: `get_image_features`, `get_video_features`), which does
+tower -> layer -> projector: on an attached model it is replaced, on the instance, by the family's method of that name.
+
+Legend of shapes: B pictures (images, tiles or frames), n visual tokens, d_llm width of the language model.
+"""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import AutoProcessor, PreTrainedConfig
 
 from vzip.errors import UserError
-from vzip.reducers.base import Reducer, Reduction
+from vzip.reducers.base import Reducer, Reduction, VisionTokens
+from vzip.tap import layer_index, run_tower, tower_layout
+
+MEDIA_INPUTS = {"image": ("pixel_values", "image_sizes", "batch_num_images"), "video": ("pixel_values_videos",)}
+"""Arguments of a model, as its processor returns them, by kind of media."""
+
+
+def num_dropped(config: Any) -> int:
+    """LLaVA's "default" selection drops the first token, "full" keeps all."""
+    return 1 if config.vision_feature_select_strategy == "default" else 0
+
+
+def encode(tower: nn.Module, config: Any, reducer: Reducer, pixel_values: Tensor, **settings: Any) -> VisionTokens:
+    """Vision tokens of float[B, 3, height, width], with the attention that the reducer asks for.
+
+    `settings` may hold `vision_feature_layer` and `num_dropped`, by default the config's; the others are the tower's.
+    """
+    layer = settings.pop("vision_feature_layer", None)
+    layer = config.vision_feature_layer if layer is None else layer
+    attention_layer = (layer if reducer.layer is None else reducer.layer) if reducer.uses_attention else None
+    dropped = settings.pop("num_dropped", num_dropped(config))
+    for handled in ("vision_feature_select_strategy", "return_dict"):
+        settings.pop(handled, None)
+    return run_tower(tower, pixel_values, feature_layer=layer, num_dropped=dropped, attention_layer=attention_layer, **settings)
+
+
+def project(inner: nn.Module, features: Tensor) -> Tensor:
+    """float[..., d_llm]: the projector's output, in its own precision (float32 master weights on a bf16 model)."""
+    projector: Any = inner.multi_modal_projector
+    projected: Tensor = projector(features.to(next(projector.parameters()).dtype))
+    return projected
 
 
 class Family:
-    """Adapter of one VLM family of `transformers`, around one model. A subclass in this folder is found by `model_type`.
+    """Adapter of one VLM family, around one model. A subclass in this folder is found by `model_type`.
+
+    The defaults here suit models that keep their parts where transformers' LLaVA keeps them.
 
     Args:
         model: the conditional-generation model.
@@ -20,9 +62,18 @@ class Family:
     model_type: ClassVar[str]
     """`config.model_type` of the models that the family takes."""
     model_class: ClassVar[type]
-    """Their class in `transformers`."""
-    projector_name: ClassVar[str]
+    """Their class."""
+    seams: ClassVar[tuple[str, ...]] = ("get_image_features",)
+    """Methods of the inner module that are replaced, each by the family's class method of the same name, which takes
+    (inner module, reducer) and the method's own arguments by name."""
+    projector_name: ClassVar[str] = "model.multi_modal_projector"
     """Name of the projector among the model's modules."""
+    frozen_names: ClassVar[Mapping[str, str]] = {"vision tower": "model.vision_tower"}
+    """Titles and names of the other modules before the language model; the first is the tower that is tapped."""
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
+    """Media that a row may hold: "image", "video"."""
+    budget_tiles: ClassVar[int] = 1
+    """Pictures that a `budget` is the total of."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -30,7 +81,8 @@ class Family:
     @classmethod
     def load_model(cls, path: str, *, dtype: torch.dtype) -> Any:
         """The model of a folder or a hub id, on the CPU. Raises OSError where there is neither."""
-        raise NotImplementedError
+        cls.refuse_other_kind(path)
+        return cls.model_class.from_pretrained(path, dtype=dtype).eval()  # type: ignore[attr-defined]
 
     @classmethod
     def refuse_other_kind(cls, path: str) -> None:
@@ -48,55 +100,137 @@ class Family:
     @classmethod
     def load_processor(cls, path: str) -> Any:
         """Its processor, unreduced. Raises OSError as above."""
-        raise NotImplementedError
+        return AutoProcessor.from_pretrained(path)
 
     @classmethod
     def from_architecture(cls, architecture: dict[str, Any], *, dtype: torch.dtype) -> Any:
         """The model with random weights, on torch's default device ("meta" for counting)."""
-        raise NotImplementedError
+        model_class: Any = cls.model_class
+        return model_class._from_config(model_class.config_class(**architecture), dtype=dtype).eval()
 
     @property
     def tower(self) -> nn.Module:
-        raise NotImplementedError
+        """The vision tower that is tapped."""
+        return self.frozen_parts[next(iter(self.frozen_names))]
+
+    @property
+    def frozen_parts(self) -> dict[str, nn.Module]:
+        """Modules before the language model that are not the projector, by title."""
+        return {title: self.model.get_submodule(name) for title, name in self.frozen_names.items()}
 
     @property
     def language_model(self) -> nn.Module:
-        raise NotImplementedError
+        module: nn.Module = self.model.model.language_model
+        return module
 
     @property
     def lm_head(self) -> nn.Module:
-        raise NotImplementedError
-
-    @property
-    def num_layers_run(self) -> int:
-        """Layers of the tower up to the tapped one; those after it are not run."""
-        raise NotImplementedError
+        module: nn.Module = self.model.lm_head
+        return module
 
     @property
     def projector(self) -> nn.Module:
         module: nn.Module = self.model.get_submodule(self.projector_name)
         return module
 
-    def num_image_tokens(self, reducer: Reducer, image_size: tuple[int, int] | None = None) -> int:
-        """Placeholders that one image of (height, width) pixels takes. Raises UserError if the budget does not fit."""
-        raise NotImplementedError
+    @property
+    def tile_side(self) -> int:
+        """Pixels of the side of the square that the tower takes."""
+        side: int = self.model.config.vision_config.image_size
+        return side
 
-    def num_processed_tokens(self, reducer: Reducer, image_inputs: dict[str, Any], index: int) -> int:
-        """The same for image `index` of what the image processor returned."""
-        raise NotImplementedError
+    @property
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of images that the processor cuts in different ways."""
+        return [(self.tile_side, self.tile_side)]
+
+    def num_layers_run(self, reducer: Reducer) -> int:
+        """Layers of the tower up to the last one that is needed; those after it are not run."""
+        config = self.model.config
+        num_layers = config.vision_config.num_hidden_layers
+        run = layer_index(config.vision_feature_layer, num_layers) + 1
+        if reducer.uses_attention and reducer.layer is not None:
+            run = max(run, layer_index(reducer.layer, num_layers, setting="reducer.layer") + 1)
+        return run
+
+    def num_tile_tokens(self, reducer: Reducer) -> int:
+        """Tokens that one picture of the tower's size becomes. Raises UserError if the budget does not fit."""
+        patches = (self.tile_side // self.model.config.vision_config.patch_size) ** 2
+        has_cls = tower_layout(self.tower).has_cls
+        return reducer.num_tokens(patches, has_cls=has_cls, num_dropped=num_dropped(self.model.config))
+
+    def num_tiles(self, image_size: tuple[int, int]) -> int:
+        """Pictures that the tower sees of one image of (height, width) pixels."""
+        return 1
+
+    def num_image_tokens(self, reducer: Reducer, image_size: tuple[int, int] | None = None) -> int:
+        """Placeholders that one image of (height, width) pixels takes. Raises UserError for a size that is none."""
+        self.refuse_wrong_size(image_size)
+        return self.num_tile_tokens(reducer)
+
+    @staticmethod
+    def refuse_wrong_size(image_size: tuple[int, int] | None) -> None:
+        """Raises UserError for sides below one pixel."""
+        if image_size is not None and min(image_size) < 1:
+            raise UserError(f"image_size={tuple(image_size)} is no picture; give (height, width) in pixels, both at least 1")
+
+    def num_video_tokens(self, reducer: Reducer, num_frames: int) -> int:
+        """Placeholders that one video of `num_frames` frames takes."""
+        raise UserError(f"{self.model_type!r} models take no videos")
+
+    def num_processed_tokens(self, reducer: Reducer, kind: str, inputs: Mapping[str, Any], index: int) -> int:
+        """Placeholders of image or video `index` of what the processor returned, unreduced."""
+        if kind == "video":
+            return self.num_video_tokens(reducer, len(inputs["pixel_values_videos"][index]))
+        return self.num_image_tokens(reducer)
 
     def refuse_unfit(self, reducer: Reducer) -> None:
-        """Raises UserError, before any work, if the budget does not fit an image or the tower has no such layer."""
-        self.num_image_tokens(reducer)
-        _ = self.num_layers_run
+        """Raises UserError, before any work, if the budget does not fit a picture or the tower has no such layer."""
+        self.num_tile_tokens(reducer)
+        self.num_layers_run(reducer)
 
     def reduce(self, reducer: Reducer, pixel_values: Tensor, **kwargs: Any) -> Reduction:
-        """The reducer's output for float[B, 3, height, width], before the projector."""
+        """The reducer's output for float[B, 3, height, width], each picture by itself, before the projector."""
+        return reducer(encode(self.tower, self.model.config, reducer, pixel_values, **kwargs))
+
+    def media_features(self, kind: str, inputs: Mapping[str, Tensor]) -> Tensor:
+        """float[n, d_llm]: projected tokens of all images, or all videos, one after the other, as the model is now."""
+        output = getattr(self.model.model, f"get_{kind}_features")(**inputs).pooler_output
+        return torch.cat(list(output))
+
+    def placeholder_id(self, kind: str) -> int:
+        """Id of the token that stands for a visual token of an image, or of a video."""
+        token: int = getattr(self.model.config, f"{kind}_token_id")
+        return token
+
+    @classmethod
+    def get_image_features(cls, inner: Any, reducer: Reducer, pixel_values: Tensor, **kwargs: Any) -> Any:
+        """What replaces the inner module's method: `pooler_output` holds the reduced, projected tokens of each image."""
         raise NotImplementedError
 
     def install(self, reducer: Reducer) -> None:
-        """Make this model instance reduce its images. `uninstall` takes it back."""
-        raise NotImplementedError
+        """Make this model instance reduce its pictures. `uninstall` takes it back."""
+        inner = self.model.model
+        if set(self.seams) & set(vars(inner)):
+            raise UserError("a reducer is attached to this model already; call detach() on its handle first")
+        for name in self.seams:
+            seam = _seam(getattr(type(inner), name), getattr(type(self), name), reducer)
+            setattr(inner, name, types.MethodType(seam, inner))
 
     def uninstall(self) -> None:
-        raise NotImplementedError
+        for name in self.seams:
+            delattr(self.model.model, name)
+
+
+def _seam(method: Callable[..., Any], replacement: Callable[..., Any], reducer: Reducer) -> Callable[..., Any]:
+    """`replacement` as a method with the signature of `method`, which generate() reads."""
+    signature = inspect.signature(method)
+
+    # `self`, not the inner module of today, so that a deep copy of the model is whole.
+    @functools.wraps(method)
+    def seam(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(signature.bind(self, *args, **kwargs).arguments)
+        given.pop("self")
+        return replacement(self, reducer, **given.pop("kwargs", {}), **given)
+
+    return seam

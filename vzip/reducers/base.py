@@ -4,10 +4,33 @@ Legend of shapes: B images (or tiles), N vision tokens (CLS first, where there i
 T tokens that leave the reducer.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
+
+from vzip.errors import UserError
+
+ANYRES = ("released", "spatial")
+"""Orders of the tokens of several tiles that a reducer can choose."""
+
+
+def one_of(setting: str, value: object, allowed: Sequence[object]) -> None:
+    """Raises UserError, naming the setting, for a value that does not exist."""
+    if value not in allowed:
+        raise UserError(f"{setting}={value!r} does not exist; choose one of: {', '.join(map(str, allowed))}")
+
+
+def budget_of_a_tile(budget: int, tiles: int) -> int:
+    """The share of one tile in a budget that is the total of `tiles`. Raises UserError if it can't be shared."""
+    if budget % tiles:
+        below, above = budget // tiles * tiles, -(-budget // tiles) * tiles
+        raise UserError(
+            f"reducer.budget={budget} is the total of an image of {tiles} tiles, and no multiple of {tiles}; "
+            f"choose {f'{below} or ' if below else ''}{above}"
+        )
+    return budget // tiles
 
 
 @dataclass(frozen=True)
@@ -47,6 +70,10 @@ class Reducer(Protocol):
     """The module's name in `vzip.reducers`, as checkpoints record it."""
     uses_attention: ClassVar[bool]
     """Whether `VisionTokens.saliency` and `.keys` have to be computed."""
+    layer: int | None
+    """The hidden state whose layer's attention is read, as LLaVA's `vision_feature_layer`; None: the one of the features."""
+    anyres: str
+    """Order of the tokens of several tiles, see `vzip.anyres`: "released", "spatial", or "model" (the model's own)."""
 
     def num_tokens(self, num_patches: int, *, has_cls: bool, num_dropped: int) -> int:
         """T for an image of `num_patches` patches. Raises UserError if the image has too few."""

@@ -12,6 +12,8 @@ class Identity:
 
     name: ClassVar[str] = "identity"
     uses_attention: ClassVar[bool] = False
+    layer: int | None = None
+    anyres: str = "model"
 
     def __repr__(self) -> str:
         return "Identity(all tokens)"

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 
 from vzip.errors import UserError
-from vzip.reducers.base import Reduction, VisionTokens
+from vzip.reducers.base import ANYRES, Reduction, VisionTokens, budget_of_a_tile, one_of
 from vzip.reducers.visionzip import take
 
 
@@ -13,25 +13,29 @@ class Random:
     """`budget` patches of each image, drawn anew on every call from torch's global generator, in raster order.
 
     Args:
-        budget: patches kept of an image.
+        budget: patches kept of `tiles` tiles.
+        tiles: how many tiles the budget is the total of.
+        anyres: order of the tokens of several tiles, see `vzip.anyres`.
 
     Raises:
-        UserError: a budget below 1.
+        UserError: a budget below 1 a tile, or one that the tiles can't share.
     """
 
     name: ClassVar[str] = "random"
     uses_attention: ClassVar[bool] = False
+    layer: int | None = None
 
-    def __init__(self, *, budget: int) -> None:
+    def __init__(self, *, budget: int, tiles: int = 1, anyres: str = "released") -> None:
+        one_of("reducer.anyres", anyres, ANYRES)
         if budget < 1:
             raise UserError(f"reducer.budget={budget} must be at least 1")
-        self.budget = budget
+        self.budget, self.anyres = budget_of_a_tile(budget, tiles), anyres
 
     def __repr__(self) -> str:
         return f"Random({self.budget} patches)"
 
     def settings(self) -> dict[str, Any]:
-        return {"budget": self.budget}
+        return {"budget": self.budget, "anyres": self.anyres}
 
     def num_tokens(self, num_patches: int, *, has_cls: bool, num_dropped: int) -> int:
         if self.budget > num_patches:

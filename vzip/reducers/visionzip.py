@@ -4,6 +4,7 @@ Source: arXiv 2412.04467, section 3, as the authors' released code computes it (
 `visionzip/clip_encoder.py`). Legend of shapes: see `vzip/reducers/base.py`; D dominant, C contextual, R = N - D remaining.
 """
 
+from dataclasses import InitVar, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vzip.errors import UserError
-from vzip.reducers.base import Reduction, VisionTokens
+from vzip.reducers.base import ANYRES, Reduction, VisionTokens, budget_of_a_tile, one_of
 
 MERGES = ("sum", "average")
 
@@ -22,17 +23,15 @@ def split_budget(budget: int) -> tuple[int, int]:
     return budget - contextual, contextual
 
 
-def select_dominant(saliency: Tensor, num_dominant: int, *, has_cls: bool) -> Tensor:
-    """int64[B, D]: CLS, where there is one, and the most salient patches of float[B, P], in raster order.
+def select_dominant(saliency: Tensor, num_dominant: int, *, has_cls: bool, keep_cls: bool) -> Tensor:
+    """int64[B, D]: CLS, where there is one to keep, and the most salient patches of float[B, P], in raster order.
 
-    D counts the CLS. Of equally salient patches the first in raster order wins, on every device.
+    D counts the kept CLS. Of equally salient patches the first in raster order wins, on every device.
     """
-    num_patches = max(num_dominant - 1, 0) if has_cls else num_dominant
+    with_cls = has_cls and keep_cls and num_dominant > 0
     order = saliency.argsort(dim=1, descending=True, stable=True)
-    kept = order[:, :num_patches].sort(dim=1).values
-    if has_cls and num_dominant:
-        kept = F.pad(kept + 1, (1, 0), value=0)
-    return kept
+    kept = order[:, : num_dominant - int(with_cls)].sort(dim=1).values + int(has_cls)
+    return F.pad(kept, (1, 0), value=0) if with_cls else kept
 
 
 def remaining_tokens(dominant: Tensor, num_tokens: int, *, has_cls: bool) -> Tensor:
@@ -76,52 +75,67 @@ def take(values: Tensor, indices: Tensor) -> Tensor:
     return values.gather(1, indices.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
+@dataclass(kw_only=True)
 class VisionZip:
-    """D dominant tokens (CLS counted) and C contextual ones: D + C tokens an image.
-
-    Args:
-        budget: D + C, split at the paper's ratio; or give both of the next two.
-        dominant: D. With 0 the CLS is dropped too.
-        contextual: C.
-        merge: "sum" (the released code, and so the published numbers) or "average" (the paper's text).
+    """D dominant tokens (CLS counted) and C contextual ones: D + C tokens an image, or a tile where there are several.
 
     Raises:
-        UserError: counts that contradict each other, or a `merge` that does not exist.
+        UserError: counts that contradict each other, or a value that does not exist.
     """
 
     name: ClassVar[str] = "visionzip"
     uses_attention: ClassVar[bool] = True
 
-    def __init__(
-        self, *, budget: int | None = None, dominant: int | None = None, contextual: int | None = None, merge: str = "sum"
-    ) -> None:
-        if merge not in MERGES:
-            raise UserError(f"reducer.merge={merge!r} does not exist; choose one of: {', '.join(MERGES)}")
-        if dominant is None and contextual is None and budget is not None:
-            dominant, contextual = split_budget(budget)
-        if dominant is None or contextual is None:
+    budget: InitVar[int | None] = None
+    """D + C of `tiles` tiles, split at the paper's ratio; or give both of `dominant` and `contextual`."""
+    tiles: InitVar[int] = 1
+    """How many tiles the budget is the total of: the paper counts LLaVA-NeXT's over 5."""
+    dominant: int = None  # type: ignore[assignment]  # of the budget, if not given
+    """D of one tile. With 0 the CLS is dropped too."""
+    contextual: int = None  # type: ignore[assignment]
+    """C of one tile."""
+    merge: str = "sum"
+    """"sum" (the released code, and so the published numbers) or "average" (the paper's text)."""
+    keep_cls: bool = True
+    """Whether CLS is one of the dominant tokens."""
+    layer: int | None = None
+    """The hidden state whose layer's attention and keys are read; None: the one of the features, as the paper does."""
+    anyres: str = "released"
+    """Order of the tokens of several tiles, see `vzip.anyres`."""
+
+    def __post_init__(self, budget: int | None, tiles: int) -> None:
+        one_of("reducer.merge", self.merge, MERGES)
+        one_of("reducer.anyres", self.anyres, ANYRES)
+        share = None if budget is None else budget_of_a_tile(budget, tiles)
+        if self.dominant is None and self.contextual is None and share is not None:
+            self.dominant, self.contextual = split_budget(share)
+        if self.dominant is None or self.contextual is None:
             raise UserError(
                 f"give reducer.budget, or both reducer.dominant and reducer.contextual "
-                f"(got budget={budget}, dominant={dominant}, contextual={contextual})"
+                f"(got budget={budget}, dominant={self.dominant}, contextual={self.contextual})"
             )
-        if dominant < 0 or contextual < 0 or dominant + contextual < 1:
-            raise UserError(f"reducer.dominant={dominant} and reducer.contextual={contextual} must be >= 0 and sum to >= 1")
-        if budget is not None and budget != dominant + contextual:
+        total = self.dominant + self.contextual
+        if self.dominant < 0 or self.contextual < 0 or total < 1:
             raise UserError(
-                f"reducer.budget={budget} is not dominant + contextual = {dominant} + {contextual} = {dominant + contextual}; "
-                f"set reducer.budget={dominant + contextual} (or null), or leave dominant and contextual out"
+                f"reducer.dominant={self.dominant} and reducer.contextual={self.contextual} must be >= 0 and sum to >= 1"
             )
-        self.dominant, self.contextual, self.merge = dominant, contextual, merge
+        if share is not None and share != total:
+            of_tiles = f" of each of {tiles} tiles" if tiles > 1 else ""
+            raise UserError(
+                f"reducer.budget={budget} is not dominant + contextual = {self.dominant} + {self.contextual} = "
+                f"{total}{of_tiles}; set reducer.budget={total * tiles} (or null), or leave dominant and contextual out"
+            )
 
     def __repr__(self) -> str:
-        return f"VisionZip({self.dominant} dominant + {self.contextual} contextual, merge={self.merge})"
+        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self)[2:] if getattr(self, f.name) != f.default]
+        return f"VisionZip({', '.join([f'{self.dominant} dominant + {self.contextual} contextual', *changed])})"
 
     def settings(self) -> dict[str, Any]:
-        return {"dominant": self.dominant, "contextual": self.contextual, "merge": self.merge}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def num_tokens(self, num_patches: int, *, has_cls: bool, num_dropped: int) -> int:
         budget = self.dominant + self.contextual
-        available = num_patches + (1 if has_cls and self.dominant else 0)
+        available = num_patches + (1 if has_cls and self.keep_cls and self.dominant else 0)
         if budget > available:
             cls = " and a CLS token" if available > num_patches else ""
             raise UserError(
@@ -136,7 +150,7 @@ class VisionZip:
         num_images, num_tokens, _ = features.shape
         self.num_tokens(saliency.shape[1], has_cls=tokens.has_cls, num_dropped=tokens.num_dropped)
 
-        dominant = select_dominant(saliency, self.dominant, has_cls=tokens.has_cls)
+        dominant = select_dominant(saliency, self.dominant, has_cls=tokens.has_cls, keep_cls=self.keep_cls)
         slots = torch.full((num_images, num_tokens), -1, device=features.device)
         slots.scatter_(1, dominant, torch.arange(self.dominant, device=features.device).expand(num_images, -1))
         kept = take(features, dominant)

@@ -1,0 +1,197 @@
+"""LLaVA-NeXT (LLaVA-1.6): an image becomes a base tile and up to four more, each behind the reducer with a budget of its own.
+
+Where the tokens of the tiles then stand: `vzip.anyres`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import LlavaNextForConditionalGeneration
+from transformers.image_processing_utils import select_best_resolution
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vzip.anyres import Grid, released_order, spatial_order
+from vzip.errors import UserError
+from vzip.families.base import Family, encode, num_dropped, project
+from vzip.reducers.base import Reducer, VisionTokens
+from vzip.tap import tower_layout
+
+
+def stack_tiles(pixel_values: Tensor, counts: Sequence[int]) -> Tensor:
+    """float[all tiles, 3, side, side] of float[images, most tiles, 3, side, side]; stacked ones stay as they are.
+
+    Raises:
+        UserError: fewer images or tiles than `counts` asks for.
+    """
+    if pixel_values.dim() == 5:
+        shape = list(pixel_values.shape)
+        if len(pixel_values) != len(counts) or pixel_values.shape[1] < max(counts, default=1):
+            raise UserError(
+                f"pixel_values of shape {shape} do not hold {list(counts)} tiles of {len(counts)} images, as image_sizes has "
+                f"it; use what the model's processor returns"
+            )
+        return torch.cat([image[:count] for image, count in zip(pixel_values, counts, strict=True)])
+    if pixel_values.dim() == 4 and len(pixel_values) != sum(counts):
+        raise UserError(
+            f"pixel_values hold {len(pixel_values)} tiles, image_sizes asks for {list(counts)}; use what the processor returns"
+        )
+    return pixel_values
+
+
+def _reduce_visible(tokens: VisionTokens, reducer: Reducer, tiles: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Tiles that show the same `patches`, reduced without their padding and CLS: float[tiles, n, d], patches int64[tiles, n].
+
+    Where a tile shows no more patches than the budget has, it keeps them all.
+    """
+    first = int(tokens.has_cls)
+    index = (patches + first).expand(len(tiles), -1)
+    rows = tiles.unsqueeze(1)
+    part = VisionTokens(
+        features=tokens.features[rows, index],
+        has_cls=False,
+        saliency=None if tokens.saliency is None else tokens.saliency[rows, index - first],
+        keys=None if tokens.keys is None else tokens.keys[rows, index],
+    )
+    if len(patches) <= reducer.num_tokens(tokens.features.shape[1] - first, has_cls=False, num_dropped=0):
+        return part.features, patches.expand(len(tiles), -1)
+    reduction = reducer(part)
+    return reduction.features, patches[torch.cat([reduction.dominant, reduction.contextual], dim=1)]
+
+
+def _visible_patches(grids: Sequence[Grid | None], side: int) -> list[tuple[range, range]]:
+    """Rows and columns of patches of each tile of all images, base tiles first, that are not padding."""
+    whole = (range(side), range(side))
+    shown = []
+    for grid in grids:
+        shown.append(whole)
+        if grid is not None:
+            shown += [grid.visible(tile) for tile in range(1, grid.num_tiles)]
+    return shown
+
+
+def _spatial(inner: Any, reducer: Reducer, tokens: VisionTokens, grids: Sequence[Grid | None]) -> list[Tensor]:
+    """The images' tokens in the order "spatial", projected: float[n, d_llm] each."""
+    side = inner.config.vision_config.image_size // inner.config.vision_config.patch_size
+    device = tokens.features.device
+    shown = _visible_patches(grids, side)
+    features: list[Tensor] = [tokens.features[0, :0]] * len(shown)
+    places: list[Tensor] = [torch.empty(0, dtype=torch.int64, device=device)] * len(shown)
+    for rows, columns in set(shown):
+        alike = [tile for tile, patches in enumerate(shown) if patches == (rows, columns)]
+        patches = torch.tensor([row * side + column for row in rows for column in columns], dtype=torch.int64, device=device)
+        kept, at = _reduce_visible(tokens, reducer, torch.tensor(alike, device=device), patches)
+        for tile, tile_features, tile_places in zip(alike, kept, at, strict=True):
+            features[tile], places[tile] = tile_features, tile_places
+    projected = torch.split(project(inner, torch.cat(features)), [len(part) for part in features])
+    newline = inner.image_newline.to(projected[0])[None]
+    images, first = [], 0
+    for grid in grids:
+        last = first + (1 if grid is None else grid.num_tiles)
+        pool = torch.cat([*projected[first:last], newline])  # the newline is at index -1
+        order = (
+            spatial_order(places[first:last], grid)
+            if grid
+            else torch.cat([places[first].argsort(), places[first].new_tensor([-1])])
+        )
+        images.append(pool[order])
+        first = last
+    return images
+
+
+def _released(inner: Any, reducer: Reducer, tokens: VisionTokens, grids: Sequence[Grid | None]) -> list[Tensor]:
+    """The images' tokens in the order "released", projected: float[n, d_llm] each."""
+    reduction = reducer(tokens)
+    projected, dominant = project(inner, reduction.features), reduction.dominant
+    num_cls = int(tokens.has_cls and dominant.shape[1] > 0 and not dominant[:, 0].any().item())
+    counts = [1 if grid is None else grid.num_tiles for grid in grids]
+    images = []
+    for features, kept, grid in zip(torch.split(projected, counts), torch.split(dominant, counts), grids, strict=True):
+        if grid is None:
+            images.append(torch.cat([features[0], inner.image_newline.to(features)[None]]))
+            continue
+        order = released_order(kept, grid, num_tokens=features.shape[1], num_cls=num_cls, has_cls=tokens.has_cls)
+        images.append(features.flatten(0, 1)[order])
+    return images
+
+
+class LlavaNext(Family):
+    """Adapter of `LlavaNextForConditionalGeneration`."""
+
+    model_type: ClassVar[str] = "llava_next"
+    model_class: ClassVar[type] = LlavaNextForConditionalGeneration
+    budget_tiles: ClassVar[int] = 5
+    """The paper's budgets 160, 320 and 640 are totals over 5 tiles."""
+
+    @classmethod
+    def grid_of(cls, config: Any, image_size: tuple[int, int]) -> Grid:
+        """The grid that the processor cuts an image of (height, width) pixels into."""
+        cls.refuse_wrong_size(image_size)
+        tile = config.vision_config.image_size
+        height, width = select_best_resolution(image_size, config.image_grid_pinpoints)
+        return Grid.of(image_size, (height // tile, width // tile), side=tile // config.vision_config.patch_size)
+
+    @classmethod
+    def grids_of(cls, config: Any, image_sizes: Any, **inputs: Any) -> list[Grid | None]:
+        """The grid of each image; None for one that is a single tile. Raises UserError without sizes."""
+        if image_sizes is None:
+            raise UserError(f"a {cls.model_type!r} model needs image_sizes beside pixel_values; use what its processor returns")
+        return [cls.grid_of(config, (int(height), int(width))) for height, width in image_sizes]
+
+    @property
+    def image_sizes(self) -> list[tuple[int, int]]:
+        return [(height, width) for height, width in self.model.config.image_grid_pinpoints]
+
+    def num_tiles(self, image_size: tuple[int, int]) -> int:
+        return self.grid_of(self.model.config, image_size).num_tiles
+
+    def num_tile_tokens(self, reducer: Reducer) -> int:
+        patches = (self.tile_side // self.model.config.vision_config.patch_size) ** 2
+        has_cls = tower_layout(self.tower).has_cls and reducer.anyres != "spatial"
+        dropped = num_dropped(self.model.config) if has_cls else 0
+        return reducer.num_tokens(patches, has_cls=has_cls, num_dropped=dropped)
+
+    def num_image_tokens(self, reducer: Reducer, image_size: tuple[int, int] | None = None) -> int:
+        """Of an image of (height, width) pixels; without one, of a square of two tiles a side, which makes 5 tiles."""
+        size = image_size or (2 * self.tile_side, 2 * self.tile_side)
+        return self.num_grid_tokens(reducer, self.grid_of(self.model.config, size))
+
+    def num_grid_tokens(self, reducer: Reducer, grid: Grid | None) -> int:
+        """Placeholders of an image in these tiles, or of one that is a single tile."""
+        budget = self.num_tile_tokens(reducer)
+        if grid is None:
+            return budget + 1
+        if reducer.anyres == "released":
+            return budget * grid.num_tiles
+        rows, columns = grid.pooled
+        if reducer.anyres == "model":
+            return budget + rows * (columns + 1)
+        shown = [grid.visible(tile) for tile in range(1, grid.num_tiles)]
+        return budget + sum(min(budget, len(tile_rows) * len(tile_columns)) for tile_rows, tile_columns in shown) + rows
+
+    def num_processed_tokens(self, reducer: Reducer, kind: str, inputs: Mapping[str, Any], index: int) -> int:
+        if kind == "video":
+            return super().num_processed_tokens(reducer, kind, inputs, index)
+        return self.num_grid_tokens(reducer, self.grids_of(self.model.config, **inputs)[index])
+
+    @classmethod
+    def pack(cls, inner: Any, features: Sequence[Tensor], image_sizes: Any) -> list[Tensor]:
+        """All tokens of the images, in the model's own order."""
+        strategy = inner.config.vision_feature_select_strategy
+        images: list[Tensor] = inner.pack_image_features(features, image_sizes, strategy, inner.image_newline)[0]
+        return images
+
+    @classmethod
+    def get_image_features(cls, inner: Any, reducer: Reducer, pixel_values: Tensor, **kwargs: Any) -> Any:
+        sizes = {name: kwargs.pop(name, None) for name in ("image_sizes", "batch_num_images")}
+        kwargs.pop("vision_aspect_ratio", None)  # the config's
+        grids = cls.grids_of(inner.config, **sizes)
+        counts = [1 if grid is None else grid.num_tiles for grid in grids]
+        tokens = encode(inner.vision_tower, inner.config, reducer, stack_tiles(pixel_values, counts), **kwargs)
+        if reducer.anyres == "model":
+            projected = project(inner, reducer(tokens).features)
+            images = cls.pack(inner, torch.split(projected, counts), sizes["image_sizes"])
+        else:
+            images = (_spatial if reducer.anyres == "spatial" else _released)(inner, reducer, tokens, grids)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens.features, pooler_output=images)

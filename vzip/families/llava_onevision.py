@@ -1,0 +1,75 @@
+"""LLaVA-OneVision: LLaVA-NeXT's tiles with a SigLIP tower (no CLS) and up to 36 of them, several images, and video.
+
+Without a reducer the model pools large images and every frame; a reduced one has few tokens instead, and is not pooled.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vzip.anyres import Grid
+from vzip.families.base import encode, project
+from vzip.families.llava_next import LlavaNext
+from vzip.frames import load_video_processor, refuse_empty, stack_frames
+from vzip.reducers.base import Reducer
+
+
+class LlavaOnevision(LlavaNext):
+    """Adapter of `LlavaOnevisionForConditionalGeneration`."""
+
+    model_type: ClassVar[str] = "llava_onevision"
+    model_class: ClassVar[type] = LlavaOnevisionForConditionalGeneration
+    seams: ClassVar[tuple[str, ...]] = ("get_image_features", "get_video_features")
+    kinds: ClassVar[tuple[str, ...]] = ("image", "video")
+    budget_tiles: ClassVar[int] = 1
+    """No budgets are published: a budget here is of one tile, or one frame."""
+
+    @classmethod
+    def load_processor(cls, path: str) -> Any:
+        return load_video_processor(LlavaOnevisionProcessor, path)
+
+    @classmethod
+    def grid_of(cls, config: Any, image_size: tuple[int, int]) -> Grid:
+        return replace(
+            super().grid_of(config, image_size), max_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+        )
+
+    @classmethod
+    def grids_of(cls, config: Any, image_sizes: Any, batch_num_images: Any = None, **inputs: Any) -> list[Grid | None]:
+        """The images of a row that holds several are single tiles."""
+        grids = super().grids_of(config, image_sizes)
+        if batch_num_images is None:
+            return grids
+        alone = [int(count) == 1 for count in batch_num_images for _ in range(int(count))]
+        return [grid if single else None for grid, single in zip(grids, alone, strict=True)]
+
+    def num_video_tokens(self, reducer: Reducer, num_frames: int) -> int:
+        """All frames, and one newline behind them."""
+        refuse_empty(num_frames)
+        side = math.ceil(self.tile_side // self.model.config.vision_config.patch_size / 2)
+        return num_frames * (side * side if reducer.anyres == "model" else self.num_tile_tokens(reducer)) + 1
+
+    @classmethod
+    def pack(cls, inner: Any, features: Sequence[Tensor], image_sizes: Any) -> list[Tensor]:
+        aspect_ratio = inner.config.vision_aspect_ratio
+        images: list[Tensor] = inner.pack_image_features(features, image_sizes, inner.image_newline, aspect_ratio)[0]
+        return images
+
+    @classmethod
+    def get_video_features(cls, inner: Any, reducer: Reducer, pixel_values_videos: Tensor, **kwargs: Any) -> Any:
+        """As `get_image_features`, for each video: `pooler_output` is float[videos, n, d_llm]."""
+        tokens = encode(inner.vision_tower, inner.config, reducer, stack_frames(pixel_values_videos), **kwargs)
+        features = project(inner, reducer(tokens).features)
+        if reducer.anyres == "model":
+            features = inner.apply_pooling(features)
+        features = features.reshape(len(pixel_values_videos), -1, features.shape[-1])
+        newline = inner.image_newline.to(features).expand(len(features), 1, -1)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=tokens.features, pooler_output=torch.cat([features, newline], dim=1)
+        )

@@ -1,0 +1,80 @@
+"""Videos as models take them, also where there is no torchvision, which the video processors of transformers need."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature
+from transformers.utils import is_torchvision_available
+from transformers.video_utils import make_batched_videos
+
+from vzip.errors import UserError
+
+
+def refuse_empty(num_frames: int) -> None:
+    """Raises UserError for a video without frames."""
+    if num_frames < 1:
+        raise UserError(f"a video of {num_frames} frames can't be shown to the model; give one of at least 1 frame")
+
+
+def stack_frames(pixel_values_videos: Tensor) -> Tensor:
+    """float[videos * frames, 3, height, width] of float[videos, frames, 3, height, width].
+
+    Raises:
+        UserError: another shape, or no frames.
+    """
+    if pixel_values_videos.dim() != 5:
+        raise UserError(
+            f"pixel_values_videos of shape {list(pixel_values_videos.shape)} are no videos: give "
+            f"float[videos, frames, 3, height, width], as the model's processor does"
+        )
+    refuse_empty(pixel_values_videos.shape[1])
+    return pixel_values_videos.flatten(0, 1)
+
+
+class FrameProcessor:
+    """A video processor that makes of each frame what the model's image processor makes of a picture's base tile.
+
+    Args:
+        image_processor: of the model.
+    """
+
+    def __init__(self, image_processor: Any) -> None:
+        self.image_processor = image_processor
+        settings = image_processor.to_dict()
+        self.has_tiles = "image_grid_pinpoints" in settings
+        side = settings["size"].get("height") or settings["size"]["shortest_edge"]
+        self.settings = {"image_grid_pinpoints": [[side, side]]} if self.has_tiles else {}
+
+    def __call__(self, videos: Any, **kwargs: Any) -> BatchFeature:
+        """`pixel_values_videos`: float[videos, frames, 3, height, width] of videos as lists of pictures, or as arrays."""
+        made = []
+        for video in make_batched_videos(videos):
+            frames = [Image.fromarray(np.asarray(frame)) for frame in video]
+            refuse_empty(len(frames))
+            pixel_values = self.image_processor(frames, return_tensors="pt", **self.settings)["pixel_values"]
+            made.append(pixel_values[:, 0] if self.has_tiles else pixel_values)
+        return BatchFeature({"pixel_values_videos": torch.stack(made)})
+
+
+def load_video_processor(processor_class: Any, path: str) -> Any:
+    """The processor of a model for images and videos, with `FrameProcessor` where there is no torchvision."""
+    if is_torchvision_available():
+        return AutoProcessor.from_pretrained(path)
+
+    class WithoutTorchvision(processor_class):  # type: ignore[misc]
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if argument_name == "video_processor":
+                return type(argument)
+            return super().check_argument_for_proper_class(argument_name, argument)
+
+    image_processor = AutoImageProcessor.from_pretrained(path)
+    parts = {
+        "image_processor": image_processor,
+        "tokenizer": AutoTokenizer.from_pretrained(path),
+        "video_processor": FrameProcessor(image_processor),
+    }
+    settings, _ = processor_class.get_processor_dict(path)
+    return WithoutTorchvision.from_args_and_dict([parts[name] for name in processor_class.get_attributes()], settings)
