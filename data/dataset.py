@@ -19,7 +19,7 @@ from data.pictures import open_picture
 from data.videos import read_frames
 from vzip import UserError
 from vzip.families import Family
-from vzip.families.base import MEDIA_INPUTS
+from vzip.media import MEDIA_INPUTS, model_inputs
 from vzip.reducers import Reducer
 from vzip.templates import IGNORED, IMAGE, VIDEO, Template, encode
 
@@ -110,7 +110,7 @@ class Collator:
             made = self.processor.video_processor(list(chain(*rows)), return_tensors="pt")
         else:
             made = self.processor.image_processor([list(row) for row in rows], return_tensors="pt")
-        return {name: made[name] for name in MEDIA_INPUTS[kind] if name in made}
+        return model_inputs(kind, made)
 
     def _load(self, kind: str, examples: Sequence[Example]) -> dict[str, Tensor]:
         try:

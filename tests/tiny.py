@@ -8,11 +8,19 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    VideoLlavaImageProcessor,
+    VideoLlavaProcessor,
 )
+
+from vzip.families import families
+from vzip.media import build_processor
+from vzip.mini_gemini import MiniGeminiConfig, make_processor
 
 GRID, PATCH, LAYERS = 4, 14, 4
 SIDE = GRID * PATCH
@@ -21,11 +29,11 @@ TOWERS = {
     "dinov2": {"model_type": "dinov2", "mlp_ratio": 2, "use_mask_token": False},
     "siglip": {"model_type": "siglip_vision_model", "intermediate_size": 64, "vision_use_head": False},
 }
-SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>"]
+SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>", "<video>"]
 
 
 def tokenizer():
-    """Bytes, and the special tokens of all templates: 262 ids."""
+    """Bytes, and the special tokens of all templates: 263 ids."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(SPECIAL + alphabet)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -37,12 +45,37 @@ def tokenizer():
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<unk>",
-        extra_special_tokens=["<image>", "<|im_start|>", "<|im_end|>"],
+        extra_special_tokens=["<image>", "<|im_start|>", "<|im_end|>", "<video>"],
     )
 
 
-def architecture(tower="clip", *, grid=GRID, layers=LAYERS, width=32):
-    """LlavaConfig's arguments for a tower of `layers` layers on `grid` x `grid` patches."""
+def pinpoints(grid=GRID):
+    """(height, width) that an image of several tiles is fitted into: 2 to 9 tiles behind the base tile."""
+    side = grid * PATCH
+    return [[rows * side, columns * side] for rows, columns in ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (3, 3))]
+
+
+KINDS = {  # a family's model_type, its vision tower, and what else its config holds
+    "clip": ("llava", "clip", {}),
+    "dinov2": ("llava", "dinov2", {}),
+    "siglip": ("llava", "siglip", {"vision_feature_select_strategy": "full"}),
+    "next": ("llava_next", "clip", {}),
+    "next-siglip": ("llava_next", "siglip", {"vision_feature_select_strategy": "full"}),
+    "onevision": (
+        "llava_onevision",
+        "siglip",
+        {"vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_4"},
+    ),
+    "video": ("video_llava", "clip", {}),
+    "mini-gemini": ("mini_gemini", "clip", {}),
+}
+TILED = ("next", "next-siglip", "onevision")
+VIDEO = ("onevision", "video")
+
+
+def architecture(kind="clip", *, grid=GRID, layers=LAYERS, width=32):
+    """Arguments of the config of a kind in `KINDS`, with a tower of `layers` layers on `grid` x `grid` patches."""
+    model_type, tower, more = KINDS[kind]
     vision = {
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -52,7 +85,7 @@ def architecture(tower="clip", *, grid=GRID, layers=LAYERS, width=32):
         **TOWERS[tower],
     }
     text = {
-        "model_type": "llama",
+        "model_type": "qwen2" if kind == "onevision" else "llama",
         "hidden_size": 48,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
@@ -61,55 +94,82 @@ def architecture(tower="clip", *, grid=GRID, layers=LAYERS, width=32):
         "vocab_size": len(SPECIAL) + 256,
         "max_position_embeddings": 2048,
     }
+    tiles = {"image_grid_pinpoints": pinpoints(grid)} if kind in TILED else {"image_seq_length": grid * grid}
+    if kind == "mini-gemini":
+        more = {"high_resolution_config": {"depths": [1, 1], "hidden_sizes": [8, 16], "image_size": 8 * grid}}
+    videos = {"video_token_index": SPECIAL.index("<video>")} if kind in VIDEO else {}
     return {
         "vision_config": vision,
         "text_config": text,
         "image_token_index": SPECIAL.index("<image>"),
-        "image_seq_length": grid * grid,
         "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "full" if tower == "siglip" else "default",
+        **tiles,
+        **videos,
+        **more,
     }
 
 
-def llava(tower="clip", *, seed=0, dtype=torch.float32, **shape):
-    """A LLaVA with weights scaled up, so that attention is not near uniform and top-k is no tie."""
+def llava(kind="clip", *, seed=0, dtype=torch.float32, **shape):
+    """A model of a kind with weights scaled up, so that attention is not near uniform and top-k is no tie."""
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(LlavaConfig(**architecture(tower, **shape))).eval()
+    model = families()[KINDS[kind][0]].from_architecture(architecture(kind, **shape), dtype=torch.float32)
     with torch.no_grad():
-        for name, parameter in model.model.vision_tower.named_parameters():
-            if "_proj.weight" in name:
+        for name, parameter in model.named_parameters():
+            if "_tower" in name and "_proj.weight" in name:
                 parameter.normal_(std=0.4)
-        for name, parameter in model.model.vision_tower.named_parameters():
+        for name, parameter in model.named_parameters():
             if "patch_embedding" in name or "projection.weight" in name:
                 parameter.normal_(std=0.1)
     return model.to(dtype)
 
 
-def processor(tower="clip", *, grid=GRID):
-    """The processor of `llava(tower, grid=grid)`."""
-    side = grid * PATCH
+def processor(kind="clip", *, grid=GRID):
+    """The processor of `llava(kind, grid=grid)`."""
+    side, (model_type, tower, _) = grid * PATCH, KINDS[kind]
     has_cls = tower != "siglip"
-    return LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
-        tokenizer(),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default" if has_cls else "full",
-        num_additional_image_tokens=int(has_cls),
-    )
+    square = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    layout = {
+        "patch_size": PATCH,
+        "vision_feature_select_strategy": "default" if has_cls else "full",
+        "num_additional_image_tokens": int(has_cls),
+    }
+    if model_type == "mini_gemini":
+        return make_processor(MiniGeminiConfig(**architecture(kind, grid=grid)), tokenizer())
+    if model_type == "llava_next":
+        return LlavaNextProcessor(
+            LlavaNextImageProcessorPil(image_grid_pinpoints=pinpoints(grid), **square), tokenizer(), **layout
+        )
+    if model_type == "llava_onevision":
+        size = {"height": side, "width": side}
+        images = LlavaOnevisionImageProcessorPil(image_grid_pinpoints=pinpoints(grid), size=size)
+        settings = {
+            "num_image_tokens": grid * grid,
+            "vision_feature_select_strategy": "full",
+            "vision_aspect_ratio": "anyres_max_4",
+        }
+        return build_processor(LlavaOnevisionProcessor, images, tokenizer(), settings)
+    if model_type == "video_llava":
+        return build_processor(VideoLlavaProcessor, VideoLlavaImageProcessor(**square), tokenizer(), layout)
+    return LlavaProcessor(CLIPImageProcessorPil(**square), tokenizer(), **layout)
 
 
-def save_llava(folder: Path, tower="clip", *, seed=0, **shape) -> Path:
+def save_llava(folder: Path, kind="clip", *, seed=0, **shape) -> Path:
     """Write model and processor to `folder`, as `from_pretrained` reads them."""
-    llava(tower, seed=seed, **shape).save_pretrained(folder)
-    processor(tower, grid=shape.get("grid", GRID)).save_pretrained(folder)
+    llava(kind, seed=seed, **shape).save_pretrained(folder)
+    processor(kind, grid=shape.get("grid", GRID)).save_pretrained(folder)
     return folder
 
 
-def picture(seed=0, side=SIDE) -> Image.Image:
-    """A noisy picture: no two patches alike."""
+def picture(seed=0, height=SIDE, width=None) -> Image.Image:
+    """A noisy picture, by default a square: no two patches alike."""
     generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (side, side, 3), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (height, width or height, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
+
+
+def video(seed=0, num_frames=3) -> list[Image.Image]:
+    """Noisy frames."""
+    return [picture(1000 * seed + frame) for frame in range(num_frames)]
 
 
 def save_data(folder: Path, num_rows=24, *, text_only=2, held_out=False, seed=0) -> Path:

@@ -23,7 +23,9 @@ from transformers import (
     LlavaProcessor,
     PreTrainedConfig,
 )
+from transformers.utils import cached_file
 
+from vzip import sentencepieces
 from vzip.errors import UserError
 from vzip.renaming import (
     DERIVED,
@@ -209,6 +211,14 @@ def load_model(path: str, *, dtype: torch.dtype) -> Any:
     return LlavaForConditionalGeneration.from_pretrained(None, config=llava_config, state_dict=tensors, dtype=dtype).eval()
 
 
+def _file(path: str, name: str) -> Path | None:
+    """A file of a folder or hub id, on disk, if it has it."""
+    try:
+        return Path(cached_file(path, name))
+    except OSError:
+        return None
+
+
 def load_tokenizer(path: str) -> Any:
     """The checkpoint's tokenizer with `<image>`, whose id is the original vocab_size.
 
@@ -221,7 +231,13 @@ def load_tokenizer(path: str) -> Any:
     config = read_config(path)
     size = vocab_size(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, config=text_config(config))
+        file = _file(path, "tokenizer.model")
+        if file and not _file(path, "tokenizer.json"):
+            tokenizer = sentencepieces.load_tokenizer(path, file)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, config=text_config(config))
+    except UserError:
+        raise
     except Exception as error:  # a broken or missing file raises whatever its parser does
         raise UserError(f"{path}: the tokenizer can't be loaded: {error}; get tokenizer.model and its configs") from error
     if IMAGE not in tokenizer.get_vocab():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -58,7 +59,7 @@ def text_config(config: Mapping[str, Any]) -> Any:
     settings["vocab_size"] = (vocab_size(config) // ROWS + 1) * ROWS
     try:
         return LlamaConfig(**settings)
-    except (TypeError, ValueError, KeyError) as error:  # huggingface_hub's errors of a strict dataclass are these too
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         raise UserError(f"config.json: {error}; it must hold the settings of a Llama") from error
 
 

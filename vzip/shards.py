@@ -42,9 +42,10 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # a broken pickle may raise anything
         raise UserError(f"{file} can't be read: {error}; give a whole file of tensors, best as safetensors") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not named or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{file} can't be read: it does not hold tensors by name; give a state dict, best as safetensors")
-    return tensors
+    return {name: value.detach() for name, value in tensors.items()}  # what was saved may be a parameter
 
 
 def _download(path: str, pattern: str) -> Path:

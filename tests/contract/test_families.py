@@ -1,6 +1,7 @@
-"""What every family adapter and reducer promises, held against tiny models with every kind of vision tower."""
+"""What every family adapter and reducer promises, held against tiny models of every family and every vision tower."""
 
 import copy
+import functools
 import hashlib
 import importlib
 import inspect
@@ -16,40 +17,65 @@ from tests import tiny
 from vzip import UserError
 from vzip.families import Family
 from vzip.families.base import Family as Base
+from vzip.media import model_inputs
 from vzip.reducers.base import Reducer
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
+from vzip.reducers.visionzip import VisionZip
 
-TOWERS = sorted(tiny.TOWERS)
+KINDS = list(tiny.KINDS)
+LLAVA = [kind for kind in KINDS if tiny.KINDS[kind][0] == "llava"]
 BUDGET = {"dominant": 4, "contextual": 2}
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
-@pytest.fixture(params=TOWERS)
-def tower(request):
+@pytest.fixture(params=KINDS)
+def kind(request):
     return request.param
 
 
 @pytest.fixture
-def model(tower):
-    return tiny.llava(tower)
+def model(kind):
+    return tiny.llava(kind)
 
 
 @pytest.fixture
-def processor(tower):
-    return tiny.processor(tower)
+def processor(kind):
+    return tiny.processor(kind)
 
 
 TEXTS = ["<image>a<image>bc", "no picture", "de<image>"]
+SIZES = [(tiny.SIDE, tiny.SIDE), (40, 90), (150, 60)]
 
 
 def batch(processor, texts=TEXTS, side="right"):
-    """Rows with pictures of their own, padded."""
-    pictures, numbers = [], iter(range(100))
+    """Rows with pictures of their own, of mixed sizes, padded; pixel values under the name that models take."""
+    numbers = iter(range(100))
+    rows = [[tiny.picture(number := next(numbers), *SIZES[number % 3]) for _ in range(text.count("<image>"))] for text in texts]
+    pictures = [row for row in rows if row] or None
+    made = processor(images=pictures, text=texts, padding=True, padding_side=side, return_tensors="pt")
+    return {name: made[name] for name in ("input_ids", "attention_mask")} | model_inputs("image", made)
+
+
+def images_of(inputs, row, texts=TEXTS):
+    """The model's inputs for the pictures of one row of `batch`."""
+    counts = [text.count("<image>") for text in texts]
+    mine = slice(sum(counts[:row]), sum(counts[: row + 1]))
+    if not counts[row]:
+        return {}
+    found = {name: inputs[name][mine] for name in ("pixel_values", "image_sizes") if name in inputs}
+    return found | ({"batch_num_images": torch.tensor([counts[row]])} if "batch_num_images" in inputs else {})
+
+
+def token_counts(handle, texts=TEXTS):
+    """Placeholders of the rows of `batch`."""
+    numbers, counts = iter(range(100)), []
     for text in texts:
-        pictures.append([tiny.picture(next(numbers)) for _ in range(text.count("<image>"))])
-    flat = [picture for row in pictures for picture in row] or None
-    return processor(images=flat, text=texts, padding=True, padding_side=side, return_tensors="pt")
+        sizes = [SIZES[next(numbers) % 3] for _ in range(text.count("<image>"))]
+        single = handle.family.model_type == "llava_onevision" and len(sizes) > 1
+        tile = handle.family.num_tile_tokens(handle.reducer) + 1
+        counts.append(sum(tile if single else handle.num_image_tokens(size) for size in sizes))
+    return counts
 
 
 def logits(model, inputs, **keywords):
@@ -89,8 +115,8 @@ def count_calls(module):
 
 
 @pytest.mark.parametrize("shape", [{}, {"grid": 3}, {"grid": 5}, {"layers": 2}, {"layers": 6}], ids=str)
-def test_identity_is_the_plain_model_bit_for_bit(tower, shape):
-    model, processor = tiny.llava(tower, **shape), tiny.processor(tower, grid=shape.get("grid", tiny.GRID))
+def test_identity_is_the_plain_model_bit_for_bit(kind, shape):
+    model, processor = tiny.llava(kind, **shape), tiny.processor(kind, grid=shape.get("grid", tiny.GRID))
     inputs = batch(processor)
     with torch.no_grad():
         plain = model(**with_labels(inputs))
@@ -103,6 +129,7 @@ def test_identity_is_the_plain_model_bit_for_bit(tower, shape):
     assert torch.equal(answer.image_hidden_states, plain.image_hidden_states)
 
 
+@pytest.mark.parametrize("tower", LLAVA)
 @pytest.mark.parametrize(("feature_layer", "strategy"), [(-1, "default"), (1, "default"), (-2, "full"), (3, "full")])
 def test_identity_follows_the_models_layer_and_selection(tower, feature_layer, strategy):
     model, processor = tiny.llava(tower), tiny.processor(tower)
@@ -136,7 +163,7 @@ def test_detach_restores_the_model(model, processor):
     handle.detach()
     assert torch.equal(logits(model, inputs), plain)
     assert list(model.state_dict()) == keys
-    assert "get_image_features" not in vars(model.model)
+    assert not {"get_image_features", "get_video_features"} & set(vars(model.model))
     assert marks(model) == marked
 
 
@@ -144,7 +171,7 @@ def test_the_context_manager_detaches_also_after_an_error(model, processor):
     inputs = batch(processor)
     plain = logits(model, inputs)
     with vzip.attach(model, **BUDGET) as handle:
-        assert handle.num_image_tokens() == 6
+        assert handle.num_image_tokens() == 6 * handle.family.num_tiles((2 * tiny.SIDE, 2 * tiny.SIDE))
         assert logits(model, batch(handle.processor(processor))).shape[1] < plain.shape[1]
     assert torch.equal(logits(model, inputs), plain)
     with pytest.raises(ZeroDivisionError):
@@ -175,23 +202,24 @@ def test_attaching_twice_is_refused(model, processor):
     inputs = batch(handle.processor(processor))
     before = logits(model, inputs)
     with pytest.raises(UserError, match=r"attached to this model already.*detach"):
-        vzip.attach(model, budget=8)
+        vzip.attach(model, dominant=7, contextual=1)
     assert torch.equal(logits(model, inputs), before)  # the first one is still in place
     handle.detach()
-    vzip.attach(model, budget=8).detach()
+    vzip.attach(model, dominant=7, contextual=1).detach()
 
 
 # Instances, never classes
 
 
-def test_models_in_one_process_do_not_see_each_other(tower, processor):
-    models = [tiny.llava(tower) for _ in range(3)]
+def test_models_in_one_process_do_not_see_each_other(kind, processor):
+    """One unreduced, and two reduced with different budgets."""
+    models = [tiny.llava(kind) for _ in range(3)]
     inputs = batch(processor)
     plain = logits(models[2], inputs)
     handles = [vzip.attach(models[0], **BUDGET), vzip.attach(models[1], dominant=9, contextual=1)]
-    for model, handle, count in zip(models[:2], handles, (6, 10), strict=True):
+    for model, handle in zip(models[:2], handles, strict=True):
         rows = batch(handle.processor(processor))
-        assert (rows["input_ids"] == model.config.image_token_id).sum() == 3 * count
+        assert (rows["input_ids"] == model.config.image_token_id).sum(dim=1).tolist() == token_counts(handle)
         assert logits(model, rows).isfinite().all()
     assert torch.equal(logits(models[2], inputs), plain)
     handles[0].detach()
@@ -211,7 +239,7 @@ def test_a_deep_copy_is_whole(model, processor):
     assert not torch.equal(logits(twin, inputs), before)
     changed = logits(twin, inputs)
     with torch.no_grad():
-        for parameter in twin.model.vision_tower.parameters():
+        for parameter in vzip.families.family_of(twin).tower.parameters():
             parameter.mul_(-1)
     assert not torch.equal(logits(twin, inputs), changed)  # it has a tower of its own too
     assert torch.equal(logits(model, inputs), before)
@@ -224,17 +252,14 @@ def test_a_deep_copy_is_whole(model, processor):
 
 
 @pytest.mark.parametrize("shape", [{}, {"grid": 3}, {"grid": 5}, {"layers": 2}, {"layers": 6}], ids=str)
-def test_a_batch_is_its_rows_one_by_one(tower, shape):
-    model, processor = tiny.llava(tower, **shape), tiny.processor(tower, grid=shape.get("grid", tiny.GRID))
+def test_a_batch_is_its_rows_one_by_one(kind, shape):
+    model, processor = tiny.llava(kind, **shape), tiny.processor(kind, grid=shape.get("grid", tiny.GRID))
     handle = vzip.attach(model, **BUDGET)
     inputs = batch(handle.processor(processor))
-    together, image = logits(model, inputs), 0
-    for row, text in enumerate(TEXTS):
+    together = logits(model, inputs)
+    for row in range(len(TEXTS)):
         kept = inputs["attention_mask"][row].bool()
-        alone = {"input_ids": inputs["input_ids"][row : row + 1, kept]}
-        if count := text.count("<image>"):
-            alone["pixel_values"] = inputs["pixel_values"][image : image + count]
-            image += count
+        alone = {"input_ids": inputs["input_ids"][row : row + 1, kept], **images_of(inputs, row)}
         torch.testing.assert_close(logits(model, alone)[0], together[row, kept], rtol=1e-4, atol=1e-5)
 
 
@@ -247,7 +272,9 @@ def test_the_pictures_are_used(model, processor):
     assert changed.tolist() == [True, False, False]
 
 
-def test_handle_reduces_as_the_model_does(model, processor):
+@pytest.mark.parametrize("kind", LLAVA)
+def test_handle_reduces_as_the_model_does(kind):
+    model, processor = tiny.llava(kind), tiny.processor(kind)
     handle = vzip.attach(model, **BUDGET)
     inputs = batch(handle.processor(processor))
     with torch.no_grad():
@@ -263,16 +290,23 @@ def test_the_processor_expands_to_the_reduced_number(model, processor):
     reduced = handle.processor(processor)
     ids = batch(reduced)["input_ids"]
     image_id = model.config.image_token_id
-    assert (ids == image_id).sum(dim=1).tolist() == [12, 0, 6]
+    assert (ids == image_id).sum(dim=1).tolist() == token_counts(handle)
     again = batch(processor)  # the original one is as it was
     assert all(torch.equal(again[name], plain[name]) for name in plain)
     sizes = [(20, 30), (tiny.SIDE, tiny.SIDE), (400, 100)]
-    assert reduced._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens == [6, 6, 6]
-    assert [handle.num_image_tokens(size) for size in sizes] == [6, 6, 6]
-    assert processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens == [tiny.GRID**2] * 3
+    counts = [handle.num_image_tokens(size) for size in sizes]
+    assert counts == [6 * handle.family.num_tiles(size) for size in sizes]
+    if hasattr(type(processor), "_get_num_multimodal_tokens"):  # Video-LLaVA's has none
+        assert reduced._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens == counts
+        plain_counts = processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
+        handle.detach()
+        with vzip.attach(model, reducer=Identity()) as full:
+            assert plain_counts == [full.num_image_tokens(size) for size in sizes]
 
 
-def test_a_reduced_processor_can_be_saved(model, processor, tmp_path):
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in tiny.VIDEO])
+def test_a_reduced_processor_can_be_saved(kind, tmp_path):
+    model, processor = tiny.llava(kind), tiny.processor(kind)
     plain = batch(processor)
     reduced = vzip.attach(model, **BUDGET).processor(processor)
     reduced.save_pretrained(tmp_path / "reduced")
@@ -283,13 +317,10 @@ def test_a_reduced_processor_can_be_saved(model, processor, tmp_path):
     assert torch.equal(again["input_ids"], plain["input_ids"])
 
 
-def test_one_processor_serves_several_budgets(processor, tower):
-    counts = []
-    for dominant in (3, 7):
-        with vzip.attach(tiny.llava(tower), dominant=dominant, contextual=1) as handle:
-            counts.append(handle.processor(processor))
-    image_id = processor.image_token_id
-    assert [(batch(reduced)["input_ids"] == image_id).sum().item() for reduced in counts] == [12, 24]
+def test_one_processor_serves_several_budgets(processor, kind):
+    for handle in [vzip.attach(tiny.llava(kind), dominant=dominant, contextual=1) for dominant in (3, 7)]:
+        ids = batch(handle.processor(processor))["input_ids"]
+        assert (ids == processor.image_token_id).sum(dim=1).tolist() == token_counts(handle)
 
 
 def test_greedy_generation_of_a_batch_is_row_by_row(model, processor):
@@ -297,12 +328,10 @@ def test_greedy_generation_of_a_batch_is_row_by_row(model, processor):
     texts = ["<image>a<image>bc", "de<image>"]
     inputs = batch(reduced, texts, side="left")
     together = model.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
-    for row, images in enumerate([slice(0, 2), slice(2, 3)]):
+    for row in range(2):
         kept = inputs["attention_mask"][row].bool()
         ids = inputs["input_ids"][row : row + 1, kept]
-        alone = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=inputs["pixel_values"][images], **GREEDY
-        )
+        alone = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **images_of(inputs, row, texts), **GREEDY)
         assert torch.equal(alone[0, ids.shape[1] :], together[row])
     assert len(set(together.flatten().tolist())) > 2  # not the one token that a broken model repeats
 
@@ -313,7 +342,7 @@ def test_generation_is_forward_repeated(model, processor):
     answer = model.generate(**inputs, **GREEDY)
     ids = inputs["input_ids"]
     for _ in range(GREEDY["max_new_tokens"]):
-        scores = logits(model, {"input_ids": ids, "pixel_values": inputs["pixel_values"]})[:, -1]
+        scores = logits(model, {"input_ids": ids, **images_of(inputs, 0, ["<image>abc"])})[:, -1]
         scores[:, model.generation_config.eos_token_id or tiny.SPECIAL.index("</s>")] = -torch.inf
         ids = torch.cat([ids, scores.argmax(dim=-1, keepdim=True)], dim=1)
     assert torch.equal(answer, ids)
@@ -322,18 +351,21 @@ def test_generation_is_forward_repeated(model, processor):
 def test_a_second_turn_reuses_the_cache_and_not_the_tower(model, processor):
     reduced = vzip.attach(model, **BUDGET).processor(processor)
     inputs = batch(reduced, ["<image>abc"])
-    calls = count_calls(model.model.vision_tower)
+    calls = count_calls(vzip.families.family_of(model).tower)
     first = model.generate(**inputs, **GREEDY, use_cache=True, return_dict_in_generate=True)
     assert len(calls) == 1
     question = reduced.tokenizer("and now?", return_tensors="pt")["input_ids"]
     ids = torch.cat([first.sequences, question], dim=1)
     second = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=first.past_key_values, **GREEDY)
     assert len(calls) == 1  # still: the picture lives in the cache
-    scratch = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=inputs["pixel_values"], **GREEDY)
+    images = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    scratch = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **images, **GREEDY)
     assert torch.equal(second, scratch)
 
 
-def test_several_samples_of_a_row(model, processor):
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_samples_of_a_row(kind):
+    model, processor = tiny.llava(kind), tiny.processor(kind)
     reduced = vzip.attach(model, **BUDGET).processor(processor)
     inputs = batch(reduced, ["<image>a<image>bc", "de<image>"], side="left")
     sampling = {**GREEDY, "do_sample": True, "num_return_sequences": 2}
@@ -343,8 +375,8 @@ def test_several_samples_of_a_row(model, processor):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_models_run_with_a_float32_projector(tower, processor, dtype):
-    model = tiny.llava(tower, dtype=dtype)
+def test_half_precision_models_run_with_a_float32_projector(kind, processor, dtype):
+    model = tiny.llava(kind, dtype=dtype)
     model.model.multi_modal_projector.float()
     handle = vzip.attach(model, **BUDGET)
     inputs = with_labels(batch(handle.processor(processor)))
@@ -356,7 +388,7 @@ def test_half_precision_models_run_with_a_float32_projector(tower, processor, dt
     assert answer.logits.dtype == dtype and answer.logits.isfinite().all()
     for parameter in model.model.multi_modal_projector.parameters():
         assert parameter.grad.dtype == torch.float32 and parameter.grad.abs().sum() > 0
-    exact = tiny.llava(tower)
+    exact = tiny.llava(kind)
     exact.load_state_dict(model.state_dict())
     vzip.attach(exact, **BUDGET)
     inputs["pixel_values"] = inputs["pixel_values"].float()
@@ -408,14 +440,15 @@ def test_training_changes_the_projector_alone(model, processor):
 def test_other_reducers_attach_alike(model, processor, reducer):
     handle = vzip.attach(model, reducer=reducer)
     inputs = batch(handle.processor(processor))
-    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 3 * handle.num_image_tokens()
+    assert (inputs["input_ids"] == model.config.image_token_id).sum(dim=1).tolist() == token_counts(handle)
     assert logits(model, inputs).isfinite().all()
 
 
 def test_a_budget_is_split_at_the_papers_ratio(model):
-    handle = vzip.attach(model, budget=13)
+    tiles = vzip.families.family_of(model).budget_tiles
+    handle = vzip.attach(model, budget=13 * tiles)
     assert (handle.reducer.dominant, handle.reducer.contextual) == (11, 2)
-    assert handle.num_image_tokens() == 13
+    assert handle.num_image_tokens() == 13 * handle.family.num_tiles((2 * tiny.SIDE, 2 * tiny.SIDE))
 
 
 # Refusals, before any work
@@ -424,7 +457,7 @@ def test_a_budget_is_split_at_the_papers_ratio(model):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"budget": 18}, ["budget=18", "at most"]),
+        ({"reducer": VisionZip(budget=18)}, ["budget=18", "at most"]),
         ({"dominant": 10, "contextual": 20}, ["budget=30", "10 dominant", "20 contextual"]),
         ({"reducer": Random(budget=17)}, ["budget=17", "16 patches"]),
         ({}, ["reducer.budget"]),
@@ -433,7 +466,7 @@ def test_a_budget_is_split_at_the_papers_ratio(model):
     ids=str,
 )
 def test_settings_that_do_not_fit_are_refused_at_attach(model, settings, words):
-    calls, marked = count_calls(model.model.vision_tower), marks(model)
+    calls, marked = count_calls(vzip.families.family_of(model).tower), marks(model)
     with pytest.raises(UserError) as error:
         vzip.attach(model, **settings)
     assert all(word in str(error.value) for word in words), error.value
@@ -465,7 +498,7 @@ def test_a_feature_layer_that_no_reducer_can_use_is_refused_at_attach(feature_la
     assert "get_image_features" not in vars(model.model)
 
 
-def test_rows_with_too_few_placeholders_are_not_filled_silently(model, processor):
+def test_rows_with_too_many_placeholders_are_not_filled_silently(model, processor):
     vzip.attach(model, **BUDGET)
     with pytest.raises(ValueError, match="do not match"):
         logits(model, batch(processor))
@@ -474,42 +507,50 @@ def test_rows_with_too_few_placeholders_are_not_filled_silently(model, processor
 # The seam in transformers
 
 
-def test_the_seam_is_where_the_family_expects_it(processor):
-    """`LlavaModel.forward`, and `generate`, take image features from the instance's `get_image_features().pooler_output`."""
-    model, processor = tiny.llava(), tiny.processor()
-    inputs = batch(processor)
+def test_the_seam_is_where_the_family_expects_it(model, processor):
+    """forward, and generate, take features from the instance's `get_image_features().pooler_output`."""
+    inputs = batch(processor, ["<image>a", "de<image>"], side="left")
     inner, calls = model.model, []
-    marked = torch.randn(3, tiny.GRID**2, 48)
+    plain = type(inner).get_image_features
 
-    def replaced(pixel_values, **kwargs):
-        calls.append(pixel_values)
-        return BaseModelOutputWithPooling(pooler_output=list(marked))
+    @functools.wraps(plain)
+    def replaced(*args, **kwargs):
+        output = plain(inner, *args, **kwargs)
+        marked = [torch.randn_like(part) for part in output.pooler_output]
+        calls.append(torch.cat(marked))
+        return BaseModelOutputWithPooling(
+            pooler_output=type(output.pooler_output)(marked)
+            if isinstance(output.pooler_output, list | tuple)
+            else torch.stack(marked)
+        )
 
     inner.get_image_features = replaced
     with torch.no_grad():
         answer = model(**inputs)
-    moved = "LlavaModel.forward no longer goes through get_image_features of the instance: vzip/families/llava.py must follow"
+    moved = f"{type(inner).__name__} no longer goes through its get_image_features: its file in vzip/families must follow"
     assert len(calls) == 1, moved
-    assert torch.equal(calls[0], inputs["pixel_values"]), moved
-    assert torch.equal(answer.image_hidden_states.view_as(marked), marked), moved
-    model.generate(**batch(processor, ["<image>a"] * 3, side="left"), **GREEDY)
+    assert torch.equal(answer.image_hidden_states.reshape_as(calls[0]), calls[0]), moved
+    model.generate(**inputs, **GREEDY)
     assert len(calls) == 2, moved
 
 
-def test_what_generate_reads_of_the_replaced_method_is_unchanged(model):
+def test_what_generate_reads_of_the_replaced_methods_is_unchanged(model):
     """generate() passes on what `inspect.signature` of the method names, and takes those arguments out of the others."""
-    plain = inspect.signature(model.model.get_image_features)
+    seams = vzip.families.family_of(model).seams
+    plain = {name: inspect.signature(getattr(model.model, name)) for name in seams}
     vzip.attach(model, **BUDGET)
-    assert inspect.signature(model.model.get_image_features) == plain
+    assert {name: inspect.signature(getattr(model.model, name)) for name in seams} == plain
 
 
-def test_the_tapped_modules_are_where_the_tap_expects_them(model):
+def test_the_parts_of_the_model_are_where_the_family_expects_them(model):
     family = vzip.families.family_of(model)
-    assert family.num_layers_run == tiny.LAYERS - 1
-    assert isinstance(family.projector, torch.nn.Module) and family.projector is model.model.multi_modal_projector
-    assert family.tower is model.model.vision_tower
-    assert family.language_model is model.model.language_model
-    assert family.lm_head is model.lm_head
+    assert family.num_layers_run(Identity()) == tiny.LAYERS - 1
+    assert family.projector is model.get_submodule(family.projector_name)
+    assert family.language_model is model.model.language_model and family.lm_head is model.lm_head
+    parts = [*family.frozen_parts.values(), family.projector, family.language_model, family.lm_head]
+    held = [id(parameter) for part in parts for parameter in part.parameters()]
+    left = {name for name, parameter in model.named_parameters() if id(parameter) not in held}
+    assert len(held) == len(set(held)) and left <= {"model.image_newline"}
 
 
 # What is on disk
@@ -527,10 +568,17 @@ def own_classes(module):
     return [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
 
 
+def inner_class(cls):
+    """The class of the module that the seams are on."""
+    kind = next(kind for kind, (model_type, *_) in tiny.KINDS.items() if model_type == cls.model_type)
+    return type(tiny.llava(kind).model)
+
+
 def overrides(cls, base):
     """Public members of the protocol or base class that the class, or a parent other than the base, defines."""
     names = [name for name in vars(base) if not name.startswith("_")] + list(vars(base).get("__annotations__", {}))
-    defined = set().union(*(vars(parent) for parent in cls.__mro__ if parent not in (base, object)))
+    parents = [parent for parent in cls.__mro__ if parent not in (base, object)]
+    defined = set().union(*(vars(parent).keys() | inspect.get_annotations(parent).keys() for parent in parents))
     return {name: name in defined for name in names}
 
 
@@ -552,11 +600,11 @@ def test_every_reducer_on_disk_is_one(name, module):
 def test_every_family_on_disk_is_one(name, module):
     classes = [value for value in own_classes(module) if issubclass(value, Family)]
     assert classes, f"vzip/families/{name}.py defines no family"
-    inherited = {"projector", "refuse_unfit", "refuse_other_kind"}  # the base class's own
     for cls in classes:
-        missing = [member for member, there in overrides(cls, Base).items() if not there and member not in inherited]
-        assert not missing, f"{cls.__name__} lacks {missing}"
+        assert not [name for name in ("model_type", "model_class", "get_image_features") if not overrides(cls, Base)[name]]
+        assert all(callable(getattr(cls, seam)) and hasattr(inner_class(cls), seam) for seam in cls.seams)
         assert vzip.families.families()[cls.model_type] is cls
+        assert cls.model_type in {kind for kind, *_ in tiny.KINDS.values()}, "tests/tiny.py has no model of this family"
 
 
 def test_no_two_families_take_the_same_model():

@@ -1,19 +1,28 @@
 """Checkpoints of LLaVA's own code: what is loaded is the same model bit for bit, or is refused with the reason."""
 
 import json
+import random
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 import vzip
 from tests import tiny
-from vzip import UserError, original, shards
+from vzip import UserError, original, sentencepieces, shards
 from vzip.io import WEIGHTS, load_weights
 
 VOCABULARY = len(tiny.SPECIAL) + 256
@@ -299,7 +308,7 @@ def test_a_whole_clip_is_a_tower(tmp_path):
 
 
 def test_a_missing_tower_is_refused(folder, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     shutil.rmtree(folder.parent / "some")
     for call in (load, lambda path: original.load_processor(str(path))):
         refused(call, folder, words=[str(folder), "mm_vision_tower 'some/clip'", "beside"])
@@ -429,7 +438,15 @@ def nest(path):
     torch.save({"model": {"x": torch.zeros(1)}}, path)
 
 
-@pytest.mark.parametrize("damage", [cut, empty, fill, link, nest], ids=lambda damage: damage.__name__)
+def number(path):
+    torch.save({0: torch.zeros(1)}, path)
+
+
+def bare(path):
+    torch.save(torch.zeros(1), path)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, fill, link, nest, number, bare], ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("form", ["bin", "safetensors"])
 def test_a_broken_shard_is_refused(tmp_path, form, damage):
     folder = save_original(tmp_path / "llava", tiny.llava(), form=form)
@@ -451,7 +468,7 @@ def test_a_folder_without_weights_is_refused_with_the_way_out(folder):
 
 
 def test_what_is_not_there_is_an_oserror(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for path in (tmp_path, tmp_path / "gone"):
         for call in (original.read_config, original.load_tokenizer, original.load_processor, load):
             with pytest.raises(OSError):
@@ -581,7 +598,7 @@ def test_a_starting_projector_that_does_not_fit_is_refused(tmp_path, change, wor
     assert all(torch.equal(value, before[name]) for name, value in projector_of(model).items())
 
 
-@pytest.mark.parametrize("damage", [cut, empty, fill, link, nest], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("damage", [cut, empty, fill, link, nest, number, bare], ids=lambda damage: damage.__name__)
 def test_a_broken_starting_projector_is_refused(tmp_path, damage):
     file = projector_file(tmp_path / "mm_projector.bin", projector_of(tiny.llava()))
     damage(file)
@@ -668,20 +685,55 @@ LLAMA = {
 }
 
 
-@pytest.mark.parametrize("settings", [LLAMA, LLAMA | {"legacy": True}, None], ids=["new", "legacy", "no config"])
-@pytest.mark.parametrize("kind", ["llava", "llava_llama"])
-def test_a_real_sentencepiece_model(folder, sentencepiece_folder, settings, kind):
+def sentencepiece_tokenizer(folder, sentencepiece_folder, settings=LLAMA, **changes):
+    """(the tokenizer as loaded, the SentencePiece model itself)"""
     sentencepiece = pytest.importorskip("sentencepiece")
     for path in [*folder.glob("tokenizer*"), *folder.glob("special_tokens*")]:
         path.unlink()
     shutil.copy(sentencepiece_folder / "tokenizer.model", folder)
     if settings:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    change_config(folder, vocab_size=32000, model_type=kind)
-    tokenizer = original.load_tokenizer(str(folder))
+    change_config(folder, vocab_size=32000, **changes)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    for text in ("A chat between a user and an assistant.", "USER: What's  this?\nÄpfel, 苹果 🍎", " two  spaces"):
+    return original.load_tokenizer(str(folder)), pieces
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [LLAMA, LLAMA | {"legacy": True}, {"tokenizer_class": "LlamaTokenizer"}, None],
+    ids=["new", "legacy", "old", "none"],
+)
+@pytest.mark.parametrize("kind", ["llava", "llava_llama"])
+def test_a_real_sentencepiece_model(folder, sentencepiece_folder, settings, kind):
+    tokenizer, pieces = sentencepiece_tokenizer(folder, sentencepiece_folder, settings, model_type=kind)
+    for text in ("A chat between a user and an assistant.", "USER: What's  this?\nÄpfel, 苹果 🍎", "two  spaces"):
         assert tokenizer.encode(text) == [1, *pieces.encode(text)]
     ids = tokenizer.encode("USER: <image>\nwhat?")
     assert ids.count(32000) == 1 and ids[0] == 1 and tokenizer.decode(ids[ids.index(32000) + 1 :]).strip() == "what?"
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (0, 2, 32001)
+
+
+def test_ids_are_those_of_sentencepiece_for_any_white_space(folder, sentencepiece_folder, tmp_path):
+    tokenizer, pieces = sentencepiece_tokenizer(folder, sentencepiece_folder)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved", config=LlamaConfig())
+    choose = random.Random(0)
+    words = ["a", "the", "cat", "What's", "indent\tfoo", "苹果", "🍎", "12345", "http://x.y/z", "...", "ASSISTANT:"]
+    gaps = [" ", "  ", "   ", "\n", "\n  ", "\n\n", " " * 17]
+    for _ in range(200):
+        text = "".join(choose.choice(words) + choose.choice(gaps) for _ in range(12))
+        assert tokenizer.encode(text) == saved.encode(text) == [1, *pieces.encode(text)], text
+
+
+@pytest.mark.parametrize("damage", [cut, empty, fill], ids=lambda damage: damage.__name__)
+def test_a_broken_tokenizer_is_refused(folder, sentencepiece_folder, damage):
+    sentencepiece_tokenizer(folder, sentencepiece_folder)
+    damage(folder / "tokenizer.model")
+    refused(original.load_tokenizer, str(folder), words=["tokenizer.model", "not a SentencePiece model"])
+
+
+@pytest.mark.parametrize("library", ["sentencepiece", "protobuf"])
+def test_a_missing_library_is_named(folder, sentencepiece_folder, monkeypatch, library):
+    sentencepiece_tokenizer(folder, sentencepiece_folder)
+    monkeypatch.setattr(sentencepieces, f"is_{library}_available", lambda: False)
+    refused(original.load_tokenizer, str(folder), words=["pip install sentencepiece protobuf"])

@@ -24,9 +24,10 @@ def families() -> dict[str, type[Family]]:
 
 
 def family_of(model: Any) -> Family:
-    """The adapter around a model. Raises UserError for a model of another family."""
-    for family in families().values():
-        if isinstance(model, family.model_class):
-            return family(model)
+    """The adapter around a model, by its nearest class. Raises UserError for a model of another family."""
+    by_class = {family.model_class: family for family in families().values()}
+    for cls in type(model).__mro__:
+        if cls in by_class:
+            return by_class[cls](model)
     supported = ", ".join(sorted(family.model_class.__name__ for family in families().values()))
     raise UserError(f"a model of class {type(model).__name__} is not supported; supported are: {supported}")

@@ -20,9 +20,6 @@ from vzip.errors import UserError
 from vzip.reducers.base import Reducer, Reduction, VisionTokens
 from vzip.tap import layer_index, run_tower, tower_layout
 
-MEDIA_INPUTS = {"image": ("pixel_values", "image_sizes", "batch_num_images"), "video": ("pixel_values_videos",)}
-"""Arguments of a model, as its processor returns them, by kind of media."""
-
 
 def num_dropped(config: Any) -> int:
     """LLaVA's "default" selection drops the first token, "full" keeps all."""

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vzip.anyres import Grid
 from vzip.families.base import encode, project
 from vzip.families.llava_next import LlavaNext
-from vzip.frames import load_video_processor, refuse_empty, stack_frames
+from vzip.media import load_video_processor, refuse_empty, stack_frames
 from vzip.reducers.base import Reducer
 
 

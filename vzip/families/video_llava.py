@@ -7,7 +7,7 @@ from transformers import VideoLlavaForConditionalGeneration, VideoLlavaProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vzip.families.base import Family, encode, project
-from vzip.frames import load_video_processor, refuse_empty, stack_frames
+from vzip.media import load_video_processor, refuse_empty, stack_frames
 from vzip.reducers.base import Reducer
 from vzip.tap import tower_layout
 

@@ -24,6 +24,7 @@ class Random:
     name: ClassVar[str] = "random"
     uses_attention: ClassVar[bool] = False
     layer: int | None = None
+    anyres: str
 
     def __init__(self, *, budget: int, tiles: int = 1, anyres: str = "released") -> None:
         one_of("reducer.anyres", anyres, ANYRES)

@@ -1,5 +1,6 @@
-"""Videos as models take them, also where there is no torchvision, which the video processors of transformers need."""
+"""Images and videos as models take them, also where there is no torchvision, which the video processors of transformers need."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,17 @@ from transformers.utils import is_torchvision_available
 from transformers.video_utils import make_batched_videos
 
 from vzip.errors import UserError
+
+MEDIA_INPUTS = {"image": ("pixel_values", "image_sizes", "batch_num_images"), "video": ("pixel_values_videos",)}
+"""Arguments of a model by kind of media, images first."""
+
+
+def model_inputs(kind: str, processed: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's arguments of one kind, of what an image or video processor returned."""
+    inputs = {name: processed[name] for name in MEDIA_INPUTS[kind] if name in processed}
+    if "pixel_values_images" in processed:  # Video-LLaVA's, until transformers drops the name
+        inputs["pixel_values"] = processed["pixel_values_images"]
+    return inputs
 
 
 def refuse_empty(num_frames: int) -> None:
@@ -54,15 +66,14 @@ class FrameProcessor:
         for video in make_batched_videos(videos):
             frames = [Image.fromarray(np.asarray(frame)) for frame in video]
             refuse_empty(len(frames))
-            pixel_values = self.image_processor(frames, return_tensors="pt", **self.settings)["pixel_values"]
+            made_of_frames = self.image_processor(frames, return_tensors="pt", **self.settings)
+            pixel_values = model_inputs("image", made_of_frames)["pixel_values"]
             made.append(pixel_values[:, 0] if self.has_tiles else pixel_values)
         return BatchFeature({"pixel_values_videos": torch.stack(made)})
 
 
-def load_video_processor(processor_class: Any, path: str) -> Any:
-    """The processor of a model for images and videos, with `FrameProcessor` where there is no torchvision."""
-    if is_torchvision_available():
-        return AutoProcessor.from_pretrained(path)
+def build_processor(processor_class: Any, image_processor: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
+    """A processor of images and videos without torchvision: frames go through a `FrameProcessor`."""
 
     class WithoutTorchvision(processor_class):  # type: ignore[misc]
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
@@ -70,11 +81,15 @@ def load_video_processor(processor_class: Any, path: str) -> Any:
                 return type(argument)
             return super().check_argument_for_proper_class(argument_name, argument)
 
-    image_processor = AutoImageProcessor.from_pretrained(path)
-    parts = {
-        "image_processor": image_processor,
-        "tokenizer": AutoTokenizer.from_pretrained(path),
-        "video_processor": FrameProcessor(image_processor),
-    }
+    video_processor = FrameProcessor(image_processor)
+    return WithoutTorchvision(image_processor=image_processor, tokenizer=tokenizer, video_processor=video_processor, **settings)
+
+
+def load_video_processor(processor_class: Any, path: str) -> Any:
+    """The processor of a folder or hub id of a model that takes videos, with or without torchvision."""
+    if is_torchvision_available():
+        return AutoProcessor.from_pretrained(path)
     settings, _ = processor_class.get_processor_dict(path)
-    return WithoutTorchvision.from_args_and_dict([parts[name] for name in processor_class.get_attributes()], settings)
+    parts = {"processor_class", *processor_class.get_attributes()}
+    kept = {name: value for name, value in settings.items() if name not in parts}
+    return build_processor(processor_class, AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path), kept)
