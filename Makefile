@@ -22,11 +22,12 @@ setup: .venv/.done ## make .venv and install the pinned dependencies, once
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
 	touch $@
 
-data: setup ## prepare the embedded default (model and easy-VQA) in the cache, once
+data: setup ## prepare the embedded default (model and easy-VQA) and the tiny models in the cache, once
 	$(BIN)/python scripts/prepare_smol.py
+	$(BIN)/python scripts/prepare_tiny.py
 
-# The embedded default is only prepared where it is what is tuned.
-tune: setup $(if $(filter-out smol,$(MODEL)),,data) ## tune: MODEL=llava-7b BUDGET=64 ARGS="optim.lr=2e-5"
+# The embedded default is only prepared where it, or a tiny model with its pictures, is what is tuned.
+tune: setup $(if $(filter-out smol %-tiny,$(MODEL)),,data) ## tune: MODEL=llava-7b BUDGET=64 ARGS="optim.lr=2e-5"
 	$(BIN)/deepspeed --log_level warning --master_port $(PORT) train/tune.py $(TUNE)
 
 test: setup data ## all tests, in two processes of one thread each

@@ -112,17 +112,16 @@ class Collator:
             made = self.processor.image_processor([list(row) for row in rows], return_tensors="pt")
         return model_inputs(kind, made)
 
-    def _load(self, kind: str, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def _open(self, kind: str, path: Path) -> Any:
         try:
-            rows = [
-                [open_picture(path) if kind == "image" else read_frames(path, self.num_frames) for path in example.media[kind]]
-                for example in examples
-                if kind in example.media
-            ]
+            return open_picture(path) if kind == "image" else read_frames(path, self.num_frames)
         except UserError:
             raise
         except (OSError, ValueError) as error:
-            raise UserError(f"a file that was readable before training is not any more: {error}") from error
+            raise UserError(f"{path} was readable before training and is not any more: {error}") from error
+
+    def _load(self, kind: str, examples: Sequence[Example]) -> dict[str, Tensor]:
+        rows = [[self._open(kind, path) for path in example.media[kind]] for example in examples if kind in example.media]
         return self._process(kind, rows)
 
     def _blank(self, kind: str) -> dict[str, Tensor]:

@@ -95,13 +95,12 @@ class Evaluator:
         if not self.questions:
             return []
         answers = self.run.answers(name)
-        with attach(self.engine.family.model, reducer=reducer) as handle:
-            num_image_tokens = handle.num_image_tokens()
-            if answers is None:
+        if answers is None:
+            with attach(self.engine.family.model, reducer=reducer):
                 answers = self._ask(self._collator(reducer), title=f"evaluate {name}")
-                self.run.save_answers(name, answers)
+            self.run.save_answers(name, answers)
         self.samples += [{"row": name, **given} for given in answers[:NUM_SAMPLES]]
-        return [score(name, num_image_tokens, answers)]
+        return [score(name, answers)]
 
     def _collator(self, reducer: Reducer) -> Collator:
         kinds = kinds_of([question.example for question in self.questions])
@@ -120,9 +119,10 @@ class Evaluator:
         for part in progress(parts, total=len(parts), title=title, unit="batch", shown=rank == 0):
             found += list(zip(part, self._generate([self.questions[index].example for index in part], collate), strict=True))
         by_index = dict(gather(found))
-        return [_graded(question, by_index[index]) for index, question in enumerate(self.questions)]
+        return [_graded(question, *by_index[index]) for index, question in enumerate(self.questions)]
 
-    def _generate(self, examples: Sequence[Example], collate: Collator) -> list[str]:
+    def _generate(self, examples: Sequence[Example], collate: Collator) -> list[tuple[str, int]]:
+        """The answers, each with the visual tokens that its question had."""
         model, tokenizer, sharded = self.engine.family.model, self.processor.tokenizer, self.engine.stage == 3
         batch = to_device(collate(examples, left=True), self.engine.device)
         media: dict[str, Any] = {}
@@ -143,11 +143,14 @@ class Evaluator:
             synced_gpus=sharded,
         )
         texts: list[str] = tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
-        return texts
+        placeholders = torch.tensor([self.engine.family.placeholder_id(kind) for kind in batch.media])
+        counts: list[int] = torch.isin(batch.input_ids.cpu(), placeholders).sum(dim=1).tolist()
+        return list(zip(texts, counts, strict=True))
 
 
-def _graded(question: Question, answer: str) -> dict[str, Any]:
+def _graded(question: Question, answer: str, num_visual_tokens: int) -> dict[str, Any]:
     return {
+        "num_visual_tokens": num_visual_tokens,
         "image": question.image,
         "question": question.text,
         "expected": question.expected,
@@ -157,8 +160,8 @@ def _graded(question: Question, answer: str) -> dict[str, Any]:
     }
 
 
-def score(name: str, num_image_tokens: int, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A row of result.json: the share of correct answers by kind of question, and of all."""
+def score(name: str, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A row of result.json: the visual tokens a question had on average, the share of correct answers by kind, and of all."""
     by_kind: dict[str, list[bool]] = defaultdict(list)
     for given in answers:
         by_kind[given["kind"]].append(given["correct"])
@@ -167,7 +170,13 @@ def score(name: str, num_image_tokens: int, answers: Sequence[dict[str, Any]]) -
     metrics = {
         kind: sum(correct) / len(correct) for kind, correct in sorted(by_kind.items(), key=lambda item: item[0] == "all")
     }
-    return {"name": name, "num_image_tokens": num_image_tokens, "num_questions": len(answers), "metrics": metrics}
+    mean = round(sum(given["num_visual_tokens"] for given in answers) / len(answers), 1)
+    return {
+        "name": name,
+        "num_visual_tokens": int(mean) if mean == int(mean) else mean,
+        "num_questions": len(answers),
+        "metrics": metrics,
+    }
 
 
 def gap_closed(rows: Sequence[dict[str, Any]], kind: str) -> float | None:
@@ -184,7 +193,7 @@ def print_results(rows: Sequence[dict[str, Any]], *, title: str) -> None:
         return
     full = next((row["metrics"] for row in rows if row["name"] == "full"), {})
     kinds = list(rows[0]["metrics"])
-    table = Table("row", "tokens an image", *kinds, title=title, title_justify="left")
+    table = Table("row", "visual tokens", *kinds, title=title, title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
@@ -192,7 +201,7 @@ def print_results(rows: Sequence[dict[str, Any]], *, title: str) -> None:
         for kind in kinds:
             value = row["metrics"][kind]
             cells.append(f"{value:.3f}" + (f" ({value / full[kind]:.0%})" if full.get(kind) else ""))
-        table.add_row(row["name"], str(row["num_image_tokens"]), *cells)
+        table.add_row(row["name"], str(row["num_visual_tokens"]), *cells)
     console = Console()
     console.print(table)
     for kind in kinds:

@@ -7,11 +7,12 @@ import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from data.paths import data_dir
 from vzip import UserError
 from vzip.families import Family
 from vzip.io import load_weights
 
-PREPARE = "run `make data` to prepare the embedded default"
+PREPARE = "run `make data` to prepare the embedded default and the tiny models"
 CONNECT = "connect to the hub once, or set model.id to a folder that holds the model"
 
 
@@ -20,7 +21,7 @@ def _found(load: Callable[..., Any], cfg: DictConfig, **settings: Any) -> Any:
     try:
         return load(cfg.model.id, **settings)
     except OSError as error:
-        hint = PREPARE if cfg.model.name == "smol" else CONNECT
+        hint = PREPARE if str(cfg.model.id).startswith(str(data_dir())) else CONNECT
         raise UserError(f"nothing to load at model.id={cfg.model.id}: {hint}\n({str(error).splitlines()[0]})") from error
 
 

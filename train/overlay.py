@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from data.pictures import open_picture
 from train.engine import is_main
 from vzip import Handle
+from vzip.media import model_inputs
 
 SIDE = 336
 DOMINANT, CONTEXTUAL = (230, 159, 0), (0, 114, 178)  # orange and blue of the colour-blind safe Okabe-Ito palette
@@ -20,8 +21,8 @@ DOMINANT, CONTEXTUAL = (230, 159, 0), (0, 114, 178)  # orange and blue of the co
 def draw_kept(handle: Handle, image_processor: Any, picture: Path, target: Path) -> None:
     """Save the picture with dominant patches framed in orange, merge targets in blue, and the other patches dimmed."""
     image = open_picture(picture).resize((SIDE, SIDE))
-    pixel_values = image_processor([open_picture(picture)], return_tensors="pt")["pixel_values"]
-    tile = pixel_values.flatten(0, -4)[:1]  # of several tiles the first, which is the whole picture
+    inputs = model_inputs("image", image_processor([open_picture(picture)], return_tensors="pt"))
+    tile = inputs["pixel_values"].flatten(0, -4)[:1]  # of several tiles the first, which is the whole picture
     parameter = next(handle.family.tower.parameters())
     reduction = handle.reduce(tile.to(parameter.device, parameter.dtype))
     num_prefix = reduction.slots.shape[1] - int(reduction.slots.shape[1] ** 0.5) ** 2

@@ -27,7 +27,7 @@ class RowCost:
     """FLOPs of one training row: an image and its text."""
 
     tower: int
-    """Vision tower up to the tapped layer, forward."""
+    """Vision tower up to the tapped layer, and other frozen parts before the language model, forward."""
     projector: int
     """Forward and full backward (inputs are frozen: weight gradients alone)."""
     language: int
@@ -48,7 +48,7 @@ def row_cost(family: Family, reducer: Reducer, *, num_tiles: int, num_visual_tok
     language = tokens * (linear_flops(family.language_model) + linear_flops(family.lm_head))
     language += attention_flops(text, tokens) // 2  # causal: half of it
     return RowCost(
-        tower=tower * family.num_layers_run(reducer) // vision.num_hidden_layers,
+        tower=tower * family.num_layers_run(reducer) // vision.num_hidden_layers + num_tiles * family.other_flops,
         projector=2 * num_visual_tokens * linear_flops(family.projector),
         language=2 * language,
     )

@@ -20,7 +20,7 @@ MEDIA_INPUTS = {"image": ("pixel_values", "image_sizes", "batch_num_images"), "v
 def model_inputs(kind: str, processed: Mapping[str, Any]) -> dict[str, Any]:
     """The model's arguments of one kind, of what an image or video processor returned."""
     inputs = {name: processed[name] for name in MEDIA_INPUTS[kind] if name in processed}
-    if "pixel_values_images" in processed:  # Video-LLaVA's, until transformers drops the name
+    if kind == "image" and "pixel_values_images" in processed:  # Video-LLaVA's, until transformers drops the name
         inputs["pixel_values"] = processed["pixel_values_images"]
     return inputs
 
@@ -53,6 +53,8 @@ class FrameProcessor:
         image_processor: of the model.
     """
 
+    _auto_class = None  # saving a processor asks its parts
+
     def __init__(self, image_processor: Any) -> None:
         self.image_processor = image_processor
         settings = image_processor.to_dict()
@@ -80,6 +82,13 @@ def build_processor(processor_class: Any, image_processor: Any, tokenizer: Any, 
             if argument_name == "video_processor":
                 return type(argument)
             return super().check_argument_for_proper_class(argument_name, argument)
+
+        def to_dict(self) -> dict[str, Any]:
+            """As transformers' own processor, whose video processor has the image processor's settings."""
+            saved: dict[str, Any] = super().to_dict()
+            name = processor_class.__name__
+            kind = {"video_processor_type": name.replace("Processor", "VideoProcessor")}
+            return saved | {"processor_class": name, "video_processor": self.image_processor.to_dict() | kind}
 
     video_processor = FrameProcessor(image_processor)
     return WithoutTorchvision(image_processor=image_processor, tokenizer=tokenizer, video_processor=video_processor, **settings)

@@ -20,14 +20,40 @@ from train.models import count_model
 from train.trainable import make_trainable
 from vzip.families import Family, families
 from vzip.reducers import names
+from vzip.reducers.identity import Identity
 from vzip.templates import Template
 
 CONFIGS = ROOT / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 GROUPS = ("model", "reducer", "data", "deepspeed", "tune", "track")
-TRAINABLE = {  # documented counts of the projector: two layers with bias
-    "llava-13b": 1024 * 5120 + 5120 + 5120 * 5120 + 5120,
-    "llava-7b": 1024 * 4096 + 4096 + 4096 * 4096 + 4096,
+
+
+def projector(vision, text):
+    """Parameters of two layers with bias."""
+    return vision * text + text + text * text + text
+
+
+CLIP_336, CLIP_224, SIGLIP = 303_507_456, 303_179_776, 397_747_744
+VICUNA_7B, VICUNA_13B = 6_607_605_760 + 32064 * 4096, 12_852_352_000 + 32064 * 5120
+COUNTS = {  # parameters before the projector, of the projector, of language model and head
+    "llava-7b": (CLIP_336, projector(1024, 4096), VICUNA_7B),
+    "llava-13b": (CLIP_336, projector(1024, 5120), VICUNA_13B),
+    "next-7b": (CLIP_336, projector(1024, 4096), VICUNA_7B),
+    "next-13b": (CLIP_336, projector(1024, 5120), VICUNA_13B),
+    "next-mistral-7b": (CLIP_336, projector(1024, 4096), 7_110_922_240 + 32064 * 4096),
+    "video-llava-7b": (2 * CLIP_224, projector(1024, 4096), VICUNA_7B),
+    "mini-gemini-7b": (CLIP_336 + 196_227_264 + 6_963_456, projector(1024, 4096), VICUNA_7B),
+    "mini-gemini-13b": (CLIP_336 + 196_227_264 + 6_963_456, projector(1024, 5120), VICUNA_13B),
+    "onevision-0.5b": (SIGLIP, projector(1152, 896), 494_090_112),
+    "onevision-7b": (SIGLIP, projector(1152, 3584), 7_616_075_264),
+}
+BUDGETS = {  # tokens of the paper's picture: before, after
+    "llava-7b": (576, 64),
+    "llava-13b": (576, 64),
+    "next-7b": (2928, 160),
+    "next-13b": (2928, 160),
+    "mini-gemini-7b": (576, 64),
+    "mini-gemini-13b": (576, 64),
 }
 
 
@@ -80,9 +106,9 @@ def test_a_file_composes_resolves_and_builds(path):
     built = [node for node in targets(cfg) if node is not cfg.model]
     assert len(built) == 2  # the reducer and the template
     assert isinstance(config.build(cfg.model.template), Template)
-    reducer = config.build(cfg.reducer)
-    num_image_tokens = counted(cfg.model.name).num_image_tokens(reducer)
-    assert 1 <= num_image_tokens <= cfg.model.architecture.image_seq_length
+    family, reducer = counted(cfg.model.name), config.build_reducer(cfg)
+    family.refuse_unfit(reducer)
+    assert 1 <= family.num_image_tokens(reducer) <= family.num_image_tokens(Identity())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
@@ -106,7 +132,7 @@ def test_a_model_builds_without_memory(name):
     assert all(parameter.is_meta for parameter in family.model.parameters())
     assert family.model.config.model_type == cls.model_type
     assert hasattr(torch, cfg.model.dtype)
-    parts = (family.tower, family.projector, family.language_model, family.lm_head)
+    parts = (*family.frozen_parts.values(), family.projector, family.language_model, family.lm_head)
     assert all(sum(p.numel() for p in part.parameters()) > 0 for part in parts)
 
 
@@ -118,11 +144,50 @@ def test_a_models_tower_and_language_model_stay_frozen(name):
     assert set(opened) == projector == {key for key, p in family.model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize(("name", "expected"), TRAINABLE.items(), ids=TRAINABLE)
-def test_a_models_trainable_parameters_are_as_documented(name, expected):
-    opened = make_trainable(count_model(composed(f"model={name}")), composed("tune=projector").tune).parameters
-    assert expected == {"llava-13b": 31_467_520, "llava-7b": 20_979_712}[name]
-    assert (sum(p.numel() for p in opened.values()), len(opened)) == (expected, 4)
+@pytest.mark.parametrize(("name", "expected"), COUNTS.items(), ids=COUNTS)
+def test_a_models_parameters_are_as_documented(name, expected):
+    family = count_model(composed(f"model={name}"))
+    opened = make_trainable(family, composed("tune=projector").tune).parameters
+    total = {id(p): p.numel() for part in (family.language_model, family.lm_head) for p in part.parameters()}  # may be tied
+    before = sum(p.numel() for part in family.frozen_parts.values() for p in part.parameters())
+    assert (before, sum(p.numel() for p in opened.values()), sum(total.values())) == expected
+    assert len(opened) == 4
+
+
+def test_real_models_have_documented_counts():
+    small = {name for name in members("model") if name == "smol" or name.endswith("-tiny")}
+    assert set(COUNTS) == set(members("model")) - small
+
+
+@pytest.mark.parametrize(("name", "expected"), BUDGETS.items(), ids=BUDGETS)
+def test_a_models_default_budget_is_the_papers(name, expected):
+    family, reducer = counted(name), config.build_reducer(composed(f"model={name}"))
+    assert (family.num_image_tokens(Identity()), family.num_image_tokens(reducer)) == expected
+
+
+@pytest.mark.parametrize(("total", "share"), [(160, (27, 5)), (320, (54, 10)), (640, (108, 20))])
+def test_budgets_of_next_are_the_papers_totals_over_five_tiles(total, share):
+    cfg = composed("model=next-7b", f"reducer.budget={total}")
+    reducer = config.build_reducer(cfg)
+    assert (reducer.dominant, reducer.contextual) == share
+    assert [counted("next-7b").num_image_tokens(reducer, size) for size in ((672, 672), (336, 1008), (336, 672))] == [
+        total,
+        total * 4 // 5,
+        total * 3 // 5,
+    ]
+
+
+def test_video_llava_has_the_papers_136_tokens():
+    cfg = composed("model=video-llava-7b")
+    family = counted("video-llava-7b")
+    assert family.num_video_tokens(config.build_reducer(cfg), cfg.model.num_frames) == 136
+    assert family.num_video_tokens(Identity(), cfg.model.num_frames) == 8 * 257  # its frames keep their CLS
+
+
+@pytest.mark.parametrize("name", [name for name in members("model") if name.endswith("-tiny")])
+def test_tiny_models_stand_for_families(name):
+    larger = {counted(other).model_type for other in COUNTS}
+    assert counted(name).model_type in larger and composed(f"model={name}").weights == "random"
 
 
 @pytest.mark.parametrize("model", members("model"))

@@ -49,7 +49,7 @@ def test_run_folder(plain, tiny_folder):
     assert {"config.yaml", "env.json", "metrics.jsonl", "manifest.json", "projector.safetensors", "meta.json"} <= files
     assert {"result.json", "kept_tokens_0.png"} <= files and "state" not in files
     rows = json.loads((plain / "result.json").read_text())["rows"]
-    assert [(row["name"], row["num_image_tokens"]) for row in rows] == [("full", 16), ("free", 6), ("tuned", 6)]
+    assert [(row["name"], row["num_visual_tokens"]) for row in rows] == [("full", 16), ("free", 6), ("tuned", 6)]
     assert all(set(row["metrics"]) == {"open", "yesno", "all"} for row in rows)
     tuned, base = load_file(plain / "projector.safetensors"), load_file(tiny_folder / "model.safetensors")
     assert len(tuned) == 4

@@ -1,6 +1,8 @@
 """Rows become padded micro batches, the same ones however a global batch is cut and wherever a run resumes."""
 
+import shutil
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -8,26 +10,38 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import vzip
 from data.conversations import parse_row, read_rows
-from data.dataset import BatchPlan, Collator, Example, MicroBatches, loader, tokenize
+from data.dataset import BatchPlan, Collator, Example, MicroBatches, kinds_of, loader, tokenize
 from data.pictures import open_picture
 from tests import tiny
+from tests.unit.rows import IMAGE_ROWS, NUM_FRAMES, NUM_LABELS, VIDEO_ROWS, examples_of, processed, rows_of
 from vzip import UserError
+from vzip.families import family_of
+from vzip.media import model_inputs
+from vzip.reducers.identity import Identity
+from vzip.reducers.random import Random
+from vzip.reducers.visionzip import VisionZip
 from vzip.templates import IGNORED, chatml, encode, vicuna
 
-IMAGE_ID, PAD_ID = tiny.SPECIAL.index("<image>"), tiny.SPECIAL.index("<unk>")
+IMAGE_ID, VIDEO_ID, PAD_ID = (tiny.SPECIAL.index(token) for token in ("<image>", "<video>", "<unk>"))
 PROCESSOR = tiny.processor()
 SPLITS = [(m, a, 8 // m // a) for m in (1, 2, 4, 8) for a in (1, 2, 4, 8) if m * a <= 8]
 
 
+@cache
+def family(kind="clip"):
+    return family_of(tiny.llava(kind))
+
+
 def collator(num_image_tokens=6):
-    return Collator.of(PROCESSOR, num_image_tokens)
+    return Collator(PROCESSOR, family(), VisionZip(dominant=num_image_tokens - 1, contextual=1))
 
 
 def numbered(count):
     """Text-only examples of one token that tells them apart, with 1, 2 or 3 label tokens."""
     return [
-        Example([100 + row] * 4, [IGNORED, *[100 + row] * (1 + row % 3), *[IGNORED] * (2 - row % 3)], ())
+        Example([100 + row] * 4, [IGNORED, *[100 + row] * (1 + row % 3), *[IGNORED] * (2 - row % 3)], {})
         for row in range(count)
     ]
 
@@ -54,9 +68,14 @@ def rows_by_step(examples, split, *, num_steps, seed=0):
     ]
 
 
+def same(one, other):
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
 def equal(one, other):
-    pairs = [(getattr(one, f.name), getattr(other, f.name)) for f in fields(one)]
-    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+    return all(same(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
 
 
 def pictures(folder, count):
@@ -66,22 +85,18 @@ def pictures(folder, count):
     return paths
 
 
-def test_the_collator_finds_its_ids_in_the_processor():
-    collate = collator(9)
-    assert (collate.image_id, collate.pad_id, collate.num_image_tokens) == (IMAGE_ID, PAD_ID, 9)
-
-
 def test_without_a_pad_token_the_end_token_pads():
     processor = tiny.processor()
     processor.tokenizer.pad_token = None
-    assert Collator.of(processor, 6).pad_id == tiny.SPECIAL.index("</s>")
+    batch = Collator(processor, family(), Identity())([Example([7, 8], [7, 8], {}), Example([7], [7], {})])
+    assert batch.input_ids.tolist() == [[7, 8], [7, tiny.SPECIAL.index("</s>")]]
 
 
 @pytest.mark.parametrize("left", [False, True])
 def test_rows_are_expanded_and_padded(tmp_path, left):
     (picture,) = pictures(tmp_path, 1)
-    long = Example([50, IMAGE_ID, 51, 52], [IGNORED, IGNORED, 51, 52], (picture,))
-    short = Example([60, 61], [IGNORED, 61], ())
+    long = Example([50, IMAGE_ID, 51, 52], [IGNORED, IGNORED, 51, 52], {"image": (picture,)})
+    short = Example([60, 61], [IGNORED, 61], {})
     batch = collator(3)([long, short], left=left)
 
     def padded(values, value):
@@ -91,35 +106,33 @@ def test_rows_are_expanded_and_padded(tmp_path, left):
     assert batch.input_ids.tolist() == [[50, *[IMAGE_ID] * 3, 51, 52], padded([60, 61], PAD_ID)]
     assert batch.attention_mask.tolist() == [[1] * 6, padded([1, 1], 0)]
     assert batch.labels.tolist() == [[*[IGNORED] * 4, 51, 52], padded([IGNORED, 61], IGNORED)]
-    assert batch.has_images and batch.pixel_values.shape == (1, 3, tiny.SIDE, tiny.SIDE)
+    assert batch.num_placeholders == {"image": 3}
+    assert list(batch.media) == ["image"] and batch.media["image"]["pixel_values"].shape == (1, 3, tiny.SIDE, tiny.SIDE)
     assert batch.input_ids.dtype == batch.labels.dtype == batch.attention_mask.dtype == torch.int64
 
 
 def test_pictures_keep_their_order_over_rows(tmp_path):
     paths = pictures(tmp_path, 4)
-    rows = [Example([IMAGE_ID, IMAGE_ID, 7], [IGNORED] * 3, (paths[2], paths[0])), Example([7], [7], ())]
-    rows += [Example([IMAGE_ID, 7], [IGNORED, 7], (paths[3],)), Example([IMAGE_ID, 7], [IGNORED, 7], (paths[2],))]
+    rows = [Example([IMAGE_ID, IMAGE_ID, 7], [IGNORED] * 3, {"image": (paths[2], paths[0])}), Example([7], [7], {})]
+    rows += [Example([IMAGE_ID, 7], [IGNORED, 7], {"image": (paths[number],)}) for number in (3, 2)]
     batch = collator()(rows)
 
     expected = [open_picture(paths[number]) for number in (2, 0, 3, 2)]
-    assert torch.equal(batch.pixel_values, PROCESSOR.image_processor(expected, return_tensors="pt")["pixel_values"])
-    assert not torch.equal(batch.pixel_values[0], batch.pixel_values[1])
+    pixel_values = batch.media["image"]["pixel_values"]
+    assert torch.equal(pixel_values, PROCESSOR.image_processor(expected, return_tensors="pt")["pixel_values"])
+    assert not torch.equal(pixel_values[0], pixel_values[1])
     assert (batch.input_ids == IMAGE_ID).sum(dim=1).tolist() == [12, 0, 6, 6]
 
 
-def test_text_alone_comes_with_a_blank_picture():
-    batch = collator()(numbered(3))
-    assert not batch.has_images
-    assert batch.pixel_values.shape == (1, 3, tiny.SIDE, tiny.SIDE) and not batch.pixel_values.any()
-    assert batch.pixel_values.dtype == torch.float32
-
-
-@pytest.mark.parametrize("content", [None, b"", b"no picture"])
-def test_a_picture_that_vanishes_or_breaks_later_is_a_user_error(tmp_path, content):
+@pytest.mark.parametrize("damage", ["vanish", "empty", "no picture", "truncate"])
+def test_a_picture_that_vanishes_or_breaks_later_is_a_user_error_that_names_it(tmp_path, damage):
     (picture,) = pictures(tmp_path, 1)
-    example = Example([IMAGE_ID, 7], [IGNORED, 7], (picture,))
+    example = Example([IMAGE_ID, 7], [IGNORED, 7], {"image": (picture,)})
     collator()([example])
-    picture.unlink() if content is None else picture.write_bytes(content)
+    whole = picture.read_bytes()
+    picture.unlink()
+    if damage != "vanish":
+        picture.write_bytes({"empty": b"", "no picture": b"no picture", "truncate": whole[:-1000]}[damage])
     with pytest.raises(UserError, match=r"0\.png"):
         collator()([example])
 
@@ -170,14 +183,14 @@ def test_num_labels_counts_the_whole_global_batch(split):
         assert 8 <= expected == ranks[0].num_labels(step) == ranks[-1].num_labels(step)
 
 
-def examples_of(data_folder):
+def training_examples(data_folder):
     rows, bad = read_rows(data_folder / "train.json")
     assert len(rows) == 24 and not bad
     return tokenize(rows, vicuna(), PROCESSOR.tokenizer, data_folder / "images", max_tokens=2048)[0]
 
 
 def test_a_loader_from_the_middle_continues_exactly(data_folder):
-    source = batches(examples_of(data_folder), micro=3, accumulation=2, world_size=1, num_steps=4)
+    source = batches(training_examples(data_folder), micro=3, accumulation=2, world_size=1, num_steps=4)
     whole = list(loader(source, first=0, num_workers=0))
     rest = list(loader(source, first=5, num_workers=0))
 
@@ -188,7 +201,7 @@ def test_a_loader_from_the_middle_continues_exactly(data_folder):
 
 
 def test_a_worker_process_gives_the_same_batches(data_folder):
-    source = batches(examples_of(data_folder), micro=3, accumulation=1, world_size=1, num_steps=4)
+    source = batches(training_examples(data_folder), micro=3, accumulation=1, world_size=1, num_steps=4)
     here, there = (list(loader(source, first=1, num_workers=workers)) for workers in (0, 1))
     assert len(here) == len(there) == 3
     assert all(equal(one, other) for one, other in zip(here, there, strict=True))
@@ -196,7 +209,7 @@ def test_a_worker_process_gives_the_same_batches(data_folder):
 
 def test_a_mistake_in_a_worker_process_has_no_traceback_in_its_message(tmp_path):
     # Commands print the message alone.
-    example = Example([IMAGE_ID, 7], [IGNORED, 7], (tmp_path / "gone.png",))
+    example = Example([IMAGE_ID, 7], [IGNORED, 7], {"image": (tmp_path / "gone.png",)})
     source = batches([example], micro=1, accumulation=1, world_size=1, num_steps=1)
     with pytest.raises(UserError, match=r"gone\.png") as error:
         list(loader(source, first=0, num_workers=1))
@@ -215,7 +228,7 @@ def test_tokenize_keeps_what_fits(tmp_path, template):
 
     assert num_cut == 0
     assert [(e.ids, e.labels) for e in examples] == [encode(template, PROCESSOR.tokenizer, row.turns) for row in rows]
-    assert [e.images for e in examples] == [(tmp_path / "coco/1.jpg",), ()]
+    assert [e.media for e in examples] == [{"image": (tmp_path / "coco/1.jpg",)}, {}]
     assert all(e.num_labels == sum(label != IGNORED for label in e.labels) > 0 for e in examples)
 
 
@@ -230,11 +243,152 @@ def test_tokenize_cuts_at_max_tokens_and_counts():
     assert cut[:2] == whole[:2] and cut[2].ids == whole[2].ids[: lengths[1]]
 
 
-def test_a_cut_row_keeps_as_many_placeholders_as_pictures(tmp_path):
-    # A picture without its placeholder makes the model refuse the batch in the middle of a run.
-    row = talk("<image>\nwhat?", "a cat", "and <image>?", "a dog", image=["1.jpg", "2.jpg"])
-    length = len(encode(vicuna(), PROCESSOR.tokenizer, row.turns[:1])[0])
-    examples, num_cut = tokenize([row], vicuna(), PROCESSOR.tokenizer, tmp_path, max_tokens=length + 3)
+MEDIA_ROW = talk("<image>\nwhat?", "a cat", "and <image><video>?", "a dog", image=["1.jpg", "2.jpg"], video="1.mp4")
 
-    assert num_cut == 1
-    assert [e.ids.count(IMAGE_ID) for e in examples] == [len(e.images) for e in examples]
+
+@pytest.mark.parametrize("template", [vicuna(), chatml("be kind")], ids=lambda template: template.name)
+def test_a_cut_row_keeps_as_many_placeholders_as_pictures_and_videos(tmp_path, template):
+    # A picture without its placeholder makes the model refuse the batch in the middle of a run.
+    length = len(encode(template, PROCESSOR.tokenizer, MEDIA_ROW.turns)[0])
+    found = set()
+    for max_tokens in range(1, length + 1):
+        (example,), num_cut = tokenize([MEDIA_ROW], template, PROCESSOR.tokenizer, tmp_path, max_tokens=max_tokens)
+        assert num_cut == (max_tokens < length)
+        counts = {"image": example.ids.count(IMAGE_ID), "video": example.ids.count(VIDEO_ID)}
+        assert {kind: len(paths) for kind, paths in example.media.items()} == {kind: n for kind, n in counts.items() if n}
+        assert all(path.parent == tmp_path for paths in example.media.values() for path in paths)
+        found.add(tuple(path.name for paths in example.media.values() for path in paths))
+    assert found == {(), ("1.jpg",), ("1.jpg", "2.jpg"), ("1.jpg", "2.jpg", "1.mp4")}  # the first ones are kept
+
+
+# Kinds of media
+
+
+def collated(kind, examples, *, reducer=None, kinds=None, left=False):
+    """The micro batch of a model of a kind in `tiny.KINDS`."""
+    reducer, kinds = reducer or VisionZip(dominant=4, contextual=2), kinds or kinds_of(examples)
+    collate = Collator(tiny.processor(kind), family(kind), reducer, kinds=kinds, num_frames=NUM_FRAMES)
+    return collate(examples, left=left)
+
+
+BATCHES = {
+    "one picture a row": ["<image>one", "<image>and another"],
+    "several and none": IMAGE_ROWS,
+    "several in one row": ["<image><image><image>row"],
+    "videos and pictures": VIDEO_ROWS,
+    "videos alone": ["<video>one", "text", "<video><video>two"],
+    "all": IMAGE_ROWS + VIDEO_ROWS,
+    "text alone": ["no picture", "and none"],
+}
+CASES = [(kind, name) for kind in tiny.KINDS for name in BATCHES if kind in tiny.VIDEO or "<video>" not in str(BATCHES[name])]
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_a_micro_batch_is_what_the_models_reduced_processor_makes(tmp_path, kind, name, left):
+    texts, reducer = BATCHES[name], VisionZip(dominant=4, contextual=2)
+    examples = examples_of(texts, tmp_path)
+    batch = collated(kind, examples, reducer=reducer, left=left)
+    with vzip.attach(family(kind).model, reducer=reducer) as handle:
+        expected = processed(handle.processor(tiny.processor(kind)), texts, examples, side="left" if left else "right")
+
+    assert torch.equal(batch.input_ids, expected["input_ids"])
+    assert torch.equal(batch.attention_mask, expected["attention_mask"])
+    for media, inputs in batch.media.items():
+        assert batch.num_placeholders[media] == (expected["input_ids"] == family(kind).placeholder_id(media)).sum()
+        if batch.num_placeholders[media]:
+            wanted = model_inputs(media, expected)
+            assert any("pixel_values" in key for key in wanted) and same(inputs, wanted)
+    for row, example in enumerate(examples):
+        labels, there = batch.labels[row], batch.attention_mask[row].bool()
+        assert labels[there][-NUM_LABELS:].tolist() == example.ids[-NUM_LABELS:]
+        assert (labels != IGNORED).sum() == NUM_LABELS
+
+
+REDUCERS = [
+    Identity(),
+    Random(budget=5),
+    VisionZip(dominant=4, contextual=2),
+    VisionZip(dominant=4, contextual=2, anyres="spatial"),
+    VisionZip(dominant=3, contextual=4, keep_cls=False),
+]
+
+
+@pytest.mark.parametrize("reducer", REDUCERS, ids=repr)
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_there_are_as_many_placeholders_as_features(tmp_path, kind, reducer):
+    examples = examples_of(rows_of(kind), tmp_path)
+    batch = collated(kind, examples, reducer=reducer)
+    assert list(batch.media) == (["image", "video"] if kind in tiny.VIDEO else ["image"])
+    with torch.no_grad(), vzip.attach(family(kind).model, reducer=reducer):
+        for media, inputs in batch.media.items():
+            features = family(kind).media_features(media, inputs)
+            places = (batch.input_ids == family(kind).placeholder_id(media)).sum()
+            assert len(features) == batch.num_placeholders[media] == places > 0
+            assert features.isfinite().all()
+
+
+@pytest.mark.parametrize(("kind", "media"), [(kind, media) for kind in tiny.KINDS for media in family(kind).kinds])
+def test_media_that_no_row_has_are_blank(tmp_path, kind, media):
+    """Under ZeRO 3 every rank must run the same modules: with the shapes of real pictures, but one and without noise."""
+    rows = {"image": "<image>one", "video": "<video>one"}
+    kinds, others = family(kind).kinds, [rows[other] for other in family(kind).kinds if other != media]
+    batch = collated(kind, examples_of([*others, "text"], tmp_path), kinds=kinds)
+    real = collated(kind, examples_of([rows[media], "text"], tmp_path), kinds=kinds)
+
+    assert list(batch.media) == list(kinds)
+    assert {name for name, count in batch.num_placeholders.items() if not count} == {media}
+    assert not (batch.input_ids == family(kind).placeholder_id(media)).any()
+    assert batch.media[media].keys() == real.media[media].keys()
+    for name, values in batch.media[media].items():
+        assert (
+            len(values) == 1 and values.dtype == real.media[media][name].dtype and values.dim() == real.media[media][name].dim()
+        )
+    assert next(iter(batch.media[media].values())).unique().numel() <= 2 * 3  # black, and the padding of tiles, in each channel
+    with torch.no_grad(), vzip.attach(family(kind).model, dominant=4, contextual=2):
+        assert family(kind).media_features(media, batch.media[media]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("texts", "kinds"),
+    [
+        (["no", "none"], ("image",)),
+        (["no", "<image>one"], ("image",)),
+        (["<video>one", "none"], ("video",)),
+        (["<video>one", "<image>one"], ("image", "video")),
+        (["<video><image>both"], ("image", "video")),
+    ],
+)
+def test_kinds_of_are_those_of_all_rows(tmp_path, texts, kinds):
+    assert kinds_of(examples_of(texts, tmp_path)) == kinds
+
+
+def test_a_row_that_a_cut_left_one_of_two_pictures_is_a_row_of_one(tmp_path):
+    """LLaVA-OneVision cuts only an image that is alone in its row into tiles."""
+    (two,) = examples_of(["<image>a <image>b"], tmp_path)
+    row = talk("<image>a", "yes", "<image>b", "no", image=[path.name for path in two.media["image"]])
+    length = len(encode(chatml("x"), PROCESSOR.tokenizer, row.turns[:1])[0])
+    (one,), _ = tokenize([row], chatml("x"), PROCESSOR.tokenizer, tmp_path, max_tokens=length)
+    assert one.media == {"image": two.media["image"][:1]}
+
+    whole, cut = (collated("onevision", [example]) for example in (two, one))
+    tiles = family("onevision").num_tiles((tiny.SIDE, tiny.SIDE))
+    assert whole.media["image"]["batch_num_images"].tolist() == [2] and whole.num_placeholders["image"] == 2 * (6 + 1)
+    assert cut.media["image"]["batch_num_images"].tolist() == [1] and cut.num_placeholders["image"] == 6 * tiles > 6
+
+
+@pytest.mark.parametrize("kind", tiny.VIDEO)
+@pytest.mark.parametrize("damage", ["vanish", "empty", "a frame is no picture"])
+def test_a_video_that_vanishes_or_breaks_later_is_a_user_error_that_names_it(tmp_path, kind, damage):
+    examples = examples_of(["<video>one"], tmp_path)
+    (path,) = examples[0].media["video"]
+    collated(kind, examples)
+    if damage == "a frame is no picture":
+        for frame in path.iterdir():
+            frame.write_bytes(b"no picture")
+    else:
+        shutil.rmtree(path)
+    if damage == "empty":
+        path.mkdir()
+    with pytest.raises(UserError, match=path.name):
+        collated(kind, examples)

@@ -141,6 +141,11 @@ class Family:
         """(height, width) of images that the processor cuts in different ways."""
         return [(self.tile_side, self.tile_side)]
 
+    @property
+    def other_flops(self) -> int:
+        """FLOPs that the frozen parts beside the tapped tower take for one picture; asked of a model on the meta device."""
+        return 0
+
     def num_layers_run(self, reducer: Reducer) -> int:
         """Layers of the tower up to the last one that is needed; those after it are not run."""
         config = self.model.config

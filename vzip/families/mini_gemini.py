@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -50,6 +51,15 @@ class MiniGemini(Family):
         if mini_gemini_checkpoint.is_public(PreTrainedConfig.get_config_dict(path)[0]):
             return mini_gemini_checkpoint.load_processor(path)
         return super().load_processor(path)
+
+    @property
+    def other_flops(self) -> int:
+        config, inner = self.model.config, self.model.model
+        side, width = config.high_resolution_config.image_size, config.vision_config.hidden_size
+        settings = {"dtype": self.model.dtype, "device": self.model.device}
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            inner.mine(torch.empty(1, config.grid**2, width, **settings), torch.empty(1, 3, side, side, **settings))
+        return counter.get_total_flops()
 
     def num_tile_tokens(self, reducer: Reducer) -> int:
         return reducer.num_tokens(self.model.config.grid**2, has_cls=False, num_dropped=0)

@@ -1,0 +1,58 @@
+"""Rows of text with pictures and videos on disk: as the collator takes them, and what a processor makes of the same."""
+
+from data.dataset import Example
+from data.pictures import open_picture
+from data.videos import read_frames
+from tests import tiny
+from vzip.templates import IGNORED
+
+SIZES = [(tiny.SIDE, tiny.SIDE), (40, 90), (150, 60), (20, 200)]
+"""(height, width) of the pictures, in turns; of the frames of a video too."""
+NUM_FRAMES = 3
+NUM_LABELS = 3
+"""Label tokens of each row, its last ones."""
+IMAGE_ROWS = ["<image>one", "no picture", "a <image> and <image> there", "<image>\nanother"]
+VIDEO_ROWS = ["<video>a clip", "<image>with<video> here", "<video><video>two"]
+
+
+def rows_of(kind):
+    """Texts with all that a model of a kind in `tiny.KINDS` takes."""
+    return IMAGE_ROWS + (VIDEO_ROWS if kind in tiny.VIDEO else [])
+
+
+def save_picture(folder, number):
+    path = folder / f"{number}.png"
+    tiny.picture(number, *SIZES[number % len(SIZES)]).save(path)
+    return path
+
+
+def save_video(folder, number):
+    """A folder of 1 to 5 frames: fewer and more than are taken of it."""
+    path = folder / f"clip{number}"
+    path.mkdir()
+    for frame in range(1 + 2 * number % 6):
+        tiny.picture(100 * number + frame, *SIZES[number % len(SIZES)]).save(path / f"{frame}.png")
+    return path
+
+
+def examples_of(texts, folder):
+    """An example for each text, with a picture or video of its own for each placeholder."""
+    examples, numbers = [], {"<image>": 0, "<video>": 0}
+    for text in texts:
+        ids = tiny.tokenizer()(text)["input_ids"]
+        media = {}
+        for kind, save in (("image", save_picture), ("video", save_video)):
+            first = numbers[f"<{kind}>"]
+            numbers[f"<{kind}>"] += (count := text.count(f"<{kind}>"))
+            if count:
+                media[kind] = tuple(save(folder, number) for number in range(first, first + count))
+        examples.append(Example(ids, [*[IGNORED] * (len(ids) - NUM_LABELS), *ids[-NUM_LABELS:]], media))
+    return examples
+
+
+def processed(processor, texts, examples, *, side="right"):
+    """What a processor makes of the texts with the pictures and videos of the examples."""
+    images = [[open_picture(path) for path in example.media["image"]] for example in examples if "image" in example.media]
+    videos = [read_frames(path, NUM_FRAMES) for example in examples for path in example.media.get("video", ())]
+    media = {name: given for name, given in (("images", images), ("videos", videos)) if given}
+    return processor(text=list(texts), padding=True, padding_side=side, return_tensors="pt", **media)
