@@ -24,7 +24,6 @@ setup: .venv/.done ## make .venv and install the pinned dependencies, once
 
 data: setup ## prepare the embedded default (model and easy-VQA) and the tiny models in the cache, once
 	$(BIN)/python scripts/prepare_smol.py
-	$(BIN)/python scripts/prepare_tiny.py
 
 # The embedded default is only prepared where it, or a tiny model with its pictures, is what is tuned.
 tune: setup $(if $(filter-out smol %-tiny,$(MODEL)),,data) ## tune: MODEL=llava-7b BUDGET=64 ARGS="optim.lr=2e-5"

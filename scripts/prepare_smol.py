@@ -6,6 +6,7 @@ once:
 
     smol/model/      an ordinary LlavaForConditionalGeneration with its processor, in bf16
     smol/easy_vqa/   train.json and test.json in LLaVA's conversation format, and the pictures
+    tiny/NAME/       the processors of the tiny models of every family
 """
 
 import hashlib
@@ -41,6 +42,7 @@ from transformers import (
 
 from data.paths import data_dir
 from data.progress import progress
+from scripts.prepare_tiny import prepare as prepare_tiny
 from train.config import teach
 from vzip import UserError
 
@@ -250,6 +252,7 @@ def main() -> None:
     target, stamp = data_dir() / "smol", {"version": VERSION, "packages": PACKAGES}
     done = target / "prepared.json"
     if done.is_file() and json.loads(done.read_text()) == stamp:
+        prepare_tiny(target / "model", data_dir() / "tiny")
         print(f"the embedded default is prepared: {target}")
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -261,6 +264,7 @@ def main() -> None:
         (made / done.name).write_text(json.dumps(stamp))
         shutil.rmtree(target, ignore_errors=True)
         made.rename(target)
+    prepare_tiny(target / "model", data_dir() / "tiny")
     print(f"prepared the embedded default: {target}")
 
 

@@ -1,17 +1,14 @@
-"""Write the processors of the tiny models (`model=next-tiny` and the like): the embedded default's tokenizer, and pictures of
-112 pixels. Their weights are random, made at each start from the architecture in their config.
+"""The processors of the tiny models (`model=next-tiny` and the like): the embedded default's tokenizer, pictures of 112 pixels.
+
+Their weights are random, made at each start from the architecture in their config. `prepare_smol.py` runs this.
 """
 
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, from wherever this file is started
-
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import (
     AutoTokenizer,
@@ -23,12 +20,10 @@ from transformers import (
     VideoLlavaProcessor,
 )
 
-from data.paths import data_dir
-from train.config import ROOT, register, teach
-from vzip import UserError
 from vzip.media import build_processor
 from vzip.mini_gemini import MiniGeminiConfig, make_processor
 
+ROOT = Path(__file__).resolve().parent.parent
 SIDE, PATCH = 112, 14
 SQUARE = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
 WITH_CLS = {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
@@ -57,25 +52,28 @@ def build(name: str, architecture: dict[str, Any], tokenizer: Any) -> Any:
         return build_processor(LlavaOnevisionProcessor, images, tokenizer, settings)
     if name == "video-llava-tiny":
         return build_processor(VideoLlavaProcessor, VideoLlavaImageProcessor(**SQUARE), tokenizer, WITH_CLS)
-    return make_processor(MiniGeminiConfig(**architecture), tokenizer)
+    settings = {key: value for key, value in architecture.items() if key != "model_type"}
+    return make_processor(MiniGeminiConfig(**settings), tokenizer)
 
 
-@teach
-def main() -> None:
-    register()
-    tokenizer_folder, target = data_dir() / "smol" / "model", data_dir() / "tiny"
-    if not tokenizer_folder.is_dir():
-        raise UserError(f"{tokenizer_folder} is not there: run scripts/prepare_smol.py, or `make data`, which runs both")
+def architectures() -> dict[str, dict[str, Any]]:
+    """The architecture of each tiny model, as its config has it."""
+    found = {}
+    for path in sorted((ROOT / "configs" / "model").glob("*-tiny.yaml")):
+        model = OmegaConf.load(path).model
+        architecture: dict[str, Any] = OmegaConf.to_container(model.architecture)  # type: ignore[assignment]
+        found[path.stem] = architecture | {"model_type": model["_target_"].rsplit(".", 2)[-2]}
+    return found
+
+
+def prepare(tokenizer_folder: Path, target: Path) -> None:
+    """Write a folder for each tiny model below `target`, unless they are there as the configs have them now."""
+    wanted, stamp = architectures(), target / "prepared.json"
+    if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
+        return
     tokenizer = load_tokenizer(tokenizer_folder)
     shutil.rmtree(target, ignore_errors=True)
-    for path in sorted((ROOT / "configs" / "model").glob("*-tiny.yaml")):
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            cfg = compose("tune", overrides=[f"model={path.stem}"])
-        architecture = OmegaConf.to_container(cfg.model.architecture)
-        build(path.stem, architecture, tokenizer).save_pretrained(target / path.stem)
-        (target / path.stem / "config.json").write_text(json.dumps({"model_type": cfg.model["_target_"].rsplit(".", 2)[-2]}))
-    print(f"prepared the tiny models' processors: {target}")
-
-
-if __name__ == "__main__":
-    main()
+    for name, architecture in wanted.items():
+        build(name, architecture, tokenizer).save_pretrained(target / name)
+        (target / name / "config.json").write_text(json.dumps({"model_type": architecture["model_type"]}))
+    stamp.write_text(json.dumps(wanted))

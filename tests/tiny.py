@@ -75,7 +75,7 @@ VIDEO = ("onevision", "video")
 
 def architecture(kind="clip", *, grid=GRID, layers=LAYERS, width=32):
     """Arguments of the config of a kind in `KINDS`, with a tower of `layers` layers on `grid` x `grid` patches."""
-    model_type, tower, more = KINDS[kind]
+    _, tower, more = KINDS[kind]
     vision = {
         "hidden_size": width,
         "num_hidden_layers": layers,

@@ -1,4 +1,4 @@
-"""Images and videos as models take them, also where there is no torchvision, which the video processors of transformers need."""
+"""Images and videos as models take them, also without torchvision, which the video processors of transformers need."""
 
 from collections.abc import Mapping
 from typing import Any

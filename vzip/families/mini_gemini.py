@@ -59,7 +59,7 @@ class MiniGemini(Family):
         settings = {"dtype": self.model.dtype, "device": self.model.device}
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             inner.mine(torch.empty(1, config.grid**2, width, **settings), torch.empty(1, 3, side, side, **settings))
-        return counter.get_total_flops()
+        return int(counter.get_total_flops())
 
     def num_tile_tokens(self, reducer: Reducer) -> int:
         return reducer.num_tokens(self.model.config.grid**2, has_cls=False, num_dropped=0)
