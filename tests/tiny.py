@@ -172,6 +172,30 @@ def video(seed=0, num_frames=3) -> list[Image.Image]:
     return [picture(1000 * seed + frame) for frame in range(num_frames)]
 
 
+def save_mixed_data(folder: Path, kind: str) -> Path:
+    """12 rows of pictures of mixed sizes, of two pictures, of text, and, for models that take them, of videos."""
+    sizes, rows = [(SIDE, SIDE), (40, 90), (150, 60)], []
+    for index in range(12):
+        row, prefix = {"id": f"row-{index}"}, ""
+        if index % 4 == 3 and kind in VIDEO:
+            row["video"], prefix = f"clips/{index}", "<video>\n"
+            (folder / "images" / row["video"]).mkdir(parents=True)
+            for frame, image in enumerate(video(index, 4)):
+                image.save(folder / "images" / row["video"] / f"{frame}.png")
+        elif index % 6 != 5:
+            names = [f"noise/{index}-{number}.png" for number in range(2 if index % 4 == 0 else 1)]
+            (folder / "images" / "noise").mkdir(parents=True, exist_ok=True)
+            for number, name in enumerate(names):
+                picture(index + 100 * number, *sizes[(index + number) % 3]).save(folder / "images" / name)
+            row["image"], prefix = names, "<image>\n" * len(names)
+        question = {"from": "human", "value": f"{prefix}what is in {index}?"}
+        row["conversations"] = [question, {"from": "gpt", "value": f"noise {index % 7}"}]
+        rows.append(row)
+    target = folder / "train.json"
+    target.write_text(json.dumps(rows))
+    return target
+
+
 def save_data(folder: Path, num_rows=24, *, text_only=2, held_out=False, seed=0) -> Path:
     """Write rows in LLaVA's format with their pictures below `folder`/images: the path of the JSON file."""
     rows = []

@@ -154,7 +154,7 @@ def register() -> None:
 def check(cfg: DictConfig) -> None:
     """Raises UserError for values that no run can have."""
     positive = ("batch.size", "batch.micro", "save_every", "optim.epochs", "optim.lr", "optim.max_steps", "evaluate.batch")
-    for name in positive:
+    for name in (*positive, "model.num_frames"):
         value = OmegaConf.select(cfg, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name}={value} must be positive")

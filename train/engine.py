@@ -149,6 +149,10 @@ class Engine:
         self.rank, self.world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
         self.device = torch.device(self.deepspeed.device)
         self.stage = self.deepspeed.zero_optimization_stage()
+        if self.stage == 3:
+            # Those that no module inside owns (LLaVA-NeXT's image_newline): no hook would gather them; small ones then stay.
+            for parameter in family.model.model.parameters(recurse=False):
+                parameter.all_gather()
 
     def step(self, micro_batches: list[MicroBatch], *, lr: float, num_labels: int) -> tuple[float, float]:
         """One AdamW step: (loss, gradient norm before clipping).

@@ -50,7 +50,8 @@ def _visual(family: Family, cfg: DictConfig, reducer: Reducer) -> tuple[int, int
     if "image_size" in expected:
         size = tuple(expected.image_size)
         return family.num_tiles(size), family.num_image_tokens(reducer, size)
-    return cfg.model.num_frames, family.num_video_tokens(reducer, cfg.model.num_frames)
+    num_frames = cfg.model.get("num_frames", 1)
+    return num_frames, family.num_video_tokens(reducer, num_frames)
 
 
 def _token_rows(family: Family, cfg: DictConfig, reducer: Reducer) -> dict[str, str]:

@@ -43,6 +43,7 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
     control = control_row(cfg, tune)
 
     family, processor = load_model(cfg)
+    family.refuse_unfit(reducer)
     meta = describe(family, reducer, base=cfg.model.id, base_fingerprint=fingerprint(family))
     trainable = make_trainable(family, cfg.tune)
     say(print_table, family, trainable)

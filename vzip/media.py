@@ -46,6 +46,30 @@ def stack_frames(pixel_values_videos: Tensor) -> Tensor:
     return pixel_values_videos.flatten(0, 1)
 
 
+def _in_colour(videos: Any) -> Any:
+    """Lists, or lists of lists, with RGB pictures: read as an array, a palette's picture would be its indices.
+
+    Raises:
+        UserError: an empty list.
+    """
+    if isinstance(videos, Image.Image):
+        return videos.convert("RGB")
+    if isinstance(videos, list | tuple):
+        refuse_empty(len(videos))
+        return [_in_colour(video) for video in videos]
+    return videos
+
+
+def _picture(frame: Any) -> Image.Image:
+    """A frame of an array of frames. Raises UserError unless it is uint8[height, width, 3]."""
+    pixels = np.asarray(frame)
+    if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
+        raise UserError(
+            f"a frame of {pixels.dtype}{list(pixels.shape)} is no picture; give PIL pictures, or uint8[height, width, 3]"
+        )
+    return Image.fromarray(pixels)
+
+
 class FrameProcessor:
     """A video processor that makes of each frame what the model's image processor makes of a picture's base tile.
 
@@ -63,14 +87,21 @@ class FrameProcessor:
         self.settings = {"image_grid_pinpoints": [[side, side]]} if self.has_tiles else {}
 
     def __call__(self, videos: Any, **kwargs: Any) -> BatchFeature:
-        """`pixel_values_videos`: float[videos, frames, 3, height, width] of videos as lists of pictures, or as arrays."""
+        """`pixel_values_videos`: float[videos, frames, 3, height, width] of videos as lists of pictures, or as arrays.
+
+        Raises:
+            UserError: a video without frames, videos of different numbers of frames, or a frame that is no picture.
+        """
         made = []
-        for video in make_batched_videos(videos):
-            frames = [Image.fromarray(np.asarray(frame)) for frame in video]
+        for video in make_batched_videos(_in_colour(videos)):
+            frames = [_picture(frame) for frame in video]
             refuse_empty(len(frames))
             made_of_frames = self.image_processor(frames, return_tensors="pt", **self.settings)
             pixel_values = model_inputs("image", made_of_frames)["pixel_values"]
             made.append(pixel_values[:, 0] if self.has_tiles else pixel_values)
+        if len({len(video) for video in made}) > 1:
+            counts = [len(video) for video in made]
+            raise UserError(f"videos of {counts} frames can't share a batch; take the same number of frames of each")
         return BatchFeature({"pixel_values_videos": torch.stack(made)})
 
 
@@ -90,6 +121,7 @@ def build_processor(processor_class: Any, image_processor: Any, tokenizer: Any, 
             kind = {"video_processor_type": name.replace("Processor", "VideoProcessor")}
             return saved | {"processor_class": name, "video_processor": self.image_processor.to_dict() | kind}
 
+    WithoutTorchvision.__name__ = processor_class.__name__  # which saved tokenizers record
     video_processor = FrameProcessor(image_processor)
     return WithoutTorchvision(image_processor=image_processor, tokenizer=tokenizer, video_processor=video_processor, **settings)
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 import vzip
 from tests import tiny
 from vzip import UserError
-from vzip.io import META, WEIGHTS, describe, fingerprint, load_projector, read_meta, save_checkpoint
+from vzip.io import META, WEIGHTS, create_reducer, describe, fingerprint, load_projector, read_meta, save_checkpoint
 
 BUDGET = {"dominant": 4, "contextual": 2}
 
@@ -87,7 +87,8 @@ def test_files_hold_the_projector_and_what_it_belongs_to(run, tiny_folder):
     assert all(torch.equal(tensors[name], value) for name, value in projector_of(handle).items())
     meta = read_meta(folder)
     assert meta["base"] == {"id": str(tiny_folder), "model_type": "llava", "fingerprint": fingerprint(handle.family)}
-    assert meta["reducer"] == {"name": "visionzip", "dominant": 4, "contextual": 2, "merge": "sum"}
+    options = {"merge": "sum", "keep_cls": True, "layer": None, "anyres": "released"}
+    assert meta["reducer"] == {"name": "visionzip", **BUDGET, **options}
     assert sorted(path.name for path in folder.iterdir()) == [META, WEIGHTS]  # and nothing half-written
 
 
@@ -194,7 +195,7 @@ def test_other_base_weights_are_refused(run, tmp_path):
     refused(vzip.load, folder, base=str(other), device="cpu", words=["another base model"])
 
 
-@pytest.mark.parametrize("shape", [{"layers": 6}, {"width": 64}, {"tower": "dinov2"}, {"tower": "siglip"}], ids=str)
+@pytest.mark.parametrize("shape", [{"layers": 6}, {"width": 64}, {"kind": "dinov2"}, {"kind": "siglip"}], ids=str)
 def test_another_architecture_is_refused(run, shape):
     handle = vzip.attach(tiny.llava(**shape), **BUDGET)
     with unchanged(handle):
@@ -215,21 +216,85 @@ def test_a_family_that_this_version_does_not_have_is_refused(run):
     refused(vzip.load, folder, words=["'flamingo'", "does not know"])
 
 
-@pytest.mark.parametrize(
-    ("reducer", "words"),
-    [
-        ({"reducer": vzip.reducers.create("random", {"budget": 6})}, ["'random'", "'visionzip'"]),
-        ({"reducer": vzip.reducers.create("identity", {})}, ["'identity'", "'visionzip'"]),
-        ({"dominant": 5, "contextual": 2}, ["'dominant': 4", "'dominant': 5"]),
-        ({"dominant": 4, "contextual": 3}, ["'contextual': 2", "'contextual': 3"]),
-        ({"reducer": vzip.reducers.create("visionzip", {**BUDGET, "merge": "average"})}, ["'sum'", "'average'"]),
-    ],
-    ids=["random", "identity", "dominant", "contextual", "merge"],
-)
-def test_another_reducer_or_budget_is_refused(run, tiny_folder, reducer, words):
-    handle = attached(tiny_folder, **reducer)
+TRAINED_WITH = "trained with the reducer VisionZip(4 dominant + 2 contextual), not with "
+OTHERS = {
+    "random": ("random", {"budget": 6}, "Random(6 patches)"),
+    "identity": ("identity", {}, "Identity(all tokens)"),
+    "dominant": ("visionzip", {**BUDGET, "dominant": 5}, "VisionZip(5 dominant + 2 contextual)"),
+    "contextual": ("visionzip", {**BUDGET, "contextual": 3}, "VisionZip(4 dominant + 3 contextual)"),
+    "merge": ("visionzip", {**BUDGET, "merge": "average"}, "VisionZip(4 dominant + 2 contextual, merge=average)"),
+    "keep_cls": ("visionzip", {**BUDGET, "keep_cls": False}, "VisionZip(4 dominant + 2 contextual, keep_cls=False)"),
+    "layer": ("visionzip", {**BUDGET, "layer": 1}, "VisionZip(4 dominant + 2 contextual, layer=1)"),
+    "anyres": ("visionzip", {**BUDGET, "anyres": "spatial"}, "VisionZip(4 dominant + 2 contextual, anyres=spatial)"),
+}
+
+
+@pytest.mark.parametrize("age", ["new", "old"])
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_reducer_or_budget_is_refused(run, tiny_folder, other, age):
+    name, settings, shown = OTHERS[other]
+    if age == "old":
+        forget_options(run[0])
+    handle = attached(tiny_folder, reducer=vzip.reducers.create(name, settings))
     with unchanged(handle):
-        refused(load_projector, handle, run[0], words=["trained with the reducer", *words])
+        refused(load_projector, handle, run[0], words=[TRAINED_WITH + shown])
+
+
+# A run of version 0.1, whose reducer had no other settings.
+
+
+def forget_options(folder):
+    edit_meta(folder, lambda meta: [meta["reducer"].pop(name) for name in ("keep_cls", "layer", "anyres")])
+
+
+def test_an_old_run_loads_as_the_reducer_that_it_had(run, tiny_folder):
+    folder, handle = run
+    forget_options(folder)
+    assert json.loads((folder / META).read_text())["reducer"] == {"name": "visionzip", **BUDGET, "merge": "sum"}
+    fresh = attached(tiny_folder)
+    load_projector(fresh, folder)
+    assert all(torch.equal(value, projector_of(handle)[name]) for name, value in projector_of(fresh).items())
+
+    model, processor = vzip.load(folder, device="cpu")
+    inputs = processor(images=tiny.picture(), text="<image>what?", return_tensors="pt")
+    assert torch.equal(model(**inputs).logits, handle.family.model(**inputs).logits)
+
+
+def test_an_old_random_run_loads_too(tmp_path, tiny_folder):
+    handle = attached(tiny_folder, reducer=vzip.reducers.create("random", {"budget": 5}))
+    folder = save_run(tmp_path / "run", handle, tiny_folder)
+    edit_meta(folder, lambda meta: meta["reducer"].pop("anyres"))
+    load_projector(attached(tiny_folder, reducer=vzip.reducers.create("random", {"budget": 5})), folder)
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_create_reducer_gives_what_describe_wrote(other):
+    name, settings, _ = OTHERS[other]
+    reducer, family = vzip.reducers.create(name, settings), vzip.families.family_of(tiny.llava())
+    meta = json.loads(json.dumps(describe(family, reducer, base="x", base_fingerprint="y")))
+    again = create_reducer(meta)
+    assert (type(again), again.settings(), repr(again)) == (type(reducer), reducer.settings(), repr(reducer))
+    assert meta["reducer"]["name"] == name  # and is left in place
+
+
+def test_a_reducer_setting_of_a_newer_version_is_refused(run, tiny_folder):
+    folder, _ = run
+    edit_meta(folder, lambda meta: meta["reducer"].update(temperature=0.5))
+    handle = attached(tiny_folder)
+    with unchanged(handle):
+        refused(load_projector, handle, folder, words=["visionzip", "temperature"])
+    refused(vzip.load, folder, device="cpu", words=["visionzip", "temperature"])
+
+
+def test_a_run_of_every_option_comes_back(tmp_path):
+    """The options are of the tuned projector too: a model of several tiles, its own order, another layer, no CLS."""
+    options = {**BUDGET, "merge": "average", "keep_cls": False, "layer": 1, "anyres": "spatial"}
+    folder = tiny.save_llava(tmp_path / "next", "next")
+    model = vzip.families.families()["llava_next"].load_model(str(folder), dtype=torch.float32)
+    handle = tune(vzip.attach(model, reducer=vzip.reducers.create("visionzip", options)))
+    model, processor = vzip.load(save_run(tmp_path / "run", handle, folder), device="cpu")
+    inputs = processor(images=tiny.picture(height=40, width=90), text="<image>what?", return_tensors="pt")
+    assert torch.equal(model(**inputs).logits, handle.family.model(**inputs).logits)
 
 
 def test_an_unknown_reducer_is_refused(run):

@@ -1,4 +1,4 @@
-"""The parts around the training loop: schedule, settings, names, grades, records."""
+"""The parts around the training loop: schedule, settings, names, reducers, the plan, the loss, grades, records."""
 
 import errno
 import json
@@ -18,15 +18,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from data.dataset import BatchPlan
+import vzip
+from data.dataset import BatchPlan, Collator, kinds_of
+from tests import tiny
 from tests.conftest import ROOT
+from tests.unit.rows import IMAGE_ROWS, NUM_FRAMES, NUM_LABELS, VIDEO_ROWS, examples_of, processed, rows_of
 from train import config
 from train.checkpoint import write_json
 from train.control import control_row
+from train.engine import TokenLoss, media_inputs
 from train.evaluate import _normal, gap_closed, score
 from train.loop import learning_rate
+from train.models import count_model
+from train.plan import print_plan
 from train.track import Tracker, _has_key, memory_gb
 from vzip import UserError
+from vzip.cost import row_cost
+from vzip.reducers.identity import Identity
+from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
 
 
@@ -97,11 +106,12 @@ def test_the_defaults_pass_the_check():
         ("evaluate.batch=0", "evaluate.batch"),
         ("data.fraction=abc", "data.fraction"),
         ("model.dtype=float99", "model.dtype"),
+        ("model=video-llava-7b model.num_frames=0", "model.num_frames=0"),
     ],
 )
 def test_a_value_that_no_run_can_have_is_refused_by_name(override, named):
     with pytest.raises((UserError, HydraException)) as error:
-        config.check(settings_of(override))
+        config.check(settings_of(*override.split()))
     assert named in str(error.value)
 
 
@@ -201,7 +211,7 @@ def test_the_name_does_not_change_with_what_is_no_part_of_a_run(override):
 
 def test_build_makes_what_the_target_names():
     reducer = config.build(settings_of("model.budget=64", "reducer.merge=average").reducer)
-    assert isinstance(reducer, VisionZip) and reducer.settings() == {"dominant": 54, "contextual": 10, "merge": "average"}
+    assert reducer == VisionZip(dominant=54, contextual=10, merge="average")
 
 
 @pytest.mark.parametrize(
@@ -265,22 +275,192 @@ def test_teach_lets_everything_else_through(monkeypatch):
             command(error)
 
 
+# Reducers
+
+
+@cache
+def counted(model):
+    return count_model(settings_of(f"model={model}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reducer"),
+    [
+        (["model=llava-7b"], VisionZip(dominant=54, contextual=10)),
+        (["model=llava-7b", "reducer.budget=192"], VisionZip(dominant=162, contextual=30)),
+        (["model=next-7b"], VisionZip(dominant=27, contextual=5)),
+        (["model=next-7b", "reducer.budget=640"], VisionZip(dominant=108, contextual=20)),
+        (["model=next-mistral-7b", "model.budget=320"], VisionZip(dominant=54, contextual=10)),
+        (["model=next-7b", "reducer.dominant=27", "reducer.contextual=5"], VisionZip(dominant=27, contextual=5)),
+        (["model=next-7b", "reducer.anyres=spatial"], VisionZip(dominant=27, contextual=5, anyres="spatial")),
+        (["model=onevision-0.5b"], VisionZip(dominant=68, contextual=13)),  # of one tile
+        (["model=video-llava-7b"], VisionZip(dominant=14, contextual=3)),  # of one frame
+        (["+exp=ablate-no-cls"], VisionZip(dominant=7, contextual=1, keep_cls=False)),
+        (["+exp=ablate-early-layer"], VisionZip(dominant=7, contextual=1, layer=4)),
+        (["+exp=ablate-no-dominant"], VisionZip(dominant=0, contextual=8)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_run_has_the_reducer_that_its_settings_name(overrides, reducer):
+    assert config.build_reducer(settings_of(*overrides)) == reducer
+
+
+@pytest.mark.parametrize(("model", "budget"), [("llava-7b", 64), ("next-7b", 32), ("onevision-0.5b", 81)])
+def test_a_random_reducer_has_the_same_budget_of_a_tile(model, budget):
+    reducer = config.build_reducer(settings_of(f"model={model}", "reducer=random"))
+    assert isinstance(reducer, Random) and reducer.budget == budget
+    assert isinstance(config.build_reducer(settings_of(f"model={model}", "reducer=identity")), Identity)
+
+
+@pytest.mark.parametrize("reducer", ["visionzip", "random"])
+def test_a_budget_that_five_tiles_can_not_share_is_refused_with_what_they_can(reducer):
+    with pytest.raises(UserError, match=r"^reducer\.budget=161 .* 5 tiles.* 160 or 165$"):
+        config.build_reducer(settings_of("model=next-7b", f"reducer={reducer}", "reducer.budget=161"))
+    assert config.build_reducer(settings_of("model=llava-7b", f"reducer={reducer}", "reducer.budget=161"))  # of one tile
+
+
+# The plan
+
+
+def plan_of(capsys, monkeypatch, *overrides):
+    """The rows of the plan, by name."""
+    monkeypatch.setenv("COLUMNS", "200")
+    print_plan(settings_of(*overrides), world_size=1)
+    cells = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines()]
+    return {row[1]: row[2] for row in cells if len(row) == 4}
+
+
+SIZES = {3: "672 x 336 px", 4: "336 x 1008 px", 5: "672 x 672 px"}
+FULL = {3: "1,776", 4: "2,328", 5: "2,928"}  # packed by the model: without padding, with row ends
+
+
+@pytest.mark.parametrize("budget", [160, 320, 640])
+@pytest.mark.parametrize("reducer", ["visionzip", "random"])
+def test_the_plan_says_what_a_budget_of_five_tiles_means(capsys, monkeypatch, reducer, budget):
+    plan = plan_of(capsys, monkeypatch, "model=next-7b", f"reducer={reducer}", f"reducer.budget={budget}")
+    tiles = {name: value for name, value in plan.items() if "tiles" in name}
+    each = budget // 5
+    assert tiles == {f"image of {n} tiles": f"{FULL[n]} before, {n * each} after ({SIZES[n]})" for n in (3, 4, 5)}
+    assert plan["budget"].startswith(f"{budget} is the total of 5 tiles: {each} each")
+
+
+def test_the_plan_of_the_model_as_it_is_has_no_budget(capsys, monkeypatch):
+    plan = plan_of(capsys, monkeypatch, "model=next-7b", "reducer=identity")
+    assert plan["image of 5 tiles"] == "2,928 before, 2,928 after (672 x 672 px)" and "budget" not in plan
+
+
+def test_the_plan_of_spatial_order_counts_row_ends(capsys, monkeypatch):
+    plan = plan_of(capsys, monkeypatch, "model=next-7b", "reducer.anyres=spatial")
+    assert plan["image of 5 tiles"].startswith(f"2,928 before, {160 + 48} after")  # 2 tiles of 24 rows of patches
+    assert plan["image of 3 tiles"].startswith(f"1,776 before, {96 + 48} after")
+
+
+def test_the_plan_of_one_tile_or_frame(capsys, monkeypatch):
+    plan = plan_of(capsys, monkeypatch, "model=llava-7b")
+    assert plan["tokens an image"] == "576 before, 64 after" and not any("tiles" in name or "video" in name for name in plan)
+    plan = plan_of(capsys, monkeypatch, "model=video-llava-7b")
+    assert plan["tokens an image"] == "256 before, 17 after"
+    assert plan["video of 8 frames"] == "2,056 before, 136 after"
+    assert "budget" not in plan
+    plan = plan_of(capsys, monkeypatch, "model=video-llava-7b", "model.num_frames=4")
+    assert plan["video of 4 frames"] == "1,028 before, 68 after"
+
+
+def test_the_plan_of_many_tiles_shows_some_and_the_video(capsys, monkeypatch):
+    plan = plan_of(capsys, monkeypatch, "model=onevision-0.5b")
+    tiles = [int(name.split()[2]) for name in plan if name.startswith("image of")]
+    assert tiles[0] == 2 and tiles[-1] == 37 and len(tiles) == 5 and tiles == sorted(tiles)
+    assert plan["image of 2 tiles"] == "1,485 before, 162 after (384 x 384 px)"  # 729 + 27 rows of 27 and their ends
+    assert plan["image of 37 tiles"].startswith("7,371 before, 2,997 after")  # pooled to 81 x 81, and ends
+    assert plan["video of 32 frames"] == f"{32 * 14 * 14 + 1:,} before, {32 * 81 + 1:,} after"
+    assert "budget" not in plan
+
+
+def test_the_plan_of_videos_for_a_model_of_images_is_refused(capsys):
+    with pytest.raises(UserError, match="'llava' models take no videos"):
+        print_plan(settings_of("model=llava-7b", "data=videochatgpt"), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [("reducer.budget=1000", "reducer.budget=1000"), ("reducer.layer=25", "reducer.layer=25 .* has 24")],
+)
+def test_a_plan_that_no_run_can_have_is_refused(override, named):
+    with pytest.raises(UserError, match=named):
+        print_plan(settings_of("model=llava-7b", override), world_size=1)
+
+
+def test_costs_follow_tiles_tokens_and_layers():
+    family = counted("llava-7b")
+
+    def cost(layer=None, *, num_tiles=1, num_visual_tokens=64):
+        reducer = VisionZip(budget=64, layer=layer)
+        return row_cost(family, reducer, num_tiles=num_tiles, num_visual_tokens=num_visual_tokens, num_text_tokens=100)
+
+    plain = cost()
+    patches, width, inner = 576, 1024, 4096
+    layer = patches * 2 * (4 * width**2 + 2 * width * inner) + 4 * patches**2 * width
+    assert plain.tower == pytest.approx(23 * layer, rel=1e-6)
+    assert plain.projector == 2 * 64 * 2 * (width * 4096 + 4096**2)
+    assert cost(num_tiles=5).tower == 5 * plain.tower and cost(num_tiles=5).language == plain.language
+    assert cost(num_visual_tokens=320).projector == 5 * plain.projector and cost(num_visual_tokens=320).tower == plain.tower
+    assert cost(4).tower == cost(-2).tower == plain.tower  # the features' layer is the later one
+    assert cost(-1).tower == pytest.approx(24 * layer, rel=1e-6)
+
+
 # The control
 
 
-def test_the_control_has_as_many_random_tokens_and_its_own_name():
+def control_of(*overrides):
+    """(the control's row, the settings of its run)."""
     asked = []
 
     def tune(cfg):
         asked.append(cfg)
         return [{"name": "tuned", "metrics": {"all": 0.5}}]
 
-    assert control_row(settings_of(), tune) == [] and asked == []
-    assert control_row(settings_of("control=true", "name=mine"), tune) == [{"name": "random", "metrics": {"all": 0.5}}]
+    rows = control_row(settings_of("control=true", *overrides), tune)
     (cfg,) = asked
-    assert config.build(cfg.reducer).settings() == {"budget": 8}
+    return rows, cfg
+
+
+def test_without_control_nothing_else_is_tuned():
+    assert control_row(settings_of(), lambda cfg: pytest.fail("tuned")) == []
+
+
+def test_the_control_has_as_many_random_tokens_and_its_own_name():
+    rows, cfg = control_of("name=mine")
+    assert rows == [{"name": "random", "metrics": {"all": 0.5}}]
+    assert config.build_reducer(cfg).settings() == {"budget": 8, "anyres": "released"}
     assert cfg.name == "mine-random" and not cfg.control and not cfg.evaluate.baselines
     assert (cfg.seed, cfg.optim, cfg.batch) == (0, settings_of().optim, settings_of().batch)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("reducer.budget=320",),
+        ("reducer.anyres=spatial",),
+        ("reducer.keep_cls=false",),
+        ("reducer.budget=null", "reducer.dominant=20", "reducer.contextual=3"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model", ["next-7b", "onevision-0.5b", "video-llava-7b", "mini-gemini-7b", "llava-7b"])
+def test_the_control_of_every_family_has_as_many_tokens(model, overrides):
+    if "reducer.budget=320" in overrides and model == "video-llava-7b":
+        overrides = ("reducer.budget=200",)
+    cfg = settings_of("control=true", f"model={model}", *overrides)
+    _, other = control_of(f"model={model}", *overrides)
+    config.check(other)
+    family, reducer, control = counted(model), config.build_reducer(cfg), config.build_reducer(other)
+    assert control.budget == reducer.dominant + reducer.contextual
+    for size in family.image_sizes:
+        assert family.num_image_tokens(control, size) == family.num_image_tokens(reducer, size)
+    if "video" in family.kinds:
+        assert family.num_video_tokens(control, 8) == family.num_video_tokens(reducer, 8)
+    assert config.run_name(other) != config.run_name(cfg)
 
 
 def test_a_control_of_all_tokens_is_a_user_error():
@@ -288,6 +468,101 @@ def test_a_control_of_all_tokens_is_a_user_error():
     with pytest.raises(UserError):
         config.check(cfg)
         control_row(cfg, lambda cfg: [{"name": "tuned"}])
+
+
+# The loss
+
+
+def gradients_of(model, loss):
+    """The projector's gradients."""
+    model.zero_grad()
+    loss.backward()
+    return [parameter.grad for parameter in model.model.multi_modal_projector.parameters()]
+
+
+def frozen_but_the_projector(kind, dtype=torch.float32):
+    model = tiny.llava(kind, dtype=dtype).requires_grad_(False)
+    model.model.multi_modal_projector.float().requires_grad_(True)
+    return model
+
+
+def both_losses(model, kind, handle, texts, folder, kinds=None):
+    """(ours, the stock model's): sums over the label tokens of the texts' rows."""
+    examples = examples_of(texts, folder)
+    kinds, processor = kinds or kinds_of(examples), tiny.processor(kind)
+    batch = Collator(processor, handle.family, handle.reducer, kinds=kinds, num_frames=NUM_FRAMES)(examples)
+    inputs = processed(handle.processor(processor), texts, examples)
+    inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    lengths = inputs["attention_mask"].sum(dim=1, keepdim=True)
+    at = torch.arange(inputs["input_ids"].shape[1])
+    labels = torch.where((at < lengths) & (at >= lengths - NUM_LABELS), inputs["input_ids"], -100)
+    return TokenLoss(handle.family)(batch), model(**inputs, labels=labels).loss * NUM_LABELS * len(texts)
+
+
+LOSS_REDUCERS = [
+    Identity(),
+    VisionZip(dominant=4, contextual=2),
+    VisionZip(dominant=4, contextual=2, anyres="spatial"),
+    VisionZip(dominant=3, contextual=4, merge="average", keep_cls=False, layer=1),
+]
+
+
+@pytest.mark.parametrize("reducer", LOSS_REDUCERS, ids=repr)
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_loss_and_gradients_are_the_stock_models(tmp_path, kind, reducer):
+    model = frozen_but_the_projector(kind)
+    with vzip.attach(model, reducer=reducer) as handle:
+        ours, plain = both_losses(model, kind, handle, rows_of(kind), tmp_path)
+        assert ours.item() == pytest.approx(plain.item(), rel=1e-6) and ours > 0
+        for one, other in zip(gradients_of(model, ours), gradients_of(model, plain), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * float(other.abs().max()))
+            assert other.abs().max() > 0
+
+
+@pytest.mark.parametrize(("kind", "rows"), [(kind, rows) for kind in tiny.VIDEO for rows in (IMAGE_ROWS, VIDEO_ROWS[:1])])
+def test_a_blank_picture_or_video_changes_no_loss(tmp_path, kind, rows):
+    model = frozen_but_the_projector(kind)
+    with vzip.attach(model, dominant=4, contextual=2) as handle:
+        ours, plain = both_losses(model, kind, handle, rows, tmp_path, kinds=handle.family.kinds)
+        assert ours.item() == pytest.approx(plain.item(), rel=1e-6)
+        for one, other in zip(gradients_of(model, ours), gradients_of(model, plain), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_text_alone_runs_all_modules_and_gives_no_gradient(tmp_path, kind):
+    """Under ZeRO 3 the ranks wait for each other in every module."""
+    model = frozen_but_the_projector(kind)
+    with vzip.attach(model, dominant=4, contextual=2) as handle:
+        family, run = handle.family, []
+        kinds, towers = family.kinds, {part for title, part in family.frozen_parts.items() if "tower" in title}
+        for part in (*towers, family.projector):
+            part.register_forward_hook(lambda module, *_: run.append(module))
+        examples = examples_of(["no picture", "nor here"], tmp_path)
+        batch = Collator(tiny.processor(kind), family, handle.reducer, kinds=kinds, num_frames=NUM_FRAMES)(examples)
+        loss = TokenLoss(family)(batch)
+        assert batch.num_placeholders == dict.fromkeys(kinds, 0) and set(run) == {*towers, family.projector}
+        assert run.count(family.projector) == len(kinds)
+        gradients = gradients_of(model, loss)
+        assert all(value is not None and not value.any() for value in gradients)
+        plain = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+        assert loss.item() == pytest.approx(plain.item() * NUM_LABELS * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_half_precision_model_takes_its_pictures_in_its_own_precision(tmp_path, kind):
+    model = frozen_but_the_projector(kind, torch.bfloat16)
+    with vzip.attach(model, dominant=4, contextual=2) as handle:
+        ours, plain = both_losses(model, kind, handle, rows_of(kind), tmp_path)
+        assert ours.dtype == torch.float32 and ours.item() == pytest.approx(plain.item(), rel=1e-2)
+        assert all(value.dtype == torch.float32 and value.isfinite().all() for value in gradients_of(model, ours))
+
+        collate = Collator(tiny.processor(kind), handle.family, handle.reducer, kinds=handle.family.kinds)
+        batch = collate(examples_of(["no picture"], tmp_path))
+        for media, inputs in batch.media.items():
+            cast = media_inputs(batch, media, torch.bfloat16)
+            assert {cast[name].dtype for name in cast if "pixel" in name} == {torch.bfloat16}
+            assert all(torch.equal(cast[name], inputs[name]) for name in cast if "pixel" not in name)  # sizes and counts
 
 
 # Grades
@@ -304,14 +579,18 @@ def test_other_answers_are_not(answer):
 
 
 def graded(**kinds):
-    return [{"kind": kind, "correct": bool(correct)} for kind, corrects in kinds.items() for correct in corrects]
+    return [
+        {"kind": kind, "correct": bool(correct), "num_visual_tokens": 64}
+        for kind, corrects in kinds.items()
+        for correct in corrects
+    ]
 
 
 def test_score_is_the_share_of_correct_answers_by_kind():
-    row = score("full", 64, graded(yesno=[1, 0], open=[1, 1, 1, 0]))
+    row = score("full", graded(yesno=[1, 0], open=[1, 1, 1, 0]))
     assert row == {
         "name": "full",
-        "num_image_tokens": 64,
+        "num_visual_tokens": 64,
         "num_questions": 6,
         "metrics": {"open": 0.75, "yesno": 0.5, "all": pytest.approx(4 / 6)},
     }
@@ -319,8 +598,17 @@ def test_score_is_the_share_of_correct_answers_by_kind():
 
 
 def test_score_counts_an_answer_without_a_kind_once():
-    assert score("full", 64, graded(all=[1, 0, 0, 0]))["metrics"] == {"all": 0.25}
-    assert score("full", 64, graded(all=[1], open=[0, 0, 0]))["metrics"] == {"open": 0, "all": 0.25}
+    assert score("full", graded(all=[1, 0, 0, 0]))["metrics"] == {"all": 0.25}
+    assert score("full", graded(all=[1], open=[0, 0, 0]))["metrics"] == {"open": 0, "all": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("counts", "mean", "shown"),
+    [([96, 160], 128, "128"), ([96, 96, 160], 117.3, "117.3"), ([0, 17], 8.5, "8.5"), ([0], 0, "0")],
+)
+def test_score_has_the_mean_of_the_visual_tokens(counts, mean, shown):
+    row = score("free", [{"kind": "all", "correct": True, "num_visual_tokens": count} for count in counts])
+    assert row["num_visual_tokens"] == mean and str(row["num_visual_tokens"]) == shown
 
 
 def results(**values):

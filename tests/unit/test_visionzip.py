@@ -1,5 +1,6 @@
 """The reducers: VisionZip against a slow transcription of the method, and the two controls."""
 
+import json
 import math
 
 import pytest
@@ -69,11 +70,11 @@ def merged_feature(target, cluster, merge):
     return [(own + total) / (1 + len(cluster)) for own, total in zip(target, totals, strict=True)]
 
 
-def reference(features, queries, keys, *, has_cls, dominant, contextual, merge):
+def reference(features, queries, keys, *, has_cls, dominant, contextual, merge="sum", keep_cls=True):
     """One image, by the words of the method: lists of features [N][d], queries and keys [H][N][k]."""
     saliency = patch_saliency(queries, keys, has_cls)
     patches = range(int(has_cls), len(features))
-    cls = [0] if has_cls and dominant else []
+    cls = [0] if has_cls and keep_cls and dominant else []
     kept = cls + sorted(sorted(patches, key=lambda token: -saliency[token])[: dominant - len(cls)])
 
     rest = [token for token in patches if token not in kept]
@@ -94,8 +95,8 @@ def reference(features, queries, keys, *, has_cls, dominant, contextual, merge):
     return out, kept, targets, slots
 
 
-def check_against_reference(features, queries, keys, *, has_cls, dominant, contextual, merge):
-    reducer = VisionZip(dominant=dominant, contextual=contextual, merge=merge)
+def check_against_reference(features, queries, keys, *, has_cls, **choices):
+    reducer = VisionZip(**choices)
     got = reducer(tokens_of(features, queries, keys, has_cls))
     for image in range(len(features)):
         out, kept, targets, slots = reference(
@@ -103,9 +104,7 @@ def check_against_reference(features, queries, keys, *, has_cls, dominant, conte
             queries[image].tolist(),
             keys[image].tolist(),
             has_cls=has_cls,
-            dominant=dominant,
-            contextual=contextual,
-            merge=merge,
+            **choices,
         )
         assert got.dominant[image].tolist() == kept
         assert got.contextual[image].tolist() == targets
@@ -117,24 +116,25 @@ def check_against_reference(features, queries, keys, *, has_cls, dominant, conte
 
 @st.composite
 def problems(draw):
-    has_cls = draw(st.booleans())
+    has_cls, keep_cls = draw(st.booleans()), draw(st.booleans())
     grid = draw(st.integers(1, 5))
     num_patches = grid * grid
-    dominant = draw(st.integers(0, num_patches + has_cls))
-    left = num_patches + (has_cls and dominant > 0) - dominant
+    dominant = draw(st.integers(0, num_patches + (has_cls and keep_cls)))
+    left = num_patches + (has_cls and keep_cls and dominant > 0) - dominant
     contextual = draw(st.integers(0 if dominant else 1, left))
     sizes = {"width": draw(st.integers(1, 6)), "heads": draw(st.integers(1, 3)), "head_dim": draw(st.integers(2, 4))}
     states = layer(draw(st.integers(1, 3)), grid, has_cls=has_cls, seed=draw(st.integers(0, 999)), **sizes)
-    return states, has_cls, dominant, contextual
+    return states, {"has_cls": has_cls, "keep_cls": keep_cls, "dominant": dominant, "contextual": contextual}
 
 
 @settings(max_examples=30, deadline=None)
 @given(problem=problems(), merge=st.sampled_from(["sum", "average"]))
 def test_agrees_with_the_method(problem, merge):
-    states, has_cls, dominant, contextual = problem
-    check_against_reference(*states, has_cls=has_cls, dominant=dominant, contextual=contextual, merge=merge)
+    states, choices = problem
+    check_against_reference(*states, **choices, merge=merge)
 
 
+@pytest.mark.parametrize("keep_cls", [True, False])
 @pytest.mark.parametrize("merge", ["sum", "average"])
 @pytest.mark.parametrize(
     ("has_cls", "dominant", "contextual"),
@@ -146,16 +146,39 @@ def test_agrees_with_the_method(problem, merge):
         (True, 2, 6),  # C > D
         (True, 6, 5),  # R = 11, C = 5: not divisible, tokens after the last target
         (True, 4, 8),  # R = 13, C = 8: step 1, the others all stand behind the targets
-        (True, 10, 7),  # D + C = N: every cluster is empty
+        (True, 9, 7),  # D + C = N - 1: every cluster has one token at most, and without CLS none
         (False, 0, 16),  # every token is a target
         (False, 16, 0),  # every token is kept
         (False, 3, 4),
         (False, 9, 5),
     ],
 )
-def test_corner_cases_agree_with_the_method(has_cls, dominant, contextual, merge):
+def test_corner_cases_agree_with_the_method(has_cls, dominant, contextual, merge, keep_cls):
     states = layer(2, 4, has_cls=has_cls, seed=7)
-    check_against_reference(*states, has_cls=has_cls, dominant=dominant, contextual=contextual, merge=merge)
+    counts = {"dominant": dominant, "contextual": contextual}
+    check_against_reference(*states, has_cls=has_cls, merge=merge, keep_cls=keep_cls, **counts)
+
+
+@pytest.mark.parametrize("merge", ["sum", "average"])
+def test_all_tokens_agree_with_the_method(merge):
+    """D + C = N: every cluster is empty."""
+    check_against_reference(*layer(2, 4, has_cls=True), has_cls=True, dominant=10, contextual=7, merge=merge)
+
+
+def test_without_cls_all_dominant_tokens_are_patches():
+    tokens = tokens_of(*layer(3, 4, has_cls=True), True)
+    kept, dropped = (VisionZip(dominant=5, contextual=3, keep_cls=keep)(tokens) for keep in (True, False))
+    assert (kept.dominant[:, 0] == 0).all() and (dropped.dominant > 0).all()
+    assert kept.features.shape == dropped.features.shape == (3, 8, 5)
+    for image in range(3):  # the same order of salience, with one patch more
+        assert set(kept.dominant[image, 1:].tolist()) < set(dropped.dominant[image].tolist())
+    assert (dropped.slots[:, 0] == -1).all() and (dropped.slots[:, 1:] >= 0).all()  # CLS is lost, not merged
+
+
+def test_without_a_cls_token_keep_cls_changes_nothing():
+    tokens = tokens_of(*layer(3, 4, has_cls=False), False)
+    one, other = (VisionZip(dominant=5, contextual=3, keep_cls=keep)(tokens) for keep in (True, False))
+    assert torch.equal(one.features, other.features) and torch.equal(one.slots, other.slots)
 
 
 def test_nothing_but_the_remaining_tokens_is_merged_or_lost():
@@ -181,6 +204,15 @@ def test_the_papers_splits(budget, split):
     assert split_budget(budget) == split
     reducer = VisionZip(budget=budget)
     assert (reducer.dominant, reducer.contextual) == split
+
+
+@pytest.mark.parametrize(("budget", "split"), [(160, (27, 5)), (320, (54, 10)), (640, (108, 20))])
+def test_the_papers_budgets_of_five_tiles(budget, split):
+    shared = VisionZip(budget=budget, tiles=5)
+    assert (shared.dominant, shared.contextual) == split
+    assert shared == VisionZip(budget=budget // 5) == VisionZip(dominant=split[0], contextual=split[1])
+    assert shared == VisionZip(budget=budget, tiles=5, dominant=split[0], contextual=split[1])
+    assert shared.num_tokens(576, has_cls=True, num_dropped=1) == Random(budget=budget, tiles=5).budget == budget // 5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -259,6 +291,11 @@ def test_gradients_reach_every_token_that_a_slot_holds():
         ({"dominant": 3, "contextual": -1}, ["reducer.contextual=-1"]),
         ({"dominant": 5, "contextual": 3, "budget": 9}, ["reducer.budget=9", "5 + 3", "8"]),
         ({"budget": 8, "merge": "mean"}, ["reducer.merge='mean'", "sum", "average"]),
+        ({"budget": 8, "anyres": "model"}, ["reducer.anyres='model'", "released", "spatial"]),
+        ({"budget": 8, "keep_cls": "no"}, ["reducer.keep_cls='no'", "True", "False"]),  # Hydra's `no` is a text
+        ({"budget": 161, "tiles": 5}, ["reducer.budget=161", "5 tiles", "160 or 165"]),
+        ({"budget": 3, "tiles": 5}, ["reducer.budget=3", "choose 5"]),
+        ({"budget": 160, "tiles": 5, "dominant": 27, "contextual": 6}, ["27 + 6 = 33", "5 tiles", "reducer.budget=165"]),
     ],
 )
 def test_contradicting_settings_are_named(arguments, words):
@@ -281,6 +318,16 @@ def test_a_budget_larger_than_the_image_is_refused(dominant, contextual, has_cls
         reducer(tokens_of(*layer(1, 4, has_cls=has_cls), has_cls))
     for error in (asked, called):
         assert all(word in str(error.value) for word in words), error.value
+
+
+def test_without_cls_the_budget_is_of_the_patches_alone():
+    reducer = VisionZip(dominant=10, contextual=7, keep_cls=False)
+    for call in (
+        lambda: reducer.num_tokens(16, has_cls=True, num_dropped=1),
+        lambda: reducer(tokens_of(*layer(1, 4, has_cls=True), True)),
+    ):
+        with pytest.raises(UserError, match=r"reducer\.budget=17 .*16 patches\).*at most 16$"):
+            call()
 
 
 @pytest.mark.parametrize("num_dropped", [0, 1])
@@ -329,11 +376,72 @@ def test_random_refuses_budgets_that_do_not_fit(budget, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-@pytest.mark.parametrize("reducer", [VisionZip(budget=8, merge="average"), Identity(), Random(budget=8)], ids=repr)
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"budget": 161, "tiles": 5}, ["reducer.budget=161", "5 tiles", "160 or 165"]),
+        ({"budget": 4, "tiles": 5}, ["reducer.budget=4", "choose 5"]),
+        ({"budget": 8, "anyres": "model"}, ["reducer.anyres='model'", "released", "spatial"]),
+    ],
+)
+def test_random_refuses_settings_by_name(settings, words):
+    with pytest.raises(UserError) as error:
+        Random(**settings)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+OPTIONS = {"dominant": 6, "contextual": 2, "merge": "average", "keep_cls": False, "layer": -3, "anyres": "spatial"}
+
+
+def test_settings_record_every_option():
+    assert VisionZip(**OPTIONS).settings() == OPTIONS
+    defaults = {"merge": "sum", "keep_cls": True, "layer": None, "anyres": "released"}
+    assert VisionZip(budget=40, tiles=5).settings() == {"dominant": 7, "contextual": 1, **defaults}
+    assert Random(budget=40, tiles=5, anyres="spatial").settings() == {"budget": 8, "anyres": "spatial"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"budget": 64}, "VisionZip(54 dominant + 10 contextual)"),
+        ({"budget": 160, "tiles": 5}, "VisionZip(27 dominant + 5 contextual)"),
+        ({"budget": 8, "merge": "sum", "layer": None}, "VisionZip(7 dominant + 1 contextual)"),
+        ({"budget": 8, "merge": "average"}, "VisionZip(7 dominant + 1 contextual, merge=average)"),
+        ({"budget": 8, "keep_cls": False, "layer": 4}, "VisionZip(7 dominant + 1 contextual, keep_cls=False, layer=4)"),
+        ({"budget": 8, "anyres": "spatial"}, "VisionZip(7 dominant + 1 contextual, anyres=spatial)"),
+    ],
+)
+def test_repr_shows_what_is_not_the_default(settings, text):
+    assert repr(VisionZip(**settings)) == text
+
+
+@pytest.mark.parametrize(
+    "reducer",
+    [
+        *[VisionZip(**{"budget": 8, name: OPTIONS[name]}) for name in ("merge", "keep_cls", "layer", "anyres")],
+        VisionZip(**OPTIONS),
+        VisionZip(budget=160, tiles=5),
+        Identity(),
+        Random(budget=8),
+        Random(budget=160, tiles=5, anyres="spatial"),
+    ],
+    ids=repr,
+)
 def test_settings_make_the_same_reducer_again(reducer):
-    again = create(reducer.name, reducer.settings())
+    again = create(reducer.name, json.loads(json.dumps(reducer.settings())))
     assert type(again) is type(reducer)
-    assert again.settings() == reducer.settings()
+    assert again.settings() == reducer.settings() and repr(again) == repr(reducer)
+    assert (again.layer, again.anyres) == (reducer.layer, reducer.anyres)
+    counts = [each.num_tokens(576, has_cls=True, num_dropped=1) for each in (again, reducer)]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_setting_of_another_version_is_refused_by_name(name):
+    settings = {"visionzip": {"dominant": 4, "contextual": 2}, "random": {"budget": 8}, "identity": {}}[name]
+    with pytest.raises(UserError, match="temperature") as error:
+        create(name, {**settings, "temperature": 0.5})
+    assert name in str(error.value)
 
 
 def test_an_unknown_reducer_is_refused_with_the_known_names():

@@ -32,8 +32,9 @@ class VideoLlava(Family):
         return num_frames * reducer.num_tokens(patches, has_cls=tower_layout(self.tower).has_cls, num_dropped=0)
 
     @classmethod
-    def get_image_features(cls, inner: Any, reducer: Reducer, pixel_values: Tensor, **kwargs: Any) -> Any:
-        kwargs.pop("pixel_values_images", None)
+    def get_image_features(cls, inner: Any, reducer: Reducer, pixel_values: Tensor | None = None, **kwargs: Any) -> Any:
+        legacy = kwargs.pop("pixel_values_images", None)  # generate() passes on what the processor calls them
+        pixel_values = legacy if pixel_values is None else pixel_values
         features = reducer(encode(inner.image_tower, inner.config, reducer, pixel_values, **kwargs)).features
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=project(inner, features))
 

@@ -16,10 +16,13 @@ def names() -> list[str]:
 
 
 def create(name: str, settings: dict[str, Any]) -> Reducer:
-    """The reducer that `Reducer.name` and `Reducer.settings()` describe. Raises UserError for an unknown name."""
+    """The reducer that `Reducer.name` and `Reducer.settings()` describe. Raises UserError for an unknown name or setting."""
     if name not in names():
         raise UserError(f"reducer={name!r} is unknown; there are: {', '.join(names())}")
     module = importlib.import_module(f"{__name__}.{name}")
     (cls,) = (value for value in vars(module).values() if isinstance(value, type) and getattr(value, "name", "") == name)
-    reducer: Reducer = cls(**settings)
+    try:
+        reducer: Reducer = cls(**settings)
+    except TypeError as error:
+        raise UserError(f"reducer {name!r} can't be made with {settings}: {error}") from error
     return reducer

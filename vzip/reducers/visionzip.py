@@ -106,6 +106,7 @@ class VisionZip:
     def __post_init__(self, budget: int | None, tiles: int) -> None:
         one_of("reducer.merge", self.merge, MERGES)
         one_of("reducer.anyres", self.anyres, ANYRES)
+        one_of("reducer.keep_cls", self.keep_cls, (True, False))
         share = None if budget is None else budget_of_a_tile(budget, tiles)
         if self.dominant is None and self.contextual is None and share is not None:
             self.dominant, self.contextual = split_budget(share)
