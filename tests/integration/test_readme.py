@@ -29,6 +29,8 @@ def shortened(command, runs, overrides):
         for placeholder, name in values.items():
             value = next(item.split("=", 1)[1] for item in overrides if item.startswith(name + "="))
             words = [word.replace(placeholder, value) for word in words]
+    if "+exp=next" in command:
+        extra += ["model=next-tiny"]
     if words[0] != "make":
         return [*words, *extra]
     if words[1] != "tune":
