@@ -95,11 +95,18 @@ class Collator:
         kinds: of media that every micro batch brings to the model, blank where no row has any: under ZeRO 3 all ranks
             must run the same modules.
         num_frames: of a video.
+
+    Raises:
+        UserError: a kind that the model does not take.
     """
 
     def __init__(
         self, processor: Any, family: Family, reducer: Reducer, *, kinds: tuple[str, ...] = ("image",), num_frames: int = 1
     ) -> None:
+        if other := [kind for kind in kinds if kind not in family.kinds]:
+            raise UserError(
+                f"the data holds {other[0]}s, which a {family.model_type!r} model does not take; take such rows out"
+            )
         self.processor, self.family, self.reducer, self.kinds, self.num_frames = processor, family, reducer, kinds, num_frames
         tokenizer = processor.tokenizer
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

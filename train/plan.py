@@ -66,9 +66,10 @@ def _token_rows(family: Family, cfg: DictConfig, reducer: Reducer) -> dict[str, 
         name = "tokens an image" if len(by_tiles) == 1 else f"image of {num_tiles} tiles"
         rows[name] = f"{before:,} before, {after:,} after" + (f" ({size[0]} x {size[1]} px)" if len(by_tiles) > 1 else "")
     if family.budget_tiles > 1 and "budget" in cfg.reducer and cfg.reducer.budget is not None:
+        more = "; row ends come on top" if reducer.anyres == "spatial" else ""
         rows["budget"] = (
             f"{cfg.reducer.budget} is the total of {family.budget_tiles} tiles: {cfg.reducer.budget // family.budget_tiles} "
-            f"each; an image of fewer tiles has as much less"
+            f"each; an image of fewer tiles has as much less{more}"
         )
     if "video" in family.kinds:
         before, after = (family.num_video_tokens(which, cfg.model.num_frames) for which in (full, reducer))

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vzip.attach import Handle
+from vzip.checkpoints.renaming import read_projector
 from vzip.errors import UserError
 from vzip.families import Family, families
 from vzip.reducers import Reducer, create
-from vzip.renaming import read_projector
 
 FORMAT = 1
 WEIGHTS, META, ADAPTER = "projector.safetensors", "meta.json", "adapter"

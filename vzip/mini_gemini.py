@@ -87,7 +87,7 @@ class HighResolutionTower(ConvNextPreTrainedModel):  # type: ignore[misc]
     """ConvNeXt without its pooling head: the maps of all stages, brought to the size of the first one.
 
     Blocks are `transformers`' own. The released code runs OpenCLIP's, which is `timm`'s; both compute
-    the same (`timm`'s LayerNorm has eps 1e-6 but in `convnext_xxlarge`), and `vzip.mini_gemini_checkpoint` renames.
+    the same (`timm`'s LayerNorm has eps 1e-6 but in `convnext_xxlarge`), and `vzip.checkpoints.mini_gemini` renames.
     """
 
     # There is no attention in it, so it is content with whatever implementation the rest of the model is given.

@@ -42,10 +42,10 @@ def examples(data_folder):
 def engine_on(cfg, model, examples, *, micro, accumulation):
     """(engine, its micro batches) on a copy of the model, with a budget of 6."""
     family = family_of(copy.deepcopy(model))
-    vzip.attach(family.model, budget=6)
+    handle = vzip.attach(family.model, budget=6)
     trainable = make_trainable(family, cfg.tune)
     plan = BatchPlan(micro=micro, accumulation=accumulation, world_size=1, num_steps=4, seed=0)
-    batches = MicroBatches(examples, Collator.of(tiny.processor(), 6), plan, rank=0)
+    batches = MicroBatches(examples, Collator(tiny.processor(), family, handle.reducer), plan, rank=0)
     return Engine(family, trainable, cfg, accumulation=accumulation), batches
 
 
@@ -87,7 +87,7 @@ def test_loss_and_gradient_are_the_plain_models(cfg, examples, micro, accumulati
         input_ids=whole.input_ids,
         attention_mask=whole.attention_mask,
         labels=whole.labels,
-        pixel_values=whole.pixel_values,
+        pixel_values=whole.media["image"]["pixel_values"],
     )
     output.loss.backward()
     gradients = [value.grad for value in model.model.multi_modal_projector.parameters()]
@@ -96,9 +96,9 @@ def test_loss_and_gradient_are_the_plain_models(cfg, examples, micro, accumulati
 
 
 def test_text_alone_is_a_step_of_zero_gradient(cfg, examples):
-    text = [example for example in examples if not example.images]
+    text = [example for example in examples if not example.media]
     engine, batches = engine_on(cfg, tiny.llava(), text, micro=2, accumulation=1)
-    assert not batches[0].has_images
+    assert batches[0].num_placeholders == {"image": 0}
     before = digests(engine.family.model, projector=True)
     loss, norm = engine.step([batches[0]], lr=1e-2, num_labels=batches.num_labels(0))
     assert loss > 0 and norm == 0

@@ -15,9 +15,9 @@ from transformers import AutoProcessor, CLIPVisionConfig, CLIPVisionModel, PreTr
 
 from tests import tiny
 from vzip import UserError
+from vzip.checkpoints.mini_gemini import convnext_weights, is_public, load_model, load_processor
+from vzip.checkpoints.towers import read_config
 from vzip.mini_gemini import HighResolutionTower, MiniGeminiConfig, MiniGeminiForConditionalGeneration, make_processor
-from vzip.mini_gemini_checkpoint import convnext_weights, is_public, load_model, load_processor
-from vzip.original import read_config
 
 SIDE = 64
 WIDTHS = [8, 12, 16, 20]

@@ -1,6 +1,6 @@
 """LLaVA-1.5 and every other `LlavaForConditionalGeneration`: one square picture, one tower, a two-layer projector.
 
-Folders in the layout of LLaVA's own code load into the same class, see `vzip.original`.
+Folders in the layout of LLaVA's own code load into the same class, see `vzip.checkpoints.llava`.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vzip import original
+from vzip.checkpoints import llava as original
+from vzip.checkpoints.renaming import is_original
 from vzip.families.base import Family, encode, num_dropped, project
 from vzip.reducers.base import Reducer
 from vzip.tap import tower_layout
@@ -25,13 +26,13 @@ class Llava(Family):
 
     @classmethod
     def load_model(cls, path: str, *, dtype: torch.dtype) -> Any:
-        if original.is_original(PreTrainedConfig.get_config_dict(path)[0]):
+        if is_original(PreTrainedConfig.get_config_dict(path)[0]):
             return original.load_model(path, dtype=dtype)
         return super().load_model(path, dtype=dtype)
 
     @classmethod
     def load_processor(cls, path: str) -> Any:
-        if original.is_original(PreTrainedConfig.get_config_dict(path)[0]):
+        if is_original(PreTrainedConfig.get_config_dict(path)[0]):
             return original.load_processor(path)
         return super().load_processor(path)
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vzip import mini_gemini_checkpoint
+from vzip.checkpoints import mini_gemini as checkpoint
 from vzip.families.base import Family, encode, project
 from vzip.mini_gemini import MiniGeminiForConditionalGeneration
 from vzip.reducers.base import Reducer, Reduction, VisionTokens
@@ -42,14 +42,14 @@ class MiniGemini(Family):
 
     @classmethod
     def load_model(cls, path: str, *, dtype: torch.dtype) -> Any:
-        if mini_gemini_checkpoint.is_public(PreTrainedConfig.get_config_dict(path)[0]):
-            return mini_gemini_checkpoint.load_model(path, dtype=dtype)
+        if checkpoint.is_public(PreTrainedConfig.get_config_dict(path)[0]):
+            return checkpoint.load_model(path, dtype=dtype)
         return super().load_model(path, dtype=dtype)
 
     @classmethod
     def load_processor(cls, path: str) -> Any:
-        if mini_gemini_checkpoint.is_public(PreTrainedConfig.get_config_dict(path)[0]):
-            return mini_gemini_checkpoint.load_processor(path)
+        if checkpoint.is_public(PreTrainedConfig.get_config_dict(path)[0]):
+            return checkpoint.load_processor(path)
         return super().load_processor(path)
 
     @property

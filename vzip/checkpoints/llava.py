@@ -15,52 +15,33 @@ from torch import Tensor
 from transformers import (
     AddedToken,
     AutoTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaImageProcessorPil,
     LlavaProcessor,
-    PreTrainedConfig,
 )
 from transformers.utils import cached_file
 
-from vzip import sentencepieces
-from vzip.errors import UserError
-from vzip.renaming import (
+from vzip.checkpoints import sentencepieces
+from vzip.checkpoints.renaming import (
     DERIVED,
     LANGUAGE,
     PROJECTOR,
     ROWS,
     TOWER,
-    few,
-    is_original,
     language_weights,
     projector_weights,
-    read_projector,
+    refuse_mismatch,
+    refuse_settings,
     text_config,
     tower_weights,
     vocab_size,
 )
-from vzip.shards import read_tensors, read_weights
+from vzip.checkpoints.shards import read_weights
+from vzip.checkpoints.towers import clip_weights, find_clip, read_config
+from vzip.errors import UserError
+from vzip.templates import IMAGE
 
-__all__ = [
-    "find_tower",
-    "is_original",
-    "language_weights",
-    "load_model",
-    "load_processor",
-    "load_tokenizer",
-    "projector_weights",
-    "read_config",
-    "read_projector",
-    "read_tensors",
-    "read_weights",
-    "text_config",
-    "tower_weights",
-]
-
-IMAGE = "<image>"
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
 _SETTINGS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "model_type": (None, ("llava", "llava_llama")),
@@ -73,36 +54,11 @@ _SETTINGS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 """Setting: what LLaVA's code takes where it is absent, and the values that can be had here."""
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """`config.json` of a folder or hub id. Raises OSError where there is none."""
-    config: dict[str, Any] = PreTrainedConfig.get_config_dict(path)[0]
-    if not config:
-        raise OSError(f"{path} has no config.json")
-    return config
-
-
-def find_tower(path: str, name: str) -> str:
-    """Where the tower `name` of the checkpoint `path` is: a folder, or `name` itself as a hub id.
-
-    A folder `name` is taken first, as LLaVA's code does. Then `name`, and its last part, are looked for in the checkpoint's
-    folder and beside it: `mm_vision_tower` is often a path on the machine that trained.
-    """
-    folder = Path(path)
-    places = [Path(name)]
-    if folder.is_dir():
-        places += [base / part for base in (folder, folder.resolve().parent) for part in (name, Path(name).name)]
-    return next((str(place) for place in places if (place / "config.json").is_file()), name)
-
-
 def _refuse_unfit(path: str, config: Mapping[str, Any]) -> None:
     """Raises UserError, before any work, for a setting that the model built here would not have."""
     if str(config.get("image_aspect_ratio")).startswith("anyres"):
         raise _is_next(path, f"image_aspect_ratio is {config['image_aspect_ratio']!r}")
-    for key, (absent, allowed) in _SETTINGS.items():
-        if (value := config.get(key, absent)) not in allowed:
-            raise UserError(
-                f"{path}, config.json: {key} is {value!r}, not one of {', '.join(map(repr, allowed))}; give such a checkpoint"
-            )
+    refuse_settings(path, config, _SETTINGS)
     if not isinstance(layer := config.get("mm_vision_select_layer", -2), int):
         raise UserError(f"{path}, config.json: mm_vision_select_layer is {layer!r}; it must be one whole number, e.g. -2")
 
@@ -111,33 +67,6 @@ def _is_next(path: str, reason: str) -> UserError:
     return UserError(
         f"{path} is a LLaVA-1.6 ({reason}), which cuts a picture into tiles; give its converted form, llava-hf/llava-v1.6-*"
     )
-
-
-def _tower_config(path: str, name: str) -> tuple[str, Any]:
-    """(folder or hub id, CLIPVisionConfig) of the tower. Raises UserError where there is none, or not a CLIP."""
-    tower = find_tower(path, name)
-    try:
-        kind = read_config(tower).get("model_type")
-    except OSError as error:
-        raise UserError(
-            f"{path}, config.json: mm_vision_tower {name!r} is neither a folder, nor lies in the checkpoint's folder or"
-            f" beside it, nor can be had from the hub; put its folder beside the checkpoint's: {error}"
-        ) from error
-    if kind not in ("clip", "clip_vision_model"):
-        raise UserError(f"{path}, config.json: mm_vision_tower {name!r} is of the type {kind!r}; a CLIP tower is supported")
-    return tower, CLIPVisionConfig.from_pretrained(tower)
-
-
-def _load_tower(path: str, tower: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors of the tower that lies outside of the checkpoint, under the names in `CLIPVisionModel`."""
-    try:
-        model, info = CLIPVisionModel.from_pretrained(tower, dtype=dtype, output_loading_info=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}, config.json: the weights of mm_vision_tower {tower} can't be loaded: {error}") from error
-    if info["missing_keys"]:
-        raise UserError(f"mm_vision_tower {tower} lacks {few(info['missing_keys'])}; get the whole of it")
-    tensors: dict[str, Tensor] = model.state_dict()
-    return tensors
 
 
 def _llava_config(config: Mapping[str, Any], vision: Any) -> Any:
@@ -152,23 +81,6 @@ def _llava_config(config: Mapping[str, Any], vision: Any) -> Any:
         vision_feature_select_strategy=strategy,
         tie_word_embeddings=text.tie_word_embeddings,
     )
-
-
-def _refuse_mismatch(path: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises UserError, naming the keys, unless the tensors are the model's, one by one."""
-    wrong = []
-    if missing := expected.keys() - tensors.keys():
-        wrong.append(f"missing are {few(missing)}")
-    if surplus := tensors.keys() - expected.keys():
-        wrong.append(f"not part of the model are {few(surplus)}")
-    shapes = {name: (tuple(tensors[name].shape), tuple(expected[name].shape)) for name in expected.keys() & tensors.keys()}
-    if other := [f"{name} {held}, not {wanted}" for name, (held, wanted) in shapes.items() if held != wanted]:
-        wrong.append(f"of another shape are {few(other)}")
-    if wrong:
-        raise UserError(
-            f"{path}: the weights do not fit config.json (names as in transformers): {'; '.join(wrong)};"
-            " get the whole checkpoint, with its own config.json and tower"
-        )
 
 
 def _convert(path: str, config: Mapping[str, Any], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -198,14 +110,14 @@ def load_model(path: str, *, dtype: torch.dtype) -> Any:
     """
     config = read_config(path)
     _refuse_unfit(path, config)
-    tower, vision = _tower_config(path, config["mm_vision_tower"])
+    tower, vision = find_clip(path, config["mm_vision_tower"])
     llava_config = _llava_config(config, vision)
     with torch.device("meta"):
         expected = LlavaForConditionalGeneration(llava_config).state_dict()
     tensors = _convert(path, config, expected)
     if not any(name.startswith("model.vision_tower.") for name in tensors):
-        tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in _load_tower(path, tower, dtype).items()}
-    _refuse_mismatch(path, tensors, expected)
+        tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in clip_weights(path, tower, dtype).items()}
+    refuse_mismatch(path, tensors, expected)
     for name in tensors:
         tensors[name] = tensors[name].to(dtype, copy=True)  # also where nothing is cast: the file may change or go
     return LlavaForConditionalGeneration.from_pretrained(None, config=llava_config, state_dict=tensors, dtype=dtype).eval()
@@ -265,7 +177,7 @@ def load_processor(path: str) -> Any:
     """
     config = read_config(path)
     _refuse_unfit(path, config)
-    tower, vision = _tower_config(path, config["mm_vision_tower"])
+    tower, vision = find_clip(path, config["mm_vision_tower"])
     try:
         images = LlavaImageProcessorPil.from_pretrained(tower, do_pad=config.get("image_aspect_ratio") == "pad")
     except OSError as error:

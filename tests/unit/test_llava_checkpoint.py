@@ -22,7 +22,9 @@ from transformers import (
 
 import vzip
 from tests import tiny
-from vzip import UserError, original, sentencepieces, shards
+from vzip import UserError
+from vzip.checkpoints import llava as original
+from vzip.checkpoints import renaming, sentencepieces, shards, towers
 from vzip.io import WEIGHTS, load_weights
 
 VOCABULARY = len(tiny.SPECIAL) + 256
@@ -211,23 +213,23 @@ def test_settings_of_the_language_model_arrive(tmp_path):
         "mm_vision_tower": "x",
         "use_cache": False,
     }
-    text = original.text_config(config)
+    text = renaming.text_config(config)
     assert (text.vocab_size, text.rms_norm_eps, text.num_key_value_heads, text.pad_token_id) == (32064, 1e-5, 2, 0)
     assert text.rope_parameters == {"rope_theta": 5e4, "rope_type": "default"}
     assert text.dtype is None and not hasattr(text, "mm_vision_tower")
-    scaled = original.text_config(config | {"rope_scaling": {"type": "linear", "factor": 2.0}})
+    scaled = renaming.text_config(config | {"rope_scaling": {"type": "linear", "factor": 2.0}})
     assert scaled.rope_parameters["rope_type"] == "linear" and scaled.rope_parameters["factor"] == 2
-    assert [original.text_config({"vocab_size": size}).vocab_size for size in (63, 64, 127, 128)] == [64, 128, 128, 192]
+    assert [renaming.text_config({"vocab_size": size}).vocab_size for size in (63, 64, 127, 128)] == [64, 128, 128, 192]
 
 
 @pytest.mark.parametrize("size", ["absent", None, "32000", 0])
 def test_a_config_without_a_vocabulary_is_refused(folder, size):
     changes = {"vocab_size": size} if size != "absent" else {}
-    refused(original.text_config, {"hidden_size": 8, **changes}, words=["config.json", "vocab_size"])
+    refused(renaming.text_config, {"hidden_size": 8, **changes}, words=["config.json", "vocab_size"])
 
 
 def test_a_setting_that_llama_does_not_take_is_refused():
-    refused(original.text_config, {"vocab_size": 8, "hidden_size": "wide"}, words=["config.json", "hidden_size"])
+    refused(renaming.text_config, {"vocab_size": 8, "hidden_size": "wide"}, words=["config.json", "hidden_size"])
 
 
 def test_a_tied_head_is_the_embedding(tmp_path):
@@ -279,7 +281,7 @@ def test_a_tower_is_found_by_its_name_in_the_checkpoint_or_beside_it(tmp_path, n
     folder = save_original(tmp_path / "llava", tiny.llava(), mm_vision_tower=name)
     (tmp_path / place).parent.mkdir(exist_ok=True)
     shutil.move(tmp_path / "some" / "clip", tmp_path / place)
-    assert original.find_tower(str(folder), name) == str((tmp_path / place).resolve())
+    assert towers.find_clip(str(folder), name)[0] == str((tmp_path / place).resolve())
     assert_same(load(folder), tiny.llava())
 
 
@@ -287,8 +289,8 @@ def test_a_tower_where_the_config_says_comes_first(tmp_path):
     folder = save_original(tmp_path / "llava", tiny.llava())
     far = tmp_path / "far" / "clip"
     save_tower(far, tiny.llava(seed=1))
-    assert original.find_tower(str(folder), str(far)) == str(far)
-    assert original.find_tower("liuhaotian/llava-v1.5-7b", "openai/clip") == "openai/clip"
+    assert towers.find_clip(str(folder), str(far))[0] == str(far)
+    assert [str(place) for place in towers.tower_places("liuhaotian/llava-v1.5-7b", "openai/clip")] == ["openai/clip"]
 
 
 def test_a_whole_clip_is_a_tower(tmp_path):
@@ -474,11 +476,11 @@ def test_a_folder_without_weights_is_refused_with_the_way_out(folder):
 def test_what_is_not_there_is_an_oserror(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for path in (tmp_path, tmp_path / "gone"):
-        for call in (original.read_config, original.load_tokenizer, original.load_processor, load):
+        for call in (towers.read_config, original.load_tokenizer, original.load_processor, load):
             with pytest.raises(OSError):
                 call(str(path))
     with pytest.raises(OSError):
-        original.read_weights(str(tmp_path / "gone"))
+        shards.read_weights(str(tmp_path / "gone"))
 
 
 def test_safetensors_are_preferred(tmp_path):
@@ -501,7 +503,7 @@ def test_of_a_hub_id_only_the_preferred_format_is_fetched(folder, monkeypatch, f
     monkeypatch.setattr(shards, "snapshot_download", download)
     if form == "safetensors":
         save_weights(folder, original_names(tiny.llava()), form)
-    tensors = original.read_weights("liuhaotian/tiny")
+    tensors = shards.read_weights("liuhaotian/tiny")
     assert tensors.keys() == original_names(tiny.llava()).keys()
     assert patterns == [["model*.safetensors", "*.index.json"], ["pytorch_model*.bin", "*.index.json"]][:asked]
 

@@ -1,8 +1,8 @@
 """Public checkpoints of Mini-Gemini, as they are: no conversion step.
 
-A folder or hub id such as `YanweiLi/MGM-7B` is laid out as LLaVA's own code does (`vzip.original`), with a second tower
-(`mm_vision_tower_aux`, `image_size_aux`) and the three projections of mining (`vlm_uni_*`). Towers that the checkpoint does not
-hold are taken from where config.json says, or from the hub. Source of the names: repository dvlab-research/MGM,
+A folder or hub id such as `YanweiLi/MGM-7B` is laid out as LLaVA's own code does (`vzip.checkpoints.llava`), with a second
+tower (`mm_vision_tower_aux`, `image_size_aux`) and the three projections of mining (`vlm_uni_*`). Towers that the checkpoint
+does not hold are taken from where config.json says, or from the hub. Source of the names: repository dvlab-research/MGM,
 `mgm/model/mgm_arch.py` and `mgm/model/multimodal_encoder/openclip_encoder.py`.
 """
 
@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel, ConvNextConfig, LlavaProcessor
+from transformers import ConvNextConfig, LlavaProcessor
 
-from vzip.errors import UserError
-from vzip.mini_gemini import MiniGeminiConfig, MiniGeminiForConditionalGeneration, make_processor
-from vzip.original import find_tower, load_tokenizer, read_config
-from vzip.renaming import (
+from vzip.checkpoints.llava import load_tokenizer
+from vzip.checkpoints.renaming import (
     DERIVED,
     LANGUAGE,
     PROJECTOR,
@@ -27,11 +25,16 @@ from vzip.renaming import (
     few,
     language_weights,
     projector_weights,
+    refuse_mismatch,
+    refuse_settings,
     text_config,
     tower_weights,
     vocab_size,
 )
-from vzip.shards import read_tensors, read_weights
+from vzip.checkpoints.shards import read_tensors, read_weights
+from vzip.checkpoints.towers import clip_weights, find_clip, read_config, tower_places
+from vzip.errors import UserError
+from vzip.mini_gemini import MiniGeminiConfig, MiniGeminiForConditionalGeneration, make_processor
 
 HUB_TOWERS = {
     "clip-vit-large-patch14-336": "openai/clip-vit-large-patch14-336",
@@ -74,12 +77,7 @@ def is_public(config: Mapping[str, Any]) -> bool:
 
 def _refuse_settings(path: str, config: Mapping[str, Any]) -> None:
     """Raises UserError, before any work, for a setting that the model built here would not have."""
-    for key, (absent, allowed) in _SETTINGS.items():
-        if (value := config.get(key, absent)) not in allowed:
-            raise UserError(
-                f"{path}, config.json: {key} is {value!r}, not one of {', '.join(map(repr, allowed))}; give such a checkpoint, "
-                "e.g. YanweiLi/MGM-7B"
-            )
+    refuse_settings(path, config, _SETTINGS)
     for key, kind in (("mm_vision_tower", str), ("mm_vision_tower_aux", str), ("image_size_aux", int)):
         if not isinstance(config.get(key), kind):
             raise UserError(f"{path}, config.json: {key} is {config.get(key)!r}; it must be there, of the type {kind.__name__}")
@@ -90,44 +88,12 @@ def _refuse_settings(path: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def _clip(path: str, name: str) -> tuple[str, Any]:
-    """(folder or hub id, CLIPVisionConfig) of `mm_vision_tower`. Raises UserError where there is none, or not a CLIP."""
-    tower = find_tower(path, name)
-    if not Path(tower).is_dir():
-        tower = HUB_TOWERS.get(Path(name).name, name)
-    try:
-        kind = read_config(tower).get("model_type")
-    except OSError as error:
-        raise UserError(
-            f"{path}, config.json: mm_vision_tower {name!r} is no folder here, nor beside the checkpoint, and {tower} can't be"
-            f" had from the hub; put the tower's folder beside the checkpoint's: {error}"
-        ) from error
-    if kind not in ("clip", "clip_vision_model"):
-        raise UserError(f"{path}, config.json: mm_vision_tower {name!r} is of the type {kind!r}; a CLIP tower is supported")
-    return tower, CLIPVisionConfig.from_pretrained(tower)
-
-
-def _clip_weights(tower: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    try:
-        model, info = CLIPVisionModel.from_pretrained(tower, dtype=dtype, output_loading_info=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"the weights of mm_vision_tower {tower} can't be loaded: {error}") from error
-    if info["missing_keys"]:
-        raise UserError(f"mm_vision_tower {tower} lacks {few(info['missing_keys'])}; get the whole of it")
-    tensors: dict[str, Tensor] = model.state_dict()
-    return tensors
-
-
 def _open_clip_weights(path: str, name: str) -> dict[str, Tensor]:
     """Tensors of the visual trunk in OpenCLIP's file: of the folder `mm_vision_tower_aux`, beside the checkpoint, on the hub.
 
     Raises UserError where there is no such file, and for tensors in it that are of no known use.
     """
-    folder = Path(path)
-    places = [Path(name)]
-    if folder.is_dir():
-        places += [base / part for base in (folder, folder.resolve().parent) for part in (name, Path(name).name)]
-    files = [place / file for place in places for file in _OPEN_CLIP if (place / file).is_file()]
+    files = [place / file for place in tower_places(path, name) for file in _OPEN_CLIP if (place / file).is_file()]
     hub = HUB_TOWERS.get(Path(name).name, name)
     try:
         file = files[0] if files else Path(hf_hub_download(hub, _OPEN_CLIP[-1]))
@@ -185,23 +151,6 @@ def _config(config: Mapping[str, Any], vision: Any, high: Any) -> MiniGeminiConf
     )
 
 
-def _refuse_mismatch(path: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises UserError, naming the keys, unless the tensors are the model's, one by one."""
-    wrong = []
-    if missing := expected.keys() - tensors.keys():
-        wrong.append(f"missing are {few(missing)}")
-    if surplus := tensors.keys() - expected.keys():
-        wrong.append(f"not part of the model are {few(surplus)}")
-    shapes = {name: (tuple(tensors[name].shape), tuple(expected[name].shape)) for name in expected.keys() & tensors.keys()}
-    if other := [f"{name} {held}, not {wanted}" for name, (held, wanted) in shapes.items() if held != wanted]:
-        wrong.append(f"of another shape are {few(other)}")
-    if wrong:
-        raise UserError(
-            f"{path}: the weights do not fit config.json (names as in vzip.mini_gemini): {'; '.join(wrong)};"
-            " get the whole checkpoint, with its own config.json and towers"
-        )
-
-
 def _named(path: str, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """All tensors of the checkpoint but the high-resolution tower's, under the model's names; unknown ones under their own."""
     tensors = language_weights(weights, config) | projector_weights(weights, path)
@@ -225,7 +174,7 @@ def load_model(path: str, *, dtype: torch.dtype) -> MiniGeminiForConditionalGene
     """
     config = read_config(path)
     _refuse_settings(path, config)
-    tower, vision = _clip(path, config["mm_vision_tower"])
+    tower, vision = find_clip(path, config["mm_vision_tower"], HUB_TOWERS)
     weights = read_weights(path)
     held = any(_HIGH.fullmatch(name) for name in weights)
     high = convnext_weights(weights if held else _open_clip_weights(path, config["mm_vision_tower_aux"]))
@@ -235,8 +184,8 @@ def load_model(path: str, *, dtype: torch.dtype) -> MiniGeminiForConditionalGene
     tensors = _named(path, weights, config)
     tensors |= {f"model.high_resolution_tower.{name}": tensor for name, tensor in high.items()}
     if not any(name.startswith("model.vision_tower.") for name in tensors):
-        tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in _clip_weights(tower, dtype).items()}
-    _refuse_mismatch(path, tensors, expected)
+        tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in clip_weights(path, tower, dtype).items()}
+    refuse_mismatch(path, tensors, expected)
     for name in tensors:
         tensors[name] = tensors[name].to(dtype, copy=True)  # a view of the file until here; the file may change or go
     cls = MiniGeminiForConditionalGeneration
@@ -255,6 +204,6 @@ def load_processor(path: str) -> LlavaProcessor:
     """
     config = read_config(path)
     _refuse_settings(path, config)
-    vision = _clip(path, config["mm_vision_tower"])[1]
+    vision = find_clip(path, config["mm_vision_tower"], HUB_TOWERS)[1]
     model_config = _config(config, vision, ConvNextConfig(image_size=config["image_size_aux"]))
     return make_processor(model_config, load_tokenizer(path), pad=config.get("image_aspect_ratio") == "pad")

@@ -15,8 +15,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import LlamaConfig
 
+from vzip.checkpoints.shards import read_tensors
 from vzip.errors import UserError
-from vzip.shards import read_tensors
 
 ROWS = 64
 """The vocabulary is grown to a multiple of this, as in the checkpoints of llava-hf."""
@@ -138,3 +138,32 @@ def read_projector(path: Path) -> dict[str, Tensor]:
     if others := sorted(name for name in tensors if not PROJECTOR.fullmatch(name)):
         raise UserError(f"projector {path} holds more than mm_projector.*: {few(others)}; give a file of the projector alone")
     return projector_weights(tensors, f"projector {path}")
+
+
+def refuse_settings(path: str, config: Mapping[str, Any], settings: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> None:
+    """Raises UserError for a setting of config.json that is not among the values that can be had.
+
+    `settings` has, for each, what the checkpoint's own code takes where it is absent, and those values.
+    """
+    for key, (absent, allowed) in settings.items():
+        if (value := config.get(key, absent)) not in allowed:
+            raise UserError(
+                f"{path}, config.json: {key} is {value!r}, not one of {', '.join(map(repr, allowed))}; give such a checkpoint"
+            )
+
+
+def refuse_mismatch(path: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises UserError, naming the keys, unless the tensors are the model's, one by one."""
+    wrong = []
+    if missing := expected.keys() - tensors.keys():
+        wrong.append(f"missing are {few(missing)}")
+    if surplus := tensors.keys() - expected.keys():
+        wrong.append(f"not part of the model are {few(surplus)}")
+    shapes = {name: (tuple(tensors[name].shape), tuple(expected[name].shape)) for name in expected.keys() & tensors.keys()}
+    if other := [f"{name} {held}, not {wanted}" for name, (held, wanted) in shapes.items() if held != wanted]:
+        wrong.append(f"of another shape are {few(other)}")
+    if wrong:
+        raise UserError(
+            f"{path}: the weights do not fit config.json: {'; '.join(wrong)};"
+            " get the whole checkpoint, with its own config.json and towers"
+        )
