@@ -80,14 +80,12 @@ class Grid:
             return self.num_rows, self.num_columns
         return int(self.num_rows // ratio), int(self.num_columns // ratio)
 
-    def visible(self, tile: int) -> tuple[range, range]:
-        """Rows and columns of patches of a tile (1 is the first after the base tile) that show the picture."""
-        row, column = divmod(tile - 1, self.columns)
-        ranges = []
-        for index, padding, end in ((row, self.top, self.num_rows), (column, self.left, self.num_columns)):
-            first = padding - index * self.side
-            ranges.append(range(min(max(first, 0), self.side), min(max(first + end, 0), self.side)))
-        return ranges[0], ranges[1]
+    @property
+    def visible(self) -> list[tuple[range, range]]:
+        """Of each tile but the base tile, rows and columns of its patches that show the picture."""
+        rows = [_overlap(self.top, self.num_rows, index * self.side, self.side) for index in range(self.rows)]
+        columns = [_overlap(self.left, self.num_columns, index * self.side, self.side) for index in range(self.columns)]
+        return [(tile_rows, tile_columns) for tile_rows in rows for tile_columns in columns]
 
     def raster(self, tile: Tensor, patches: Tensor) -> Tensor:
         """int64[...]: places in the raster of the stitched grid of patches int64[...] of tiles int64[...] (1 is the first)."""
@@ -96,36 +94,46 @@ class Grid:
         return row * (self.columns * self.side) + column
 
 
-def released_order(dominant: Tensor, grid: Grid, *, num_tokens: int, num_cls: int, has_cls: bool) -> Tensor:
+def _overlap(start: int, length: int, tile_start: int, side: int) -> range:
+    """Where the patches start, ..., start + length - 1 lie in a tile that begins at `tile_start`."""
+    return range(min(max(start - tile_start, 0), side), min(max(start + length - tile_start, 0), side))
+
+
+def released_order(dominant: Tensor, grid: Grid | None, *, num_tokens: int, num_cls: int, has_cls: bool) -> Tensor:
     """int64[(1 + tiles) * T]: which of the image's tokens, tile after tile, stand in the language model, in that order.
 
     Args:
         dominant: int64[1 + tiles, D], as in `Reduction`.
-        grid: of the image.
+        grid: of the image; None for a single tile, behind which -1, `image_newline`, stands.
         num_tokens: T, tokens of a tile.
         num_cls: 1 where CLS leads the dominant tokens, else 0.
         has_cls: whether token 0 of the encoder is CLS.
     """
     tokens = torch.arange(dominant.shape[0] * num_tokens, device=dominant.device).view(-1, num_tokens)
+    if grid is None:
+        return torch.cat([tokens[0], tokens.new_tensor([-1])])
     tile = torch.arange(1, dominant.shape[0], device=dominant.device).unsqueeze(1)
     order = grid.raster(tile, dominant[1:, num_cls:] - int(has_cls)).flatten().argsort()
     kept = tokens[1:, num_cls : dominant.shape[1]].flatten()[order]
     return torch.cat([tokens[0], kept, tokens[1:, :num_cls].flatten(), tokens[1:, dominant.shape[1] :].flatten()])
 
 
-def spatial_order(places: Sequence[Tensor], grid: Grid) -> Tensor:
+def spatial_order(places: Sequence[Tensor], grid: Grid | None) -> Tensor:
     """int64[n + newlines]: indices into the image's tokens, tile after tile, with -1 where `image_newline` stands.
 
     There are as many newlines as the model's own packing has, also where it pools the patches.
 
     Args:
         places: for each tile, base first, int64[n_i]: the patches of its tokens.
-        grid: of the image.
+        grid: of the image; None for a single tile.
     """
+    base = places[0].argsort()
+    if grid is None:
+        return torch.cat([base, base.new_tensor([-1])])
     num_newlines = grid.pooled[0]
     raster = torch.cat([grid.raster(torch.full_like(patches, tile), patches) for tile, patches in enumerate(places)][1:])
     ends = [grid.top - (-(line + 1) * grid.num_rows // num_newlines) for line in range(num_newlines)]
     newlines = torch.tensor(ends, device=raster.device, dtype=raster.dtype) * (grid.columns * grid.side)
     order = torch.cat([2 * raster, 2 * newlines - 1]).argsort()  # a newline between the last patch of a row and the next row
     tokens = torch.cat([len(places[0]) + torch.arange(len(raster), device=raster.device), torch.full_like(newlines, -1)])
-    return torch.cat([places[0].argsort(), tokens[order]])
+    return torch.cat([base, tokens[order]])

@@ -4,6 +4,7 @@ Where the tokens of the tiles then stand: `vzip.anyres`.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -60,60 +61,47 @@ def _reduce_visible(tokens: VisionTokens, reducer: Reducer, tiles: Tensor, patch
     return reduction.features, patches[torch.cat([reduction.dominant, reduction.contextual], dim=1)]
 
 
-def _visible_patches(grids: Sequence[Grid | None], side: int) -> list[tuple[range, range]]:
-    """Rows and columns of patches of each tile of all images, base tiles first, that are not padding."""
-    whole = (range(side), range(side))
-    shown = []
-    for grid in grids:
-        shown.append(whole)
-        if grid is not None:
-            shown += [grid.visible(tile) for tile in range(1, grid.num_tiles)]
-    return shown
+def _tile_counts(grids: Sequence[Grid | None]) -> list[int]:
+    return [1 if grid is None else grid.num_tiles for grid in grids]
 
 
-def _spatial(inner: Any, reducer: Reducer, tokens: VisionTokens, grids: Sequence[Grid | None]) -> list[Tensor]:
-    """The images' tokens in the order "spatial", projected: float[n, d_llm] each."""
-    side = inner.config.vision_config.image_size // inner.config.vision_config.patch_size
-    device = tokens.features.device
-    shown = _visible_patches(grids, side)
-    features: list[Tensor] = [tokens.features[0, :0]] * len(shown)
-    places: list[Tensor] = [torch.empty(0, dtype=torch.int64, device=device)] * len(shown)
-    for rows, columns in set(shown):
-        alike = [tile for tile, patches in enumerate(shown) if patches == (rows, columns)]
-        patches = torch.tensor([row * side + column for row in rows for column in columns], dtype=torch.int64, device=device)
-        kept, at = _reduce_visible(tokens, reducer, torch.tensor(alike, device=device), patches)
-        for tile, tile_features, tile_places in zip(alike, kept, at, strict=True):
-            features[tile], places[tile] = tile_features, tile_places
-    projected = torch.split(project(inner, torch.cat(features)), [len(part) for part in features])
-    newline = inner.image_newline.to(projected[0])[None]
-    images, first = [], 0
-    for grid in grids:
-        last = first + (1 if grid is None else grid.num_tiles)
-        pool = torch.cat([*projected[first:last], newline])  # the newline is at index -1
-        order = (
-            spatial_order(places[first:last], grid)
-            if grid
-            else torch.cat([places[first].argsort(), places[first].new_tensor([-1])])
-        )
-        images.append(pool[order])
-        first = last
-    return images
+def _placed(inner: Any, images: Sequence[Tensor], orders: Sequence[Tensor]) -> list[Tensor]:
+    """float[n, d_llm] an image: its tokens, tile after tile, in the order int64[n], where -1 is `image_newline`."""
+    newline = inner.image_newline
+    return [torch.cat([tokens, newline.to(tokens)[None]])[order] for tokens, order in zip(images, orders, strict=True)]
 
 
 def _released(inner: Any, reducer: Reducer, tokens: VisionTokens, grids: Sequence[Grid | None]) -> list[Tensor]:
-    """The images' tokens in the order "released", projected: float[n, d_llm] each."""
-    reduction = reducer(tokens)
-    projected, dominant = project(inner, reduction.features), reduction.dominant
-    num_cls = int(tokens.has_cls and dominant.shape[1] > 0 and not dominant[:, 0].any().item())
-    counts = [1 if grid is None else grid.num_tiles for grid in grids]
-    images = []
-    for features, kept, grid in zip(torch.split(projected, counts), torch.split(dominant, counts), grids, strict=True):
-        if grid is None:
-            images.append(torch.cat([features[0], inner.image_newline.to(features)[None]]))
-            continue
-        order = released_order(kept, grid, num_tokens=features.shape[1], num_cls=num_cls, has_cls=tokens.has_cls)
-        images.append(features.flatten(0, 1)[order])
-    return images
+    """The images' tokens in the order "released", projected."""
+    reduction, counts = reducer(tokens), _tile_counts(grids)
+    num_tokens = reduction.features.shape[1]
+    num_cls = int(tokens.has_cls and reduction.dominant.shape[1] > 0 and not reduction.dominant[:, 0].any().item())
+    orders = [
+        released_order(dominant, grid, num_tokens=num_tokens, num_cls=num_cls, has_cls=tokens.has_cls)
+        for dominant, grid in zip(torch.split(reduction.dominant, counts), grids, strict=True)
+    ]
+    images = torch.split(project(inner, reduction.features), counts)
+    return _placed(inner, [image.flatten(0, 1) for image in images], orders)
+
+
+def _spatial(inner: Any, reducer: Reducer, tokens: VisionTokens, grids: Sequence[Grid | None]) -> list[Tensor]:
+    """The images' tokens in the order "spatial", projected."""
+    side = inner.config.vision_config.image_size // inner.config.vision_config.patch_size
+    device = tokens.features.device
+    whole = (range(side), range(side))
+    shown = [patches for grid in grids for patches in ([whole] if grid is None else [whole, *grid.visible])]
+    reduced: dict[int, tuple[Tensor, Tensor]] = {}
+    for rows, columns in set(shown):  # tiles that show the same patches together
+        alike = [tile for tile, patches in enumerate(shown) if patches == (rows, columns)]
+        patches = torch.tensor([row * side + column for row in rows for column in columns], dtype=torch.int64, device=device)
+        kept, places = _reduce_visible(tokens, reducer, torch.tensor(alike, device=device), patches)
+        reduced |= dict(zip(alike, zip(kept, places, strict=True), strict=True))
+    features, places_of = zip(*(reduced[tile] for tile in range(len(shown))), strict=True)
+    ends = list(accumulate(_tile_counts(grids), initial=0))
+    tiles = [slice(first, last) for first, last in pairwise(ends)]
+    projected = torch.split(project(inner, torch.cat(features)), [len(part) for part in features])
+    orders = [spatial_order(places_of[image], grid) for image, grid in zip(tiles, grids, strict=True)]
+    return _placed(inner, [torch.cat(projected[image]) for image in tiles], orders)
 
 
 class LlavaNext(Family):
@@ -167,8 +155,7 @@ class LlavaNext(Family):
         rows, columns = grid.pooled
         if reducer.anyres == "model":
             return budget + rows * (columns + 1)
-        shown = [grid.visible(tile) for tile in range(1, grid.num_tiles)]
-        return budget + sum(min(budget, len(tile_rows) * len(tile_columns)) for tile_rows, tile_columns in shown) + rows
+        return budget + sum(min(budget, len(tile_rows) * len(tile_columns)) for tile_rows, tile_columns in grid.visible) + rows
 
     def num_processed_tokens(self, reducer: Reducer, kind: str, inputs: Mapping[str, Any], index: int) -> int:
         if kind == "video":
@@ -187,7 +174,7 @@ class LlavaNext(Family):
         sizes = {name: kwargs.pop(name, None) for name in ("image_sizes", "batch_num_images")}
         kwargs.pop("vision_aspect_ratio", None)  # the config's
         grids = cls.grids_of(inner.config, **sizes)
-        counts = [1 if grid is None else grid.num_tiles for grid in grids]
+        counts = _tile_counts(grids)
         tokens = encode(inner.vision_tower, inner.config, reducer, stack_tiles(pixel_values, counts), **kwargs)
         if reducer.anyres == "model":
             projected = project(inner, reducer(tokens).features)
