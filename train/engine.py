@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -149,10 +150,12 @@ class Engine:
         self.rank, self.world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
         self.device = torch.device(self.deepspeed.device)
         self.stage = self.deepspeed.zero_optimization_stage()
-        if self.stage == 3:
-            # Those that no module inside owns (LLaVA-NeXT's image_newline): no hook would gather them; small ones then stay.
-            for parameter in family.model.model.parameters(recurse=False):
-                parameter.all_gather()
+
+    def whole_model(self) -> AbstractContextManager[None]:
+        """For calls of parts of the model: gathers, under ZeRO 3, what no part's hook would (LLaVA-NeXT's image_newline)."""
+        loose = list(self.family.model.model.parameters(recurse=False))
+        gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(loose, enabled=self.stage == 3)
+        return gathered
 
     def step(self, micro_batches: list[MicroBatch], *, lr: float, num_labels: int) -> tuple[float, float]:
         """One AdamW step: (loss, gradient norm before clipping).
@@ -168,7 +171,8 @@ class Engine:
         scale = self.accumulation * self.world_size / max(num_labels, 1)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for part in micro_batches:
-            loss = self.deepspeed(to_device(part, self.device))
+            with self.whole_model():
+                loss = self.deepspeed(to_device(part, self.device))
             total += loss.detach()
             self.deepspeed.backward(loss * scale)
             norm = self._unsharded_norm()

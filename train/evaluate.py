@@ -117,7 +117,9 @@ class Evaluator:
         parts = [mine[start : start + size] for start in range(0, len(mine), size)]
         found = []
         for part in progress(parts, total=len(parts), title=title, unit="batch", shown=rank == 0):
-            found += list(zip(part, self._generate([self.questions[index].example for index in part], collate), strict=True))
+            with self.engine.whole_model():
+                answers = self._generate([self.questions[index].example for index in part], collate)
+            found += list(zip(part, answers, strict=True))
         by_index = dict(gather(found))
         return [_graded(question, *by_index[index]) for index, question in enumerate(self.questions)]
 

@@ -17,6 +17,8 @@ from vzip.reducers.identity import Identity
 
 H100_PEAK, MFU = 989e12, 0.4
 """bf16 FLOP/s of an H100 SXM, and the share of a device's peak that the estimate counts on."""
+COCO_SIZE = (480, 640)
+"""(height, width) of a typical picture, where the data's settings name none."""
 MAX_SIZES = 5
 """Numbers of tiles that the plan shows."""
 
@@ -46,12 +48,11 @@ def _duration(seconds: float) -> str:
 
 def _visual(family: Family, cfg: DictConfig, reducer: Reducer) -> tuple[int, int]:
     """(pictures that the tower sees, visual tokens) of a typical row of the data."""
-    expected = cfg.data.expected
-    if "image_size" in expected:
-        size = tuple(expected.image_size)
-        return family.num_tiles(size), family.num_image_tokens(reducer, size)
-    num_frames = cfg.model.get("num_frames", 1)
-    return num_frames, family.num_video_tokens(reducer, num_frames)
+    expected, num_frames = cfg.data.expected, cfg.model.get("num_frames", 1)
+    if expected.get("media", "image") == "video":
+        return num_frames, family.num_video_tokens(reducer, num_frames)
+    size = tuple(expected.get("image_size", COCO_SIZE))
+    return family.num_tiles(size), family.num_image_tokens(reducer, size)
 
 
 def _token_rows(family: Family, cfg: DictConfig, reducer: Reducer) -> dict[str, str]:

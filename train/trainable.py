@@ -56,7 +56,8 @@ def print_table(family: Family, trainable: Trainable) -> None:
     """One line a part of the model, frozen or trainable, with counts, and the trainable tensors."""
     table = Table("part", "state", "parameters", "trainable", title="what is tuned", title_justify="left")
     parts = family.frozen_parts | {"projector": family.projector, "language model": family.language_model}
-    parts["head"] = family.lm_head
+    tied = family.lm_head.weight is family.model.get_input_embeddings().weight
+    parts["head (tied)" if tied else "head"] = family.lm_head
     for title, module in parts.items():
         opened = [p for p in module.parameters() if p.requires_grad]
         total, tuned = sum(p.numel() for p in module.parameters()), sum(p.numel() for p in opened)

@@ -29,7 +29,11 @@ class Handle:
         self.attached = True
 
     def num_image_tokens(self, image_size: tuple[int, int] | None = None) -> int:
-        """Placeholders that one image of `image_size` = (height, width) pixels takes; without one, of the tower's own size."""
+        """Placeholders that an image of `image_size` = (height, width) pixels takes.
+
+        Without a size: of the tower's own, or, where images are cut into tiles, of a square of 5 tiles. LLaVA-OneVision does
+        not cut an image that shares its row with others: its processor knows.
+        """
         return self.family.num_image_tokens(self.reducer, image_size)
 
     def num_video_tokens(self, num_frames: int) -> int:
