@@ -32,10 +32,10 @@ TOWERS = {
 SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>", "<video>"]
 
 
-def tokenizer():
+def tokenizer(special=tuple(SPECIAL)):
     """Bytes, and the special tokens of all templates: 263 ids."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(SPECIAL + alphabet)}
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -45,7 +45,7 @@ def tokenizer():
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<unk>",
-        extra_special_tokens=["<image>", "<|im_start|>", "<|im_end|>", "<video>"],
+        extra_special_tokens=list(special[3:]),
     )
 
 

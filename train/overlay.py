@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from data.pictures import open_picture
 from train.engine import is_main
 from vzip import Handle
-from vzip.media import model_inputs
+from vzip.media import model_inputs, pixels_of
 
 SIDE = 336
 DOMINANT, CONTEXTUAL = (230, 159, 0), (0, 114, 178)  # orange and blue of the colour-blind safe Okabe-Ito palette
@@ -22,7 +22,7 @@ def draw_kept(handle: Handle, image_processor: Any, picture: Path, target: Path)
     """Save the picture with dominant patches framed in orange, merge targets in blue, and the other patches dimmed."""
     image = open_picture(picture).resize((SIDE, SIDE))
     inputs = model_inputs("image", image_processor([open_picture(picture)], return_tensors="pt"))
-    tile = inputs["pixel_values"].flatten(0, -4)[:1]  # of several tiles the first, which is the whole picture
+    tile = pixels_of(inputs).flatten(0, -4)[:1]  # of several tiles the first, which is the whole picture
     parameter = next(handle.family.tower.parameters())
     reduction = handle.reduce(tile.to(parameter.device, parameter.dtype))
     num_prefix = reduction.slots.shape[1] - int(reduction.slots.shape[1] ** 0.5) ** 2

@@ -13,16 +13,21 @@ from transformers.video_utils import make_batched_videos
 
 from vzip.errors import UserError
 
-MEDIA_INPUTS = {"image": ("pixel_values", "image_sizes", "batch_num_images"), "video": ("pixel_values_videos",)}
-"""Arguments of a model by kind of media, images first."""
+MEDIA_INPUTS = {
+    "image": ("pixel_values", "pixel_values_images", "image_sizes", "batch_num_images"),
+    "video": ("pixel_values_videos",),
+}
+"""Arguments of a model by kind of media, images first, the pixels foremost; Video-LLaVA has its own name for an image's."""
 
 
 def model_inputs(kind: str, processed: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's arguments of one kind, of what an image or video processor returned."""
-    inputs = {name: processed[name] for name in MEDIA_INPUTS[kind] if name in processed}
-    if kind == "image" and "pixel_values_images" in processed:  # Video-LLaVA's, until transformers drops the name
-        inputs["pixel_values"] = processed["pixel_values_images"]
-    return inputs
+    """The model's arguments of one kind, pixels first, of what an image or video processor returned."""
+    return {name: processed[name] for name in MEDIA_INPUTS[kind] if name in processed}
+
+
+def pixels_of(inputs: Mapping[str, Any]) -> Any:
+    """The pixel values among the model's arguments of one kind."""
+    return next(iter(inputs.values()))
 
 
 def refuse_empty(num_frames: int) -> None:
@@ -90,14 +95,19 @@ class FrameProcessor:
         """`pixel_values_videos`: float[videos, frames, 3, height, width] of videos as lists of pictures, or as arrays.
 
         Raises:
-            UserError: a video without frames, videos of different numbers of frames, or a frame that is no picture.
+            UserError: a video without frames, videos of different numbers of frames, a frame that is no picture, or a wish to
+                have frames chosen.
         """
+        if asked := [name for name in ("num_frames", "fps", "do_sample_frames") if kwargs.get(name)]:
+            raise UserError(
+                f"{asked[0]}={kwargs[asked[0]]}: without torchvision, frames are not chosen here; give those to be seen"
+            )
         made = []
         for video in make_batched_videos(_in_colour(videos)):
             frames = [_picture(frame) for frame in video]
             refuse_empty(len(frames))
             made_of_frames = self.image_processor(frames, return_tensors="pt", **self.settings)
-            pixel_values = model_inputs("image", made_of_frames)["pixel_values"]
+            pixel_values = pixels_of(model_inputs("image", made_of_frames))
             made.append(pixel_values[:, 0] if self.has_tiles else pixel_values)
         if len({len(video) for video in made}) > 1:
             counts = [len(video) for video in made]
@@ -119,7 +129,7 @@ def build_processor(processor_class: Any, image_processor: Any, tokenizer: Any, 
             saved: dict[str, Any] = super().to_dict()
             name = processor_class.__name__
             kind = {"video_processor_type": name.replace("Processor", "VideoProcessor")}
-            return saved | {"processor_class": name, "video_processor": self.image_processor.to_dict() | kind}
+            return saved | {"video_processor": self.image_processor.to_dict() | kind}
 
     WithoutTorchvision.__name__ = processor_class.__name__  # which saved tokenizers record
     video_processor = FrameProcessor(image_processor)

@@ -17,7 +17,7 @@ from tests import tiny
 from vzip import UserError
 from vzip.families import Family
 from vzip.families.base import Family as Base
-from vzip.media import model_inputs
+from vzip.media import model_inputs, pixels_of
 from vzip.reducers.base import Reducer
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
@@ -49,7 +49,7 @@ SIZES = [(tiny.SIDE, tiny.SIDE), (40, 90), (150, 60)]
 
 
 def batch(processor, texts=TEXTS, side="right"):
-    """Rows with pictures of their own, of mixed sizes, padded; pixel values under the name that models take."""
+    """Rows with pictures of their own, of mixed sizes, padded."""
     numbers = iter(range(100))
     rows = [[tiny.picture(number := next(numbers), *SIZES[number % 3]) for _ in range(text.count("<image>"))] for text in texts]
     pictures = [row for row in rows if row] or None
@@ -63,7 +63,7 @@ def images_of(inputs, row, texts=TEXTS):
     mine = slice(sum(counts[:row]), sum(counts[: row + 1]))
     if not counts[row]:
         return {}
-    found = {name: inputs[name][mine] for name in ("pixel_values", "image_sizes") if name in inputs}
+    found = {name: inputs[name][mine] for name in ("pixel_values", "pixel_values_images", "image_sizes") if name in inputs}
     return found | ({"batch_num_images": torch.tensor([counts[row]])} if "batch_num_images" in inputs else {})
 
 
@@ -85,6 +85,10 @@ def logits(model, inputs, **keywords):
 
 def with_labels(inputs):
     return {**inputs, "labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
+
+
+def in_precision(inputs, dtype):
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 def marks(model):
@@ -267,7 +271,8 @@ def test_the_pictures_are_used(model, processor):
     handle = vzip.attach(model, **BUDGET)
     inputs = batch(handle.processor(processor))
     before = logits(model, inputs)
-    inputs["pixel_values"][1] = inputs["pixel_values"][0]
+    pixels = pixels_of(model_inputs("image", inputs))
+    pixels[1] = pixels[0]
     changed = (logits(model, inputs) - before).abs().amax(dim=(1, 2)) > 0
     assert changed.tolist() == [True, False, False]
 
@@ -380,7 +385,7 @@ def test_half_precision_models_run_with_a_float32_projector(kind, processor, dty
     model.model.multi_modal_projector.float()
     handle = vzip.attach(model, **BUDGET)
     inputs = with_labels(batch(handle.processor(processor)))
-    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    inputs = in_precision(inputs, dtype)
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     answer = model(**inputs)
@@ -391,8 +396,7 @@ def test_half_precision_models_run_with_a_float32_projector(kind, processor, dty
     exact = tiny.llava(kind)
     exact.load_state_dict(model.state_dict())
     vzip.attach(exact, **BUDGET)
-    inputs["pixel_values"] = inputs["pixel_values"].float()
-    assert abs(exact(**inputs).loss - answer.loss) < 0.02
+    assert abs(exact(**in_precision(inputs, torch.float32)).loss - answer.loss) < 0.02
 
 
 def test_gradient_checkpointing_changes_nothing(model, processor):

@@ -88,6 +88,7 @@ def test_digest_depends_on_content_not_on_the_order_of_keys():
     assert parse_row({**row, "conversations": messages("<image>\nwhat?", "a dog")}).digest != parse_row(row).digest
 
 
+@pytest.mark.integration
 def test_digest_is_the_same_in_another_process(tmp_path):
     path = write(tmp_path, [good(), {**good(1), "id": "é \U0001f600"}])
     code = "import sys; from data.conversations import read_rows; print(*(row.digest for row in read_rows(sys.argv[1])[0]))"

@@ -91,7 +91,7 @@ def test_a_camera_held_sideways_comes_out_upright(tmp_path, orientation, size, r
 
 def encoded(kind):
     buffer = io.BytesIO()
-    tiny.picture(side=32).save(buffer, kind)
+    tiny.picture(0, 32).save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -113,7 +113,7 @@ def test_a_missing_file_a_folder_and_an_impossible_name_raise(tmp_path):
 
 
 def test_a_decompression_bomb_raises(tmp_path, monkeypatch):
-    tiny.picture(side=32).save(tmp_path / "bomb.png")
+    tiny.picture(0, 32).save(tmp_path / "bomb.png")
     open_picture(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="pixels"):

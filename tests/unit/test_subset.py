@@ -120,6 +120,7 @@ def test_the_hash_is_of_the_content():
     assert manifest(ROWS[1:], [], fraction=1.0, seed=0)["hash"] != record["hash"]
 
 
+@pytest.mark.integration
 def test_the_subset_is_the_same_in_another_process(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([entry(number, source) for source in ("coco", "gqa", "ocr") for number in range(30)]))

@@ -240,6 +240,7 @@ def test_build_names_a_target_that_does_not_exist():
         config.build(OmegaConf.create({"_target_": "vzip.reducers.nosuch.NoSuch"}))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("raised", "message"),
     [
@@ -697,6 +698,7 @@ def test_a_key_is_found_where_wandb_looks_for_it(tmp_path, monkeypatch):
     assert _has_key()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("mode", [{}, {"WANDB_MODE": "offline"}], ids=["no key", "asked for"])
 def test_wandb_without_a_key_is_offline_and_never_prompts(tmp_path, mode):
     pytest.importorskip("wandb")

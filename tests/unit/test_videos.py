@@ -140,7 +140,7 @@ def test_a_folder_of_frames_is_taken_in_natural_order(tmp_path):
 def test_names_of_frames_may_mix_text_and_numbers(tmp_path):
     names = ["1.png", "2.png", "02b.png", "10.png", "a.png", "a1.png", "a01.png", "a2c.png", "b.png"]
     for name in names:
-        tiny.picture(side=8).save(tmp_path / name)
+        tiny.picture(0, 8).save(tmp_path / name)
     assert len(read_frames(tmp_path, len(names))) == len(names)
 
 

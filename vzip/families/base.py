@@ -62,7 +62,7 @@ class Family:
     """Their class."""
     seams: ClassVar[tuple[str, ...]] = ("get_image_features",)
     """Methods of the inner module that are replaced, each by the family's class method of the same name, which takes
-    (inner module, reducer) and the method's own arguments by name."""
+    (inner module, reducer, pixel values) and the method's other arguments by name."""
     projector_name: ClassVar[str] = "model.multi_modal_projector"
     """Name of the projector among the model's modules."""
     frozen_names: ClassVar[Mapping[str, str]] = {"vision tower": "model.vision_tower"}
@@ -196,8 +196,12 @@ class Family:
         return reducer(encode(self.tower, self.model.config, reducer, pixel_values, **kwargs))
 
     def media_features(self, kind: str, inputs: Mapping[str, Tensor]) -> Tensor:
-        """float[n, d_llm]: projected tokens of all images, or all videos, one after the other, as the model is now."""
-        output = getattr(self.model.model, f"get_{kind}_features")(**inputs).pooler_output
+        """float[n, d_llm]: projected tokens of all images, or all videos, one after the other, as the model is now.
+
+        `inputs` are what `vzip.media.model_inputs` returns.
+        """
+        (_, pixels), *more = inputs.items()
+        output = getattr(self.model.model, f"get_{kind}_features")(pixels, **dict(more)).pooler_output
         return torch.cat(list(output))
 
     def placeholder_id(self, kind: str) -> int:
@@ -227,12 +231,13 @@ class Family:
 def _seam(method: Callable[..., Any], replacement: Callable[..., Any], reducer: Reducer) -> Callable[..., Any]:
     """`replacement` as a method with the signature of `method`, which generate() reads."""
     signature = inspect.signature(method)
+    pixels = list(signature.parameters)[1]  # its name differs between versions of transformers
 
     # `self`, not the inner module of today, so that a deep copy of the model is whole.
     @functools.wraps(method)
     def seam(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = dict(signature.bind(self, *args, **kwargs).arguments)
+        given = dict(signature.bind_partial(self, *args, **kwargs).arguments)
         given.pop("self")
-        return replacement(self, reducer, **given.pop("kwargs", {}), **given)
+        return replacement(self, reducer, given.pop(pixels, None), **given.pop("kwargs", {}), **given)
 
     return seam

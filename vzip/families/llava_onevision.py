@@ -9,15 +9,21 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+import transformers
+from packaging import version
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vzip.anyres import Grid
+from vzip.errors import UserError
 from vzip.families.base import encode, project
 from vzip.families.llava_next import LlavaNext
 from vzip.media import load_video_processor, refuse_empty, stack_frames
 from vzip.reducers.base import Reducer
+
+TAKES_VIDEOS = version.parse(transformers.__version__) >= version.parse("5.18")
+"""Before, `image_newline` was put behind a video elsewhere than in the method that is replaced."""
 
 
 class LlavaOnevision(LlavaNext):
@@ -25,8 +31,8 @@ class LlavaOnevision(LlavaNext):
 
     model_type: ClassVar[str] = "llava_onevision"
     model_class: ClassVar[type] = LlavaOnevisionForConditionalGeneration
-    seams: ClassVar[tuple[str, ...]] = ("get_image_features", "get_video_features")
-    kinds: ClassVar[tuple[str, ...]] = ("image", "video")
+    seams: ClassVar[tuple[str, ...]] = ("get_image_features", "get_video_features") if TAKES_VIDEOS else ("get_image_features",)
+    kinds: ClassVar[tuple[str, ...]] = ("image", "video") if TAKES_VIDEOS else ("image",)
     budget_tiles: ClassVar[int] = 1
     """No budgets are published: a budget here is of one tile, or one frame."""
 
@@ -47,10 +53,19 @@ class LlavaOnevision(LlavaNext):
         if batch_num_images is None:
             return grids
         alone = [int(count) == 1 for count in batch_num_images for _ in range(int(count))]
+        if len(alone) != len(grids):
+            raise UserError(
+                f"batch_num_images={list(map(int, batch_num_images))} are {len(alone)} images, image_sizes has {len(grids)}; "
+                f"use what the model's processor returns"
+            )
         return [grid if single else None for grid, single in zip(grids, alone, strict=True)]
 
     def num_video_tokens(self, reducer: Reducer, num_frames: int) -> int:
         """All frames, and one newline behind them."""
+        if not TAKES_VIDEOS:
+            raise UserError(
+                f"videos of {self.model_type!r} models need transformers 5.18 or newer; this is {transformers.__version__}"
+            )
         refuse_empty(num_frames)
         side = math.ceil(self.tile_side // self.model.config.vision_config.patch_size / 2)
         return num_frames * (side * side if reducer.anyres == "model" else self.num_tile_tokens(reducer)) + 1

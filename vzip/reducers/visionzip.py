@@ -104,6 +104,7 @@ class VisionZip:
     """Order of the tokens of several tiles, see `vzip.anyres`."""
 
     def __post_init__(self, budget: int | None, tiles: int) -> None:
+        self._tiles = 1 if budget is None else tiles  # what an error speaks of
         one_of("reducer.merge", self.merge, MERGES)
         one_of("reducer.anyres", self.anyres, ANYRES)
         one_of("reducer.keep_cls", self.keep_cls, (True, False))
@@ -139,9 +140,11 @@ class VisionZip:
         available = num_patches + (1 if has_cls and self.keep_cls and self.dominant else 0)
         if budget > available:
             cls = " and a CLS token" if available > num_patches else ""
+            total = f", a total of at most {available * self._tiles} for {self._tiles} tiles" if self._tiles > 1 else ""
             raise UserError(
-                f"reducer.budget={budget} ({self.dominant} dominant + {self.contextual} contextual) is larger than the "
-                f"{available} tokens of an image ({num_patches} patches{cls}); choose a budget of at most {available}"
+                f"reducer.budget={budget * self._tiles} ({self.dominant} dominant + {self.contextual} contextual a picture) "
+                f"is larger than the {available} tokens of a picture ({num_patches} patches{cls}); "
+                f"choose at most {available}{total}"
             )
         return budget
 
