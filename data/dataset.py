@@ -107,7 +107,8 @@ class Collator:
             raise UserError(
                 f"the data holds {other[0]}s, which a {family.model_type!r} model does not take; take such rows out"
             )
-        self.processor, self.family, self.reducer, self.kinds, self.num_frames = processor, family, reducer, kinds, num_frames
+        self.processor, self.reducer, self.kinds, self.num_frames = processor, reducer, kinds, num_frames
+        self.family = family.without_weights()  # workers get a copy
         tokenizer = processor.tokenizer
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 

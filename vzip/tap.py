@@ -48,12 +48,12 @@ def _layouts() -> dict[str, TowerLayout]:
 TOWER_LAYOUTS = _layouts()
 
 
-def tower_layout(tower: nn.Module) -> TowerLayout:
-    """The layout of a vision tower. Raises UserError for a kind that is not in `TOWER_LAYOUTS`."""
-    kind = tower.config.model_type  # type: ignore[union-attr]
+def tower_layout(config: Any) -> TowerLayout:
+    """The layout of the vision tower with this config. Raises UserError for a kind that is not in `TOWER_LAYOUTS`."""
+    kind = config.model_type
     if kind not in TOWER_LAYOUTS:
         raise UserError(f"vision tower of type {kind!r} is not supported; supported are: {', '.join(sorted(TOWER_LAYOUTS))}")
-    return TOWER_LAYOUTS[kind]  # type: ignore[index]
+    return TOWER_LAYOUTS[kind]
 
 
 def layer_index(layer: int, num_layers: int, *, setting: str = "vision_feature_layer") -> int:
@@ -165,7 +165,7 @@ def run_tower(
         UserError: an unknown kind of tower, a layer that it does not have, or pixel values that are no pictures.
     """
     refuse_wrong_pictures(pixel_values)
-    layout = tower_layout(tower)
+    layout = tower_layout(tower.config)
     layers = list(tower.get_submodule(layout.layers).children())
     index = last = layer_index(feature_layer, len(layers))
     tapped = {"features": layers[index]}

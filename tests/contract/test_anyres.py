@@ -425,9 +425,9 @@ def test_spatial_order_never_shows_padding(kind):
     """The tapped layer's output is NaN where there is padding: nothing of it may be left in the features, kept or merged."""
     model, seen = llava(kind, pinpoints=(*LARGE, (56, 112), (112, 112))), 0
     tower = model.model.vision_tower
-    layer = list(tower.get_submodule(tower_layout(tower).layers).children())[-2]
+    layer = list(tower.get_submodule(tower_layout(tower.config).layers).children())[-2]
     for size in (*PADDED.values(), *HIDDEN):
-        grid, first = grid_of(model, size), int(tower_layout(tower).has_cls)
+        grid, first = grid_of(model, size), int(tower_layout(tower.config).has_cls)
         hidden = torch.ones(1 + grid[0] * grid[1], tiny.GRID**2, dtype=torch.bool)
         hidden[0] = False
         for place in flat(stitched(size, grid)):

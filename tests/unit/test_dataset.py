@@ -392,3 +392,13 @@ def test_a_video_that_vanishes_or_breaks_later_is_a_user_error_that_names_it(tmp
         path.mkdir()
     with pytest.raises(UserError, match=path.name):
         collated(kind, examples)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_collator_is_light_enough_for_workers_that_are_sent_a_copy(kind):
+    """Where workers are not forked they get a pickle: it must not hold the model."""
+    family = family_of(tiny.llava(kind))
+    collate = Collator(tiny.processor(kind), family, VisionZip(dominant=4, contextual=2))
+    held = [getattr(collate.family.model, name, None) for name in ("model", "lm_head")]
+    assert held == [None, None]
+    assert collate.family.num_image_tokens(collate.reducer, (40, 90)) == family.num_image_tokens(collate.reducer, (40, 90))

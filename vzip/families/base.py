@@ -10,7 +10,8 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +106,15 @@ class Family:
         model_class: Any = cls.model_class
         return model_class._from_config(model_class.config_class(**architecture), dtype=dtype).eval()
 
+    def without_weights(self) -> Self:
+        """The same adapter around the config alone: it counts tokens, and is light enough for a data worker."""
+        return type(self)(SimpleNamespace(config=self.model.config))
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the tapped tower has a CLS token."""
+        return tower_layout(self.model.config.vision_config).has_cls
+
     @property
     def tower(self) -> nn.Module:
         """The vision tower that is tapped."""
@@ -158,8 +168,7 @@ class Family:
     def num_tile_tokens(self, reducer: Reducer) -> int:
         """Tokens that one picture of the tower's size becomes. Raises UserError if the budget does not fit."""
         patches = (self.tile_side // self.model.config.vision_config.patch_size) ** 2
-        has_cls = tower_layout(self.tower).has_cls
-        return reducer.num_tokens(patches, has_cls=has_cls, num_dropped=num_dropped(self.model.config))
+        return reducer.num_tokens(patches, has_cls=self.has_cls, num_dropped=num_dropped(self.model.config))
 
     def num_tiles(self, image_size: tuple[int, int]) -> int:
         """Pictures that the tower sees of one image of (height, width) pixels."""

@@ -15,7 +15,6 @@ from vzip.checkpoints import llava as original
 from vzip.checkpoints.renaming import is_original
 from vzip.families.base import Family, encode, num_dropped, project
 from vzip.reducers.base import Reducer
-from vzip.tap import tower_layout
 
 
 class Llava(Family):
@@ -40,7 +39,7 @@ class Llava(Family):
         """By the picture's own size, which some towers take as it is."""
         patch = self.model.config.vision_config.patch_size
         height, width = inputs["pixel_values"][index].shape[-2:]
-        has_cls, dropped = tower_layout(self.tower).has_cls, num_dropped(self.model.config)
+        has_cls, dropped = self.has_cls, num_dropped(self.model.config)
         return reducer.num_tokens((height // patch) * (width // patch), has_cls=has_cls, num_dropped=dropped)
 
     @classmethod

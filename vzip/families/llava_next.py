@@ -17,7 +17,6 @@ from vzip.anyres import Grid, released_order, spatial_order
 from vzip.errors import UserError
 from vzip.families.base import Family, encode, num_dropped, project
 from vzip.reducers.base import Reducer, VisionTokens
-from vzip.tap import tower_layout
 
 
 def stack_tiles(pixel_values: Tensor, counts: Sequence[int]) -> Tensor:
@@ -136,7 +135,7 @@ class LlavaNext(Family):
 
     def num_tile_tokens(self, reducer: Reducer) -> int:
         patches = (self.tile_side // self.model.config.vision_config.patch_size) ** 2
-        has_cls = tower_layout(self.tower).has_cls and reducer.anyres != "spatial"
+        has_cls = self.has_cls and reducer.anyres != "spatial"
         dropped = num_dropped(self.model.config) if has_cls else 0
         return reducer.num_tokens(patches, has_cls=has_cls, num_dropped=dropped)
 

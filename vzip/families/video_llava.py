@@ -9,7 +9,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vzip.families.base import Family, encode, project
 from vzip.media import load_video_processor, refuse_empty, stack_frames
 from vzip.reducers.base import Reducer
-from vzip.tap import tower_layout
 
 
 class VideoLlava(Family):
@@ -29,7 +28,7 @@ class VideoLlava(Family):
         """All frames; without a reducer the model keeps the CLS of each."""
         refuse_empty(num_frames)
         patches = (self.tile_side // self.model.config.vision_config.patch_size) ** 2
-        return num_frames * reducer.num_tokens(patches, has_cls=tower_layout(self.tower).has_cls, num_dropped=0)
+        return num_frames * reducer.num_tokens(patches, has_cls=self.has_cls, num_dropped=0)
 
     @classmethod
     def get_image_features(cls, inner: Any, reducer: Reducer, pixel_values: Tensor | None = None, **kwargs: Any) -> Any:
