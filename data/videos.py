@@ -4,6 +4,7 @@ Files are decoded with PyAV (package `av`), which is imported only when a file i
 """
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,28 +101,35 @@ def _claimed(path: Path) -> int:
 
 
 def _decode(path: Path, wanted: set[int]) -> tuple[dict[int, Image.Image], int]:
-    """The `wanted` ones of a file's frames by their number, and how many frames there really are."""
+    """The `wanted` ones of a file's frames by their number, and how many frames there really are, up to the first damage."""
     pictures, count = {}, 0
-    with _opened(path) as (container, stream):
-        for frame in container.decode(stream):
-            if count in wanted:
-                pictures[count] = _picture(frame)
-            count += 1
+    try:
+        with _opened(path) as (container, stream):
+            for frame in container.decode(stream):
+                if count in wanted:
+                    pictures[count] = _picture(frame)
+                count += 1
+    except ValueError as error:
+        if not count:
+            raise
+        # Only decoding all of it tells, which is too dear before training: the run goes on with what there is.
+        warnings.warn(f"{path}: {error} after {count} frames, of which the frames are taken", stacklevel=2)
     return pictures, count
 
 
 def read_frames(path: Path, num_frames: int) -> list[Image.Image]:
     """`num_frames` upright RGB pictures, in order, spread over the video as `sample` does.
 
-    A file is decoded once from start to end, and again only where it holds another number of frames than it says; no more
-    than `num_frames` pictures are in memory. Frames that `sample` repeats are the same object.
+    Of a file that is damaged in the middle, the frames before are used, with a warning. A file is decoded once from start to
+    end, and again only where it holds another number of frames than it says; no more than `num_frames` pictures are in
+    memory. Frames that `sample` repeats are the same object.
 
     Args:
         path: a video file, or a folder of pictures, which are taken in the natural order of their names.
         num_frames: at least 1.
 
     Raises:
-        OSError, ValueError: a video that is missing, truncated or damaged, is none, or has no frames.
+        OSError, ValueError: a video that is missing or truncated, is none, or has no frames.
         UserError: PyAV is not installed.
     """
     if path.is_dir():
