@@ -64,7 +64,10 @@ class Reduction:
 
 
 class Reducer(Protocol):
-    """A pure function on vision tokens. "Off" is an object too (`Identity`), so callers never branch."""
+    """A pure function on vision tokens. "Off" is an object too (`Identity`), so callers never branch.
+
+    A constructor that takes `budget` takes `tiles` too, of how many pictures it is the total: see `budget_of_a_tile`.
+    """
 
     name: ClassVar[str]
     """The module's name in `vzip.reducers`, as checkpoints record it."""
