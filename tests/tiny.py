@@ -70,7 +70,7 @@ KINDS = {  # a family's model_type, its vision tower, and what else its config h
     "mini-gemini": ("mini_gemini", "clip", {}),
 }
 TILED = ("next", "next-siglip", "onevision")
-VIDEO = ("onevision", "video")
+VIDEO = tuple(kind for kind, (model_type, *_) in KINDS.items() if "video" in families()[model_type].kinds)
 
 
 def architecture(kind="clip", *, grid=GRID, layers=LAYERS, width=32):
@@ -97,7 +97,7 @@ def architecture(kind="clip", *, grid=GRID, layers=LAYERS, width=32):
     tiles = {"image_grid_pinpoints": pinpoints(grid)} if kind in TILED else {"image_seq_length": grid * grid}
     if kind == "mini-gemini":
         more = {"high_resolution_config": {"depths": [1, 1], "hidden_sizes": [8, 16], "image_size": 8 * grid}}
-    videos = {"video_token_index": SPECIAL.index("<video>")} if kind in VIDEO else {}
+    videos = {"video_token_index": SPECIAL.index("<video>")} if kind in ("onevision", "video") else {}
     return {
         "vision_config": vision,
         "text_config": text,
