@@ -43,6 +43,7 @@ from transformers import (
 from data.paths import data_dir
 from data.progress import progress
 from scripts.prepare_tiny import prepare as prepare_tiny
+from scripts.prepare_tiny import rename_token
 from train.config import teach
 from vzip import UserError
 
@@ -139,11 +140,7 @@ def load_language(folder: Path) -> tuple[Any, Any]:
     """(language model, tokenizer) of the GGUF file, made dense; an unused special token becomes `<image>`."""
     dense = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32, quantization_config=dense)
-    with tempfile.TemporaryDirectory() as plain:
-        AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(plain)
-        for path in Path(plain).glob("tokenizer*.json"):
-            path.write_text(path.read_text().replace("<empty_output>", "<image>"))
-        tokenizer = AutoTokenizer.from_pretrained(plain)
+    tokenizer = rename_token(AutoTokenizer.from_pretrained(folder, gguf_file=GGUF), "<empty_output>", "<image>")
     return model.eval(), tokenizer
 
 

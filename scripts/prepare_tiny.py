@@ -31,12 +31,12 @@ VIDEO_TOKEN = "<jupyter_script>"
 """An unused special token of SmolLM2's tokenizer, which becomes `<video>`."""
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The embedded default's tokenizer, with `<video>`."""
+def rename_token(tokenizer: Any, old: str, new: str) -> Any:
+    """The tokenizer with a special token under another name."""
     with tempfile.TemporaryDirectory() as scratch:
-        AutoTokenizer.from_pretrained(folder).save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
         for path in Path(scratch).glob("tokenizer*.json"):
-            path.write_text(path.read_text().replace(VIDEO_TOKEN, "<video>"))
+            path.write_text(path.read_text().replace(old, new))
         return AutoTokenizer.from_pretrained(scratch)
 
 
@@ -71,7 +71,7 @@ def prepare(tokenizer_folder: Path, target: Path) -> None:
     wanted, stamp = architectures(), target / "prepared.json"
     if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
         return
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = rename_token(AutoTokenizer.from_pretrained(tokenizer_folder), VIDEO_TOKEN, "<video>")
     shutil.rmtree(target, ignore_errors=True)
     for name, architecture in wanted.items():
         build(name, architecture, tokenizer).save_pretrained(target / name)

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from data.conversations import Row
-from data.dataset import Collator, Example, example_of, kinds_of
+from data.dataset import Collator, Example, example_of
 from data.progress import progress
 from train.checkpoint import RunFolder
 from train.engine import Engine, gather, media_inputs, say, to_device
-from train.examples import usable_rows
+from train.examples import make_collator, usable_rows
 from vzip import attach
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
@@ -97,15 +97,12 @@ class Evaluator:
         answers = self.run.answers(name)
         if answers is None:
             with attach(self.engine.family.model, reducer=reducer):
-                answers = self._ask(self._collator(reducer), title=f"evaluate {name}")
+                examples = [question.example for question in self.questions]
+                collate = make_collator(self.cfg, self.processor, self.engine.family, reducer, examples)
+                answers = self._ask(collate, title=f"evaluate {name}")
             self.run.save_answers(name, answers)
         self.samples += [{"row": name, **given} for given in answers[:NUM_SAMPLES]]
         return [score(name, answers)]
-
-    def _collator(self, reducer: Reducer) -> Collator:
-        kinds = kinds_of([question.example for question in self.questions])
-        num_frames = self.cfg.model.get("num_frames", 1)
-        return Collator(self.processor, self.engine.family, reducer, kinds=kinds, num_frames=num_frames)
 
     @torch.no_grad()
     def _ask(self, collate: Collator, *, title: str) -> list[dict[str, Any]]:

@@ -1,15 +1,18 @@
 """From data files to tokenized rows, with what was left out reported."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from data.conversations import BadRow, Row, read_rows
-from data.dataset import Example, tokenize
+from data.dataset import Collator, Example, kinds_of, tokenize
 from data.pictures import check_pictures, refuse_if_too_bad
 from data.subset import draw, manifest
 from train.engine import from_main, is_main, say
+from vzip.families import Family
+from vzip.reducers import Reducer
 from vzip.templates import Template
 
 
@@ -34,6 +37,11 @@ def usable_rows(path: str, folder: Path, *, fraction: float, seed: int) -> tuple
     if bad:
         say(f"  {len(bad)} rows of {path} left out in all")
     return good, bad
+
+
+def make_collator(cfg: DictConfig, processor: Any, family: Family, reducer: Reducer, examples: Sequence[Example]) -> Collator:
+    """The collator for these examples under a reducer. Raises UserError for media that the model does not take."""
+    return Collator(processor, family, reducer, kinds=kinds_of(examples), num_frames=cfg.model.get("num_frames", 1))
 
 
 def training_examples(cfg: DictConfig, template: Template, tokenizer: Any) -> tuple[list[Example], dict[str, Any]]:

@@ -48,8 +48,9 @@ def _duration(seconds: float) -> str:
 
 def _visual(family: Family, cfg: DictConfig, reducer: Reducer) -> tuple[int, int]:
     """(pictures that the tower sees, visual tokens) of a typical row of the data."""
-    expected, num_frames = cfg.data.expected, cfg.model.get("num_frames", 1)
+    expected = cfg.data.expected
     if expected.get("media", "image") == "video":
+        num_frames = cfg.model.get("num_frames", 1)
         return num_frames, family.num_video_tokens(reducer, num_frames)
     size = tuple(expected.get("image_size", COCO_SIZE))
     return family.num_tiles(size), family.num_image_tokens(reducer, size)
@@ -69,8 +70,8 @@ def _token_rows(family: Family, cfg: DictConfig, reducer: Reducer) -> dict[str, 
     if family.budget_tiles > 1 and "budget" in cfg.reducer and cfg.reducer.budget is not None:
         more = "; row ends come on top" if reducer.anyres == "spatial" else ""
         rows["budget"] = (
-            f"{cfg.reducer.budget} is the total of {family.budget_tiles} tiles: {cfg.reducer.budget // family.budget_tiles} "
-            f"each; an image of fewer tiles has as much less{more}"
+            f"{cfg.reducer.budget} is the total of {family.budget_tiles} tiles: {family.num_tile_tokens(reducer)} each; "
+            f"an image of fewer tiles has as much less{more}"
         )
     if "video" in family.kinds:
         before, after = (family.num_video_tokens(which, cfg.model.num_frames) for which in (full, reducer))

@@ -42,8 +42,7 @@ def row_cost(family: Family, reducer: Reducer, *, num_tiles: int, num_visual_tok
     """The cost of tuning on one row: `num_tiles` pictures (images, tiles or frames), what they are reduced to, and text."""
     vision: Any = family.tower.config
     text: Any = family.language_model.config
-    num_patches = (family.tile_side // vision.patch_size) ** 2
-    tower = num_tiles * (num_patches * linear_flops(family.tower) + attention_flops(vision, num_patches))
+    tower = num_tiles * (family.num_patches * linear_flops(family.tower) + attention_flops(vision, family.num_patches))
     tokens = num_visual_tokens + num_text_tokens
     language = tokens * (linear_flops(family.language_model) + linear_flops(family.lm_head))
     language += attention_flops(text, tokens) // 2  # causal: half of it

@@ -476,7 +476,7 @@ def test_a_folder_without_weights_is_refused_with_the_way_out(folder):
 def test_what_is_not_there_is_an_oserror(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for path in (tmp_path, tmp_path / "gone"):
-        for call in (towers.read_config, original.load_tokenizer, original.load_processor, load):
+        for call in (shards.read_config, original.load_tokenizer, original.load_processor, load):
             with pytest.raises(OSError):
                 call(str(path))
     with pytest.raises(OSError):

@@ -15,8 +15,8 @@ from transformers import AutoProcessor, CLIPVisionConfig, CLIPVisionModel, PreTr
 
 from tests import tiny
 from vzip import UserError
-from vzip.checkpoints.mini_gemini import convnext_weights, is_public, load_model, load_processor
-from vzip.checkpoints.towers import read_config
+from vzip.checkpoints.mini_gemini import convnext_weights, is_original, load_model, load_processor
+from vzip.checkpoints.shards import read_config
 from vzip.mini_gemini import HighResolutionTower, MiniGeminiConfig, MiniGeminiForConditionalGeneration, make_processor
 
 SIDE = 64
@@ -224,7 +224,7 @@ def test_what_is_saved_is_loaded(tmp_path, attention):
     model, rows = build(), batch()
     model.save_pretrained(tmp_path)
     loaded = MiniGeminiForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=attention)
-    assert not is_public(read_config(str(tmp_path)))
+    assert not is_original(read_config(str(tmp_path)))
     with torch.no_grad():
         torch.testing.assert_close(loaded(**rows).logits, model(**rows).logits, atol=1e-5, rtol=1e-5)
 
@@ -371,7 +371,7 @@ def test_a_public_checkpoint_gives_the_same_logits(tmp_path, towers):
     model, rows = build(), batch()
     path = save_public(tmp_path, model, towers=towers)
     loaded = load_model(path, dtype=torch.float32)
-    assert is_public(read_config(path)) and not loaded.training
+    assert is_original(read_config(path)) and not loaded.training
     assert loaded.config.image_token_index == WORDS and loaded.config.image_seq_length == 16
     assert loaded.config.high_resolution_config.hidden_sizes == WIDTHS
     with torch.no_grad():

@@ -29,16 +29,16 @@ from vzip.checkpoints.renaming import (
     PROJECTOR,
     ROWS,
     TOWER,
+    fill,
     language_weights,
     projector_weights,
-    refuse_mismatch,
     refuse_settings,
     text_config,
     tower_weights,
     vocab_size,
 )
-from vzip.checkpoints.shards import read_weights
-from vzip.checkpoints.towers import clip_weights, find_clip, read_config
+from vzip.checkpoints.shards import read_config, read_weights
+from vzip.checkpoints.towers import clip_weights, find_clip
 from vzip.errors import UserError
 from vzip.templates import IMAGE
 
@@ -52,6 +52,11 @@ _SETTINGS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "s2": (False, (False,)),
 }
 """Setting: what LLaVA's code takes where it is absent, and the values that can be had here."""
+
+
+def is_original(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is in the layout of LLaVA's own code, or of code made from it."""
+    return config.get("mm_vision_tower") is not None
 
 
 def _refuse_unfit(path: str, config: Mapping[str, Any]) -> None:
@@ -83,16 +88,13 @@ def _llava_config(config: Mapping[str, Any], vision: Any) -> Any:
     )
 
 
-def _convert(path: str, config: Mapping[str, Any], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors that the checkpoint holds, under the names in `expected`."""
+def _convert(path: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All tensors that the checkpoint holds, under the names in `LlavaForConditionalGeneration`."""
     weights = read_weights(path)
     if "model.image_newline" in weights:
         raise _is_next(path, "it has model.image_newline")
     tensors = language_weights(weights, config) | projector_weights(weights, path)
-    inner = "model.vision_tower."
-    if any(name.startswith(f"{inner}vision_model.") for name in expected):  # as earlier versions of transformers name it
-        inner += "vision_model."
-    tensors |= {inner + name: tensor for name, tensor in tower_weights(weights).items()}
+    tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in tower_weights(weights).items()}
     forms = (LANGUAGE, PROJECTOR, TOWER)
     known = {name for name in weights if name.endswith(DERIVED) or any(form.fullmatch(name) for form in forms)}
     return tensors | {name: weights[name] for name in weights.keys() - known}  # refused by name further on
@@ -100,8 +102,6 @@ def _convert(path: str, config: Mapping[str, Any], expected: Mapping[str, Tensor
 
 def load_model(path: str, *, dtype: torch.dtype) -> Any:
     """The checkpoint of a folder or hub id as a `LlavaForConditionalGeneration`, on the CPU, in eval mode.
-
-    Tensors are views of the files until each is cast, so that one copy of the model is held, in `dtype`.
 
     Raises:
         OSError: no such folder or hub id.
@@ -111,16 +111,10 @@ def load_model(path: str, *, dtype: torch.dtype) -> Any:
     config = read_config(path)
     _refuse_unfit(path, config)
     tower, vision = find_clip(path, config["mm_vision_tower"])
-    llava_config = _llava_config(config, vision)
-    with torch.device("meta"):
-        expected = LlavaForConditionalGeneration(llava_config).state_dict()
-    tensors = _convert(path, config, expected)
+    tensors = _convert(path, config)
     if not any(name.startswith("model.vision_tower.") for name in tensors):
         tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in clip_weights(path, tower, dtype).items()}
-    refuse_mismatch(path, tensors, expected)
-    for name in tensors:
-        tensors[name] = tensors[name].to(dtype, copy=True)  # also where nothing is cast: the file may change or go
-    return LlavaForConditionalGeneration.from_pretrained(None, config=llava_config, state_dict=tensors, dtype=dtype).eval()
+    return fill(path, LlavaForConditionalGeneration, _llava_config(config, vision), tensors, dtype=dtype)
 
 
 def _file(path: str, name: str) -> Path | None:

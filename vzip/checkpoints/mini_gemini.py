@@ -23,16 +23,16 @@ from vzip.checkpoints.renaming import (
     PROJECTOR,
     TOWER,
     few,
+    fill,
     language_weights,
     projector_weights,
-    refuse_mismatch,
     refuse_settings,
     text_config,
     tower_weights,
     vocab_size,
 )
-from vzip.checkpoints.shards import read_tensors, read_weights
-from vzip.checkpoints.towers import clip_weights, find_clip, read_config, tower_places
+from vzip.checkpoints.shards import read_config, read_tensors, read_weights
+from vzip.checkpoints.towers import clip_weights, find_clip, tower_places
 from vzip.errors import UserError
 from vzip.mini_gemini import MiniGeminiConfig, MiniGeminiForConditionalGeneration, make_processor
 
@@ -70,7 +70,7 @@ _CONVNEXT = {
 }
 
 
-def is_public(config: Mapping[str, Any]) -> bool:
+def is_original(config: Mapping[str, Any]) -> bool:
     """Whether a `config.json` is in the layout of MGM's code. Its `model_type` may be "mini_gemini", as ours is."""
     return config.get("mm_vision_tower_aux") is not None
 
@@ -165,7 +165,7 @@ def _named(path: str, weights: Mapping[str, Tensor], config: Mapping[str, Any]) 
 
 
 def load_model(path: str, *, dtype: torch.dtype) -> MiniGeminiForConditionalGeneration:
-    """The checkpoint of a folder or hub id, on the CPU, in eval mode. One copy of the model is held, in `dtype`.
+    """The checkpoint of a folder or hub id, on the CPU, in eval mode.
 
     Raises:
         OSError: no such folder or hub id.
@@ -179,19 +179,13 @@ def load_model(path: str, *, dtype: torch.dtype) -> MiniGeminiForConditionalGene
     held = any(_HIGH.fullmatch(name) for name in weights)
     high = convnext_weights(weights if held else _open_clip_weights(path, config["mm_vision_tower_aux"]))
     model_config = _config(config, vision, _convnext_config(path, high, config["image_size_aux"]))
-    with torch.device("meta"):
-        expected = MiniGeminiForConditionalGeneration(model_config).state_dict()
     tensors = _named(path, weights, config)
     tensors |= {f"model.high_resolution_tower.{name}": tensor for name, tensor in high.items()}
     if not any(name.startswith("model.vision_tower.") for name in tensors):
         tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in clip_weights(path, tower, dtype).items()}
-    refuse_mismatch(path, tensors, expected)
-    for name in tensors:
-        tensors[name] = tensors[name].to(dtype, copy=True)  # a view of the file until here; the file may change or go
-    cls = MiniGeminiForConditionalGeneration
-    model: MiniGeminiForConditionalGeneration = cls.from_pretrained(
-        None, config=model_config, state_dict=tensors, dtype=dtype
-    ).eval()
+    model: MiniGeminiForConditionalGeneration = fill(
+        path, MiniGeminiForConditionalGeneration, model_config, tensors, dtype=dtype
+    )
     return model
 
 

@@ -29,11 +29,6 @@ DERIVED = (".inv_freq", ".position_ids")
 _LAYERS = {f"{old}.{kind}": f"linear_{new}.{kind}" for old, new in ((0, 1), (2, 2)) for kind in ("weight", "bias")}
 
 
-def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is in the layout of LLaVA's own code, or of code made from it."""
-    return config.get("mm_vision_tower") is not None
-
-
 def few(names: Iterable[str]) -> str:
     """The first names, and how many more there are: a 7B model has hundreds."""
     names = sorted(names)
@@ -167,3 +162,15 @@ def refuse_mismatch(path: str, tensors: Mapping[str, Tensor], expected: Mapping[
             f"{path}: the weights do not fit config.json: {'; '.join(wrong)};"
             " get the whole checkpoint, with its own config.json and towers"
         )
+
+
+def fill(path: str, model_class: Any, config: Any, tensors: dict[str, Tensor], *, dtype: torch.dtype) -> Any:
+    """The model of these tensors, on the CPU, in eval mode. Raises UserError unless they are its own, one by one.
+
+    Tensors may be views of files until here, so that one copy of the model is held, in `dtype`.
+    """
+    with torch.device("meta"):
+        refuse_mismatch(path, tensors, model_class(config).state_dict())
+    for name in tensors:
+        tensors[name] = tensors[name].to(dtype, copy=True)  # also where nothing is cast: the file may change or go
+    return model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype).eval()

@@ -1,4 +1,4 @@
-"""Weights of a folder or hub id as one dict of tensors, from safetensors or from PyTorch's own format.
+"""What a folder or hub id holds: config.json, and the weights as one dict of tensors, from safetensors or PyTorch's format.
 
 Nothing but tensors is ever unpickled. Tensors are views of their files where the format allows it, so that reading is free and
 a model larger than the memory can be cast one tensor at a time.
@@ -8,12 +8,14 @@ import json
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from vzip.errors import UserError
 
@@ -46,6 +48,14 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if not named or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{file} can't be read: it does not hold tensors by name; give a state dict, best as safetensors")
     return {name: value.detach() for name, value in tensors.items()}  # what was saved may be a parameter
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """`config.json` of a folder or hub id. Raises OSError where there is none."""
+    config: dict[str, Any] = PreTrainedConfig.get_config_dict(path)[0]
+    if not config:
+        raise OSError(f"{path} has no config.json")
+    return config
 
 
 def _download(path: str, pattern: str) -> Path:

@@ -6,18 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from vzip.checkpoints.renaming import few
+from vzip.checkpoints.shards import read_config
 from vzip.errors import UserError
-
-
-def read_config(path: str) -> dict[str, Any]:
-    """`config.json` of a folder or hub id. Raises OSError where there is none."""
-    config: dict[str, Any] = PreTrainedConfig.get_config_dict(path)[0]
-    if not config:
-        raise OSError(f"{path} has no config.json")
-    return config
 
 
 def tower_places(path: str, name: str) -> list[Path]:

@@ -15,8 +15,10 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoProcessor, PreTrainedConfig
+from transformers import AutoProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from vzip.checkpoints.shards import read_config
 from vzip.errors import UserError
 from vzip.reducers.base import Reducer, Reduction, VisionTokens
 from vzip.tap import layer_index, run_tower, tower_layout
@@ -36,7 +38,7 @@ def encode(tower: nn.Module, config: Any, reducer: Reducer, pixel_values: Tensor
     layer = config.vision_feature_layer if layer is None else layer
     attention_layer = (layer if reducer.layer is None else reducer.layer) if reducer.uses_attention else None
     dropped = settings.pop("num_dropped", num_dropped(config))
-    for handled in ("vision_feature_select_strategy", "return_dict"):
+    for handled in ("vision_feature_select_strategy", "image_sizes", "return_dict"):
         settings.pop(handled, None)
     return run_tower(tower, pixel_values, feature_layer=layer, num_dropped=dropped, attention_layer=attention_layer, **settings)
 
@@ -61,6 +63,9 @@ class Family:
     """`config.model_type` of the models that the family takes."""
     model_class: ClassVar[type]
     """Their class."""
+    original: ClassVar[Any] = None
+    """Module of `vzip.checkpoints` for folders in the layout of the model's own code: `is_original`, `load_model`,
+    `load_processor`."""
     seams: ClassVar[tuple[str, ...]] = ("get_image_features",)
     """Methods of the inner module that are replaced, each by the family's class method of the same name, which takes
     (inner module, reducer, pixel values) and the method's other arguments by name."""
@@ -78,26 +83,24 @@ class Family:
 
     @classmethod
     def load_model(cls, path: str, *, dtype: torch.dtype) -> Any:
-        """The model of a folder or a hub id, on the CPU. Raises OSError where there is neither."""
-        cls.refuse_other_kind(path)
-        return cls.model_class.from_pretrained(path, dtype=dtype).eval()  # type: ignore[attr-defined]
+        """The model of a folder or a hub id, on the CPU.
 
-    @classmethod
-    def refuse_other_kind(cls, path: str) -> None:
-        """Raises UserError for a folder or hub id of another family, and OSError for one without a config.
-
-        `transformers` only warns, and builds a model of this family's default size.
+        Raises:
+            OSError: there is neither, or it has no config.json.
+            UserError: a model of another family; `transformers` only warns, and builds one of this family's default size.
         """
-        config = PreTrainedConfig.get_config_dict(path)[0]
-        if not config:
-            raise OSError(f"{path} has no config.json")
-        kind = config.get("model_type")
-        if kind != cls.model_type:
+        config = read_config(path)
+        if cls.original is not None and cls.original.is_original(config):
+            return cls.original.load_model(path, dtype=dtype)
+        if (kind := config.get("model_type")) != cls.model_type:
             raise UserError(f"{path} holds a model of type {kind!r}, not {cls.model_type!r}; give one of that family")
+        return cls.model_class.from_pretrained(path, dtype=dtype).eval()  # type: ignore[attr-defined]
 
     @classmethod
     def load_processor(cls, path: str) -> Any:
         """Its processor, unreduced. Raises OSError as above."""
+        if cls.original is not None and cls.original.is_original(read_config(path)):
+            return cls.original.load_processor(path)
         return AutoProcessor.from_pretrained(path)
 
     @classmethod
@@ -165,10 +168,14 @@ class Family:
             run = max(run, layer_index(reducer.layer, num_layers, setting="reducer.layer") + 1)
         return run
 
+    @property
+    def num_patches(self) -> int:
+        """Of one picture of the tower's size."""
+        return int((self.tile_side // self.model.config.vision_config.patch_size) ** 2)
+
     def num_tile_tokens(self, reducer: Reducer) -> int:
         """Tokens that one picture of the tower's size becomes. Raises UserError if the budget does not fit."""
-        patches = (self.tile_side // self.model.config.vision_config.patch_size) ** 2
-        return reducer.num_tokens(patches, has_cls=self.has_cls, num_dropped=num_dropped(self.model.config))
+        return reducer.num_tokens(self.num_patches, has_cls=self.has_cls, num_dropped=num_dropped(self.model.config))
 
     def num_tiles(self, image_size: tuple[int, int]) -> int:
         """Pictures that the tower sees of one image of (height, width) pixels."""
@@ -202,7 +209,7 @@ class Family:
 
     def reduce(self, reducer: Reducer, pixel_values: Tensor, **kwargs: Any) -> Reduction:
         """The reducer's output for float[B, 3, height, width], each picture by itself, before the projector."""
-        return reducer(encode(self.tower, self.model.config, reducer, pixel_values, **kwargs))
+        return reducer(self.vision_tokens(self.model.model, reducer, pixel_values, **kwargs))
 
     def media_features(self, kind: str, inputs: Mapping[str, Tensor]) -> Tensor:
         """float[n, d_llm]: projected tokens of all images, or all videos, one after the other, as the model is now.
@@ -219,9 +226,16 @@ class Family:
         return token
 
     @classmethod
+    def vision_tokens(cls, inner: Any, reducer: Reducer, pixel_values: Tensor, **kwargs: Any) -> VisionTokens:
+        """What the reducer gets of float[B, 3, height, width]."""
+        tower = inner.get_submodule(next(iter(cls.frozen_names.values())).removeprefix("model."))
+        return encode(tower, inner.config, reducer, pixel_values, **kwargs)
+
+    @classmethod
     def get_image_features(cls, inner: Any, reducer: Reducer, pixel_values: Tensor, **kwargs: Any) -> Any:
         """What replaces the inner module's method: `pooler_output` holds the reduced, projected tokens of each image."""
-        raise NotImplementedError
+        features = reducer(cls.vision_tokens(inner, reducer, pixel_values, **kwargs)).features
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(project(inner, features)))
 
     def install(self, reducer: Reducer) -> None:
         """Make this model instance reduce its pictures. `uninstall` takes it back."""

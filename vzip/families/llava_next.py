@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vzip.anyres import Grid, released_order, spatial_order
 from vzip.errors import UserError
-from vzip.families.base import Family, encode, num_dropped, project
+from vzip.families.base import Family, num_dropped, project
 from vzip.reducers.base import Reducer, VisionTokens
 
 
@@ -134,10 +134,9 @@ class LlavaNext(Family):
         return self.grid_of(self.model.config, image_size).num_tiles
 
     def num_tile_tokens(self, reducer: Reducer) -> int:
-        patches = (self.tile_side // self.model.config.vision_config.patch_size) ** 2
         has_cls = self.has_cls and reducer.anyres != "spatial"
         dropped = num_dropped(self.model.config) if has_cls else 0
-        return reducer.num_tokens(patches, has_cls=has_cls, num_dropped=dropped)
+        return reducer.num_tokens(self.num_patches, has_cls=has_cls, num_dropped=dropped)
 
     def num_image_tokens(self, reducer: Reducer, image_size: tuple[int, int] | None = None) -> int:
         """Of an image of (height, width) pixels; without one, of a square of two tiles a side, which makes 5 tiles."""
@@ -174,7 +173,7 @@ class LlavaNext(Family):
         kwargs.pop("vision_aspect_ratio", None)  # the config's
         grids = cls.grids_of(inner.config, **sizes)
         counts = _tile_counts(grids)
-        tokens = encode(inner.vision_tower, inner.config, reducer, stack_tiles(pixel_values, counts), **kwargs)
+        tokens = cls.vision_tokens(inner, reducer, stack_tiles(pixel_values, counts), **kwargs)
         if reducer.anyres == "model":
             projected = project(inner, reducer(tokens).features)
             images = cls.pack(inner, torch.split(projected, counts), sizes["image_sizes"])

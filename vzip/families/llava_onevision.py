@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vzip.anyres import Grid
 from vzip.errors import UserError
-from vzip.families.base import encode, project
+from vzip.families.base import project
 from vzip.families.llava_next import LlavaNext
 from vzip.media import load_video_processor, refuse_empty, stack_frames
 from vzip.reducers.base import Reducer
@@ -79,7 +79,7 @@ class LlavaOnevision(LlavaNext):
     @classmethod
     def get_video_features(cls, inner: Any, reducer: Reducer, pixel_values_videos: Tensor, **kwargs: Any) -> Any:
         """As `get_image_features`, for each video: `pooler_output` is float[videos, n, d_llm]."""
-        tokens = encode(inner.vision_tower, inner.config, reducer, stack_frames(pixel_values_videos), **kwargs)
+        tokens = cls.vision_tokens(inner, reducer, stack_frames(pixel_values_videos), **kwargs)
         features = project(inner, reducer(tokens).features)
         if reducer.anyres == "model":
             features = inner.apply_pooling(features)

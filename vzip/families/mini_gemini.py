@@ -9,24 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedConfig
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vzip.checkpoints import mini_gemini as checkpoint
-from vzip.families.base import Family, encode, project
+from vzip.checkpoints import mini_gemini as original
+from vzip.families.base import Family
 from vzip.mini_gemini import MiniGeminiForConditionalGeneration
-from vzip.reducers.base import Reducer, Reduction, VisionTokens
-
-
-def _mined(inner: Any, reducer: Reducer, pixel_values: Tensor, **kwargs: Any) -> VisionTokens:
-    tokens = encode(inner.vision_tower, inner.config, reducer, inner.low_resolution(pixel_values), **kwargs)
-    return replace(
-        tokens,
-        features=inner.mine(tokens.features[:, 1:], pixel_values),
-        has_cls=False,
-        num_dropped=0,
-        keys=None if tokens.keys is None else tokens.keys[:, 1:],
-    )
+from vzip.reducers.base import Reducer, VisionTokens
 
 
 class MiniGemini(Family):
@@ -34,23 +21,12 @@ class MiniGemini(Family):
 
     model_type: ClassVar[str] = "mini_gemini"
     model_class: ClassVar[type] = MiniGeminiForConditionalGeneration
+    original: ClassVar[Any] = original
     frozen_names = {  # noqa: RUF012
         "vision tower": "model.vision_tower",
         "high-resolution tower": "model.high_resolution_tower",
         "mining": "model.mining",
     }
-
-    @classmethod
-    def load_model(cls, path: str, *, dtype: torch.dtype) -> Any:
-        if checkpoint.is_public(PreTrainedConfig.get_config_dict(path)[0]):
-            return checkpoint.load_model(path, dtype=dtype)
-        return super().load_model(path, dtype=dtype)
-
-    @classmethod
-    def load_processor(cls, path: str) -> Any:
-        if checkpoint.is_public(PreTrainedConfig.get_config_dict(path)[0]):
-            return checkpoint.load_processor(path)
-        return super().load_processor(path)
 
     @property
     def other_flops(self) -> int:
@@ -62,14 +38,16 @@ class MiniGemini(Family):
         return int(counter.get_total_flops())
 
     def num_tile_tokens(self, reducer: Reducer) -> int:
-        return reducer.num_tokens(self.model.config.grid**2, has_cls=False, num_dropped=0)
-
-    def reduce(self, reducer: Reducer, pixel_values: Tensor, **kwargs: Any) -> Reduction:
-        """The reducer's output for high-resolution pictures float[B, 3, side, side], before the projector."""
-        return reducer(_mined(self.model.model, reducer, pixel_values, **kwargs))
+        return reducer.num_tokens(self.num_patches, has_cls=False, num_dropped=0)
 
     @classmethod
-    def get_image_features(cls, inner: Any, reducer: Reducer, pixel_values: Tensor, **kwargs: Any) -> Any:
-        kwargs.pop("image_sizes", None)
-        features = reducer(_mined(inner, reducer, pixel_values, **kwargs)).features
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(project(inner, features)))
+    def vision_tokens(cls, inner: Any, reducer: Reducer, pixel_values: Tensor, **kwargs: Any) -> VisionTokens:
+        """CLIP's patches, mined: of high-resolution pictures float[B, 3, side, side]."""
+        tokens = super().vision_tokens(inner, reducer, inner.low_resolution(pixel_values), **kwargs)
+        return replace(
+            tokens,
+            features=inner.mine(tokens.features[:, 1:], pixel_values),
+            has_cls=False,
+            num_dropped=0,
+            keys=None if tokens.keys is None else tokens.keys[:, 1:],
+        )

@@ -27,14 +27,13 @@ class VideoLlava(Family):
     def num_video_tokens(self, reducer: Reducer, num_frames: int) -> int:
         """All frames; without a reducer the model keeps the CLS of each."""
         refuse_empty(num_frames)
-        patches = (self.tile_side // self.model.config.vision_config.patch_size) ** 2
-        return num_frames * reducer.num_tokens(patches, has_cls=self.has_cls, num_dropped=0)
+        return num_frames * reducer.num_tokens(self.num_patches, has_cls=self.has_cls, num_dropped=0)
 
     @classmethod
     def get_image_features(cls, inner: Any, reducer: Reducer, pixel_values: Tensor | None = None, **kwargs: Any) -> Any:
         legacy = kwargs.pop("pixel_values_images", None)  # generate() passes on what the processor calls them
         pixel_values = legacy if pixel_values is None else pixel_values
-        features = reducer(encode(inner.image_tower, inner.config, reducer, pixel_values, **kwargs)).features
+        features = reducer(cls.vision_tokens(inner, reducer, pixel_values, **kwargs)).features
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=project(inner, features))
 
     @classmethod
