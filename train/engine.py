@@ -42,6 +42,12 @@ def init_distributed() -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1"))))
 
 
+def leave_distributed() -> None:
+    """Part from the other ranks in order: a rank that just ends may abort in its threads, after all work was done."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
 def is_main() -> bool:
     """Whether this is rank 0, which prints and writes."""
     return bool(deepspeed.comm.get_rank() == 0)

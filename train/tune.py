@@ -19,7 +19,7 @@ from data.dataset import MicroBatches
 from train import config
 from train.checkpoint import RunFolder
 from train.control import control_row
-from train.engine import Engine, init_distributed, say
+from train.engine import Engine, init_distributed, leave_distributed, say
 from train.evaluate import Evaluator, print_results
 from train.examples import make_collator, training_examples
 from train.loop import fit
@@ -79,6 +79,7 @@ def main(cfg: DictConfig) -> None:
         say(print_plan, cfg, world_size=deepspeed.comm.get_world_size())
     else:
         say(print_results, tune(cfg), title=f"{cfg.runs}/{config.run_name(cfg)}")
+    leave_distributed()
 
 
 if __name__ == "__main__":
