@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from data.conversations import Row
-from data.dataset import Collator, Example, example_of
+from data.dataset import Collator
 from data.progress import progress
+from data.tokens import Example, example_of
 from train.checkpoint import RunFolder
 from train.engine import Engine, gather, media_inputs, say, to_device
 from train.examples import make_collator, usable_rows

@@ -7,9 +7,10 @@ from typing import Any
 from omegaconf import DictConfig
 
 from data.conversations import BadRow, Row, read_rows
-from data.dataset import Collator, Example, kinds_of, tokenize
+from data.dataset import Collator
 from data.pictures import check_pictures, refuse_if_too_bad
 from data.subset import draw, manifest
+from data.tokens import Example, kinds_of, tokenize
 from train.engine import from_main, is_main, say
 from vzip.families import Family
 from vzip.reducers import Reducer

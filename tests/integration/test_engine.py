@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 import vzip
 from data.conversations import read_rows
-from data.dataset import BatchPlan, Collator, MicroBatches, tokenize
+from data.dataset import BatchPlan, Collator, MicroBatches
+from data.tokens import tokenize
 from tests import tiny
 from tests.conftest import ROOT
 from train import config

@@ -1,7 +1,7 @@
 """Rows of text with pictures and videos on disk: as the collator takes them, and what a processor makes of the same."""
 
-from data.dataset import Example
 from data.pictures import open_picture
+from data.tokens import Example
 from data.videos import read_frames
 from tests import tiny
 from vzip.templates import IGNORED

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import vzip
 from data.conversations import parse_row, read_rows
-from data.dataset import BatchPlan, Collator, Example, MicroBatches, kinds_of, loader, tokenize
+from data.dataset import BatchPlan, Collator, MicroBatches, loader
 from data.pictures import open_picture
+from data.tokens import Example, kinds_of, tokenize
 from tests import tiny
 from tests.unit.rows import IMAGE_ROWS, NUM_FRAMES, NUM_LABELS, VIDEO_ROWS, examples_of, processed, rows_of
 from vzip import UserError

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import vzip
-from data.dataset import BatchPlan, Collator, kinds_of
+from data.dataset import BatchPlan, Collator
+from data.tokens import kinds_of
 from tests import tiny
 from tests.conftest import ROOT
 from tests.unit.rows import IMAGE_ROWS, NUM_FRAMES, NUM_LABELS, VIDEO_ROWS, examples_of, processed, rows_of
