@@ -10,10 +10,13 @@ TUNE := $(if $(MODEL),model=$(MODEL)) $(if $(BUDGET),reducer.budget=$(BUDGET)) $
 export OMP_WAIT_POLICY ?= PASSIVE # threads that spin while others work stall a busy machine
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data tune test check format clean
+.PHONY: help setup data data-check cache bench-loader tune test check format clean
+
+# The embedded default is only prepared where it, or a tiny model with its pictures, is what is meant.
+PREPARE := $(if $(filter-out smol %-tiny,$(MODEL)),,$(BIN)/python scripts/prepare_smol.py)
 
 help: ## list the commands
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 setup: .venv/.done ## make .venv and install the pinned dependencies, once
 
@@ -22,14 +25,27 @@ setup: .venv/.done ## make .venv and install the pinned dependencies, once
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
 	touch $@
 
-data: setup ## prepare the embedded default (model and easy-VQA) and the tiny models in the cache, once
-	$(BIN)/python scripts/prepare_smol.py
+data: setup ## fetch MODEL's data: the subset and its pictures, resumable; without MODEL the embedded default itself
+	$(PREPARE)
+	$(BIN)/python scripts/fetch_data.py $(TUNE)
 
-# The embedded default is only prepared where it, or a tiny model with its pictures, is what is tuned.
-tune: setup $(if $(filter-out smol %-tiny,$(MODEL)),,data) ## tune: MODEL=llava-7b BUDGET=64 ARGS="optim.lr=2e-5"
+data-check: setup ## check MODEL's subset before a GPU is taken: pictures, labels, lengths; a table and a picture
+	$(PREPARE)
+	$(BIN)/python scripts/check_data.py $(TUNE)
+
+cache: setup ## compute the reducer's output for MODEL's subset once, to tune from with data.cache=true
+	$(PREPARE)
+	$(BIN)/python scripts/cache_features.py $(TUNE)
+
+bench-loader: setup ## pictures a second that a loader's worker makes ready, and the time until the first batch
+	$(BIN)/python scripts/bench_loader.py
+
+tune: setup ## tune: MODEL=llava-7b BUDGET=64 ARGS="optim.lr=2e-5"
+	$(PREPARE)
 	$(BIN)/deepspeed --log_level warning --master_port $(PORT) train/tune.py $(TUNE)
 
-test: setup data ## all tests, in two processes of one thread each
+test: setup ## all tests, in two processes of one thread each
+	$(BIN)/python scripts/prepare_smol.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup ## format, lint, types and the fast tests

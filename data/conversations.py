@@ -1,6 +1,5 @@
-"""Read LLaVA's conversation JSON: a list of `{"id", "image", "video", "conversations": [{"from", "value"}, ...]}`.
+"""Rows in LLaVA's form: `{"id", "image", "video", "conversations": [{"from", "value"}, ...]}`.
 
-A row that is not of that form is listed with its reason and left out; a file that is not JSON ends the command.
 Source of the format: repository haotian-liu/LLaVA, `docs/Finetune_Custom_Data.md`; with videos, repository
 PKU-YuanGroup/Video-LLaVA, `videollava/train/train.py` (`LazySupervisedDataset`).
 """
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vzip import UserError
 from vzip.templates import IMAGE, VIDEO
 
 
@@ -33,6 +31,11 @@ class Row:
     digest: str
     """sha256 of the row's content: the same everywhere, whatever the order of its keys."""
 
+    @property
+    def media(self) -> dict[str, tuple[str, ...]]:
+        """The paths by kind."""
+        return {"image": self.images, "video": self.videos}
+
 
 @dataclass(frozen=True)
 class BadRow:
@@ -43,13 +46,24 @@ class BadRow:
     reason: str
 
 
+def canonical(row: Any) -> bytes:
+    """A row's content as bytes, the same whatever the order of its keys. Raises ValueError for half a surrogate pair."""
+    return json.dumps(row, sort_keys=True, ensure_ascii=False).encode()
+
+
+def _speaker(message: Any) -> Any:
+    return message.get("from") if isinstance(message, dict) else None
+
+
 def _turns(conversation: Any) -> tuple[tuple[str, str], ...]:
+    if isinstance(conversation, list) and conversation and _speaker(conversation[0]) == "gpt":
+        conversation = conversation[1:]  # ShareGPT's pieces of long talks start with an answer, which LLaVA skips too
     if not isinstance(conversation, list) or not conversation or len(conversation) % 2:
         raise ValueError("conversations is not a list of question-answer pairs")
     texts = []
     for position, message in enumerate(conversation):
         speaker = ("human", "gpt")[position % 2]
-        if not isinstance(message, dict) or message.get("from") != speaker:
+        if _speaker(message) != speaker:
             raise ValueError(f"message {position} is not from {speaker!r}; human and gpt must alternate")
         if not isinstance(message.get("value"), str):
             raise ValueError(f"message {position} has no text in 'value'")
@@ -84,7 +98,6 @@ def parse_row(row: Any) -> Row:
     turns = _turns(row.get("conversations"))
     images = _paths(row, "image", sum(question.count(IMAGE) for question, _ in turns))
     videos = _paths(row, "video", sum(question.count(VIDEO) for question, _ in turns))
-    content = json.dumps(row, sort_keys=True, ensure_ascii=False).encode()  # half a surrogate pair is a ValueError here
     return Row(
         id=str(row.get("id", "")),
         images=images,
@@ -92,32 +105,5 @@ def parse_row(row: Any) -> Row:
         turns=turns,
         source=str(row.get("source") or (Path((images + videos)[0]).parts[0] if images or videos else "text")),
         kind=str(row.get("type", "all")),
-        digest=hashlib.sha256(content).hexdigest(),
+        digest=hashlib.sha256(canonical(row)).hexdigest(),
     )
-
-
-def read_rows(path: str | Path) -> tuple[list[Row], list[BadRow]]:
-    """The rows of a JSON file, and those that can't be used.
-
-    Raises:
-        UserError: a file that is missing, is not JSON (with line and column), or holds no list.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"data file {path} does not exist; set data.path (or data.held_out) to a LLaVA-format JSON file")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {error.start}") from error
-    if not isinstance(content, list):
-        raise UserError(f"{path}: expected a list of rows, found {type(content).__name__}")
-    rows, bad = [], []
-    for position, entry in enumerate(content):
-        try:
-            rows.append(parse_row(entry))
-        except ValueError as error:
-            name = str(entry.get("id", f"#{position}")) if isinstance(entry, dict) else f"#{position}"
-            bad.append(BadRow(id=name, source="rows", reason=str(error)))
-    return rows, bad

@@ -3,23 +3,21 @@
 Legend of shapes: M rows of a micro batch, L the longest row's tokens.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.pictures import open_picture
-from data.tokens import Example
-from data.videos import read_frames
+from data.media import Media, Processed
+from data.tokens import Example, Examples
 from vzip import UserError
 from vzip.families import Family
-from vzip.media import model_inputs
 from vzip.reducers import Reducer
 from vzip.templates import IGNORED
 
@@ -35,17 +33,51 @@ class MicroBatch:
     labels: Tensor
     """int64[M, L], `IGNORED` where there is no loss."""
     media: dict[str, dict[str, Tensor]]
-    """What the model takes of all the rows' images and videos, by kind, images first; a blank one where no row has any."""
+    """Of all the rows' images and videos, by kind, images first, what `vzip.media.normalised` makes the model's inputs of:
+    pixels are uint8 until they are on the device. A blank image or video where no row has any."""
     num_placeholders: dict[str, int]
     """Placeholders in `input_ids` by kind; 0 where the kind is blank."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        """The batch with each tensor changed."""
+        return replace(
+            self,
+            input_ids=change(self.input_ids),
+            attention_mask=change(self.attention_mask),
+            labels=change(self.labels),
+            media={kind: {name: change(value) for name, value in inputs.items()} for kind, inputs in self.media.items()},
+        )
+
+    def pin_memory(self) -> "MicroBatch":
+        """Asked for by torch's DataLoader: a GPU copies from such memory while it computes."""
+        return self.each(Tensor.pin_memory)
 
 
 def _permutation(num_rows: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
 
 
+def _shapes(examples: Sequence[Example]) -> Iterator[tuple[int, tuple[tuple[int, int], ...], int, int]]:
+    """(text tokens, sizes of images, images, videos) of each row."""
+    if isinstance(examples, Examples):  # whole columns: making 66,000 rows would take seconds
+        numbers = (examples.column(name).tolist() for name in ("num_tokens", "num_images", "num_videos"))
+        for (num_tokens, *counts), sides in zip(zip(*numbers, strict=True), examples.column("sizes"), strict=True):
+            yield num_tokens, tuple(map(tuple, sides.reshape(-1, 2).tolist())), *counts
+    else:
+        for example in examples:
+            num_images, num_videos = (len(example.media.get(kind, ())) for kind in ("image", "video"))
+            yield len(example.ids), example.sizes[:num_images], num_images, num_videos
+
+
+def _num_labels(examples: Sequence[Example]) -> Tensor:
+    """int64[rows]: label tokens of each row."""
+    if isinstance(examples, Examples):
+        return torch.from_numpy(examples.column("num_labels")).long()
+    return torch.tensor([example.num_labels for example in examples])
+
+
 class Collator:
-    """Expands placeholders, pads, and processes pictures.
+    """Expands placeholders, pads, and brings in the media.
 
     Args:
         processor: of the model, unreduced.
@@ -54,46 +86,50 @@ class Collator:
         kinds: of media that every micro batch brings to the model, blank where no row has any: under ZeRO 3 all ranks
             must run the same modules.
         num_frames: of a video.
+        media: where images and videos come from; by default files, through the processor.
 
     Raises:
         UserError: a kind that the model does not take.
     """
 
     def __init__(
-        self, processor: Any, family: Family, reducer: Reducer, *, kinds: tuple[str, ...] = ("image",), num_frames: int = 1
+        self,
+        processor: Any,
+        family: Family,
+        reducer: Reducer,
+        *,
+        kinds: tuple[str, ...] = ("image",),
+        num_frames: int = 1,
+        media: Media | None = None,
     ) -> None:
         if other := [kind for kind in kinds if kind not in family.kinds]:
             raise UserError(
                 f"the data holds {other[0]}s, which a {family.model_type!r} model does not take; take such rows out"
             )
-        self.processor, self.reducer, self.kinds, self.num_frames = processor, reducer, kinds, num_frames
+        self.reducer, self.kinds, self.num_frames = reducer, kinds, num_frames
         self.family = family.without_weights()  # workers get a copy
+        self.media = media or Processed(processor, self.family, reducer, num_frames=num_frames)
         tokenizer = processor.tokenizer
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
-    def _process(self, kind: str, rows: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
-        """The model's inputs for rows of pictures, or of videos as lists of frames."""
-        if kind == "video":
-            made = self.processor.video_processor(list(chain(*rows)), return_tensors="pt")
-        else:
-            made = self.processor.image_processor([list(row) for row in rows], return_tensors="pt")
-        return model_inputs(kind, made)
+    def lengths(self, examples: Sequence[Example]) -> Tensor:
+        """int64[rows]: tokens of each row after expansion, without opening anything.
 
-    def _open(self, kind: str, path: Path) -> Any:
-        try:
-            return open_picture(path) if kind == "image" else read_frames(path, self.num_frames)
-        except UserError:
-            raise
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} was readable before training and is not any more: {error}") from error
+        An image counts as one that is alone in its row, which is more than several take in LLaVA-OneVision; and as the family's
+        usual one where its size is not known.
+        """
 
-    def _load(self, kind: str, examples: Sequence[Example]) -> dict[str, Tensor]:
-        rows = [[self._open(kind, path) for path in example.media[kind]] for example in examples if kind in example.media]
-        return self._process(kind, rows)
+        @cache  # of 66,000 rows, many have pictures of the same size
+        def num_visual(sizes: tuple[tuple[int, int] | None, ...], num_videos: int) -> int:
+            images = sum(self.family.num_image_tokens(self.reducer, size) for size in sizes)
+            return images + (num_videos * self.family.num_video_tokens(self.reducer, self.num_frames) if num_videos else 0)
 
-    def _blank(self, kind: str) -> dict[str, Tensor]:
-        black = Image.new("RGB", (32, 32))
-        return self._process(kind, [[black if kind == "image" else [black]]])
+        return torch.tensor(
+            [
+                num_tokens + num_visual(sizes or (None,) * num_images, num_videos) - num_images - num_videos
+                for num_tokens, sizes, num_images, num_videos in _shapes(examples)
+            ]
+        )
 
     def _expand(self, example: Example, counts: dict[str, Iterator[int]]) -> tuple[list[int], list[int]]:
         kind_of = {self.family.placeholder_id(kind): kind for kind in example.media}
@@ -108,9 +144,9 @@ class Collator:
         """A micro batch, padded on the right, or on the `left` for generation."""
         media, counts = {}, {}
         for kind in self.kinds:
-            there = sum(len(example.media.get(kind, ())) for example in examples)
-            media[kind] = self._load(kind, examples) if there else self._blank(kind)
-            counts[kind] = [self.family.num_processed_tokens(self.reducer, kind, media[kind], index) for index in range(there)]
+            there = any(kind in example.media for example in examples)
+            media[kind] = self.media.load(kind, examples) if there else self.media.blank(kind)
+            counts[kind] = self.media.counts(kind, media[kind]) if there else []
         iterators = {kind: iter(numbers) for kind, numbers in counts.items()}
         rows = [self._expand(example, iterators) for example in examples]
         length = max(len(ids) for ids, _ in rows)
@@ -150,31 +186,75 @@ class BatchPlan:
 class MicroBatches(Dataset[MicroBatch]):
     """Item i is a rank's micro batch i: step i // accumulation, part i % accumulation.
 
-    Step s takes rows s * size ... of an endless stream of epochs, each a permutation drawn from seed and epoch.
+    Step s takes rows s * size ... of an endless stream of epochs, each a permutation drawn from seed and epoch. Within a step,
+    whose loss is a sum over its rows in whatever order, the longest rows come first: rows of a micro batch are of like length
+    and need little padding, the ranks' micro batches too, and the step's largest need of memory is its first.
     """
 
     def __init__(self, examples: Sequence[Example], collate: Collator, plan: BatchPlan, *, rank: int) -> None:
         self.examples, self.collate, self.plan, self.rank = examples, collate, plan, rank
+        self._lengths, self._num_labels = collate.lengths(examples), _num_labels(examples)
         num_epochs = -(-plan.num_steps * plan.size // len(examples))
-        self.order = torch.cat([_permutation(len(examples), plan.seed, epoch) for epoch in range(num_epochs)]).tolist()
+        stream = torch.cat([_permutation(len(examples), plan.seed, epoch) for epoch in range(num_epochs)])
+        steps = stream[: plan.num_steps * plan.size].view(plan.num_steps, plan.size)
+        longest_first = self._lengths[steps].argsort(dim=1, descending=True, stable=True)
+        self.order = steps.gather(1, longest_first).flatten().tolist()
 
     def __len__(self) -> int:
         return self.plan.num_steps * self.plan.accumulation
 
+    def _rows(self, step: int) -> list[int]:
+        return self.order[step * self.plan.size : (step + 1) * self.plan.size]
+
     def num_labels(self, step: int) -> int:
         """Label tokens of the whole global batch of a step, on all ranks."""
-        batch = self.order[step * self.plan.size : (step + 1) * self.plan.size]
-        return sum(self.examples[row].num_labels for row in batch)
+        return int(self._num_labels[self._rows(step)].sum())
+
+    def num_tokens(self, step: int) -> int:
+        """Tokens of the whole global batch of a step, on all ranks, after expansion and without padding."""
+        return int(self._lengths[self._rows(step)].sum())
 
     def __getitem__(self, index: int) -> MicroBatch:
         step, part = divmod(index, self.plan.accumulation)
-        start = step * self.plan.size + (part * self.plan.world_size + self.rank) * self.plan.micro
-        return self.collate([self.examples[row] for row in self.order[start : start + self.plan.micro]])
+        # The ranks take turns in having the longer rows, so that none has the longest of every part.
+        place = self.plan.world_size - 1 - self.rank if part % 2 else self.rank
+        start = (part * self.plan.world_size + place) * self.plan.micro
+        return self.collate([self.examples[row] for row in self._rows(step)[start : start + self.plan.micro]])
+
+
+@contextmanager
+def explain_workers() -> Iterator[None]:
+    """Around what waits for workers, or may be interrupted by the end of one: their faults come out as UserError."""
+    try:
+        yield
+    except (UserError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            message = str(error).rsplit("UserError: ", 1)[-1].strip()  # a worker's comes with its traceback in the message
+        elif "DataLoader worker" in str(error):
+            message = (
+                f"a process that loads data was ended from outside, mostly because memory ran out ({str(error).strip()}); "
+                f"lower data.num_workers, or give the machine (in a container also /dev/shm) more memory, and run the same "
+                f"command again: it resumes"
+            )
+        else:
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold torch's loader, which takes its workers along when it goes
+        raise UserError(message) from None
 
 
 def loader(batches: MicroBatches, *, first: int, num_workers: int) -> Iterator[MicroBatch]:
-    """Micro batches from number `first` on, decoded by `num_workers` processes (0: by this one)."""
-    try:
-        yield from DataLoader(batches, batch_size=None, sampler=range(first, len(batches)), num_workers=num_workers)
-    except UserError as error:  # a worker's error comes with its traceback in the message
-        raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+    """Micro batches from number `first` on, made by `num_workers` processes of one thread each (0: by this one).
+
+    Each worker is two batches ahead, which lie in shared memory; pinned, where there is a GPU.
+
+    Raises:
+        UserError: a picture or video that can't be read any more, or a worker that the system has ended.
+    """
+    with explain_workers():
+        yield from DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(first, len(batches)),
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )

@@ -1,58 +1,41 @@
-"""Open pictures, and check all pictures and videos of a data set before training starts."""
+"""Open pictures of every make, and say what share of a data set may be bad."""
 
+import io
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from data.conversations import BadRow, Row
-from data.progress import progress
+from data.conversations import BadRow
 from vzip import UserError
 
 MAX_BAD_SHARE = 0.01
 """Training is refused when more than this share of the rows can't be used."""
 
 
-def open_picture(path: Path) -> Image.Image:
-    """The picture as upright RGB. Raises OSError (missing, truncated, not a picture) or ValueError (decompression bomb)."""
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""That are opened, whatever a file's name ends with. PIL knows more, one of which (EPS) runs what is in the file."""
+
+
+def open_picture(picture: Path | bytes) -> Image.Image:
+    """The picture in a file, or in its bytes, as upright RGB.
+
+    Raises:
+        OSError: a file that is missing, truncated or not a picture.
+        ValueError: what is damaged otherwise, or a decompression bomb.
+    """
     try:
-        with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture)
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS) as opened:
+            upright = ImageOps.exif_transpose(opened)
             if upright.mode.startswith("I;16"):  # convert() would clip 16 bits of grey to white
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype("uint8"))
             return upright.convert("RGB")
-    except (Image.DecompressionBombError, SyntaxError) as error:  # PIL raises SyntaxError on broken PNG chunks
-        raise ValueError(str(error)) from error
-
-
-def _fault(row: Row, folder: Path) -> BadRow | None:
-    from data.videos import check_video  # not above: it opens frames with this module
-
-    checks = [(image, open_picture) for image in row.images] + [(video, check_video) for video in row.videos]
-    for path, check in checks:
-        try:
-            check(folder / path)
-        except UserError:  # it is a ValueError, but of the installation and not of this row
-            raise
-        except FileNotFoundError:
-            return BadRow(id=row.id, source=row.source, reason=f"{path}: missing")
-        except (OSError, ValueError) as error:
-            return BadRow(id=row.id, source=row.source, reason=f"{path}: {error}")
-    return None
-
-
-def check_pictures(rows: Sequence[Row], folder: Path) -> tuple[list[Row], list[BadRow]]:
-    """Decode every picture and the start of every video once, in threads: usable rows, and the others with their reasons.
-
-    Raises UserError if there are video files, but no PyAV to read them.
-    """
-    with ThreadPoolExecutor() as pool:
-        faults = list(progress(pool.map(lambda row: _fault(row, folder), rows), total=len(rows), title="check pictures"))
-    good = [row for row, fault in zip(rows, faults, strict=True) if fault is None]
-    return good, [fault for fault in faults if fault is not None]
+    except (OSError, ValueError, MemoryError):
+        raise
+    except Exception as error:  # PIL's decoders raise anything on bytes that are damaged: SyntaxError, struct.error, ...
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def refuse_if_too_bad(bad: Sequence[BadRow], num_rows: int) -> None:
@@ -63,5 +46,6 @@ def refuse_if_too_bad(bad: Sequence[BadRow], num_rows: int) -> None:
     examples = "\n".join(f"  {row.id}: {row.reason}" for row in bad[:5])
     raise UserError(
         f"{len(bad)} of {num_rows} rows can't be used ({counts}); at most {MAX_BAD_SHARE:.0%} may be bad. First ones:\n"
-        f"{examples}\nRepair them, or take them out of data.path; check data.image_folder if all pictures are missing."
+        f"{examples}\nRepair them, or take them out of data.path. If all pictures are missing, check data.image_folder; "
+        f"`make data` brings those that data.pictures says where to find."
     )

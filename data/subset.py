@@ -2,48 +2,61 @@
 
 import hashlib
 import math
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
-from data.conversations import BadRow, Row
+from data.table import Table
 from vzip import UserError
 
 
-def draw(rows: Sequence[Row], *, fraction: float, seed: int) -> list[Row]:
-    """`fraction` of the rows of each source (rounded up), in an order that depends on seed and content alone.
+@dataclass(frozen=True)
+class Draw:
+    """The rows of each source in the order in which they are drawn, and how many are wanted of each."""
+
+    candidates: dict[str, list[int]]
+    """Positions in the table, by source. Those behind the wanted ones take the place of rows that turn out unusable."""
+    wanted: dict[str, int]
+    places: dict[int, str]
+    """By position, what the order of all rows goes by."""
+
+    @property
+    def positions(self) -> list[int]:
+        """The rows drawn, in order."""
+        return self.ordered(row for source, rows in self.candidates.items() for row in rows[: self.wanted[source]])
+
+    def ordered(self, positions: Iterable[int]) -> list[int]:
+        """The positions in the order of a run."""
+        return sorted(positions, key=self.places.__getitem__)
+
+
+def draw(table: Table, *, fraction: float, seed: int, sources: Sequence[str] | None = None, text_rows: bool = True) -> Draw:
+    """`fraction` of the usable rows of each source (rounded up), in an order that depends on seed and content alone.
 
     Each row's place is the sha256 of seed and content, so adding a row elsewhere moves no other row.
-    Raises UserError for a fraction outside (0, 1].
+
+    Args:
+        table: of all rows.
+        fraction: in (0, 1].
+        seed: of the order.
+        sources: that are drawn from; None: all.
+        text_rows: whether rows without an image or video are drawn.
+
+    Raises:
+        UserError: a fraction outside (0, 1], or a source that the data has not.
     """
     if not 0 < fraction <= 1:
         raise UserError(f"data.fraction={fraction} must lie in (0, 1]; 0.1 is a tenth")
-
-    def place(row: Row) -> str:
-        return hashlib.sha256(f"{seed}:{row.digest}".encode()).hexdigest()
-
-    by_source: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_source[row.source].append(row)
-    drawn = []
-    for source in sorted(by_source):
-        ordered = sorted(by_source[source], key=place)
-        drawn += ordered[: math.ceil(Fraction(str(fraction)) * len(ordered))]  # 0.07 of 100 is 7, not 8
-    return sorted(drawn, key=place)
-
-
-def manifest(rows: Sequence[Row], bad: Sequence[BadRow], *, fraction: float, seed: int) -> dict[str, Any]:
-    """What a run records of its data: counts by source, the ids, what was left out, and a hash of the content."""
-    digest = hashlib.sha256()
-    for row in sorted(rows, key=lambda row: row.digest):
-        digest.update(row.digest.encode())
-    return {
-        "fraction": fraction,
-        "seed": seed,
-        "num_rows": len(rows),
-        "num_rows_by_source": dict(sorted(Counter(row.source for row in rows).items())),
-        "hash": digest.hexdigest(),
-        "bad_rows": [vars(row) for row in bad],
-        "ids": [row.id for row in rows],
-    }
+    names = ("source", "digest", "has_media", "fault")
+    by_source: dict[str, list[int]] = defaultdict(list)
+    places = {}
+    for position, (source, digest, has_media, fault) in enumerate(zip(*map(table.column, names), strict=True)):
+        if fault is None and (has_media or text_rows):
+            places[position] = hashlib.sha256(f"{seed}:{digest}".encode()).hexdigest()
+            by_source[source].append(position)
+    if unknown := set(sources or ()) - set(by_source):
+        raise UserError(f"data.sources={list(sources or ())}: the data has no {sorted(unknown)}; it has {sorted(by_source)}")
+    candidates = {source: sorted(by_source[source], key=places.__getitem__) for source in sorted(sources or by_source)}
+    share = Fraction(str(fraction))  # 0.07 of 100 is 7, not 8
+    return Draw(candidates, {source: math.ceil(share * len(rows)) for source, rows in candidates.items()}, places)

@@ -8,10 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.paths import data_dir
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_data_dir(tmp_path_factory):
+    """What the tests prepare goes into a folder of theirs, in which the prepared models are seen."""
+    folder, real = tmp_path_factory.mktemp("vzip-data"), data_dir()
+    for name in ("smol", "tiny"):
+        (folder / name).symlink_to(real / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VZIP_DATA", str(folder))
+        yield
 
 
 @pytest.fixture(autouse=True)

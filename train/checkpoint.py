@@ -19,6 +19,7 @@ import deepspeed
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from data.paths import write_json
 from train.config import ROOT, identity, run_name
 from train.engine import Engine, from_main
 from vzip import UserError
@@ -58,13 +59,6 @@ def environment(cfg: DictConfig, *, world_size: int) -> dict[str, Any]:
         },
         "seed": cfg.seed,
     }
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file beside its place and move it there, so that a kill leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2))
-    temporary.replace(path)
 
 
 class RunFolder:

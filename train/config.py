@@ -24,12 +24,14 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from data.dataset import BatchPlan
 from data.paths import data_dir
+from data.prepare import Selection
 from vzip import UserError
 from vzip.reducers import Reducer
 
 P = ParamSpec("P")
 ROOT = Path(__file__).resolve().parent.parent
 NOT_PART_OF_A_RUN = ("fresh", "dry_run", "name", "runs", "track")
+NOT_PART_OF_DATA = ("address", "pictures", "replace_unreachable", "num_workers")
 
 
 @dataclass
@@ -121,6 +123,24 @@ def build_reducer(cfg: DictConfig) -> Reducer:
     return reducer
 
 
+def selection(cfg: DictConfig) -> Selection:
+    """The rows that the run is tuned on."""
+    data = cfg.data
+    return Selection(
+        path=data.path,
+        image_folder=data.image_folder,
+        fraction=data.fraction,
+        seed=cfg.seed,
+        sources=data.sources and tuple(data.sources),
+        text_rows=data.text_rows,
+    )
+
+
+def asks_questions(cfg: DictConfig) -> bool:
+    """Whether the run is evaluated."""
+    return bool(cfg.evaluate.questions and cfg.data.held_out)
+
+
 def teach(command: Callable[P, None]) -> Callable[P, None]:
     """End a command with a message and exit code 2, without a traceback, where its user made a mistake."""
 
@@ -162,6 +182,9 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"optim.warmup={cfg.optim.warmup} must lie in [0, 1): the share of steps that warm up")
     if not isinstance(cfg.data.fraction, int | float) or not 0 < cfg.data.fraction <= 1:
         raise UserError(f"data.fraction={cfg.data.fraction} must be a number in (0, 1]; 0.1 is a tenth")
+    for name in ("data.cache", "data.text_rows", "data.replace_unreachable"):
+        if not isinstance(OmegaConf.select(cfg, name), bool):
+            raise UserError(f"{name}={OmegaConf.select(cfg, name)} must be true or false")
     choices = {"weights": ("pretrained", "random"), "model.dtype": ("float32", "bfloat16", "float16")}
     for name, allowed in choices.items():
         if OmegaConf.select(cfg, name) not in allowed:
@@ -193,7 +216,8 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     """The settings that make a run what it is: two runs with the same ones are the same run."""
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
-    return {str(key): value for key, value in settings.items() if key not in NOT_PART_OF_A_RUN}
+    kept = {str(key): value for key, value in settings.items() if key not in NOT_PART_OF_A_RUN}
+    return kept | {"data": {key: value for key, value in settings["data"].items() if key not in NOT_PART_OF_DATA}}
 
 
 def run_name(cfg: DictConfig) -> str:

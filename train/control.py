@@ -22,6 +22,7 @@ def control_row(cfg: DictConfig, tune: Callable[[DictConfig], list[dict[str, Any
     changes = {
         "reducer": {"_target_": "vzip.reducers.random.Random", "budget": budget, "anyres": reducer.anyres},
         "evaluate": {"baselines": False},
+        "data": {"cache": False},
         "control": False,
         "name": cfg.name and f"{cfg.name}-random",
     }

@@ -9,8 +9,7 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -22,7 +21,10 @@ from data.dataset import MicroBatch
 from train.trainable import Trainable
 from vzip import UserError
 from vzip.families import Family
+from vzip.media import normalised
 from vzip.templates import IGNORED
+
+T = TypeVar("T")
 
 
 def init_distributed() -> None:
@@ -66,6 +68,17 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
+def in_turn(make: Callable[[], T]) -> T:
+    """`make()` on every rank: first on rank 0, then on one of each other host; the rest find what these left on disk."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    turns = [is_main(), local_rank == 0 and not is_main(), local_rank > 0]
+    for turn in turns:
+        if turn:
+            made = make()
+        deepspeed.comm.barrier()
+    return made
+
+
 def gather(values: list[Any]) -> list[Any]:
     """The values of all ranks, one rank after the other, on every rank."""
     parts: list[Any] = [None] * deepspeed.comm.get_world_size()
@@ -74,19 +87,13 @@ def gather(values: list[Any]) -> list[Any]:
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The batch with its tensors on the device."""
-    return replace(
-        batch,
-        input_ids=batch.input_ids.to(device),
-        attention_mask=batch.attention_mask.to(device),
-        labels=batch.labels.to(device),
-        media={kind: {name: value.to(device) for name, value in inputs.items()} for kind, inputs in batch.media.items()},
-    )
+    """The batch with its tensors on the device; from pinned memory, while other work goes on."""
+    return batch.each(lambda values: values.to(device, non_blocking=True))
 
 
 def media_inputs(batch: MicroBatch, kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's inputs of one kind of media, pictures in the model's precision."""
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.media[kind].items()}
+    """The model's inputs of one kind of media, rescaled and normalised here, in the model's precision."""
+    return normalised(batch.media[kind], dtype)
 
 
 class TokenLoss(nn.Module):

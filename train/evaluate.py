@@ -15,10 +15,11 @@ from rich.table import Table
 from data.conversations import Row
 from data.dataset import Collator
 from data.progress import progress
-from data.tokens import Example, example_of
+from data.tokens import Example, example_of, kinds_of
 from train.checkpoint import RunFolder
+from train.config import asks_questions
 from train.engine import Engine, gather, media_inputs, say, to_device
-from train.examples import make_collator, usable_rows
+from train.examples import held_out_rows
 from vzip import attach
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
@@ -71,10 +72,9 @@ class Evaluator:
         self.cfg, self.engine, self.run, self.processor, self.template = cfg, engine, run, processor, template
         self.questions: list[Question] = []
         self.samples: list[dict[str, Any]] = []
-        if cfg.evaluate.questions and cfg.data.held_out:
+        if asks_questions(cfg):
             folder, limit = Path(cfg.data.image_folder), cfg.evaluate.questions
-            rows, _ = usable_rows(cfg.data.held_out, folder, fraction=1.0, seed=0)  # the same questions in every run
-            self.questions = questions_of(rows, template, processor.tokenizer, folder, limit=limit)
+            self.questions = questions_of(held_out_rows(cfg), template, processor.tokenizer, folder, limit=limit)
         else:
             say("no evaluation: data.held_out or evaluate.questions is not set")
 
@@ -98,8 +98,9 @@ class Evaluator:
         answers = self.run.answers(name)
         if answers is None:
             with attach(self.engine.family.model, reducer=reducer):
-                examples = [question.example for question in self.questions]
-                collate = make_collator(self.cfg, self.processor, self.engine.family, reducer, examples)
+                kinds = kinds_of([question.example for question in self.questions])
+                num_frames = self.cfg.model.get("num_frames", 1)
+                collate = Collator(self.processor, self.engine.family, reducer, kinds=kinds, num_frames=num_frames)
                 answers = self._ask(collate, title=f"evaluate {name}")
             self.run.save_answers(name, answers)
         self.samples += [{"row": name, **given} for given in answers[:NUM_SAMPLES]]
@@ -121,6 +122,17 @@ class Evaluator:
         by_index = dict(gather(found))
         return [_graded(question, *by_index[index]) for index, question in enumerate(self.questions)]
 
+    def _end(self) -> dict[str, Any]:
+        """What an answer ends at: the template's end token, or the text behind an answer where it has none."""
+        tokenizer = self.processor.tokenizer
+        if self.template.end:
+            return {"eos_token_id": tokenizer.convert_tokens_to_ids(self.template.end)}
+        return {
+            "eos_token_id": tokenizer.eos_token_id,
+            "stop_strings": [self.template.answer_suffix],
+            "tokenizer": tokenizer,
+        }
+
     def _generate(self, examples: Sequence[Example], collate: Collator) -> list[tuple[str, int]]:
         """The answers, each with the visual tokens that its question had."""
         model, tokenizer, sharded = self.engine.family.model, self.processor.tokenizer, self.engine.stage == 3
@@ -138,7 +150,7 @@ class Evaluator:
             **media,
             max_new_tokens=self.cfg.evaluate.max_new_tokens,
             do_sample=False,
-            eos_token_id=tokenizer.convert_tokens_to_ids(self.template.end),
+            **self._end(),
             pad_token_id=collate.pad_id,
             synced_gpus=sharded,
         )

@@ -1,58 +1,74 @@
-"""From data files to tokenized rows, with what was left out reported."""
+"""A run's data: prepared once on each host, opened by every rank, with what was left out reported."""
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from data.conversations import BadRow, Row, read_rows
+from data.conversations import Row
 from data.dataset import Collator
-from data.pictures import check_pictures, refuse_if_too_bad
-from data.subset import draw, manifest
-from data.tokens import Example, kinds_of, tokenize
-from train.engine import from_main, is_main, say
+from data.features import describe, open_cache, rows_of
+from data.prepare import Selection, Subset, prepare
+from data.tokens import Examples
+from train.config import asks_questions, selection
+from train.engine import gather, in_turn, say
+from vzip import UserError
 from vzip.families import Family
 from vzip.reducers import Reducer
 from vzip.templates import Template
 
-
-def _checked(path: str, folder: Path, *, fraction: float, seed: int) -> tuple[list[Row], list[BadRow]]:
-    rows, bad = read_rows(path)
-    refuse_if_too_bad(bad, len(rows) + len(bad))
-    drawn = draw(rows, fraction=fraction, seed=seed)
-    good, broken = check_pictures(drawn, folder)
-    refuse_if_too_bad(broken, len(drawn))
-    return good, bad + broken
+NUM_SHOWN = 10
+"""Rows left out that are named; the manifest has them all."""
 
 
-def usable_rows(path: str, folder: Path, *, fraction: float, seed: int) -> tuple[list[Row], list[BadRow]]:
-    """The rows drawn from a data file, and those left out, which are listed. Rank 0 reads and checks, the others are told.
+def _report(subset: Subset) -> None:
+    """Say what was left out, on rank 0. Raises UserError if the hosts hold different data."""
+    manifest = subset.manifest
+    if len(set(gather([manifest["hash"]]))) > 1:
+        raise UserError(f"the hosts' copies of {manifest['data']['name']} or its pictures differ; make them the same")
+    for row in manifest["bad_rows"][:NUM_SHOWN]:
+        say(f"  left out: {row['id']} ({row['source']}): {row['reason']}")
+    if manifest["bad_rows"]:
+        replaced = sum(row.get("replaced", False) for row in manifest["bad_rows"])
+        say(f"  {len(manifest['bad_rows'])} rows of {manifest['data']['name']} left out in all, {replaced} replaced")
 
-    Raises:
-        UserError: files that are missing or broken, or more than 1 % of rows that can't be used.
+
+def held_out_rows(cfg: DictConfig) -> list[Row]:
+    """The rows of `data.held_out`, the same in every run. Raises UserError as `prepare` does."""
+    wanted = Selection(path=cfg.data.held_out, image_folder=cfg.data.image_folder)
+    subset = in_turn(lambda: prepare(wanted))
+    _report(subset)
+    return list(subset.rows())
+
+
+def training_collator(cfg: DictConfig, processor: Any, family: Family, reducer: Reducer, examples: Examples) -> Collator:
+    """The collator of the run's micro batches: of files, or, with `data.cache`, of features that `make cache` made.
+
+    With these the towers' memory is freed, unless questions will be asked.
+    Raises UserError for a kind of media that the model does not take, and for a cache that does not fit.
     """
-    good, bad = from_main(_checked(path, folder, fraction=fraction, seed=seed) if is_main() else None)
-    for row in bad[:10]:
-        say(f"  left out: {row.id} ({row.source}): {row.reason}")
-    if bad:
-        say(f"  {len(bad)} rows of {path} left out in all")
-    return good, bad
+    num_frames, media = cfg.model.get("num_frames", 1), None
+    if cfg.data.cache:
+        settings = describe(family, reducer, processor, rows=rows_of(examples), num_frames=num_frames)
+        media = open_cache(examples.path.parent, settings)
+        if not asks_questions(cfg):
+            family.drop_towers()
+    return Collator(processor, family, reducer, kinds=examples.kinds, num_frames=num_frames, media=media)
 
 
-def make_collator(cfg: DictConfig, processor: Any, family: Family, reducer: Reducer, examples: Sequence[Example]) -> Collator:
-    """The collator for these examples under a reducer. Raises UserError for media that the model does not take."""
-    return Collator(processor, family, reducer, kinds=kinds_of(examples), num_frames=cfg.model.get("num_frames", 1))
+def training_examples(cfg: DictConfig, template: Template, tokenizer: Any) -> tuple[Examples, dict[str, Any]]:
+    """(examples, manifest) of the run's subset. Raises UserError as `prepare` does."""
 
+    def open_examples() -> tuple[Subset, Examples]:
+        subset = prepare(selection(cfg))
+        return subset, subset.examples(template, tokenizer, max_tokens=cfg.data.max_tokens)
 
-def training_examples(cfg: DictConfig, template: Template, tokenizer: Any) -> tuple[list[Example], dict[str, Any]]:
-    """(examples, manifest) of the run's subset. Raises UserError as `usable_rows` does."""
-    folder = Path(cfg.data.image_folder)
-    good, bad = usable_rows(cfg.data.path, folder, fraction=cfg.data.fraction, seed=cfg.seed)
-    record = manifest(good, bad, fraction=cfg.data.fraction, seed=cfg.seed)
-    examples, num_cut = tokenize(good, template, tokenizer, folder, max_tokens=cfg.data.max_tokens)
-    counts = ", ".join(f"{source} {count:,}" for source, count in record["num_rows_by_source"].items())
-    say(f"data: {len(good):,} rows ({counts}), hash {record['hash'][:12]}")
-    if num_cut:
+    subset, examples = in_turn(open_examples)
+    _report(subset)
+    manifest = subset.manifest
+    counts = ", ".join(f"{source} {count:,}" for source, count in manifest["num_rows_by_source"].items())
+    say(f"data: {len(examples):,} rows ({counts}), hash {manifest['hash'][:12]}")
+    if num_cut := int((examples.column("num_whole_tokens") > cfg.data.max_tokens).sum()):
         say(f"  {num_cut} rows cut at data.max_tokens={cfg.data.max_tokens}")
-    return examples, record
+    if num_mute := manifest["num_rows"] - len(examples):
+        say(f"  {num_mute} rows left out, of which that cut leaves no answer")
+    return examples, manifest

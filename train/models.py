@@ -25,6 +25,11 @@ def _found(load: Callable[..., Any], cfg: DictConfig, **settings: Any) -> Any:
         raise UserError(f"nothing to load at model.id={cfg.model.id}: {hint}\n({str(error).splitlines()[0]})") from error
 
 
+def load_processor(cfg: DictConfig) -> Any:
+    """The processor of the model at `model.id`, unreduced. Raises UserError if there is none."""
+    return _found(get_class(cfg.model["_target_"]).load_processor, cfg)
+
+
 def load_model(cfg: DictConfig) -> tuple[Family, Any]:
     """(family around the model, processor), on the CPU, in `model.dtype`, with the starting projector.
 
@@ -32,7 +37,7 @@ def load_model(cfg: DictConfig) -> tuple[Family, Any]:
         UserError: no weights at `model.id`, or a `model.projector` that does not fit.
     """
     cls, dtype = get_class(cfg.model["_target_"]), getattr(torch, cfg.model.dtype)
-    processor = _found(cls.load_processor, cfg)
+    processor = load_processor(cfg)
     if cfg.weights == "random":
         torch.manual_seed(cfg.seed)
         model = cls.from_architecture(OmegaConf.to_container(cfg.model.architecture, resolve=True), dtype=dtype)

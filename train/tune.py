@@ -21,7 +21,7 @@ from train.checkpoint import RunFolder
 from train.control import control_row
 from train.engine import Engine, init_distributed, leave_distributed, say
 from train.evaluate import Evaluator, print_results
-from train.examples import make_collator, training_examples
+from train.examples import training_collator, training_examples
 from train.loop import fit
 from train.models import load_model
 from train.overlay import draw_examples
@@ -50,7 +50,7 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
 
     examples, manifest = training_examples(cfg, template, processor.tokenizer)
     plan = config.batch_plan(cfg, num_rows=len(examples), world_size=world_size)
-    collate = make_collator(cfg, processor, family, reducer, examples)
+    collate = training_collator(cfg, processor, family, reducer, examples)
     batches = MicroBatches(examples, collate, plan, rank=rank)
     say(f"{run.path}: {plan}")
     run.begin(manifest, num_trainable=trainable.num_parameters, world_size=world_size)

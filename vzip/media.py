@@ -19,6 +19,9 @@ MEDIA_INPUTS = {
 }
 """Arguments of a model by kind of media, images first, the pixels foremost; Video-LLaVA has its own name for an image's."""
 
+LEVELS = "levels"
+"""Name, among inputs of one kind, of the table `levels_of`, which makes of their uint8 pixels what the model takes."""
+
 
 def model_inputs(kind: str, processed: Mapping[str, Any]) -> dict[str, Any]:
     """The model's arguments of one kind, pixels first, of what an image or video processor returned."""
@@ -28,6 +31,47 @@ def model_inputs(kind: str, processed: Mapping[str, Any]) -> dict[str, Any]:
 def pixels_of(inputs: Mapping[str, Any]) -> Any:
     """The pixel values among the model's arguments of one kind."""
     return next(iter(inputs.values()))
+
+
+def levels_of(kind: str, processor: Any) -> Tensor:
+    """float32[3, 256]: what an image or video processor makes of each value of each channel by rescaling and normalising.
+
+    Both take each value by itself, so that a table of 256 is all of their arithmetic, whatever the backend and the settings. It
+    is read off what the processor itself returns for a picture of all values that there is nothing to resize, cut or pad of.
+    """
+    ramp = torch.arange(256, dtype=torch.uint8).view(16, 16, 1).expand(16, 16, 3).contiguous()
+    square = {"height": 16, "width": 16}
+    settings: dict[str, Any] = {"size": square, "crop_size": square}
+    if hasattr(processor, "image_grid_pinpoints"):
+        settings["image_grid_pinpoints"] = [[16, 16]]
+
+    def made(**more: bool) -> Tensor:
+        processed = processor([[Image.fromarray(ramp.numpy())]], return_tensors="pt", **settings, **more)
+        tiles: Tensor = pixels_of(model_inputs(kind, processed)).reshape(-1, 3, 256)
+        return tiles[0]
+
+    untouched = made(do_rescale=False, do_normalize=False)
+    assert torch.equal(untouched, ramp.view(256, 3).T), f"{type(processor).__name__} changes pixels where it should not"
+    return made().float()
+
+
+def normalised(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The model's arguments of one kind in its precision.
+
+    Args:
+        inputs: of `model_inputs`; with pixels that were neither rescaled nor normalised, uint8[..., 3, height, width], the
+            processor's `levels_of` is among them by the name `LEVELS`, and is used up. The result is, to the bit, what the
+            processor makes itself, but for tiles that pad a batch of images of several tiles, which no model looks at: they are
+            black, where the processor's are 0.
+        dtype: of what is not whole numbers.
+    """
+    arguments = dict(inputs)
+    if (levels := arguments.pop(LEVELS, None)) is not None:
+        name, pixels = next(iter(arguments.items()))
+        channel = torch.arange(3, dtype=torch.int32, device=pixels.device).view(3, 1, 1)
+        index = (pixels.int() + 256 * channel).flatten()
+        arguments[name] = levels.to(dtype).flatten().index_select(0, index).view(pixels.shape)
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in arguments.items()}
 
 
 def refuse_empty(num_frames: int) -> None:
@@ -86,13 +130,13 @@ class FrameProcessor:
 
     def __init__(self, image_processor: Any) -> None:
         self.image_processor = image_processor
-        settings = image_processor.to_dict()
-        self.has_tiles = "image_grid_pinpoints" in settings
-        side = settings["size"].get("height") or settings["size"]["shortest_edge"]
-        self.settings = {"image_grid_pinpoints": [[side, side]]} if self.has_tiles else {}
+        self.settings = image_processor.to_dict()
+        self.has_tiles = "image_grid_pinpoints" in self.settings
 
     def __call__(self, videos: Any, **kwargs: Any) -> BatchFeature:
         """`pixel_values_videos`: float[videos, frames, 3, height, width] of videos as lists of pictures, or as arrays.
+
+        Settings of the image processor may be given; others are those of transformers' own video processors, and ignored.
 
         Raises:
             UserError: a video without frames, videos of different numbers of frames, a frame that is no picture, or a wish to
@@ -102,11 +146,16 @@ class FrameProcessor:
             raise UserError(
                 f"{asked[0]}={kwargs[asked[0]]}: without torchvision, frames are not chosen here; give those to be seen"
             )
+        settings = {name: value for name, value in kwargs.items() if name in self.settings}
+        if self.has_tiles:
+            size = settings.get("size", self.settings["size"])
+            side = size.get("height") or size["shortest_edge"]
+            settings["image_grid_pinpoints"] = [[side, side]]
         made = []
         for video in make_batched_videos(_in_colour(videos)):
             frames = [_picture(frame) for frame in video]
             refuse_empty(len(frames))
-            made_of_frames = self.image_processor(frames, return_tensors="pt", **self.settings)
+            made_of_frames = self.image_processor(frames, return_tensors="pt", **settings)
             pixel_values = pixels_of(model_inputs("image", made_of_frames))
             made.append(pixel_values[:, 0] if self.has_tiles else pixel_values)
         if len({len(video) for video in made}) > 1:

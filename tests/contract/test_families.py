@@ -606,7 +606,7 @@ def test_every_family_on_disk_is_one(name, module):
     assert classes, f"vzip/families/{name}.py defines no family"
     for cls in classes:
         assert not [name for name in ("model_type", "model_class") if not overrides(cls, Base)[name]]
-        assert all(callable(getattr(cls, seam)) and hasattr(inner_class(cls), seam) for seam in cls.seams)
+        assert all(hasattr(inner_class(cls), seam) for seam in cls(None).seams)
         assert vzip.families.families()[cls.model_type] is cls
         assert cls.model_type in {kind for kind, *_ in tiny.KINDS.values()}, "tests/tiny.py has no model of this family"
 

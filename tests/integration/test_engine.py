@@ -11,14 +11,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import vzip
-from data.conversations import read_rows
 from data.dataset import BatchPlan, Collator, MicroBatches
-from data.tokens import tokenize
+from data.prepare import Selection, prepare
 from tests import tiny
 from tests.conftest import ROOT
 from train import config
 from train.checkpoint import RunFolder
-from train.engine import Engine, init_distributed
+from train.engine import Engine, init_distributed, media_inputs
 from train.trainable import make_trainable
 from vzip.families import family_of
 from vzip.templates import vicuna
@@ -36,8 +35,8 @@ def cfg(overrides):
 
 @pytest.fixture(scope="module")
 def examples(data_folder):
-    rows, _ = read_rows(data_folder / "train.json")
-    return tokenize(rows, vicuna(), tiny.tokenizer(), data_folder / "images", max_tokens=2048)[0]
+    subset = prepare(Selection(path=str(data_folder / "train.json"), image_folder=str(data_folder / "images")))
+    return list(subset.examples(vicuna(), tiny.tokenizer(), max_tokens=2048))
 
 
 def engine_on(cfg, model, examples, *, micro, accumulation):
@@ -88,7 +87,7 @@ def test_loss_and_gradient_are_the_plain_models(cfg, examples, micro, accumulati
         input_ids=whole.input_ids,
         attention_mask=whole.attention_mask,
         labels=whole.labels,
-        pixel_values=whole.media["image"]["pixel_values"],
+        **media_inputs(whole, "image", torch.float32),
     )
     output.loss.backward()
     gradients = [value.grad for value in model.model.multi_modal_projector.parameters()]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from data.conversations import read_rows
 from data.paths import data_dir
 from data.pictures import open_picture
+from data.table import open_table
 from tests.conftest import ROOT
 from tests.integration.commands import start, tune
 from vzip.families import family_of
@@ -59,13 +59,17 @@ def test_our_template_is_the_tokenizers(smol):
     assert processor.tokenizer.decode(kept) == "circle<|im_end|>red<|im_end|>"
 
 
+def rows_of(split):
+    table = open_table(SMOL / "easy_vqa" / f"{split}.json")
+    assert not table.bad_rows()
+    return [table.row(position) for position in range(len(table))]
+
+
 def test_full_model_answers(smol):
     model, processor = smol
     family = family_of(model)
     load_weights(family, ROOT / "data" / "smol" / "projector.safetensors")
-    rows, bad = read_rows(SMOL / "easy_vqa" / "test.json")
-    rows = [row for row in rows if row.kind == "open"][:12]
-    assert not bad
+    rows = [row for row in rows_of("test") if row.kind == "open"][:12]
     correct = 0
     for row in rows:
         messages = [{"role": "user", "content": row.turns[0][0]}]
@@ -79,7 +83,7 @@ def test_full_model_answers(smol):
 
 
 def test_prepared_data_splits_pictures():
-    train, test = (read_rows(SMOL / "easy_vqa" / f"{split}.json")[0] for split in ("train", "test"))
+    train, test = rows_of("train"), rows_of("test")
     assert len(train) == 4000 and len({row.images for row in test}) == 1000
     assert not {row.images for row in train} & {row.images for row in test}
     assert {row.kind for row in test} == {"open", "yesno"}

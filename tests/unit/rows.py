@@ -1,7 +1,9 @@
 """Rows of text with pictures and videos on disk: as the collator takes them, and what a processor makes of the same."""
 
+from collections import defaultdict
+
 from data.pictures import open_picture
-from data.tokens import Example
+from data.tokens import Example, Examples, write_tokens
 from data.videos import read_frames
 from tests import tiny
 from vzip.templates import IGNORED
@@ -38,16 +40,27 @@ def save_video(folder, number):
 def examples_of(texts, folder):
     """An example for each text, with a picture or video of its own for each placeholder."""
     examples, numbers = [], {"<image>": 0, "<video>": 0}
-    for text in texts:
+    for index, text in enumerate(texts):
         ids = tiny.tokenizer()(text)["input_ids"]
-        media = {}
+        media, sizes = {}, ()
         for kind, save in (("image", save_picture), ("video", save_video)):
             first = numbers[f"<{kind}>"]
             numbers[f"<{kind}>"] += (count := text.count(f"<{kind}>"))
             if count:
                 media[kind] = tuple(save(folder, number) for number in range(first, first + count))
-        examples.append(Example(ids, [*[IGNORED] * (len(ids) - NUM_LABELS), *ids[-NUM_LABELS:]], media))
+            if kind == "image":
+                sizes = tuple(SIZES[number % len(SIZES)] for number in range(first, first + count))
+        labels = [*[IGNORED] * (len(ids) - NUM_LABELS), *ids[-NUM_LABELS:]]
+        examples.append(Example(ids, labels, media, sizes=sizes, index=index))
     return examples
+
+
+def tokenized(rows, template, folder, *, max_tokens=2048, sizes=None):
+    """The rows as `Examples` with pictures below `folder`, by default all of the size of a tile."""
+    target = folder / "tokens.arrow"
+    sizes = sizes or defaultdict(lambda: (tiny.SIDE, tiny.SIDE))
+    write_tokens(rows, template, tiny.tokenizer(), target, max_tokens=max_tokens, sizes=sizes)
+    return Examples(target, folder)
 
 
 def processed(processor, texts, examples, *, side="right"):
@@ -56,3 +69,12 @@ def processed(processor, texts, examples, *, side="right"):
     videos = [read_frames(path, NUM_FRAMES) for example in examples for path in example.media.get("video", ())]
     media = {name: given for name, given in (("images", images), ("videos", videos)) if given}
     return processor(text=list(texts), padding=True, padding_side=side, return_tensors="pt", **media)
+
+
+def without_padding(inputs, wanted):
+    """`inputs` as `wanted` in the tiles that pad a batch of images of several: all 0 there, and no model looks at them."""
+    (name, pixels), (_, expected) = next(iter(inputs.items())), next(iter(wanted.items()))
+    if pixels.shape != expected.shape or expected.dim() != 5:
+        return inputs
+    padding = ~expected.flatten(2).any(dim=2)
+    return inputs | {name: pixels.masked_fill(padding[..., None, None, None], 0.0)}

@@ -1,4 +1,4 @@
-"""LLaVA's JSON: good rows are read, bad ones are listed with their reason, broken files end the command."""
+"""Rows in LLaVA's form: good ones are read, bad ones give a reason."""
 
 import copy
 import json
@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.conversations import BadRow, Row, parse_row, read_rows
+from data.conversations import Row, parse_row
 from tests.conftest import ROOT
-from vzip import UserError
 
 
 def messages(*texts):
@@ -25,12 +24,6 @@ def good(number=0):
 
 def good_video(number=0):
     return {"id": f"row-{number}", "video": f"valley/{number}.mp4", "conversations": messages("<video>\nwhat?", "a cat")}
-
-
-def write(folder, content):
-    path = folder / "rows.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
 
 
 def test_one_image_several_and_none():
@@ -89,15 +82,17 @@ def test_digest_depends_on_content_not_on_the_order_of_keys():
 
 
 @pytest.mark.integration
-def test_digest_is_the_same_in_another_process(tmp_path):
-    path = write(tmp_path, [good(), {**good(1), "id": "é \U0001f600"}])
-    code = "import sys; from data.conversations import read_rows; print(*(row.digest for row in read_rows(sys.argv[1])[0]))"
-    command = [sys.executable, "-c", code, str(path)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True
-    )
+def test_digest_is_the_same_in_another_process():
+    row = {**good(), "id": "é \U0001f600"}
+    code = "import json, sys; from data.conversations import parse_row; print(parse_row(json.loads(sys.argv[1])).digest)"
+    command, env = [sys.executable, "-c", code, json.dumps(row)], os.environ | {"PYTHONHASHSEED": "7"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [parse_row(row).digest]
 
-    assert done.stdout.split() == [row.digest for row in read_rows(path)[0]]
+
+def test_an_answer_before_the_first_question_is_skipped_as_llava_does():
+    row = parse_row({"conversations": [{"from": "gpt", "value": "and so on"}, *messages("q", "a")]})
+    assert row.turns == (("q", "a"),)
 
 
 BROKEN = {
@@ -107,6 +102,7 @@ BROKEN = {
     "conversations is text": {**good(), "conversations": "what?"},
     "odd number of messages": {**good(), "conversations": messages("<image>", "a", "b")},
     "wrong speaker": {**good(), "conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "<image>"}]},
+    "an answer alone": {**good(), "conversations": [{"from": "gpt", "value": "a"}]},
     "two humans": {**good(), "conversations": [{"from": "human", "value": "<image>"}] * 2},
     "message is text": {**good(), "conversations": ["<image>", "a"]},
     "value is a number": {**good(), "conversations": messages("<image>", 3)},
@@ -122,6 +118,7 @@ BROKEN = {
     "path is a number": {**good(), "image": 12},
     "paths are numbers": {**good(), "image": [12]},
     "path is an object": {**good(), "image": {"path": "a.jpg"}},
+    "path that names no file": {**good(), "image": "."},
     "video in an answer": {**good_video(), "conversations": messages("<video>", "a <video>")},
     "video in an answer about an image": {**good(), "conversations": messages("<image>", "a <video>")},
     "a video too few": {**good_video(), "conversations": messages("<video><video>", "a")},
@@ -140,14 +137,10 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("row", BROKEN.values(), ids=BROKEN)
-def test_a_malformed_row_is_listed_and_the_others_survive(tmp_path, row):
-    rows, bad = read_rows(write(tmp_path, [good(0), row, good(2)]))
-
-    assert [row.id for row in rows] == ["row-0", "row-2"]
-    assert len(bad) == 1 and bad[0].reason
+def test_a_malformed_row_gives_a_reason(row):
     with pytest.raises(ValueError) as error:
         parse_row(row)
-    assert str(error.value) == bad[0].reason
+    assert str(error.value)
 
 
 def test_reasons_tell_the_faults_apart():
@@ -167,21 +160,10 @@ def test_a_reason_says_which_kind_is_wrong():
         parse_row(BROKEN["a video too few"])
 
 
-def test_a_bad_row_is_named_by_its_id_or_its_place(tmp_path):
-    _, bad = read_rows(write(tmp_path, [good(), {"id": 41}, {}, None]))
-    assert [row.id for row in bad] == ["41", "#2", "#3"]
-
-
-def test_an_image_path_that_names_no_file_is_bad(tmp_path):
-    rows, bad = read_rows(write(tmp_path, [good(0), {**good(1), "image": "."}]))
-    assert len(rows) == 1 and len(bad) == 1
-
-
-def test_text_that_is_half_a_character_is_bad(tmp_path):
+def test_text_that_is_half_a_character_is_bad():
     # JSON can hold half of a surrogate pair, but no tokenizer takes it and no file can be written with it.
-    half = {**good(1), "conversations": messages("<image>", "\ud83d")}
-    rows, bad = read_rows(write(tmp_path, [good(0), half]))
-    assert [row.id for row in rows] == ["row-0"] and len(bad) == 1
+    with pytest.raises(ValueError, match="surrogates"):
+        parse_row({**good(1), "conversations": messages("<image>", "\ud83d")})
 
 
 TEXTS = st.sampled_from(
@@ -220,45 +202,16 @@ def mutated(draw):
     return row
 
 
-@settings(max_examples=60, deadline=None)
-@given(nearly_good=st.lists(mutated(), max_size=6), others=st.lists(JSON, max_size=2))
-def test_whatever_an_entry_holds_it_is_a_row_or_listed(tmp_path_factory, nearly_good, others):
-    entries = nearly_good + others
-    rows, bad = read_rows(write(tmp_path_factory.getbasetemp(), entries))
-
-    assert len(rows) + len(bad) == len(entries)
-    for row in rows:
-        assert isinstance(row, Row) and row.turns and row.source
-        assert len(row.images) == sum(question.count("<image>") for question, _ in row.turns)
-        assert len(row.videos) == sum(question.count("<video>") for question, _ in row.turns)
-        assert not any(path.startswith("/") or ".." in path.split("/") for path in row.images + row.videos)
-        assert all(answer.strip() and "<image>" not in answer and "<video>" not in answer for _, answer in row.turns)
-    assert all(isinstance(row, BadRow) and row.reason for row in bad)
-
-
-def test_broken_json_names_file_and_line(tmp_path):
-    path = write(tmp_path, '[\n{"id": 1},\n{"id": }\n]')
-    with pytest.raises(UserError, match="line 3") as error:
-        read_rows(path)
-    assert str(path) in str(error.value)
-
-
-def test_a_file_that_is_not_utf8_is_named(tmp_path):
-    path = tmp_path / "rows.json"
-    path.write_bytes('[{"id": "é"}]'.encode("latin-1"))
-    with pytest.raises(UserError, match="UTF-8") as error:
-        read_rows(path)
-    assert str(path) in str(error.value)
-
-
-@pytest.mark.parametrize("content", ["{}", '"rows"', "3", "null"])
-def test_json_without_a_list_is_refused(tmp_path, content):
-    with pytest.raises(UserError, match="expected a list"):
-        read_rows(write(tmp_path, content))
-
-
-def test_a_missing_file_names_the_setting(tmp_path):
-    with pytest.raises(UserError, match=r"data\.path"):
-        read_rows(tmp_path / "nowhere.json")
-    with pytest.raises(UserError, match=r"data\.path"):
-        read_rows(tmp_path)
+@settings(max_examples=200, deadline=None)
+@given(entry=mutated() | JSON)
+def test_whatever_an_entry_holds_it_is_a_row_or_gives_a_reason(entry):
+    try:
+        row = parse_row(entry)
+    except ValueError as error:
+        assert str(error)
+        return
+    assert isinstance(row, Row) and row.turns and row.source
+    assert len(row.images) == sum(question.count("<image>") for question, _ in row.turns)
+    assert len(row.videos) == sum(question.count("<video>") for question, _ in row.turns)
+    assert not any(path.startswith("/") or ".." in path.split("/") for path in row.images + row.videos)
+    assert all(answer.strip() and "<image>" not in answer and "<video>" not in answer for _, answer in row.turns)

@@ -1,9 +1,9 @@
 """Rows become padded micro batches, the same ones however a global batch is cut and wherever a run resumes."""
 
+import json
 import shutil
 from dataclasses import fields
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,15 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vzip
-from data.conversations import parse_row, read_rows
+from data.conversations import parse_row
 from data.dataset import BatchPlan, Collator, MicroBatches, loader
 from data.pictures import open_picture
-from data.tokens import Example, kinds_of, tokenize
+from data.tokens import Example, kinds_of
 from tests import tiny
-from tests.unit.rows import IMAGE_ROWS, NUM_FRAMES, NUM_LABELS, VIDEO_ROWS, examples_of, processed, rows_of
+from tests.unit.rows import (
+    IMAGE_ROWS,
+    NUM_FRAMES,
+    NUM_LABELS,
+    VIDEO_ROWS,
+    examples_of,
+    processed,
+    rows_of,
+    tokenized,
+    without_padding,
+)
 from vzip import UserError
 from vzip.families import family_of
-from vzip.media import model_inputs
+from vzip.media import model_inputs, normalised, pixels_of
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
@@ -67,6 +77,11 @@ def rows_by_step(examples, split, *, num_steps, seed=0):
         )
         for step in range(num_steps)
     ]
+
+
+def floats(inputs):
+    """What the model gets, in float32."""
+    return normalised(inputs, torch.float32)
 
 
 def same(one, other):
@@ -119,7 +134,7 @@ def test_pictures_keep_their_order_over_rows(tmp_path):
     batch = collator()(rows)
 
     expected = [open_picture(paths[number]) for number in (2, 0, 3, 2)]
-    pixel_values = batch.media["image"]["pixel_values"]
+    pixel_values = floats(batch.media["image"])["pixel_values"]
     assert torch.equal(pixel_values, PROCESSOR.image_processor(expected, return_tensors="pt")["pixel_values"])
     assert not torch.equal(pixel_values[0], pixel_values[1])
     assert (batch.input_ids == IMAGE_ID).sum(dim=1).tolist() == [12, 0, 6, 6]
@@ -184,14 +199,16 @@ def test_num_labels_counts_the_whole_global_batch(split):
         assert 8 <= expected == ranks[0].num_labels(step) == ranks[-1].num_labels(step)
 
 
+@pytest.fixture(scope="module")
 def training_examples(data_folder):
-    rows, bad = read_rows(data_folder / "train.json")
-    assert len(rows) == 24 and not bad
-    return tokenize(rows, vicuna(), PROCESSOR.tokenizer, data_folder / "images", max_tokens=2048)[0]
+    rows = [parse_row(row) for row in json.loads((data_folder / "train.json").read_text())]
+    examples = tokenized(rows, vicuna(), data_folder / "images")
+    assert len(examples) == 24
+    return examples
 
 
-def test_a_loader_from_the_middle_continues_exactly(data_folder):
-    source = batches(training_examples(data_folder), micro=3, accumulation=2, world_size=1, num_steps=4)
+def test_a_loader_from_the_middle_continues_exactly(training_examples):
+    source = batches(training_examples, micro=3, accumulation=2, world_size=1, num_steps=4)
     whole = list(loader(source, first=0, num_workers=0))
     rest = list(loader(source, first=5, num_workers=0))
 
@@ -201,8 +218,8 @@ def test_a_loader_from_the_middle_continues_exactly(data_folder):
     assert list(loader(source, first=8, num_workers=0)) == []
 
 
-def test_a_worker_process_gives_the_same_batches(data_folder):
-    source = batches(training_examples(data_folder), micro=3, accumulation=1, world_size=1, num_steps=4)
+def test_a_worker_process_gives_the_same_batches(training_examples):
+    source = batches(training_examples, micro=3, accumulation=1, world_size=1, num_steps=4)
     here, there = (list(loader(source, first=1, num_workers=workers)) for workers in (0, 1))
     assert len(here) == len(there) == 3
     assert all(equal(one, other) for one, other in zip(here, there, strict=True))
@@ -222,44 +239,48 @@ def talk(*texts, **extra):
     return parse_row({"conversations": messages, **extra})
 
 
-@pytest.mark.parametrize("template", [vicuna(), chatml("be kind")], ids=lambda template: template.name)
-def test_tokenize_keeps_what_fits(tmp_path, template):
-    rows = [talk("<image>\nwhat?", "a cat", image="coco/1.jpg"), talk("q", "a")]
-    examples, num_cut = tokenize(rows, template, PROCESSOR.tokenizer, tmp_path, max_tokens=2048)
+TEMPLATES = pytest.mark.parametrize("template", [vicuna(), chatml("be kind")], ids=lambda template: template.name)
 
-    assert num_cut == 0
+
+@TEMPLATES
+def test_examples_are_the_rows_encoded(tmp_path, template):
+    rows = [talk("<image>\nwhat?", "a cat", image="coco/1.jpg"), talk("q", "a")]
+    examples = tokenized(rows, template, tmp_path, sizes={"coco/1.jpg": (30, 40)})
+
+    assert examples.column("num_whole_tokens").tolist() == examples.column("num_tokens").tolist()
     assert [(e.ids, e.labels) for e in examples] == [encode(template, PROCESSOR.tokenizer, row.turns) for row in rows]
     assert [e.media for e in examples] == [{"image": (tmp_path / "coco/1.jpg",)}, {}]
+    assert [(e.sizes, e.index) for e in examples] == [(((30, 40),), 0), ((), 1)]
     assert all(e.num_labels == sum(label != IGNORED for label in e.labels) > 0 for e in examples)
 
 
-def test_tokenize_cuts_at_max_tokens_and_counts():
+def test_rows_are_cut_at_max_tokens(tmp_path):
     rows = [talk("q", "a" * count) for count in (10, 20, 30)]
     lengths = [len(encode(vicuna(), PROCESSOR.tokenizer, row.turns)[0]) for row in rows]
-    whole, _ = tokenize(rows, vicuna(), PROCESSOR.tokenizer, folder := Path(), max_tokens=2048)
-    cut, num_cut = tokenize(rows, vicuna(), PROCESSOR.tokenizer, folder, max_tokens=lengths[1])
+    whole = list(tokenized(rows, vicuna(), tmp_path))
+    cut = tokenized(rows, vicuna(), tmp_path, max_tokens=lengths[1])
 
-    assert num_cut == 1
+    assert cut.column("num_whole_tokens").tolist() == lengths
     assert [len(e.ids) for e in cut] == [len(e.labels) for e in cut] == [lengths[0], lengths[1], lengths[1]]
-    assert cut[:2] == whole[:2] and cut[2].ids == whole[2].ids[: lengths[1]]
+    assert list(cut)[:2] == whole[:2] and cut[2].ids == whole[2].ids[: lengths[1]]
 
 
 MEDIA_ROW = talk("<image>\nwhat?", "a cat", "and <image><video>?", "a dog", image=["1.jpg", "2.jpg"], video="1.mp4")
 
 
-@pytest.mark.parametrize("template", [vicuna(), chatml("be kind")], ids=lambda template: template.name)
+@TEMPLATES
 def test_a_cut_row_keeps_as_many_placeholders_as_pictures_and_videos(tmp_path, template):
     # A picture without its placeholder makes the model refuse the batch in the middle of a run.
     length = len(encode(template, PROCESSOR.tokenizer, MEDIA_ROW.turns)[0])
     found = set()
     for max_tokens in range(1, length + 1):
-        (example,), num_cut = tokenize([MEDIA_ROW], template, PROCESSOR.tokenizer, tmp_path, max_tokens=max_tokens)
-        assert num_cut == (max_tokens < length)
-        counts = {"image": example.ids.count(IMAGE_ID), "video": example.ids.count(VIDEO_ID)}
-        assert {kind: len(paths) for kind, paths in example.media.items()} == {kind: n for kind, n in counts.items() if n}
-        assert all(path.parent == tmp_path for paths in example.media.values() for path in paths)
-        found.add(tuple(path.name for paths in example.media.values() for path in paths))
-    assert found == {(), ("1.jpg",), ("1.jpg", "2.jpg"), ("1.jpg", "2.jpg", "1.mp4")}  # the first ones are kept
+        for example in tokenized([MEDIA_ROW], template, tmp_path, max_tokens=max_tokens):  # none without a label
+            counts = {"image": example.ids.count(IMAGE_ID), "video": example.ids.count(VIDEO_ID)}
+            assert {kind: len(paths) for kind, paths in example.media.items()} == {kind: n for kind, n in counts.items() if n}
+            assert all(path.parent == tmp_path for paths in example.media.values() for path in paths)
+            assert len(example.sizes) == counts["image"]
+            found.add(tuple(path.name for paths in example.media.values() for path in paths))
+    assert found == {("1.jpg",), ("1.jpg", "2.jpg"), ("1.jpg", "2.jpg", "1.mp4")}  # the first ones are kept
 
 
 # Kinds of media
@@ -298,8 +319,9 @@ def test_a_micro_batch_is_what_the_models_reduced_processor_makes(tmp_path, kind
     for media, inputs in batch.media.items():
         assert batch.num_placeholders[media] == (expected["input_ids"] == family(kind).placeholder_id(media)).sum()
         if batch.num_placeholders[media]:
+            assert pixels_of(inputs).dtype == torch.uint8  # on its way to the device
             wanted = model_inputs(media, expected)
-            assert any("pixel_values" in key for key in wanted) and same(inputs, wanted)
+            assert same(without_padding(floats(inputs), wanted), wanted)
     for row, example in enumerate(examples):
         labels, there = batch.labels[row], batch.attention_mask[row].bool()
         assert labels[there][-NUM_LABELS:].tolist() == example.ids[-NUM_LABELS:]
@@ -323,7 +345,7 @@ def test_there_are_as_many_placeholders_as_features(tmp_path, kind, reducer):
     assert list(batch.media) == (["image", "video"] if kind in tiny.VIDEO else ["image"])
     with torch.no_grad(), vzip.attach(family(kind).model, reducer=reducer):
         for media, inputs in batch.media.items():
-            features = family(kind).media_features(media, inputs)
+            features = family(kind).media_features(media, floats(inputs))
             places = (batch.input_ids == family(kind).placeholder_id(media)).sum()
             assert len(features) == batch.num_placeholders[media] == places > 0
             assert features.isfinite().all()
@@ -341,13 +363,12 @@ def test_media_that_no_row_has_are_blank(tmp_path, kind, media):
     assert {name for name, count in batch.num_placeholders.items() if not count} == {media}
     assert not (batch.input_ids == family(kind).placeholder_id(media)).any()
     assert batch.media[media].keys() == real.media[media].keys()
-    for name, values in batch.media[media].items():
-        assert (
-            len(values) == 1 and values.dtype == real.media[media][name].dtype and values.dim() == real.media[media][name].dim()
-        )
-    assert next(iter(batch.media[media].values())).unique().numel() <= 2 * 3  # black, and the padding of tiles, in each channel
+    for name, values in floats(batch.media[media]).items():
+        there = floats(real.media[media])[name]
+        assert len(values) == 1 and values.dtype == there.dtype and values.dim() == there.dim()
+    assert not pixels_of(batch.media[media]).any() and pixels_of(real.media[media]).any()  # black
     with torch.no_grad(), vzip.attach(family(kind).model, dominant=4, contextual=2):
-        assert family(kind).media_features(media, batch.media[media]).isfinite().all()
+        assert family(kind).media_features(media, floats(batch.media[media])).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -369,7 +390,7 @@ def test_a_row_that_a_cut_left_one_of_two_pictures_is_a_row_of_one(tmp_path):
     (two,) = examples_of(["<image>a <image>b"], tmp_path)
     row = talk("<image>a", "yes", "<image>b", "no", image=[path.name for path in two.media["image"]])
     length = len(encode(chatml("x"), PROCESSOR.tokenizer, row.turns[:1])[0])
-    (one,), _ = tokenize([row], chatml("x"), PROCESSOR.tokenizer, tmp_path, max_tokens=length)
+    (one,) = tokenized([row], chatml("x"), tmp_path, max_tokens=length)
     assert one.media == {"image": two.media["image"][:1]}
 
     whole, cut = (collated("onevision", [example]) for example in (two, one))

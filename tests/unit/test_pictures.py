@@ -1,17 +1,17 @@
-"""Pictures of every make come out as upright RGB, and those that can't be opened are found before training."""
+"""Pictures of every make come out as upright RGB, and of those that can't be opened only so many may be."""
 
 import io
-import sys
+import struct
 from contextlib import suppress
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, features
+from PIL import Image, ImageOps, features
 
-from data.conversations import BadRow, Row
-from data.pictures import check_pictures, open_picture, refuse_if_too_bad
+from data.conversations import BadRow
+from data.pictures import open_picture, refuse_if_too_bad
 from tests import tiny
 from vzip import UserError
 
@@ -132,56 +132,35 @@ def test_a_damaged_file_is_a_picture_or_one_of_two_errors(tmp_path_factory, kind
         assert open_picture(path).mode == "RGB"
 
 
-def row(name, *images, videos=(), source="noise"):
-    return Row(id=name, images=images, videos=videos, turns=(("q", "a"),), source=source, kind="all", digest=name)
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "P"), ("JPEG", "CMYK"), ("GIF", "P"), ("WEBP", "RGB"), ("TIFF", "RGB")])
+def test_bytes_are_opened_as_their_file_is(tmp_path, kind, mode):
+    file = io.BytesIO()
+    halves().convert(mode).save(file, kind)
+    (tmp_path / "a.jpg").write_bytes(file.getvalue())
+    assert open_picture(file.getvalue()) == open_picture(tmp_path / "a.jpg")
 
 
-def test_check_pictures_parts_good_from_bad_in_order(tmp_path):
-    for number in range(30):
-        tiny.picture(number).save(tmp_path / f"{number}.png")
-    (tmp_path / "7.png").write_bytes(b"no picture")
-    (tmp_path / "20.png").unlink()
-    rows = [row(f"row-{number}", f"{number}.png") for number in range(30)]
-    rows += [row("text"), row("pair", "1.png", "2.png"), row("broken pair", "1.png", "7.png", source="pairs")]
-    good, bad = check_pictures(rows, tmp_path)
-
-    assert [row.id for row in good] == [row.id for row in rows if row.id not in ("row-7", "row-20", "broken pair")]
-    assert [(row.id, row.source) for row in bad] == [("row-7", "noise"), ("row-20", "noise"), ("broken pair", "pairs")]
-    assert bad[1].reason == "20.png: missing"
-    assert "7.png" in bad[0].reason and "7.png" in bad[2].reason
+def test_transparent_palettes_become_rgb(tmp_path):
+    halves().convert("P").save(tmp_path / "a.png", transparency=0)
+    picture = open_picture(tmp_path / "a.png")
+    assert picture.mode == "RGB" and near(picture.getpixel((17, 5)), BLUE)
 
 
-def test_check_pictures_looks_at_videos_too(tmp_path):
-    for number in range(3):
-        (tmp_path / "clip").mkdir(exist_ok=True)
-        tiny.picture(number).save(tmp_path / "clip" / f"{number}.png")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.mp4").write_text("just text\n")
-    rows = [
-        row("frames", videos=("clip",)),
-        row("gone", videos=("clip", "gone.mp4"), source="valley"),
-        row("empty", videos=("empty",)),
-        row("text", videos=("text.mp4",)),
-        row("both", "clip/1.png", videos=("clip",)),
-        row("bad picture", "clip/9.png", videos=("clip",)),
-    ]
-    good, bad = check_pictures(rows, tmp_path)
-
-    assert [row.id for row in good] == ["frames", "both"]
-    assert [row.id for row in bad] == ["gone", "empty", "text", "bad picture"]
-    assert bad[0] == BadRow(id="gone", source="valley", reason="gone.mp4: missing")
-    assert "no frames" in bad[1].reason and "not a video" in bad[2].reason and bad[3].reason == "clip/9.png: missing"
+def test_a_format_that_runs_what_is_in_the_file_is_not_opened(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg", "EPS")
+    with pytest.raises(OSError, match="cannot identify"):
+        open_picture(tmp_path / "a.jpg")
 
 
-def test_without_pyav_no_row_is_blamed(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "av", None)  # makes its import fail
-    (tmp_path / "a.mp4").write_bytes(b"...")
-    with pytest.raises(UserError, match="pip install av"):
-        check_pictures([row("a", videos=("a.mp4",))], tmp_path)
+def test_whatever_a_decoder_raises_is_of_the_picture(tmp_path, monkeypatch):
+    tiny.picture().save(tmp_path / "a.png")
 
+    def fails(*_):
+        raise struct.error("required argument is not an integer")
 
-def test_no_rows_need_no_pictures(tmp_path):
-    assert check_pictures([], tmp_path) == ([], [])
+    monkeypatch.setattr(ImageOps, "exif_transpose", fails)  # as it does on some EXIF data that it would write again
+    with pytest.raises(ValueError, match="error: required argument"):
+        open_picture(tmp_path / "a.png")
 
 
 def bad_rows(**by_source):

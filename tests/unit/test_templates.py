@@ -1,5 +1,8 @@
 """Conversation templates: token ids and labels, against lists worked out by hand and LLaVA's own rule."""
 
+import copy
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,7 +11,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from tests import tiny
 from vzip import UserError
-from vzip.templates import IGNORED, IMAGE, VICUNA_SYSTEM, VIDEO, chatml, encode, mistral, place_media, vicuna
+from vzip.templates import IGNORED, IMAGE, VICUNA_SYSTEM, VIDEO, chatml, encode, mistral, place_media, plain, vicuna
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +133,11 @@ CONVERSATIONS = [
 
 @pytest.mark.parametrize("turns", CONVERSATIONS)
 @pytest.mark.parametrize("system", ["", VICUNA_SYSTEM])
-def test_vicuna_is_llavas_preprocessing(sentencepiece, turns, system):
-    tokenizer = sentencepiece(False)
-    assert encode(vicuna(system), tokenizer, turns) == llava_preprocess(tokenizer, turns, system=system)
+@pytest.mark.parametrize("legacy", [True, False])
+def test_vicuna_is_llavas_preprocessing(sentencepiece, turns, system, legacy):
+    tokenizer = sentencepiece(legacy)
+    expected = llava_preprocess(tokenizer, turns, system=system, legacy=legacy)
+    assert encode(vicuna(system), tokenizer, turns) == expected
 
 
 @settings(max_examples=30, deadline=None)
@@ -206,6 +211,60 @@ def test_vicuna_answers_that_start_with_white_space_keep_their_labels(sentencepi
     text = "".join(pieces(tokenizer, labelled(labels))).replace("<0x0A>", "\n").replace("▁", " ")
     assert text == f" {answer}</s> {answer}</s>"
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_plain_token_by_token(sentencepiece, legacy):
+    tokenizer = sentencepiece(legacy)
+    ids, labels = encode(plain(), tokenizer, [("Describe it.\n<image>", "A red car.")])
+    assert pieces(tokenizer, ids) == ["<s>", IMAGE, "▁A", "▁red", "▁car", ".", "<0x0A>"]
+    assert labels == [IGNORED] * 2 + ids[2:]
+    ids, labels = encode(plain(), tokenizer, [("<image>\nand\n<image>", "Two.")])
+    assert pieces(tokenizer, ids) == ["<s>", IMAGE, IMAGE, "▁Two", ".", "<0x0A>"]
+    assert pieces(tokenizer, labelled(labels)) == ["▁Two", ".", "<0x0A>"]
+
+
+def llava_preprocess_plain(tokenizer, caption):
+    """LLaVA's preprocess_plain."""
+    ids = llava_image_tokens(f"{IMAGE}{caption}\n", tokenizer)
+    skipped = len(llava_image_tokens(IMAGE, tokenizer))
+    return ids, [IGNORED] * skipped + ids[skipped:]
+
+
+@settings(max_examples=30, deadline=None)
+@given(caption=st.text("ab Z19.,:?!\n-é漢"), legacy=st.booleans())
+def test_plain_is_llavas_preprocessing_for_any_caption(sentencepiece, caption, legacy):
+    tokenizer = sentencepiece(legacy)
+    assert encode(plain(), tokenizer, [("What is it?\n<image>", caption)]) == llava_preprocess_plain(tokenizer, caption)
+
+
+def test_a_plain_prompt_is_the_picture_alone(sentencepiece):
+    tokenizer = sentencepiece(False)
+    ids, labels = encode(plain(), tokenizer, [("Describe <image> and <video>", None)])
+    assert pieces(tokenizer, ids) == ["<s>", IMAGE, VIDEO] and labels == [IGNORED] * 3
+    assert encode(plain(adds_bos=False), tokenizer, [("<image>", None)])[0] == ids[1:2]
+
+
+@pytest.mark.parametrize(
+    ("turns", "fault"),
+    [
+        ([("What is a car?", "A thing.")], "What is a car.*has no <image>"),
+        ([("<image>", "A car."), ("<image>", "A tree.")], "not 2 turns"),
+        ([], "not 0 turns"),
+    ],
+)
+def test_plain_refuses_what_is_no_caption(turns, fault):
+    with pytest.raises(UserError, match=fault):
+        encode(plain(), tiny.tokenizer(), turns)
+
+
+def test_a_template_whose_tokens_the_tokenizer_does_not_know_is_refused(sentencepiece):
+    with pytest.raises(UserError, match=r"'chatml'.*<\|im_start\|>.*model\.template"):
+        encode(chatml("s"), sentencepiece(False), [("q", "a")])
+    without_bos = tiny.tokenizer()
+    without_bos.bos_token = None
+    with pytest.raises(UserError, match="BOS"):
+        encode(vicuna(), without_bos, [("q", "a")])
 
 
 # Any text but surrogates, which no tokenizer takes, and "<", which could spell a special token.
@@ -285,7 +344,7 @@ def test_a_tokenizer_that_does_not_fit_the_template_is_refused():
         def convert_tokens_to_ids(self, token):
             return 1
 
-        def encode(self, text, add_special_tokens):
+        def encode(self, text, **settings):
             return list(reversed(text.encode()))
 
     with pytest.raises(UserError, match="does not fit the tokenizer"):
@@ -364,3 +423,99 @@ def test_images_and_videos_of_a_question_keep_their_order():
 def test_a_placeholder_that_the_tokenizer_does_not_know_is_refused():
     with pytest.raises(UserError, match="<video>"):
         encode(chatml("s"), tiny.tokenizer(tiny.SPECIAL[:-1]), [("<video>\nWhat?", "no")])
+
+
+SPELLED = [
+    "</s>",
+    "<s>",
+    "<unk>",
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "[INST]",
+    "[/INST]",
+    "ASSISTANT:",
+    "USER: ",
+    "<0x0A>",
+]
+TEMPLATES = {"vicuna": vicuna(), "mistral": mistral(), "chatml": chatml("s"), "plain": plain()}
+
+
+@st.composite
+def hostile(draw, num_turns):
+    """(question, answer) pairs that spell the templates' own texts; `<image>` is a placeholder in a question alone."""
+    part = st.sampled_from([*SPELLED, " ", "\n", "a", "é", "漢"]) | st.text(
+        st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=5
+    )
+    text = st.lists(part, max_size=6).map("".join)
+    answer = st.lists(part | st.just(IMAGE), max_size=6).map("".join)
+    return [(draw(st.sampled_from(["<image>\n", ""])) + draw(text), draw(answer)) for _ in range(num_turns)]
+
+
+def spelled_out(tokenizer, ids):
+    """The ids' text, to the byte: unlike `decode`, with the space that a SentencePiece tokenizer puts before a text."""
+    text = b"".join(
+        bytes([int(piece[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", piece) else piece.replace("▁", " ").encode()
+        for piece in pieces(tokenizer, ids)
+    )
+    return text.decode()
+
+
+def expected_texts(name, turns, lead):
+    """(prompts, answers) of a row as one string each; by itself, text without a space before it gets `lead`."""
+
+    def alone(text):
+        return text if text[:1] in ("", " ") else lead + text
+
+    template = TEMPLATES[name]
+    if name == "plain":
+        return "<s>" + IMAGE * turns[0][0].count(IMAGE), alone(turns[0][1] + "\n")
+    answers = [answer + template.answer_suffix for _, answer in turns]
+    answers = [template.answer_prefix + answer if template.answer_prefix else alone(answer) for answer in answers]
+    prompts = [template.user + place_media(question) + template.assistant for question, _ in turns]
+    bos = "<s>" if template.adds_bos else ""
+    text = bos + template.system + template.separator.join(prompts) + template.separator
+    return text, "".join(answer + template.end for answer in answers)
+
+
+@pytest.fixture(scope="module")
+def knowing(sentencepiece, joining):
+    """Tokenizers that know the tokens of all templates, by name."""
+    found = {
+        "bytes": tiny.tokenizer(),
+        "joining": joining,
+        "legacy": sentencepiece(True),
+        "sentencepiece": sentencepiece(False),
+    }
+    found = copy.deepcopy(found)
+    for tokenizer in found.values():
+        tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+        tokenizer.add_tokens(tiny.SPECIAL[3:], special_tokens=True)
+    return found
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("kind", ["bytes", "joining", "legacy", "sentencepiece"])
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_no_text_forges_a_turn(name, kind, knowing, data):
+    tokenizer, template, lead = knowing[kind], TEMPLATES[name], "" if kind in ("bytes", "joining") else " "
+    turns = data.draw(hostile(1 if name == "plain" else data.draw(st.integers(1, 3))))
+    turns = [(IMAGE + question, answer) for question, answer in turns] if name == "plain" else turns
+    ids, labels = encode(template, tokenizer, turns)
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    prompt = [token for token, label in zip(ids, labels, strict=True) if label == IGNORED]
+    expected_prompt, expected_answers = expected_texts(name, turns, lead)
+    text_of = spelled_out if lead else PreTrainedTokenizerFast.decode
+    assert text_of(tokenizer, labelled(labels)) == expected_answers
+    if lead:  # and one before each chunk of a prompt that is tokenized by itself
+        assert spelled_out(tokenizer, prompt).replace(" ", "") == expected_prompt.replace(" ", "")
+    else:
+        assert tokenizer.decode(prompt) == expected_prompt
+    num_controls = {
+        "vicuna": 1 + len(turns),
+        "mistral": 1 + len(turns),
+        "chatml": 2 + 4 * len(turns),
+        "plain": 1,
+    }[name] + sum(question.count(IMAGE) for question, _ in turns)
+    controls = {tokenizer.convert_tokens_to_ids(token) for token in tiny.SPECIAL}
+    assert sum(token in controls for token in ids) == num_controls

@@ -1,7 +1,8 @@
 """What a family adapter tells the rest: where the parts of a VLM are, how many tokens a picture takes, and the seam.
 
 The seam is a method of the model's inner module (in transformers 5: `get_image_features`, `get_video_features`), which does
-tower -> layer -> projector: on an attached model it is replaced, on the instance, by the family's method of that name.
+tower -> layer -> projector: on an attached model it is replaced, on the instance, by the family's `features`, which are made in
+two steps: `reduced` depends on frozen weights alone, so that what it returns can be kept; then `placed` projects.
 
 Legend of shapes: B pictures (images, tiles or frames), n visual tokens, d_llm width of the language model.
 """
@@ -20,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vzip.checkpoints.shards import read_config
 from vzip.errors import UserError
+from vzip.reduced import Reduced
 from vzip.reducers.base import Reducer, Reduction, VisionTokens
 from vzip.tap import layer_index, run_tower, tower_layout
 
@@ -66,15 +68,14 @@ class Family:
     original: ClassVar[Any] = None
     """Module of `vzip.checkpoints` for folders in the layout of the model's own code: `is_original`, `load_model`,
     `load_processor`."""
-    seams: ClassVar[tuple[str, ...]] = ("get_image_features",)
-    """Methods of the inner module that are replaced, each by the family's class method of the same name, which takes
-    (inner module, reducer, pixel values) and the method's other arguments by name."""
     projector_name: ClassVar[str] = "model.multi_modal_projector"
     """Name of the projector among the model's modules."""
     frozen_names: ClassVar[Mapping[str, str]] = {"vision tower": "model.vision_tower"}
     """Titles and names of the other modules before the language model; the first is the tower that is tapped."""
     kinds: ClassVar[tuple[str, ...]] = ("image",)
     """Media that a row may hold: "image", "video"."""
+    stacked: ClassVar[tuple[str, ...]] = ()
+    """Kinds whose features the model wants as one tensor, and not as a list."""
     budget_tiles: ClassVar[int] = 1
     """Pictures that a `budget` is the total of."""
 
@@ -211,14 +212,29 @@ class Family:
         """The reducer's output for float[B, 3, height, width], each picture by itself, before the projector."""
         return reducer(self.vision_tokens(self.model.model, reducer, pixel_values, **kwargs))
 
+    def refuse_uncacheable(self, reducer: Reducer) -> None:
+        """Raises UserError, before any work, if `reduced` can't give all that the projector's output depends on."""
+
+    def reduce_media(self, reducer: Reducer, kind: str, inputs: Mapping[str, Tensor]) -> Reduced:
+        """All images, or all videos, of what `vzip.media.model_inputs` returns, behind the reducer."""
+        (_, pixels), *more = inputs.items()
+        return self.reduced(kind, self.model.model, reducer, pixels, **dict(more))
+
     def media_features(self, kind: str, inputs: Mapping[str, Tensor]) -> Tensor:
         """float[n, d_llm]: projected tokens of all images, or all videos, one after the other, as the model is now.
 
-        `inputs` are what `vzip.media.model_inputs` returns.
+        `inputs` are what `vzip.media.model_inputs` returns; or the fields of a `Reduced`, which need neither tower nor reducer.
         """
+        if "features" in inputs:
+            return self.placed(self.model.model, Reduced(**inputs))
         (_, pixels), *more = inputs.items()
         output = getattr(self.model.model, f"get_{kind}_features")(pixels, **dict(more)).pooler_output
         return torch.cat(list(output))
+
+    def drop_towers(self) -> None:
+        """Free the frozen parts' memory, for a model that only takes what `reduced` made. Take its fingerprint before."""
+        for name in self.frozen_names.values():
+            self.model.set_submodule(name, nn.Module())
 
     def placeholder_id(self, kind: str) -> int:
         """Id of the token that stands for a visual token of an image, or of a video."""
@@ -232,18 +248,34 @@ class Family:
         return encode(tower, inner.config, reducer, pixel_values, **kwargs)
 
     @classmethod
-    def get_image_features(cls, inner: Any, reducer: Reducer, pixel_values: Tensor, **kwargs: Any) -> Any:
-        """What replaces the inner module's method: `pooler_output` holds the reduced, projected tokens of each image."""
-        features = reducer(cls.vision_tokens(inner, reducer, pixel_values, **kwargs)).features
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(project(inner, features)))
+    def reduced(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> Reduced:
+        """All images, or all videos, behind the reducer and before the projector; `pixels` and `inputs` are the seam's."""
+        features = reducer(cls.vision_tokens(inner, reducer, pixels, **inputs)).features
+        return Reduced.as_it_is(features, num_media=len(features))
+
+    @classmethod
+    def placed(cls, inner: Any, reduced: Reduced) -> Tensor:
+        """float[n, d_llm]: the projected tokens, each at its place; here they stand as they are."""
+        return project(inner, reduced.features).flatten(0, -2)
+
+    @classmethod
+    def features(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> list[Tensor]:
+        """float[n, d_llm] of each image, or video: projected tokens. The arguments are those of `reduced`."""
+        reduced = cls.reduced(kind, inner, reducer, pixels, **inputs)
+        return list(torch.split(cls.placed(inner, reduced), reduced.counts.tolist()))
+
+    @property
+    def seams(self) -> dict[str, str]:
+        """Kinds of media by the methods of the inner module that are replaced for them."""
+        return {f"get_{kind}_features": kind for kind in self.kinds}
 
     def install(self, reducer: Reducer) -> None:
         """Make this model instance reduce its pictures. `uninstall` takes it back."""
         inner = self.model.model
         if set(self.seams) & set(vars(inner)):
             raise UserError("a reducer is attached to this model already; call detach() on its handle first")
-        for name in self.seams:
-            seam = _seam(getattr(type(inner), name), getattr(type(self), name), reducer)
+        for name, kind in self.seams.items():
+            seam = _seam(getattr(type(inner), name), type(self), kind, reducer)
             setattr(inner, name, types.MethodType(seam, inner))
 
     def uninstall(self) -> None:
@@ -251,8 +283,8 @@ class Family:
             delattr(self.model.model, name)
 
 
-def _seam(method: Callable[..., Any], replacement: Callable[..., Any], reducer: Reducer) -> Callable[..., Any]:
-    """`replacement` as a method with the signature of `method`, which generate() reads."""
+def _seam(method: Callable[..., Any], family: type[Family], kind: str, reducer: Reducer) -> Callable[..., Any]:
+    """The family's features as a method with the signature of `method`, which generate() reads."""
     signature = inspect.signature(method)
     pixels = list(signature.parameters)[1]  # its name differs between versions of transformers
 
@@ -261,6 +293,7 @@ def _seam(method: Callable[..., Any], replacement: Callable[..., Any], reducer: 
     def seam(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = dict(signature.bind_partial(self, *args, **kwargs).arguments)
         given.pop("self")
-        return replacement(self, reducer, given.pop(pixels, None), **given.pop("kwargs", {}), **given)
+        features = family.features(kind, self, reducer, given.pop(pixels, None), **given.pop("kwargs", {}), **given)
+        return BaseModelOutputWithPooling(pooler_output=torch.stack(features) if kind in family.stacked else features)
 
     return seam

@@ -4,18 +4,18 @@ Where the tokens of the tiles then stand: `vzip.anyres`.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import LlavaNextForConditionalGeneration
 from transformers.image_processing_utils import select_best_resolution
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vzip.anyres import Grid, released_order, spatial_order
 from vzip.errors import UserError
 from vzip.families.base import Family, num_dropped, project
+from vzip.reduced import Reduced
 from vzip.reducers.base import Reducer, VisionTokens
 
 
@@ -64,14 +64,8 @@ def _tile_counts(grids: Sequence[Grid | None]) -> list[int]:
     return [1 if grid is None else grid.num_tiles for grid in grids]
 
 
-def _placed(inner: Any, images: Sequence[Tensor], orders: Sequence[Tensor]) -> list[Tensor]:
-    """float[n, d_llm] an image: its tokens, tile after tile, in the order int64[n], where -1 is `image_newline`."""
-    newline = inner.image_newline
-    return [torch.cat([tokens, newline.to(tokens)[None]])[order] for tokens, order in zip(images, orders, strict=True)]
-
-
-def _released(inner: Any, reducer: Reducer, tokens: VisionTokens, grids: Sequence[Grid | None]) -> list[Tensor]:
-    """The images' tokens in the order "released", projected."""
+def _released(inner: Any, reducer: Reducer, tokens: VisionTokens, grids: Sequence[Grid | None]) -> Reduced:
+    """The images' tokens in the order "released"."""
     reduction, counts = reducer(tokens), _tile_counts(grids)
     num_tokens = reduction.features.shape[1]
     num_cls = int(tokens.has_cls and reduction.dominant.shape[1] > 0 and not reduction.dominant[:, 0].any().item())
@@ -79,28 +73,27 @@ def _released(inner: Any, reducer: Reducer, tokens: VisionTokens, grids: Sequenc
         released_order(dominant, grid, num_tokens=num_tokens, num_cls=num_cls, has_cls=tokens.has_cls)
         for dominant, grid in zip(torch.split(reduction.dominant, counts), grids, strict=True)
     ]
-    images = torch.split(project(inner, reduction.features), counts)
-    return _placed(inner, [image.flatten(0, 1) for image in images], orders)
+    images = zip(torch.split(reduction.features, counts), orders, strict=True)
+    return Reduced.join([Reduced.of_image(features.flatten(0, 1), order) for features, order in images])
 
 
-def _spatial(inner: Any, reducer: Reducer, tokens: VisionTokens, grids: Sequence[Grid | None]) -> list[Tensor]:
-    """The images' tokens in the order "spatial", projected."""
+def _spatial(inner: Any, reducer: Reducer, tokens: VisionTokens, grids: Sequence[Grid | None]) -> Reduced:
+    """The images' tokens in the order "spatial"."""
     side = inner.config.vision_config.image_size // inner.config.vision_config.patch_size
     device = tokens.features.device
     whole = (range(side), range(side))
     shown = [patches for grid in grids for patches in ([whole] if grid is None else [whole, *grid.visible])]
     reduced: dict[int, tuple[Tensor, Tensor]] = {}
-    for rows, columns in set(shown):  # tiles that show the same patches together
+    for rows, columns in dict.fromkeys(shown):  # tiles that show the same patches together, in an order that random draws keep
         alike = [tile for tile, patches in enumerate(shown) if patches == (rows, columns)]
         patches = torch.tensor([row * side + column for row in rows for column in columns], dtype=torch.int64, device=device)
         kept, places = _reduce_visible(tokens, reducer, torch.tensor(alike, device=device), patches)
         reduced |= dict(zip(alike, zip(kept, places, strict=True), strict=True))
-    features, places_of = zip(*(reduced[tile] for tile in range(len(shown))), strict=True)
-    ends = list(accumulate(_tile_counts(grids), initial=0))
-    tiles = [slice(first, last) for first, last in pairwise(ends)]
-    projected = torch.split(project(inner, torch.cat(features)), [len(part) for part in features])
-    orders = [spatial_order(places_of[image], grid) for image, grid in zip(tiles, grids, strict=True)]
-    return _placed(inner, [torch.cat(projected[image]) for image in tiles], orders)
+    images, tiles = [], iter(range(len(shown)))
+    for grid, count in zip(grids, _tile_counts(grids), strict=True):
+        kept_of, places_of = zip(*(reduced[tile] for tile in islice(tiles, count)), strict=True)
+        images.append(Reduced.of_image(torch.cat(kept_of), spatial_order(places_of, grid)))
+    return Reduced.join(images)
 
 
 class LlavaNext(Family):
@@ -168,15 +161,37 @@ class LlavaNext(Family):
         return images
 
     @classmethod
-    def get_image_features(cls, inner: Any, reducer: Reducer, pixel_values: Tensor, **kwargs: Any) -> Any:
-        sizes = {name: kwargs.pop(name, None) for name in ("image_sizes", "batch_num_images")}
-        kwargs.pop("vision_aspect_ratio", None)  # the config's
-        grids = cls.grids_of(inner.config, **sizes)
-        counts = _tile_counts(grids)
-        tokens = cls.vision_tokens(inner, reducer, stack_tiles(pixel_values, counts), **kwargs)
+    def tiles(
+        cls, inner: Any, reducer: Reducer, pixels: Tensor, *, image_sizes: Any = None, **inputs: Any
+    ) -> tuple[VisionTokens, list[Grid | None]]:
+        """Vision tokens of all tiles, and the grid of each image."""
+        grids = cls.grids_of(inner.config, image_sizes, batch_num_images=inputs.pop("batch_num_images", None))
+        inputs.pop("vision_aspect_ratio", None)  # the config's
+        return cls.vision_tokens(inner, reducer, stack_tiles(pixels, _tile_counts(grids)), **inputs), grids
+
+    @classmethod
+    def reduced(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> Reduced:
+        """As the other families', in the reducer's order of tiles, which is not the model's own."""
+        assert reducer.anyres != "model", "the model's own packing works behind the projector"
+        order = _spatial if reducer.anyres == "spatial" else _released
+        return order(inner, reducer, *cls.tiles(inner, reducer, pixels, **inputs))
+
+    @classmethod
+    def placed(cls, inner: Any, reduced: Reduced) -> Tensor:
+        tokens = super().placed(inner, reduced)
+        return torch.cat([tokens, inner.image_newline.to(tokens)[None]])[reduced.order]
+
+    @classmethod
+    def features(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> list[Tensor]:
+        if reducer.anyres != "model":
+            return super().features(kind, inner, reducer, pixels, **inputs)
+        tokens, grids = cls.tiles(inner, reducer, pixels, **inputs)
+        projected = torch.split(project(inner, reducer(tokens).features), _tile_counts(grids))
+        return cls.pack(inner, projected, inputs["image_sizes"])
+
+    def refuse_uncacheable(self, reducer: Reducer) -> None:
         if reducer.anyres == "model":
-            projected = project(inner, reducer(tokens).features)
-            images = cls.pack(inner, torch.split(projected, counts), sizes["image_sizes"])
-        else:
-            images = (_spatial if reducer.anyres == "spatial" else _released)(inner, reducer, tokens, grids)
-        return BaseModelOutputWithPooling(last_hidden_state=tokens.features, pooler_output=images)
+            raise UserError(
+                f"reducer={reducer.name}: a {self.model_type!r} model packs all tokens of its tiles behind the projector, so "
+                f"nothing can be cached before it; train without the cache, or choose another reducer"
+            )

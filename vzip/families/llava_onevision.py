@@ -9,17 +9,18 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 import transformers
 from packaging import version
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vzip.anyres import Grid
 from vzip.errors import UserError
 from vzip.families.base import project
 from vzip.families.llava_next import LlavaNext
 from vzip.media import load_video_processor, refuse_empty, stack_frames
+from vzip.reduced import Reduced
 from vzip.reducers.base import Reducer
 
 TAKES_VIDEOS = version.parse(transformers.__version__) >= version.parse("5.18")
@@ -31,8 +32,8 @@ class LlavaOnevision(LlavaNext):
 
     model_type: ClassVar[str] = "llava_onevision"
     model_class: ClassVar[type] = LlavaOnevisionForConditionalGeneration
-    seams: ClassVar[tuple[str, ...]] = ("get_image_features", "get_video_features") if TAKES_VIDEOS else ("get_image_features",)
     kinds: ClassVar[tuple[str, ...]] = ("image", "video") if TAKES_VIDEOS else ("image",)
+    stacked: ClassVar[tuple[str, ...]] = ("video",)
     budget_tiles: ClassVar[int] = 1
     """No budgets are published: a budget here is of one tile, or one frame."""
 
@@ -77,14 +78,20 @@ class LlavaOnevision(LlavaNext):
         return images
 
     @classmethod
-    def get_video_features(cls, inner: Any, reducer: Reducer, pixel_values_videos: Tensor, **kwargs: Any) -> Any:
-        """As `get_image_features`, for each video: `pooler_output` is float[videos, n, d_llm]."""
-        tokens = cls.vision_tokens(inner, reducer, stack_frames(pixel_values_videos), **kwargs)
-        features = project(inner, reducer(tokens).features)
-        if reducer.anyres == "model":
-            features = inner.apply_pooling(features)
-        features = features.reshape(len(pixel_values_videos), -1, features.shape[-1])
-        newline = inner.image_newline.to(features).expand(len(features), 1, -1)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=tokens.features, pooler_output=torch.cat([features, newline], dim=1)
-        )
+    def reduced(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> Reduced:
+        """As LLaVA-NeXT's; of a video all frames, and one newline behind them."""
+        if kind == "image":
+            return super().reduced(kind, inner, reducer, pixels, **inputs)
+        features = reducer(cls.vision_tokens(inner, reducer, stack_frames(pixels), **inputs)).features
+        frames = Reduced.as_it_is(features, num_media=len(pixels))
+        order = F.pad(frames.order.view(len(pixels), -1), (0, 1), value=-1)
+        return Reduced(features, order.flatten(), frames.counts + 1)
+
+    @classmethod
+    def features(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> list[Tensor]:
+        if kind == "image" or reducer.anyres != "model":
+            return super().features(kind, inner, reducer, pixels, **inputs)
+        tokens = cls.vision_tokens(inner, reducer, stack_frames(pixels), **inputs)
+        frames = inner.apply_pooling(project(inner, reducer(tokens).features)).flatten(0, 1)
+        newline = inner.image_newline.to(frames)[None]
+        return [torch.cat([video, newline]) for video in frames.chunk(len(pixels))]

@@ -2,12 +2,11 @@
 
 from typing import Any, ClassVar
 
-from torch import Tensor
 from transformers import VideoLlavaForConditionalGeneration, VideoLlavaProcessor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vzip.families.base import Family, encode, project
+from vzip.families.base import Family, encode
 from vzip.media import load_video_processor, refuse_empty, stack_frames
+from vzip.reduced import Reduced
 from vzip.reducers.base import Reducer
 
 
@@ -16,9 +15,9 @@ class VideoLlava(Family):
 
     model_type: ClassVar[str] = "video_llava"
     model_class: ClassVar[type] = VideoLlavaForConditionalGeneration
-    seams: ClassVar[tuple[str, ...]] = ("get_image_features", "get_video_features")
     frozen_names = {"image tower": "model.image_tower", "video tower": "model.video_tower"}  # noqa: RUF012
     kinds: ClassVar[tuple[str, ...]] = ("image", "video")
+    stacked: ClassVar[tuple[str, ...]] = ("image", "video")
 
     @classmethod
     def load_processor(cls, path: str) -> Any:
@@ -30,15 +29,10 @@ class VideoLlava(Family):
         return num_frames * reducer.num_tokens(self.num_patches, has_cls=self.has_cls, num_dropped=0)
 
     @classmethod
-    def get_image_features(cls, inner: Any, reducer: Reducer, pixel_values: Tensor | None = None, **kwargs: Any) -> Any:
-        legacy = kwargs.pop("pixel_values_images", None)  # generate() passes on what the processor calls them
-        pixel_values = legacy if pixel_values is None else pixel_values
-        features = reducer(cls.vision_tokens(inner, reducer, pixel_values, **kwargs)).features
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=project(inner, features))
-
-    @classmethod
-    def get_video_features(cls, inner: Any, reducer: Reducer, pixel_values_videos: Tensor, **kwargs: Any) -> Any:
-        """As `get_image_features`, for each frame of each video."""
-        frames = stack_frames(pixel_values_videos)
-        features = reducer(encode(inner.video_tower, inner.config, reducer, frames, num_dropped=0, **kwargs)).features
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=project(inner, features))
+    def reduced(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> Reduced:
+        """As the other families'; each frame of a video is reduced by itself, and a video is its frames one after the other."""
+        if kind == "video":
+            tokens = encode(inner.video_tower, inner.config, reducer, stack_frames(pixels), num_dropped=0, **inputs)
+            return Reduced.as_it_is(reducer(tokens).features, num_media=len(pixels))
+        legacy = inputs.pop("pixel_values_images", None)  # generate() passes on what the processor calls them
+        return super().reduced(kind, inner, reducer, legacy if pixels is None else pixels, **inputs)

@@ -1,0 +1,58 @@
+"""Fetch a model's data: the instruction file, and the pictures of the subset that is drawn from it.
+
+make data MODEL=llava-7b        python scripts/fetch_data.py model=llava-7b data.fraction=0.05 seed=1
+"""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from data.download import Client, fetch_file
+from data.places import place_of
+from data.prepare import MANIFEST, Subset, prepare
+from train import config
+
+NUM_SHOWN = 10
+"""Rows left out that are named; the manifest has them all."""
+
+
+def print_report(subset: Subset) -> None:
+    """What was drawn and what was left out, by source."""
+    manifest = subset.manifest
+    left_out, replaced = Counter(), Counter()
+    for row in manifest["bad_rows"]:
+        left_out[row["source"]] += 1
+        replaced[row["source"]] += row.get("replaced", False)
+    table = Table("source", "rows", "left out", "replaced", title=str(subset.folder), title_justify="left")
+    counts = manifest["num_rows_by_source"]
+    for source in sorted({*counts, *left_out}):
+        table.add_row(source, *(f"{count:,}" for count in (counts.get(source, 0), left_out[source], replaced[source])))
+    table.add_row("all", *(f"{count:,}" for count in (manifest["num_rows"], left_out.total(), replaced.total())))
+    console = Console()
+    console.print(table)
+    for row in manifest["bad_rows"][:NUM_SHOWN]:
+        console.print(f"  left out: {row['id']} ({row['source']}): {row['reason']}", soft_wrap=True, highlight=False)
+    console.print(f"hash {manifest['hash']}; all of it is in {subset.folder / MANIFEST}", soft_wrap=True, highlight=False)
+
+
+@hydra.main(config_path="../configs", config_name="tune", version_base="1.3")
+@config.teach
+def main(cfg: DictConfig) -> None:
+    config.check(cfg)
+    path, client = Path(cfg.data.path), Client()
+    if not path.exists() and cfg.data.address:
+        fetch_file(cfg.data.address, path, title=path.name)
+    places = {source: [place_of(entry, client) for entry in entries] for source, entries in cfg.data.pictures.items()}
+    print_report(prepare(config.selection(cfg), places=places, replace_unreachable=cfg.data.replace_unreachable))
+
+
+if __name__ == "__main__":
+    config.register()
+    main()

@@ -1,0 +1,181 @@
+"""Tuning from a feature cache is tuning from pictures: for every family and reducer, the same features, loss and gradients."""
+
+from functools import cache
+
+import pytest
+import torch
+
+import vzip
+from data.dataset import Collator
+from data.features import Cached, Layout, describe
+from data.make_features import FeatureMaker, write_features
+from data.media import Processed
+from data.tokens import kinds_of
+from tests import tiny
+from tests.unit.rows import IMAGE_ROWS, NUM_FRAMES, examples_of, rows_of
+from train.engine import TokenLoss, media_inputs
+from vzip import UserError
+from vzip.families import family_of
+from vzip.reducers.identity import Identity
+from vzip.reducers.random import Random
+from vzip.reducers.visionzip import VisionZip
+
+REDUCERS = {
+    "released": VisionZip(dominant=4, contextual=2),
+    "spatial": VisionZip(dominant=4, contextual=2, anyres="spatial"),
+    "without CLS": VisionZip(dominant=3, contextual=4, keep_cls=False),
+    "random": Random(budget=5),
+    "random-spatial": Random(budget=5, anyres="spatial"),
+}
+
+
+def family_with(kind, dtype=torch.float32):
+    """A model as it is tuned: frozen but for a float32 projector."""
+    family = family_of(tiny.llava(kind, dtype=dtype).requires_grad_(False))
+    family.projector.float().requires_grad_(True)
+    return family
+
+
+@cache
+def seeing(kind, dtype):
+    return family_with(kind, dtype)
+
+
+@cache
+def blind(kind, dtype):
+    family = family_with(kind, dtype)
+    family.drop_towers()
+    return family
+
+
+@cache
+def processor(kind):
+    return tiny.processor(kind)
+
+
+class Runs:
+    """The same rows for a model that sees pictures, and for one that has a cache and no towers."""
+
+    def __init__(self, folder, kind, reducer, *, texts=None, batch=100, rows_a_shard=100, dtype=torch.float32):
+        self.examples, self.reducer = examples_of(texts or rows_of(kind), folder), reducer
+        self.seeing, self.blind = seeing(kind, dtype), blind(kind, dtype)
+        settings = describe(self.seeing, reducer, processor(kind), rows="these", num_frames=NUM_FRAMES)
+        media = Processed(processor(kind), self.seeing.without_weights(), reducer, num_frames=NUM_FRAMES)
+        layout = Layout(settings, len(self.examples), rows_a_shard)
+        write_features(
+            folder / "cache", layout, self.examples, FeatureMaker(self.seeing, reducer, media), batch=batch, num_workers=0
+        )
+        self.cached = Cached(folder / "cache", settings)
+        kinds = kinds_of(self.examples)
+        self.from_pictures = Collator(processor(kind), self.seeing, reducer, kinds=kinds, num_frames=NUM_FRAMES)
+        self.from_cache = Collator(processor(kind), self.blind, reducer, kinds=kinds, num_frames=NUM_FRAMES, media=self.cached)
+
+    def batches(self, rows=None):
+        """(of pictures, of the cache): the micro batch of these rows."""
+        examples = self.examples if rows is None else [self.examples[row] for row in rows]
+        return self.from_pictures(examples), self.from_cache(examples)
+
+    def features(self, rows=None):
+        """By kind of media, projected: (of pictures, of the cache)."""
+        seen, cached = self.batches(rows)
+        with torch.no_grad(), vzip.attach(self.seeing.model, reducer=self.reducer):
+            torch.manual_seed(0)
+            want = {
+                kind: self.seeing.media_features(kind, media_inputs(seen, kind, self.seeing.model.dtype)) for kind in seen.media
+            }
+        with torch.no_grad():
+            got = {
+                kind: self.blind.media_features(kind, media_inputs(cached, kind, self.blind.model.dtype)) for kind in seen.media
+            }
+        return want, got
+
+    def losses(self, rows=None):
+        """(loss, projector's gradients) of pictures and of the cache."""
+        found = []
+        for family, batch in zip((self.seeing, self.blind), self.batches(rows), strict=True):
+            torch.manual_seed(0)
+            if family is self.seeing:
+                with vzip.attach(family.model, reducer=self.reducer):
+                    loss = TokenLoss(family)(batch)
+            else:
+                loss = TokenLoss(family)(batch)
+            found.append((loss.item(), torch.autograd.grad(loss, list(family.projector.parameters()))))
+        return found
+
+
+def relative(got, want):
+    return ((got - want).double().norm() / want.double().norm()).item()
+
+
+@pytest.mark.parametrize("name", REDUCERS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_model_without_towers_learns_the_same(tmp_path, kind, name):
+    runs = Runs(tmp_path, kind, REDUCERS[name])
+    seen, cached = runs.batches()
+    assert list(cached.media) == list(seen.media) and cached.num_placeholders == seen.num_placeholders
+    assert all(torch.equal(getattr(cached, part), getattr(seen, part)) for part in ("input_ids", "attention_mask", "labels"))
+    want, got = runs.features()
+    for media, values in want.items():  # computed in the same batch: the same bits
+        assert len(values) == seen.num_placeholders[media] > 0 and torch.equal(got[media], values)
+    (loss, gradients), (cached_loss, cached_gradients) = runs.losses()
+    assert cached_loss == pytest.approx(loss, rel=1e-6) and loss > 0
+    for gradient, wanted in zip(cached_gradients, gradients, strict=True):
+        assert wanted.norm() > 0 and relative(gradient, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["released", "spatial"])
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_rows_of_several_shards_come_in_any_order(tmp_path, kind, name):
+    """Made two by two, three a shard. LLaVA-OneVision cuts only an image that is alone in its row into tiles."""
+    runs = Runs(tmp_path, kind, REDUCERS[name], batch=2, rows_a_shard=3)
+    last = len(runs.examples) - 1
+    for rows in ([last, 0, 2], [3, 1], [2, last, 2]):
+        _, cached = runs.batches(rows)
+        want, got = runs.features(rows)
+        for media in (media for media, count in cached.num_placeholders.items() if count):
+            torch.testing.assert_close(got[media], want[media], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_bfloat16_model_is_cached_in_bfloat16(tmp_path, kind):
+    runs = Runs(tmp_path, kind, REDUCERS["released"], dtype=torch.bfloat16)
+    _, cached = runs.batches()
+    assert {inputs["features"].dtype for inputs in cached.media.values()} == {torch.bfloat16}
+    want, got = runs.features()
+    assert all(torch.equal(got[media], values) for media, values in want.items())
+    (_, gradients), (_, cached_gradients) = runs.losses()
+    for gradient, wanted in zip(cached_gradients, gradients, strict=True):
+        assert gradient.dtype == torch.float32 and relative(gradient, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_batch_of_text_alone_runs_the_projector_and_teaches_it_nothing(tmp_path, kind):
+    runs = Runs(tmp_path, kind, REDUCERS["released"])
+    _, cached = runs.batches([1])
+    assert cached.num_placeholders == dict.fromkeys(cached.media, 0)
+    (loss, _), (cached_loss, gradients) = runs.losses([1])
+    assert cached_loss == loss > 0
+    assert all(not gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_dropped_towers_leave_no_tensor(kind):
+    family = family_with(kind)
+    names = tuple(f"{name}." for name in family.frozen_names.values())
+    others = [name for name, _ in family.model.named_parameters() if not name.startswith(names)]
+    assert len(others) < len(list(family.model.parameters()))
+    family.drop_towers()
+    assert [name for name, _ in family.model.named_parameters()] == others
+    assert not [name for name, _ in family.model.named_buffers() if name.startswith(names)]
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_all_tokens_are_cached_unless_the_model_packs_them_behind_the_projector(tmp_path, kind):
+    if kind in tiny.TILED:
+        with pytest.raises(UserError, match=r"reducer=identity.*packs.*another reducer"):
+            Runs(tmp_path, kind, Identity())
+        assert not (tmp_path / "cache").exists()
+    else:
+        runs = Runs(tmp_path, kind, Identity(), texts=IMAGE_ROWS)
+        want, got = runs.features()
+        torch.testing.assert_close(got["image"], want["image"], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,261 @@
+"""What a web server can do wrong is survived, told, and over in time; what came is never asked for twice."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections import namedtuple
+from contextlib import contextmanager
+from email.utils import formatdate
+
+import pytest
+
+from data.download import Client, Gone, Unreachable, fetch_file
+from tests.server import Server
+from vzip import UserError
+
+CONTENT = bytes(range(256)) * 40
+QUICK = {"attempts": 3, "first_wait_s": 0.01, "connect_s": 1.0, "read_s": 0.3, "total_s": 2.0}
+
+
+def client(**settings):
+    return Client(**{**QUICK, **settings})
+
+
+@contextmanager
+def serving(folder, faults=None, *, content=CONTENT, **options):
+    """A server of one file, a.bin, with a list of faults one after the other, or one for ever."""
+    (folder / "a.bin").write_bytes(content)
+    with Server(folder, {"/a.bin": faults}, **options) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_files_and_parts_of_them_come_over_one_connection(tmp_path):
+    with serving(tmp_path) as server:
+        here, url = client(), f"{server.url}/a.bin"
+        assert here.get(url) == CONTENT
+        assert here.get(url, first=5, last=5) == CONTENT[5:6]
+        assert here.get(url, first=1000, last=len(CONTENT) - 1) == CONTENT[1000:]
+        assert here.size(url) == len(CONTENT)
+        assert server.num_connections == 1 and server.ranges[1:] == [(5, 5), (1000, len(CONTENT) - 1), (0, 0)]
+
+
+@pytest.mark.parametrize("fault", ["drop", "truncate", "stall", "503", "429"])
+@pytest.mark.parametrize("part", [{}, {"first": 100, "last": 7000}])
+def test_what_passes_is_tried_again(tmp_path, fault, part):
+    with serving(tmp_path, [fault, fault]) as server:
+        data = client().get(f"{server.url}/a.bin", **part)
+        assert data == (CONTENT[100:7001] if part else CONTENT)
+        assert server.requests["/a.bin"] == 3
+
+
+@pytest.mark.parametrize("fault", ["drop", "truncate", "stall", "503", "429"])
+def test_what_does_not_pass_is_unreachable(tmp_path, fault):
+    with serving(tmp_path, fault) as server:
+        with pytest.raises(Unreachable, match=rf"{server.url}/a.bin: .*given up after 3 attempts"):
+            client().get(f"{server.url}/a.bin")
+        assert server.requests["/a.bin"] == 3
+
+
+def test_a_part_without_a_length_that_is_too_short_is_tried_again(tmp_path):
+    with serving(tmp_path, ["short"]) as server:
+        assert client().get(f"{server.url}/a.bin", first=0, last=99) == CONTENT[:100]
+
+
+def test_nobody_there_and_no_such_host_are_unreachable(tmp_path):
+    with serving(tmp_path) as server:
+        url = server.url
+    for address in (f"{url}/a.bin", "http://nowhere.invalid/a.bin"):
+        with pytest.raises(Unreachable, match=address):
+            client(attempts=1).get(address)
+
+
+@pytest.mark.parametrize(("fault", "words"), [("404", "answered 404"), ("loop", "too many redirects")])
+def test_what_is_not_there_is_not_asked_for_again(tmp_path, fault, words):
+    with serving(tmp_path, fault) as server:
+        with pytest.raises(Gone, match=words):
+            client().get(f"{server.url}/a.bin")
+        assert server.requests["/a.bin"] <= 7 and (fault == "loop" or server.requests["/a.bin"] == 1)
+
+
+@pytest.mark.parametrize("url", ["ftp://127.0.0.1/a", "file:///etc/hostname", "a.bin", "http://", "http://[", "http://a..b/"])
+def test_what_is_no_web_address_is_gone(url):
+    with pytest.raises(Gone):
+        client(attempts=1).get(url)
+
+
+def test_redirects_are_followed_with_their_range(tmp_path):
+    with serving(tmp_path, "302") as server:
+        assert client().get(f"{server.url}/a.bin", first=7, last=9) == CONTENT[7:10]
+        assert server.requests == {"/a.bin": 1, "/moved/a.bin": 1}
+
+
+def test_a_server_that_sends_no_parts_is_told_apart(tmp_path):
+    with serving(tmp_path, "whole", content=bytes(4_000_000)) as server:
+        for ask in (lambda url: client().get(url, first=0, last=9), client().size):
+            with pytest.raises(Gone, match="sends no parts of files"):
+                ask(f"{server.url}/a.bin")
+        assert server.requests["/a.bin"] == 2
+        with pytest.raises(Gone, match="sends from byte 2 where 1"):
+            with Server(tmp_path, {"/a.bin": "shifted"}) as other:
+                client().get(f"{other.url}/a.bin", first=1, last=9)
+
+
+@pytest.mark.parametrize("fault", [None, "short"])
+def test_more_than_a_picture_can_have_is_not_taken(tmp_path, fault):
+    with serving(tmp_path, fault, content=bytes(1_000_000)) as server:
+        with pytest.raises(Gone, match=r"100,000"):
+            client(max_bytes=100_000).get(f"{server.url}/a.bin")
+        assert server.requests["/a.bin"] == 1
+
+
+def test_a_byte_now_and_then_is_not_waited_for_for_ever(tmp_path):
+    with serving(tmp_path, "trickle", trickle_s=0.01) as server:
+        start = time.monotonic()
+        with pytest.raises(Unreachable, match=r"only \d+ bytes came in 0.5 s"):
+            client(total_s=0.5).get(f"{server.url}/a.bin")
+        assert time.monotonic() - start < 2
+        assert server.requests["/a.bin"] == 1
+
+
+@pytest.mark.parametrize("fault", ["429", "503"])
+@pytest.mark.parametrize("how", ["seconds", "date", "nonsense", "day"])
+def test_a_server_says_how_long_to_wait(tmp_path, fault, how):
+    asked = {"seconds": "1", "date": formatdate(time.time() + 1.9, usegmt=True), "nonsense": "soon", "day": "86400"}[how]
+    with serving(tmp_path, [fault], retry_after=asked) as server:
+        start = time.monotonic()
+        if how == "day":  # longer than this picture may take
+            with pytest.raises(Unreachable, match=fault):
+                client().get(f"{server.url}/a.bin")
+            assert server.requests["/a.bin"] == 1
+        else:
+            assert client(total_s=5).get(f"{server.url}/a.bin") == CONTENT
+        assert (time.monotonic() - start > 0.4) == (how in ("seconds", "date"))
+
+
+def test_waits_double_spread_and_end():
+    here = Client()
+    waits = [[here.wait_s(failures, Unreachable("")) for _ in range(50)] for failures in (1, 2, 3, 20)]
+    assert all(0.5 <= wait <= 1.5 for wait in waits[0]) and all(2 <= wait <= 6 for wait in waits[2])
+    assert len(set(waits[1])) > 10
+    assert set(waits[3]) == {60.0} and here.wait_s(1, Unreachable("", wait_s=7.5)) == 7.5
+
+
+def test_the_environments_proxy_is_used_but_for_hosts_without(tmp_path, monkeypatch):
+    with serving(tmp_path) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url.replace("http://", "http://user:word@"))
+        assert client().get("http://far.invalid/a.bin") == CONTENT
+        monkeypatch.setenv("no_proxy", "far.invalid")
+        with pytest.raises(Unreachable):
+            client(attempts=1).get("http://far.invalid/a.bin")
+        assert proxy.requests["/a.bin"] == 1
+    monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:1")
+    with pytest.raises(UserError, match="http_proxy=socks5"):
+        Client()
+
+
+def fetch(server, target, **settings):
+    fetch_file(f"{server.url}/a.bin", target, title="a.bin", client=client(**settings))
+    assert target.read_bytes() == (server.folder / "a.bin").read_bytes()
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+@pytest.mark.parametrize("faults", [[], ["drop"], ["truncate", "503"], ["stall", "drop"], ["302"], ["429", "truncate"]])
+def test_a_file_is_fetched_and_goes_on_where_it_broke_off(tmp_path, faults):
+    with serving(tmp_path, faults) as server:
+        fetch(server, tmp_path / "mine" / "b.bin")
+        broken = [fault for fault in faults if fault in ("drop", "truncate", "stall")]
+        assert sum(server.sent.values()) < len(CONTENT) + 100  # nothing came twice
+        assert len(server.ranges) == 1 + len(broken) and (server.ranges[-1][0] > 0) == bool(broken)
+
+
+def test_a_later_command_asks_only_for_the_rest(tmp_path):
+    target = tmp_path / "mine" / "b.bin"
+    with serving(tmp_path, ["truncate", "503", "503"]) as server:
+        with pytest.raises(Unreachable, match=r"5,120 bytes are kept in .*b\.bin\.part"):
+            fetch(server, target)
+        assert not target.exists()
+        fetch(server, target)
+        assert server.ranges == [(0, len(CONTENT) - 1), (5120, len(CONTENT) - 1)]
+
+
+@pytest.mark.parametrize("fault", ["whole", None, "stale"], ids=["no parts", "changed", "changed, and does not say"])
+def test_it_starts_over_where_it_must(tmp_path, fault):
+    target = tmp_path / "mine" / "b.bin"
+    with serving(tmp_path, ["truncate", "404", *([fault] if fault else [])]) as server:
+        with pytest.raises(Gone, match="404"):
+            fetch(server, target)
+        if fault != "whole":
+            (tmp_path / "a.bin").write_bytes(CONTENT[::-1] + b"more")
+        fetch(server, target)
+
+
+def test_a_part_that_is_longer_than_the_file_is_thrown_away(tmp_path):
+    target = tmp_path / "mine" / "b.bin"
+    with serving(tmp_path, ["truncate", "404"]) as server:
+        with pytest.raises(Gone):
+            fetch(server, target)
+        with target.with_name("b.bin.part").open("ab") as part:
+            part.write(bytes(20_000))
+        fetch(server, target)
+
+
+@pytest.mark.parametrize("about", [b"", b"{", b"[1]", b'{"url": "http://elsewhere/"}', b"\xff\xfe"])
+def test_a_part_of_which_nothing_is_known_is_thrown_away(tmp_path, about):
+    target = tmp_path / "mine" / "b.bin"
+    target.parent.mkdir()
+    target.with_name("b.bin.part").write_bytes(b"x" * 77)
+    target.with_name("b.bin.part.json").write_bytes(about)
+    with serving(tmp_path) as server:
+        fetch(server, target)
+
+
+def test_all_that_is_left_to_do_is_to_rename(tmp_path):
+    target = tmp_path / "mine" / "b.bin"
+    with serving(tmp_path, ["truncate", "404"]) as server:
+        with pytest.raises(Gone):
+            fetch(server, target)
+        target.with_name("b.bin.part").write_bytes(CONTENT)
+        fetch(server, target)
+        assert server.requests["/a.bin"] == 2
+
+
+def test_slow_progress_is_progress(tmp_path):
+    """Each attempt brings a megabyte or more before it breaks off: there may be more of them than `attempts`."""
+    with serving(tmp_path, ["truncate"] * 4, content=os.urandom(20 << 20)) as server:
+        fetch(server, tmp_path / "mine" / "b.bin", attempts=2)
+        assert server.requests["/a.bin"] == 5
+
+
+def test_a_disk_that_is_too_small_is_told_before(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10_000, 9_000, 1_000))
+    with serving(tmp_path) as server:
+        with pytest.raises(UserError, match=r"needs 10,240 bytes .* 1,000 are free"):
+            fetch(server, tmp_path / "mine" / "b.bin")
+
+
+def test_a_command_that_is_killed_goes_on(tmp_path):
+    target, url = tmp_path / "mine" / "b.bin", ""
+    part = target.with_name("b.bin.part")
+    with serving(tmp_path, ["trickle"], trickle_s=0.001) as server:
+        url = f"{server.url}/a.bin"
+        if not (child := os.fork()):
+            fetch_file(url, target, title="a.bin", client=client())
+            os._exit(0)
+        deadline = time.monotonic() + 20
+        while not (part.exists() and part.stat().st_size > 300) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        have = part.stat().st_size
+        assert 300 < have < len(CONTENT) and json.loads(target.with_name("b.bin.part.json").read_text())["size"] == len(CONTENT)
+        fetch(server, target)
+        assert server.ranges[-1] == (have, len(CONTENT) - 1)

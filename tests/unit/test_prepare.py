@@ -1,0 +1,207 @@
+"""From a data file to a subset: rows that can't be used are replaced, what was done is not done again, nothing is lost."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from data.places import place_of
+
+from data.download import Client
+from data.hf_folder import HfFolder
+from data.prepare import Selection, prepare
+from tests import tiny
+from vzip import UserError
+from vzip.templates import vicuna
+
+
+@pytest.fixture(autouse=True)
+def _own_data_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("VZIP_DATA", str(tmp_path / "vzip"))
+
+
+def save_rows(folder, num_rows=200, *, without=()):
+    """rows.json with rows of three sources, a third each, and pictures below images/, but those that are `without`."""
+    rows = []
+    for number in range(num_rows):
+        source = ("coco", "vg", "text")[number % 3]
+        turns = [{"from": "human", "value": f"what {number}?"}, {"from": "gpt", "value": "a cat"}]
+        row = {"id": f"{source}-{number}", "conversations": turns}
+        if source != "text":
+            row["image"] = f"{source}/{number}.png"
+            turns[0]["value"] = "<image>\n" + turns[0]["value"]
+            path = folder / "images" / row["image"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if number not in without:
+                tiny.picture(number, 10 + number % 7, 20).save(path)
+        rows.append(row)
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return Selection(path=str(folder / "rows.json"), image_folder=str(folder / "images"), fraction=0.3)
+
+
+def places(folder):
+    place = place_of(str(folder), Client())
+    return {"coco": [place], "vg": [place]}
+
+
+def test_a_subset_is_its_manifest_its_rows_and_their_sizes(tmp_path):
+    subset = prepare(save_rows(tmp_path))
+    manifest = subset.manifest
+    rows = list(subset.rows())
+    assert manifest["num_rows_by_source"] == {"coco": 21, "text": 20, "vg": 21} and manifest["num_rows"] == 62
+    assert manifest["ids"] == [row.id for row in rows] and not manifest["bad_rows"]
+    assert (manifest["fraction"], manifest["seed"], manifest["data"]["num_rows"]) == (0.3, 0, 200)
+    assert json.loads((subset.folder / "manifest.json").read_text()) == manifest
+    sizes = subset.sizes()
+    assert {path for row in rows for path in row.images} == set(sizes)
+    assert all(sizes[path] == (10 + int(Path(path).stem) % 7, 20) for path in sizes)
+
+
+def test_a_prepared_subset_is_opened_without_a_look_at_the_pictures(tmp_path):
+    selection = save_rows(tmp_path)
+    first = prepare(selection)
+    shutil.rmtree(tmp_path / "images")
+    assert prepare(selection).manifest == first.manifest
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"fraction": 0.4}, {"sources": ("coco",)}, {"text_rows": False}])
+def test_another_selection_is_another_subset(tmp_path, change):
+    selection = save_rows(tmp_path)
+    first, other = prepare(selection), prepare(Selection(**{**vars(selection), **change}))
+    assert first.folder != other.folder and first.manifest["hash"] != other.manifest["hash"]
+
+
+def test_the_same_rows_have_the_same_hash_in_any_order_and_place(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first, second = save_rows(tmp_path / "a"), save_rows(tmp_path / "b")
+    rows = json.loads(Path(second.path).read_text())
+    Path(second.path).write_text(json.dumps(rows[::-1]))
+    one, other = prepare(first).manifest, prepare(second).manifest
+    assert one["hash"] == other["hash"] and one["ids"] == other["ids"] and one["positions"] != other["positions"]
+
+
+def test_a_dead_picture_gives_its_place_to_another_row_of_its_source(tmp_path):
+    selection = save_rows(tmp_path)
+    published = tmp_path / "published"
+    shutil.move(tmp_path / "images", published)
+    drawn = prepare(Selection(**{**vars(selection), "image_folder": str(published)})).manifest["ids"]
+    dead = [name for name in drawn if name.startswith("coco")][:5]
+    for name in dead[:3]:
+        (published / "coco" / f"{name.split('-')[1]}.png").unlink()
+    for name in dead[3:]:
+        (published / "coco" / f"{name.split('-')[1]}.png").write_bytes(b"<html>not found</html>")
+
+    manifest = prepare(selection, places=places(published)).manifest
+    assert manifest["num_rows_by_source"] == {"coco": 21, "text": 20, "vg": 21}
+    assert {row["id"] for row in manifest["bad_rows"]} >= set(dead)
+    assert all(row["replaced"] and row["source"] == "coco" for row in manifest["bad_rows"])
+    assert not set(dead) & set(manifest["ids"])
+    others = [name for name in manifest["ids"] if name in drawn]
+    assert others == [name for name in drawn if name not in dead]  # nothing else moved
+
+
+def test_a_source_without_more_rows_is_smaller(tmp_path):
+    selection = Selection(**{**vars(save_rows(tmp_path, without=[0])), "fraction": 1.0})
+    manifest = prepare(selection, places=places(tmp_path)).manifest
+    (bad,) = manifest["bad_rows"]
+    assert bad["id"] == "coco-0" and not bad["replaced"]
+    assert manifest["num_rows"] == 199 and "coco-0" not in manifest["ids"]
+
+
+def test_only_the_subsets_pictures_are_taken(tmp_path):
+    selection = save_rows(tmp_path)
+    shutil.move(tmp_path / "images", tmp_path / "published")
+    subset = prepare(selection, places=places(tmp_path / "published"))
+    taken = {path.relative_to(tmp_path / "images").as_posix() for path in (tmp_path / "images").rglob("*.png")}
+    assert taken == {path for row in subset.rows() for path in row.images}
+
+
+def test_missing_pictures_are_refused_where_there_is_no_place_for_them(tmp_path):
+    selection = save_rows(tmp_path)
+    shutil.rmtree(tmp_path / "images")
+    with pytest.raises(UserError, match=r"42 of 62 rows can't be used \(coco: 21, vg: 21\)") as error:
+        prepare(selection)
+    assert "data.image_folder" in str(error.value) and "make data" in str(error.value)
+    assert not list((tmp_path / "vzip").rglob("manifest.json"))
+
+
+def test_too_many_bad_rows_in_the_file_are_refused(tmp_path):
+    selection = save_rows(tmp_path)
+    rows = json.loads(Path(selection.path).read_text())
+    for row in rows[:5]:
+        row["conversations"] = []
+    Path(selection.path).write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="5 of 200 rows can't be used"):
+        prepare(selection)
+
+
+def test_a_read_only_picture_folder_will_do(tmp_path):
+    selection = save_rows(tmp_path)
+    folders = [tmp_path / "images", *(tmp_path / "images").iterdir()]
+    for folder in folders:
+        folder.chmod(0o555)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").rglob("*")}
+    try:
+        assert prepare(selection).manifest["num_rows"] == 62
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "images").rglob("*")} == before
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+
+
+def test_examples_are_made_once_for_a_template(tmp_path):
+    subset = prepare(save_rows(tmp_path))
+    examples = subset.examples(vicuna(), tiny.tokenizer(), max_tokens=2048)
+    made = examples.path.stat().st_mtime_ns
+    assert subset.examples(vicuna(), tiny.tokenizer(), max_tokens=2048).path.stat().st_mtime_ns == made
+    assert subset.examples(vicuna("Be kind. "), tiny.tokenizer(), max_tokens=2048).path != examples.path
+    assert len(examples) == 62
+    for example, row in zip(examples, subset.rows(), strict=True):
+        assert example.media.get("image", ()) == tuple(tmp_path / "images" / path for path in row.images)
+        assert example.sizes == tuple(subset.sizes()[path] for path in row.images)
+
+
+@pytest.fixture(scope="module")
+def hf_rows():
+    pictures = [tiny.picture(number, 12, 16) for number in range(4)]
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a cat"}]
+    two = [{"from": "human", "value": "<image><image>\nwhich?"}, {"from": "gpt", "value": "the first"}]
+    text = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]
+    return {
+        "id": ["one", "two", "none"],
+        "images": [[pictures[0]], [pictures[1], pictures[2]], []],
+        "conversations": [turns, two, text],
+    }
+
+
+@pytest.mark.parametrize("form", ["saved", "saved with splits", "parquet", "one picture a row"])
+def test_a_folder_of_datasets_with_pictures_inside_is_data(tmp_path, hf_rows, form):
+    datasets = pytest.importorskip("datasets")
+    if form == "one picture a row":
+        rows = {name: [values[0], values[2]] for name, values in hf_rows.items() if name != "images"}
+        data = datasets.Dataset.from_dict({**rows, "image": [hf_rows["images"][0][0], None]})
+        data = data.cast_column("image", datasets.Image())
+    else:
+        data = datasets.Dataset.from_dict(hf_rows).cast_column("images", datasets.List(datasets.Image()))
+    folder = tmp_path / "mine"
+    if form == "parquet":
+        folder.mkdir()
+        data.to_parquet(folder / "train-0.parquet")
+    else:
+        (datasets.DatasetDict(train=data) if form == "saved with splits" else data).save_to_disk(folder)
+
+    subset = prepare(Selection(path=str(folder), image_folder=str(tmp_path / "images")))
+    rows = sorted(subset.rows(), key=lambda row: -len(row.images))
+    assert sorted(subset.manifest["ids"]) == sorted(data["id"])
+    assert set(subset.manifest["num_rows_by_source"]) == {"mine", "text"}
+    assert all(size == (12, 16) for size in subset.sizes().values())
+    files = [tmp_path / "images" / path for path in rows[0].images]
+    assert len(files) == (1 if form == "one picture a row" else 2) and all(file.is_file() for file in files)
+
+
+def test_a_folder_of_datasets_without_conversations_is_refused(tmp_path, hf_rows):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"id": ["a"]}).save_to_disk(tmp_path / "mine")
+    with pytest.raises(UserError, match=r"data\.path=.*no column 'conversations', only id"):
+        HfFolder(tmp_path / "mine").rows  # noqa: B018
