@@ -100,10 +100,15 @@ def _settle(table: Table, chosen: Draw, check: Callable[[Sequence[Row]], Mapping
     return chosen.ordered(good), left_out
 
 
-def _manifest(selection: Selection, table: Table, positions: Sequence[int], left_out: Sequence[Any]) -> dict[str, Any]:
+def _manifest(
+    selection: Selection, table: Table, drawn: Sequence[int], positions: Sequence[int], left_out: Sequence[Any]
+) -> dict[str, Any]:
     """What is recorded of a subset; the same on every machine."""
     sources, digests, ids = (table.column(name) for name in ("source", "digest", "id"))
-    content = hashlib.sha256("".join(sorted(digests[position] for position in positions)).encode())
+
+    def content(of: Sequence[int]) -> str:
+        return hashlib.sha256("".join(sorted(digests[position] for position in of)).encode()).hexdigest()
+
     return {
         "vzip": version("vzip"),
         "data": {"name": Path(selection.path).name, "num_rows": len(table), "sha256": table.sha256},
@@ -113,7 +118,8 @@ def _manifest(selection: Selection, table: Table, positions: Sequence[int], left
         "text_rows": selection.text_rows,
         "num_rows": len(positions),
         "num_rows_by_source": dict(sorted(Counter(sources[position] for position in positions).items())),
-        "hash": content.hexdigest(),
+        "hash": content(positions),
+        "drawn_hash": content(drawn),  # before rows were replaced
         "bad_rows": [vars(row) for row in table.bad_rows()] + list(left_out),
         "ids": [ids[position] for position in positions],
         "positions": list(positions),
@@ -174,5 +180,6 @@ def prepare(
             places = {source: [inside] for source in chosen.candidates}
         folder.mkdir(parents=True, exist_ok=True)
         check = _Check(image_folder, Ledger(folder / CHECKED), places or {}, replace_unreachable=replace_unreachable)
-        write_json(folder / MANIFEST, _manifest(selection, table, *_settle(table, chosen, check)))
+        positions, left_out = _settle(table, chosen, check)
+        write_json(folder / MANIFEST, _manifest(selection, table, chosen.positions, positions, left_out))
     return Subset(folder, json.loads((folder / MANIFEST).read_text()), table, image_folder)

@@ -14,13 +14,25 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from data.download import Client, fetch_file
+from data.download import Client, Gone, Unreachable, fetch_file
 from data.places import place_of
 from data.prepare import MANIFEST, Subset, prepare
 from train import config
+from vzip import UserError
 
 NUM_SHOWN = 10
 """Rows left out that are named; the manifest has them all."""
+
+
+def fetch_instructions(address: str, path: Path) -> None:
+    """Raises UserError if the file can't be had."""
+    try:
+        fetch_file(address, path, title=path.name)
+    except (Gone, Unreachable) as error:
+        raise UserError(
+            f"data.address={address} could not be fetched: {error}\nCheck the network, give another address, or put the file "
+            f"at data.path={path}"
+        ) from error
 
 
 def print_report(subset: Subset) -> None:
@@ -48,7 +60,7 @@ def main(cfg: DictConfig) -> None:
     config.check(cfg)
     path, client = Path(cfg.data.path), Client()
     if not path.exists() and cfg.data.address:
-        fetch_file(cfg.data.address, path, title=path.name)
+        fetch_instructions(cfg.data.address, path)
     places = {source: [place_of(entry, client) for entry in entries] for source, entries in cfg.data.pictures.items()}
     print_report(prepare(config.selection(cfg), places=places, replace_unreachable=cfg.data.replace_unreachable))
 

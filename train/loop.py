@@ -7,7 +7,7 @@ from itertools import islice
 import torch
 from omegaconf import DictConfig
 
-from data.dataset import MicroBatches, loader
+from data.dataset import MicroBatches, explain_workers, loader
 from data.progress import progress
 from train.checkpoint import RunFolder
 from train.engine import Engine
@@ -22,6 +22,7 @@ def learning_rate(step: int, *, num_steps: int, peak: float, warmup: float) -> f
     return peak * 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / (num_steps - num_warmup)))
 
 
+@explain_workers()
 def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, tracker: Tracker) -> None:
     """Tune for `batches.plan.num_steps` steps, from the newest saved state on, saving one every `cfg.save_every` steps."""
     first = run.resume(engine)
@@ -42,7 +43,7 @@ def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, 
         lr = learning_rate(step, num_steps=batches.plan.num_steps, peak=cfg.optim.lr, warmup=cfg.optim.warmup)
         loss, grad_norm = engine.step(parts, lr=lr, num_labels=batches.num_labels(step))
         seconds = time.perf_counter() - start
-        num_tokens = engine.world_size * sum(int(part.attention_mask.sum()) for part in parts)
+        num_tokens = batches.num_tokens(step)
         metrics = {
             "train/loss": loss,
             "train/lr": lr,

@@ -240,31 +240,6 @@ def talk(*texts, **extra):
 
 
 TEMPLATES = pytest.mark.parametrize("template", [vicuna(), chatml("be kind")], ids=lambda template: template.name)
-
-
-@TEMPLATES
-def test_examples_are_the_rows_encoded(tmp_path, template):
-    rows = [talk("<image>\nwhat?", "a cat", image="coco/1.jpg"), talk("q", "a")]
-    examples = tokenized(rows, template, tmp_path, sizes={"coco/1.jpg": (30, 40)})
-
-    assert examples.column("num_whole_tokens").tolist() == examples.column("num_tokens").tolist()
-    assert [(e.ids, e.labels) for e in examples] == [encode(template, PROCESSOR.tokenizer, row.turns) for row in rows]
-    assert [e.media for e in examples] == [{"image": (tmp_path / "coco/1.jpg",)}, {}]
-    assert [(e.sizes, e.index) for e in examples] == [(((30, 40),), 0), ((), 1)]
-    assert all(e.num_labels == sum(label != IGNORED for label in e.labels) > 0 for e in examples)
-
-
-def test_rows_are_cut_at_max_tokens(tmp_path):
-    rows = [talk("q", "a" * count) for count in (10, 20, 30)]
-    lengths = [len(encode(vicuna(), PROCESSOR.tokenizer, row.turns)[0]) for row in rows]
-    whole = list(tokenized(rows, vicuna(), tmp_path))
-    cut = tokenized(rows, vicuna(), tmp_path, max_tokens=lengths[1])
-
-    assert cut.column("num_whole_tokens").tolist() == lengths
-    assert [len(e.ids) for e in cut] == [len(e.labels) for e in cut] == [lengths[0], lengths[1], lengths[1]]
-    assert list(cut)[:2] == whole[:2] and cut[2].ids == whole[2].ids[: lengths[1]]
-
-
 MEDIA_ROW = talk("<image>\nwhat?", "a cat", "and <image><video>?", "a dog", image=["1.jpg", "2.jpg"], video="1.mp4")
 
 

@@ -1,5 +1,6 @@
 """Pixels travel as uint8 and become what the processor makes, to the bit; rows of like length go together; workers may die."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -291,7 +292,8 @@ def test_a_worker_has_one_thread():
 
 def test_a_worker_that_the_system_ends_is_told_and_waits_for_nothing():
     with pytest.raises(UserError, match=r"memory ran out.*data\.num_workers.*resumes"):
-        list(loader(text_batches(Dying()), first=0, num_workers=1))
+        list(loader(text_batches(Dying()), first=0, num_workers=2))
+    assert not multiprocessing.active_children()
 
 
 def test_it_is_told_too_while_the_model_computes():
@@ -320,7 +322,7 @@ def test_a_run_goes_on_where_a_picture_vanished(tmp_path, num_workers):
     with pytest.raises(UserError, match=rf"{path.name}.*resumes"):
         for batch in loader(source, first=0, num_workers=num_workers):
             seen.append(batch)
-    assert len(seen) == 3
+    assert len(seen) == 3 and not multiprocessing.active_children()
     away.rename(path)
     seen += loader(source, first=3, num_workers=num_workers)
     assert all(torch.equal(one.input_ids, other.input_ids) for one, other in zip(seen, whole, strict=True))

@@ -1,0 +1,137 @@
+"""A model's data from nothing: fetched from a server that misbehaves, killed, resumed, checked, cached, tuned on."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from data.paths import data_dir
+from tests import mix
+from tests.conftest import ROOT
+from tests.integration.commands import environment, metrics, start, tune
+from tests.server import Server, seeded
+
+pytestmark = pytest.mark.integration
+
+FAULTS = ("drop", "truncate", "short", "429", "503", "302", "404")
+
+
+def script(name, *overrides):
+    return [sys.executable, f"scripts/{name}.py", *overrides]
+
+
+def run(name, *overrides):
+    done = start(script(name, *overrides))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory):
+    """A folder with a mix of 600 rows, as published."""
+    folder = tmp_path_factory.mktemp("mix")
+    mix.save_mix(folder, 600)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(mine, overrides):
+    """Of the tiny model on a tenth of the mix, whose addresses stand there no more."""
+    ours = [item for item in overrides if not item.startswith(("data.", "optim.max_steps"))]
+    data = [item for item in mix.settings("http://127.0.0.1:9", mine) if "pictures" not in item]
+    return [*ours, *data, "data.num_workers=1", "optim.max_steps=3"]
+
+
+def manifests():
+    found = (data_dir() / "prepared").glob("mix-*/manifest.json")
+    return [json.loads(path.read_text()) for path in sorted(found, key=lambda path: path.stat().st_mtime)]
+
+
+@pytest.fixture(scope="module")
+def fetched(mine, settings):
+    """The manifest of the subset, fetched by a command that was killed and started again; and the server."""
+    with Server(mine / "published", seeded(FAULTS, 0.2), delay_s=0.3) as server:
+        command = script("fetch_data", "model=llava-7b", *mix.settings(server.url, mine))
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        while process.poll() is None and len(list((mine / "mine" / "images").rglob("*.jpg"))) < 10:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        before = {path: path.stat().st_mtime_ns for path in (mine / "mine" / "images").rglob("*.jpg")}
+        assert 10 <= len(before) < 50 and not manifests(), "the command ended before the kill"
+        done = start(command)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert {path: path.stat().st_mtime_ns for path in before} == before, "what had come was fetched again"
+        yield manifests()[-1], server, done
+
+
+def test_the_tenth_is_whole_though_links_are_dead(fetched, mine):
+    manifest, _server, done = fetched
+    total = sum(mix.COUNTS.values())
+    assert manifest["num_rows_by_source"] == {
+        source: -(-round(600 * count / total) // 10) for source, count in mix.COUNTS.items()
+    }
+    assert manifest["bad_rows"] and all(row["replaced"] and "404" in row["reason"] for row in manifest["bad_rows"])
+    assert manifest["hash"] in done.stdout and "left out" in done.stdout
+    assert not [path for path in (mine / "mine").rglob(".*")]
+
+
+def test_only_the_subset_was_fetched(fetched, mine):
+    manifest, server, _ = fetched
+    files = {path.relative_to(mine / "mine" / "images").as_posix() for path in (mine / "mine" / "images").rglob("*.jpg")}
+    assert len(files) == manifest["num_rows"] - manifest["num_rows_by_source"]["text"]
+    asked = {path.removeprefix("/moved") for path in server.requests if path.endswith(".jpg")}
+    assert len(asked) <= len([name for name in files if name.startswith(("coco", "vg"))]) + len(manifest["bad_rows"])
+
+
+def test_a_quiet_server_gives_the_same_subset_but_for_the_dead_links(fetched, mine, tmp_path, monkeypatch):
+    manifest, _, _ = fetched
+    monkeypatch.setenv("VZIP_DATA", str(tmp_path / "vzip"))
+    with Server(mine / "published") as server:
+        here = [item.replace(f"{mine}/mine", f"{tmp_path}/mine") for item in mix.settings(server.url, mine)]
+        run("fetch_data", "model=llava-7b", *here)
+    (other,) = manifests()
+    dead = {row["id"] for row in manifest["bad_rows"]}
+    assert [name for name in other["ids"] if name not in dead] == [name for name in manifest["ids"] if name in other["ids"]]
+    assert not other["bad_rows"] and other["drawn_hash"] == manifest["drawn_hash"]
+
+
+def test_the_check_prints_a_table_and_leaves_a_picture(fetched, settings):
+    done = run("check_data", *settings)
+    assert all(word in done.stdout for word in ("coco", "textvqa", "text tokens", "label", "p90"))
+    (report,) = (data_dir() / "prepared").glob("mix-*/check.json")
+    assert json.loads(report.read_text()) and report.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_features_of_a_cache_train_as_pictures_do(fetched, settings, tmp_path):
+    here = [*settings, f"runs={tmp_path}"]
+    tune([*here, "name=pictures"])
+    early = start([sys.executable, "train/tune.py", *here, "name=early", "data.cache=true"])
+    assert early.returncode == 2 and "make cache" in early.stderr and "Traceback" not in early.stderr
+    done = run("cache_features", *settings)
+    assert "data.cache=true" in done.stdout
+    tune([*here, "name=cached", "data.cache=true"])
+    for got, expected in zip(metrics(tmp_path / "cached"), metrics(tmp_path / "pictures"), strict=True):
+        assert got == pytest.approx(expected, rel=1e-5)
+    other = start([sys.executable, "train/tune.py", *here, "name=other", "data.cache=true", "reducer.budget=7"])
+    assert other.returncode == 2 and "reducer.dominant" in other.stderr and "wanted" in other.stderr
+
+
+def test_a_wrong_address_ends_with_the_settings_name(mine, tmp_path):
+    with Server(mine / "published") as server:
+        wrong = [item for item in mix.settings(server.url, mine) if "image_folder" not in item]
+        wrong += [f"data.image_folder={tmp_path}/images", f"data.pictures.coco=[{server.url}/nowhere/]", "data.fraction=0.9"]
+        done = start(script("fetch_data", "model=llava-7b", *wrong))
+    assert done.returncode == 2 and "data.pictures.coco" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_address_without_the_file_is_said_in_a_line(mine, tmp_path):
+    with Server(mine / "published") as server:
+        address = f"data.address={server.url}/nowhere.json"
+        done = start(script("fetch_data", "model=llava-7b", f"data.path={tmp_path}/mix.json", address))
+    assert done.returncode == 2 and address in done.stderr and "404" in done.stderr and "Traceback" not in done.stderr
