@@ -115,13 +115,12 @@ class Collator:
     def lengths(self, examples: Sequence[Example]) -> Tensor:
         """int64[rows]: tokens of each row after expansion, without opening anything.
 
-        An image counts as one that is alone in its row, which is more than several take in LLaVA-OneVision; and as the family's
-        usual one where its size is not known.
+        An image whose size is not known counts as the family's usual one.
         """
 
         @cache  # of 66,000 rows, many have pictures of the same size
         def num_visual(sizes: tuple[tuple[int, int] | None, ...], num_videos: int) -> int:
-            images = sum(self.family.num_image_tokens(self.reducer, size) for size in sizes)
+            images = self.family.num_row_tokens(self.reducer, sizes)
             return images + (num_videos * self.family.num_video_tokens(self.reducer, self.num_frames) if num_videos else 0)
 
         return torch.tensor(

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image
 
 from data.conversations import BadRow
@@ -74,17 +73,14 @@ class Lengths:
 
 
 def _visual_tokens(table: pa.Table, family: Family, reducer: Reducer, num_frames: int) -> np.ndarray:
-    """int64[rows]. Several images of a row count as if each was alone: LLaVA-OneVision takes fewer tokens for such ones."""
+    """int64[rows]: placeholders of each row's images and videos."""
 
-    @cache
-    def count(size: tuple[int, int]) -> int:
-        return family.num_image_tokens(reducer, size)
+    @cache  # many rows have pictures of the same sizes
+    def count(sides: tuple[int, ...]) -> int:
+        return family.num_row_tokens(reducer, list(zip(sides[::2], sides[1::2], strict=True)))
 
-    num_images, num_videos = table["num_images"].to_numpy(), table["num_videos"].to_numpy()
-    sizes = pc.list_flatten(table["sizes"]).to_numpy().reshape(-1, 2)
-    so_far = np.cumsum([0, *(count((height, width)) for height, width in sizes.tolist())])
-    ends = np.cumsum(num_images)
-    visual: np.ndarray = so_far[ends] - so_far[ends - num_images]
+    num_videos = table["num_videos"].to_numpy()
+    visual = np.array([count(tuple(sides)) for sides in table["sizes"].to_pylist()], dtype=np.int64)
     return visual + num_videos * family.num_video_tokens(reducer, num_frames) if num_videos.any() else visual
 
 
@@ -249,7 +245,7 @@ def refuse_faults(found: Mapping[str, Any], folder: Path) -> None:
     lines = [f"{files} files of the subset can't be read and {rows} rows are too long ({counts}). First ones:"]
     lines += [f"  {fault['id']}: {fault['reason']}" for fault in faults[:NUM_EXAMPLES]]
     if files:
-        lines.append(f"Put the files back; or remove them and {folder}, and run `make data` again, which fetches them anew.")
+        lines.append("Put the files back; or remove them and run `make data` again, which fetches them anew.")
     if rows:
         room = found["fitting_max_tokens"]
         cure = f"data.max_tokens={room} or " if room > 0 else ""

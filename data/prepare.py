@@ -158,7 +158,8 @@ def prepare(
 
     Args:
         selection: which rows.
-        places: where missing pictures are taken from, by source; without, all must be in the folder.
+        places: where missing pictures are taken from, by source; then they are also looked for if the subset is there. Without,
+            all must be in the folder.
         replace_unreachable: whether other rows also replace those whose pictures' servers did not answer.
 
     Raises:
@@ -167,7 +168,7 @@ def prepare(
     table, image_folder = open_table(selection.path), Path(selection.image_folder)
     refuse_if_too_bad(table.bad_rows(), len(table))
     folder = data_dir() / "prepared" / f"{Path(selection.path).stem}-{_key(selection, table)}"
-    if not (folder / MANIFEST).is_file():
+    if places is not None or not (folder / MANIFEST).is_file():
         chosen = draw(
             table,
             fraction=selection.fraction,

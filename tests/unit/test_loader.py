@@ -218,8 +218,7 @@ def test_no_rank_has_the_longest_rows_of_every_part():
 @pytest.mark.parametrize("reducer", [Identity(), VisionZip(dominant=4, contextual=2)], ids=repr)
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_lengths_are_those_of_the_expanded_rows(tmp_path, kind, reducer):
-    texts = ["<image>one", "no picture", "<image>\nanother", "<image>a third one", "<image>4"]
-    texts += ["<image>two <image>"] if kind != "onevision" else []  # which gives a tile to each of several
+    texts = ["<image>one", "no picture", "<image>\nanother", "<image>a third one", "<image>4", "<image>two <image>"]
     texts += VIDEO_ROWS[:1] if kind in tiny.VIDEO else []
     examples = examples_of(texts, tmp_path)
     collate = Collator(tiny.processor(kind), family(kind), reducer, kinds=family(kind).kinds, num_frames=NUM_FRAMES)

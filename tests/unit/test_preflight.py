@@ -76,7 +76,6 @@ def reported(lengths, files=(), left_out=(), *, max_tokens=2048, max_positions=2
 @pytest.mark.parametrize("reducer", [Identity(), Random(budget=4)], ids=repr)
 def test_lengths_are_what_the_model_gets(folder, kind, reducer):
     rows = [*ROWS, CLIP] if kind in tiny.VIDEO else ROWS
-    rows = [row for row in rows if kind != "onevision" or len(row.images) < 2]  # of which it makes less
     lengths = measured(rows, folder, kind=kind, reducer=reducer)
     examples = examples_of(rows, folder)
     collate = Collator(tiny.processor(kind), family(kind), reducer, kinds=examples.kinds, num_frames=3)

@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from data.places import place_of
 
 from data.download import Client
 from data.hf_folder import HfFolder
+from data.places import place_of
 from data.prepare import Selection, prepare
 from tests import tiny
 from vzip import UserError
@@ -205,3 +205,13 @@ def test_a_folder_of_datasets_without_conversations_is_refused(tmp_path, hf_rows
     datasets.Dataset.from_dict({"id": ["a"]}).save_to_disk(tmp_path / "mine")
     with pytest.raises(UserError, match=r"data\.path=.*no column 'conversations', only id"):
         HfFolder(tmp_path / "mine").rows  # noqa: B018
+
+
+def test_making_it_again_brings_back_what_is_missing(tmp_path):
+    selection = save_rows(tmp_path)
+    shutil.move(tmp_path / "images", tmp_path / "published")
+    subset = prepare(selection, places=places(tmp_path / "published"))
+    path = next(path for row in subset.rows() for path in row.images)
+    (tmp_path / "images" / path).unlink()
+    assert prepare(selection, places=places(tmp_path / "published")).manifest == subset.manifest
+    assert (tmp_path / "images" / path).is_file()

@@ -10,7 +10,7 @@ Legend of shapes: B pictures (images, tiles or frames), n visual tokens, d_llm w
 import functools
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar, Self
 
@@ -186,6 +186,10 @@ class Family:
         """Placeholders that one image of (height, width) pixels takes. Raises UserError for a size that is none."""
         self.refuse_wrong_size(image_size)
         return self.num_tile_tokens(reducer)
+
+    def num_row_tokens(self, reducer: Reducer, image_sizes: Sequence[tuple[int, int] | None]) -> int:
+        """Placeholders that all images of one row take together."""
+        return sum(self.num_image_tokens(reducer, size) for size in image_sizes)
 
     @staticmethod
     def refuse_wrong_size(image_size: tuple[int, int] | None) -> None:
