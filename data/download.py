@@ -63,7 +63,7 @@ def _manager(scheme: str) -> PoolManager:
 
 def _wait_asked_s(response: BaseHTTPResponse) -> float:
     try:
-        return REDIRECTS.get_retry_after(response) or 0.0
+        return float(REDIRECTS.get_retry_after(response) or 0)
     except (InvalidHeader, ValueError, OverflowError):  # the two of dates that no calendar has
         return 0.0
 
@@ -180,11 +180,11 @@ class Client:
                 if first is not None and (start := _content_range(response, url)[0]) != first:
                     raise Gone(f"{url}: sends from byte {start} where {first} was asked for")
                 data = self._body(response, url, deadline)
-            if first is not None and len(data) != last - first + 1:
+            if num_wanted is not None and len(data) != num_wanted:
                 raise Unreachable(f"{url}: {len(data):,} bytes came for bytes {first:,} to {last:,}")
             return data
 
-        assert (first is None) == (last is None)
+        num_wanted = None if first is None or last is None else last - first + 1
         return self._patiently(ask)
 
     def size(self, url: str) -> int:

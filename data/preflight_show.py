@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -93,7 +93,10 @@ def draw_report(lengths: Lengths, found: Mapping[str, Any], path: Path) -> None:
                 grid[row, 0].axvline(limit, color=BLACK, linestyle="--", linewidth=1)
                 grid[row, 0].set_ylabel(f"{source}\n{found['sources'][source]['rows']:,} rows\n% of rows")
         grid[-1, column].set_xlabel(f"{MEASURES[name]}, of a row (log scale)")
-        grid[-1, column].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis = grid[-1, column].xaxis
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axis.set_minor_formatter(NullFormatter())
     grid[0, 0].set_title(f"Length in the language model; dashed: the {limit:,} that it takes", fontsize="medium")
     grid[0, 1].set_title("Tokens that carry the loss", fontsize="medium")
     figure.suptitle(

@@ -42,7 +42,7 @@ def print_report(subset: Subset) -> None:
     for row in manifest["bad_rows"]:
         left_out[row["source"]] += 1
         replaced[row["source"]] += row.get("replaced", False)
-    table = Table("source", "rows", "left out", "replaced", title=str(subset.folder), title_justify="left")
+    table = Table("source", "rows", "left out", "replaced", title=subset.folder.name, title_justify="left")
     counts = manifest["num_rows_by_source"]
     for source in sorted({*counts, *left_out}):
         table.add_row(source, *(f"{count:,}" for count in (counts.get(source, 0), left_out[source], replaced[source])))
@@ -51,7 +51,7 @@ def print_report(subset: Subset) -> None:
     console.print(table)
     for row in manifest["bad_rows"][:NUM_SHOWN]:
         console.print(f"  left out: {row['id']} ({row['source']}): {row['reason']}", soft_wrap=True, highlight=False)
-    console.print(f"hash {manifest['hash']}; all of it is in {subset.folder / MANIFEST}", soft_wrap=True, highlight=False)
+    console.print(f"hash {manifest['hash']}\n{subset.folder / MANIFEST}", soft_wrap=True, highlight=False)
 
 
 @hydra.main(config_path="../configs", config_name="tune", version_base="1.3")
