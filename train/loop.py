@@ -53,7 +53,9 @@ def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, 
             "train/memory_gb": memory_gb(engine.device),
         }
         tracker.log(step, metrics)
-        bar.set_postfix_str(f"loss {loss:.3f}, {num_tokens / seconds:,.0f} tokens/s, {metrics['train/memory_gb']:.1f} GB")
+        bar.set_postfix_str(
+            f"loss {loss:.3f}, {num_tokens / seconds:,.0f} tokens/s, {metrics['train/memory_gb']:.1f} GB", refresh=False
+        )
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss is {loss} at step {step}; lower optim.lr={cfg.optim.lr}")
         if (step + 1) % cfg.save_every == 0 and step + 1 < batches.plan.num_steps:
