@@ -139,7 +139,7 @@ class Client:
     def wait_s(self, failures: int, error: Unreachable) -> float:
         """Seconds to wait after so many failed attempts."""
         spread = random.Random().uniform(0.5, 1.5)  # not the global generator: runs are seeded
-        return min(MAX_WAIT_S, max(error.wait_s, self.first_wait_s * 2 ** (failures - 1) * spread))
+        return min(MAX_WAIT_S, max(error.wait_s, self.first_wait_s * 2.0 ** (failures - 1) * spread))
 
     def _patiently(self, ask: Callable[[float], T]) -> T:
         """What `ask` gives for the time (monotonic clock, s) at which it has to be done."""

@@ -41,6 +41,9 @@ class HfFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
+    def __str__(self) -> str:
+        return str(self.path)
+
     @cached_property
     def rows(self) -> Any:
         """A `datasets.Dataset` whose pictures stay as they are stored."""
@@ -78,7 +81,7 @@ class HfFolder:
         picture = _pictures(self.rows[position])[number]
         if picture.get("bytes") is not None:
             return bytes(picture["bytes"])
-        file = self.path / picture["path"]
-        if not file.is_file():
-            raise Gone(f"{self.path} names {file}, which is not there")
-        return file.read_bytes()
+        try:
+            return (self.path / picture["path"]).read_bytes()
+        except OSError as error:
+            raise Gone(f"{self.path}: the picture of row {position} is not inside, and can't be read: {error}") from error

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.download import Client, Gone, Unreachable, fetch_file
-from data.places import place_of
+from data.places import open_places
 from data.prepare import MANIFEST, Subset, prepare
 from train import config
 from vzip import UserError
@@ -61,7 +61,7 @@ def main(cfg: DictConfig) -> None:
     path, client = Path(cfg.data.path), Client()
     if not path.exists() and cfg.data.address:
         fetch_instructions(cfg.data.address, path)
-    places = {source: [place_of(entry, client) for entry in entries] for source, entries in cfg.data.pictures.items()}
+    places = open_places(cfg.data.pictures, client)
     print_report(prepare(config.selection(cfg), places=places, replace_unreachable=cfg.data.replace_unreachable))
 
 

@@ -151,7 +151,7 @@ def teach(command: Callable[P, None]) -> Callable[P, None]:
         except UserError as error:
             message = str(error)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             message = f"the disk is full ({error}); free some space and run the same command again: it resumes"
         else:

@@ -147,8 +147,7 @@ class Family:
     @property
     def tile_side(self) -> int:
         """Pixels of the side of the square that the tower takes."""
-        side: int = self.model.config.vision_config.image_size
-        return side
+        return int(self.model.config.vision_config.image_size)
 
     @property
     def image_sizes(self) -> list[tuple[int, int]]:
@@ -232,8 +231,7 @@ class Family:
         if "features" in inputs:
             return self.placed(self.model.model, Reduced(**inputs))
         (_, pixels), *more = inputs.items()
-        output = getattr(self.model.model, f"get_{kind}_features")(pixels, **dict(more)).pooler_output
-        return torch.cat(list(output))
+        return torch.cat(list(getattr(self.model.model, f"get_{kind}_features")(pixels, **dict(more)).pooler_output))
 
     def drop_towers(self) -> None:
         """Free the frozen parts' memory, for a model that only takes what `reduced` made. Take its fingerprint before."""
@@ -242,8 +240,7 @@ class Family:
 
     def placeholder_id(self, kind: str) -> int:
         """Id of the token that stands for a visual token of an image, or of a video."""
-        token: int = getattr(self.model.config, f"{kind}_token_id")
-        return token
+        return int(getattr(self.model.config, f"{kind}_token_id"))
 
     @classmethod
     def vision_tokens(cls, inner: Any, reducer: Reducer, pixel_values: Tensor, **kwargs: Any) -> VisionTokens:
