@@ -15,6 +15,8 @@ from data.places import Archive, open_places, place_of
 from tests.server import Server
 from vzip import UserError
 
+pytestmark = pytest.mark.integration
+
 QUICK = Client(attempts=2, first_wait_s=0.01, connect_s=1.0, read_s=0.5, total_s=5.0)
 
 

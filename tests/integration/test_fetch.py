@@ -27,6 +27,8 @@ from tests import tiny
 from tests.server import Server, seeded
 from vzip import UserError
 
+pytestmark = pytest.mark.integration
+
 QUICK = Client(attempts=3, first_wait_s=0.01, connect_s=1.0, read_s=0.4, total_s=3.0)
 
 

@@ -15,6 +15,8 @@ from data.download import Client, Gone, Unreachable, fetch_file
 from tests.server import Server
 from vzip import UserError
 
+pytestmark = pytest.mark.integration
+
 CONTENT = bytes(range(256)) * 40
 QUICK = {"attempts": 3, "first_wait_s": 0.01, "connect_s": 1.0, "read_s": 0.3, "total_s": 2.0}
 
