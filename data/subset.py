@@ -18,7 +18,7 @@ class Draw:
     candidates: dict[str, list[int]]
     """Positions in the table, by source. Those behind the wanted ones take the place of rows that turn out unusable."""
     wanted: dict[str, int]
-    places: dict[int, str]
+    keys: dict[int, str]
     """By position, what the order of all rows goes by."""
 
     @property
@@ -28,13 +28,13 @@ class Draw:
 
     def ordered(self, positions: Iterable[int]) -> list[int]:
         """The positions in the order of a run."""
-        return sorted(positions, key=self.places.__getitem__)
+        return sorted(positions, key=self.keys.__getitem__)
 
 
 def draw(table: Table, *, fraction: float, seed: int, sources: Sequence[str] | None = None, text_rows: bool = True) -> Draw:
     """`fraction` of the usable rows of each source (rounded up), in an order that depends on seed and content alone.
 
-    Each row's place is the sha256 of seed and content, so adding a row elsewhere moves no other row.
+    Each row is sorted by the sha256 of seed and content, so adding a row elsewhere moves no other row.
 
     Args:
         table: of all rows.
@@ -50,13 +50,13 @@ def draw(table: Table, *, fraction: float, seed: int, sources: Sequence[str] | N
         raise UserError(f"data.fraction={fraction} must lie in (0, 1]; 0.1 is a tenth")
     names = ("source", "digest", "has_media", "fault")
     by_source: dict[str, list[int]] = defaultdict(list)
-    places = {}
+    keys = {}
     for position, (source, digest, has_media, fault) in enumerate(zip(*map(table.column, names), strict=True)):
         if fault is None and (has_media or text_rows):
-            places[position] = hashlib.sha256(f"{seed}:{digest}".encode()).hexdigest()
+            keys[position] = hashlib.sha256(f"{seed}:{digest}".encode()).hexdigest()
             by_source[source].append(position)
     if unknown := set(sources or ()) - set(by_source):
         raise UserError(f"data.sources={list(sources or ())}: the data has no {sorted(unknown)}; it has {sorted(by_source)}")
-    candidates = {source: sorted(by_source[source], key=places.__getitem__) for source in sorted(sources or by_source)}
+    candidates = {source: sorted(by_source[source], key=keys.__getitem__) for source in sorted(sources or by_source)}
     share = Fraction(str(fraction))  # 0.07 of 100 is 7, not 8
-    return Draw(candidates, {source: math.ceil(share * len(rows)) for source, rows in candidates.items()}, places)
+    return Draw(candidates, {source: math.ceil(share * len(rows)) for source, rows in candidates.items()}, keys)

@@ -117,7 +117,8 @@ def _write(path: Path, target: Path) -> None:
             yield record
 
     for old in target.parent.glob(f"{target.stem.rsplit('-', 1)[0]}-*"):  # of the file as it was before
-        old.unlink()
+        if not old.name.startswith(target.stem):
+            old.unlink(missing_ok=True)
     write_arrow(records(), SCHEMA, target)
     target.with_suffix(".sha256").write_text(digest.hexdigest())  # last: it says that the table is whole
 

@@ -62,7 +62,8 @@ def main(cfg: DictConfig) -> None:
     if not path.exists() and cfg.data.address:
         fetch_instructions(cfg.data.address, path)
     places = open_places(cfg.data.pictures, client)
-    print_report(prepare(config.selection(cfg), places=places, replace_unreachable=cfg.data.replace_unreachable))
+    for wanted in [config.selection(cfg), *([config.held_out(cfg)] if config.asks_questions(cfg) else [])]:
+        print_report(prepare(wanted, places=places, replace_unreachable=cfg.data.replace_unreachable))
 
 
 if __name__ == "__main__":

@@ -136,6 +136,11 @@ def selection(cfg: DictConfig) -> Selection:
     )
 
 
+def held_out(cfg: DictConfig) -> Selection:
+    """The rows whose questions are asked, the same in every run."""
+    return Selection(path=cfg.data.held_out, image_folder=cfg.data.image_folder)
+
+
 def asks_questions(cfg: DictConfig) -> bool:
     """Whether the run is evaluated."""
     return bool(cfg.evaluate.questions and cfg.data.held_out)

@@ -7,9 +7,9 @@ from omegaconf import DictConfig
 from data.conversations import Row
 from data.dataset import Collator
 from data.features import describe, open_cache, rows_of
-from data.prepare import Selection, Subset, prepare
+from data.prepare import Subset, prepare
 from data.tokens import Examples
-from train.config import asks_questions, selection
+from train.config import asks_questions, held_out, selection
 from train.engine import gather, in_turn, say
 from vzip import UserError
 from vzip.families import Family
@@ -34,8 +34,7 @@ def _report(subset: Subset) -> None:
 
 def held_out_rows(cfg: DictConfig) -> list[Row]:
     """The rows of `data.held_out`, the same in every run. Raises UserError as `prepare` does."""
-    wanted = Selection(path=cfg.data.held_out, image_folder=cfg.data.image_folder)
-    subset = in_turn(lambda: prepare(wanted))
+    subset = in_turn(lambda: prepare(held_out(cfg)))
     _report(subset)
     return list(subset.rows())
 

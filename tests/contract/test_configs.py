@@ -190,6 +190,13 @@ def test_tiny_models_stand_for_families(name):
     assert counted(name).model_type in larger and composed(f"model={name}").weights == "random"
 
 
+def test_where_pictures_come_from_makes_no_other_run():
+    plain = composed("model=llava-7b")
+    mirrored = composed("model=llava-7b", "data.pictures.coco=[/sets/train2017.zip]", "data.address=null", "data.num_workers=9")
+    assert config.run_name(mirrored) == config.run_name(plain)
+    assert config.run_name(composed("model=llava-7b", "data.sources=[coco]")) != config.run_name(plain)
+
+
 @pytest.mark.parametrize("model", members("model"))
 def test_a_model_brings_data_that_the_command_line_can_change(model):
     chosen = composed(f"model={model}").data

@@ -1,6 +1,5 @@
 """Rows in LLaVA's form: good ones are read, bad ones give a reason."""
 
-import copy
 import json
 import os
 import subprocess
@@ -8,22 +7,10 @@ import sys
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data.conversations import Row, parse_row
 from tests.conftest import ROOT
-
-
-def messages(*texts):
-    return [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
-
-
-def good(number=0):
-    return {"id": f"row-{number}", "image": f"coco/{number}.jpg", "conversations": messages("<image>\nwhat?", "a cat")}
-
-
-def good_video(number=0):
-    return {"id": f"row-{number}", "video": f"valley/{number}.mp4", "conversations": messages("<video>\nwhat?", "a cat")}
+from tests.unit.broken import JSON, good, good_video, messages, mutated
 
 
 def test_one_image_several_and_none():
@@ -164,42 +151,6 @@ def test_text_that_is_half_a_character_is_bad():
     # JSON can hold half of a surrogate pair, but no tokenizer takes it and no file can be written with it.
     with pytest.raises(ValueError, match="surrogates"):
         parse_row({**good(1), "conversations": messages("<image>", "\ud83d")})
-
-
-TEXTS = st.sampled_from(
-    ["", " ", "<image>", "<image><image>\n", "<video>", "a", "\0", "\ud800", "e\u0301\u202e\U0001f600", "\ufeff"]
-)
-PATHS = st.sampled_from(
-    ["", ".", "./", "..", "/", "/a.jpg", "a/../b.jpg", "~", "a.jpg", "\0", "\ud800", "ö/1.jpg", "C:\\a.jpg"]
-)
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
-JSON = st.recursive(SCALARS | PATHS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=2))
-KEYS = st.sampled_from(["id", "image", "video", "conversations", "source", "type", "extra"])
-
-
-@st.composite
-def mutated(draw):
-    """A good row after a few mistakes."""
-    row = copy.deepcopy(draw(st.sampled_from([good(), good_video()])))
-    for _ in range(draw(st.integers(0, 3))):
-        key = draw(KEYS)
-        talk = row.get("conversations")
-        match draw(st.sampled_from(["drop", "replace", "image", "video", "message", "value", "speaker", "repeat"])):
-            case "drop":
-                row.pop(key, None)
-            case "replace":
-                row[key] = draw(JSON)
-            case "image" | "video" as kind:
-                row[kind] = draw(PATHS | st.lists(PATHS | SCALARS, max_size=3))
-            case "message" if isinstance(talk, list) and talk:
-                talk[draw(st.integers(0, len(talk) - 1))] = draw(JSON)
-            case "value" if isinstance(talk, list) and talk and isinstance(talk[-1], dict):
-                talk[-1]["value"] = draw(TEXTS | JSON)
-            case "speaker" if isinstance(talk, list) and talk and isinstance(talk[0], dict):
-                talk[0]["from"] = draw(TEXTS | JSON)
-            case "repeat" if isinstance(talk, list):
-                row["conversations"] = talk * draw(st.integers(0, 3))
-    return row
 
 
 @settings(max_examples=200, deadline=None)

@@ -5,12 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.download import Client
 from data.hf_folder import HfFolder
 from data.places import place_of
 from data.prepare import Selection, prepare
 from tests import tiny
+from tests.unit.broken import JSON, mutated, pictures
 from vzip import UserError
 from vzip.templates import vicuna
 
@@ -205,6 +208,34 @@ def test_a_folder_of_datasets_without_conversations_is_refused(tmp_path, hf_rows
     datasets.Dataset.from_dict({"id": ["a"]}).save_to_disk(tmp_path / "mine")
     with pytest.raises(UserError, match=r"data\.path=.*no column 'conversations', only id"):
         HfFolder(tmp_path / "mine").rows  # noqa: B018
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    entries=st.lists(mutated() | JSON, max_size=3),
+    files=st.dictionaries(st.integers(0, 199).filter(lambda number: number % 3 < 2), pictures(), max_size=2),
+    lines=st.booleans(),
+)
+def test_whatever_rows_and_files_hold_the_good_ones_survive(tmp_path_factory, entries, files, lines):
+    folder = tmp_path_factory.mktemp("broken")
+    selection = Selection(**{**vars(save_rows(folder)), "fraction": 1.0})
+    rows = json.loads(Path(selection.path).read_text())
+    good = {row["id"] for number, row in enumerate(rows) if number not in files}
+    for number, content in files.items():
+        (folder / "images" / rows[number]["image"]).write_bytes(content)
+    rows[100:100] = entries
+    text = "\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)
+    Path(selection.path).write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VZIP_DATA", str(folder / "vzip"))
+        try:
+            manifest = prepare(selection).manifest
+        except UserError as error:
+            assert "rows can't be used" in str(error) and str(error).count("\n") < 12
+            return
+    assert good <= set(manifest["ids"])
+    assert manifest["num_rows"] + len(manifest["bad_rows"]) == len(rows)
+    assert all(row["reason"] for row in manifest["bad_rows"])
 
 
 def test_making_it_again_brings_back_what_is_missing(tmp_path):
