@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from data.arrow import read_arrow, write_arrow
 from data.conversations import Row
+from vzip import UserError
 from vzip.media import MEDIA_INPUTS
 from vzip.templates import IGNORED, IMAGE, VIDEO, Template, encode
 
@@ -123,7 +124,9 @@ class Examples(Sequence[Example]):
         )
 
 
-def _record(row: Row, ids: list[int], labels: list[int], *, tokenizer: Any, max_tokens: int, sizes: Mapping[str, Any]) -> Any:
+def _record(
+    row: Row, ids: list[int], labels: list[int], *, tokenizer: Any, max_tokens: int, sizes: Mapping[str, Any]
+) -> dict[str, Any]:
     """A row of the file: the row cut at `max_tokens` text tokens, as LLaVA cuts it."""
     example = example_of(ids[:max_tokens], labels[:max_tokens], row, tokenizer, Path())
     images, videos = ([str(path) for path in example.media.get(kind, ())] for kind in ("image", "video"))
@@ -172,9 +175,16 @@ def write_tokens(
         target: the file.
         max_tokens: text tokens at which a row is cut.
         sizes: (height, width) of every image, by its path in the rows.
+
+    Raises:
+        UserError: a row that the template or the tokenizer does not take, by its id.
     """
-    records = (
-        _record(row, *encode(template, tokenizer, row.turns), tokenizer=tokenizer, max_tokens=max_tokens, sizes=sizes)
-        for row in rows
-    )
-    write_arrow(records, SCHEMA, target)
+
+    def record(row: Row) -> dict[str, Any]:
+        try:
+            ids, labels = encode(template, tokenizer, row.turns)
+        except UserError as error:
+            raise UserError(f"row {row.id}: {error}") from error
+        return _record(row, ids, labels, tokenizer=tokenizer, max_tokens=max_tokens, sizes=sizes)
+
+    write_arrow(map(record, rows), SCHEMA, target)

@@ -8,7 +8,8 @@ import pytest
 from data.conversations import parse_row
 from data.tokens import Examples, example_of, kinds_of, tokens_key, write_tokens
 from tests import tiny
-from vzip.templates import chatml, encode, vicuna
+from vzip import UserError
+from vzip.templates import chatml, encode, plain, vicuna
 
 TOKENIZER = tiny.tokenizer()
 
@@ -92,6 +93,11 @@ def test_a_kill_leaves_no_half_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         written(tmp_path, rows())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_row_that_can_not_be_tokenized_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"row row-1: .*'plain' template.*take such rows out"):
+        written(tmp_path, [ROWS[0], row(1, "no picture", "here")], plain())
 
 
 def test_the_key_changes_with_what_the_arrays_depend_on():
