@@ -11,7 +11,7 @@ import vzip
 from data.paths import data_dir
 from tests import tiny
 from tests.integration.commands import metrics, tune
-from tests.unit.test_llava_checkpoint import save_original
+from tests.integration.test_llava_checkpoint import save_original
 from vzip.families import families
 
 pytestmark = pytest.mark.integration

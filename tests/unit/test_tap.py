@@ -332,6 +332,7 @@ def test_what_is_no_picture_is_refused(tower, shape):
 
 
 @torch.no_grad()
+@pytest.mark.integration
 def test_the_memory_is_bounded_at_siglips_shape_too():
     """SigLIP-so400m (16 heads of 72, 729 tokens) on 10 tiles, in float32. `pytest -s` shows the figures."""
     queries, keys = torch.randn(2, 10, 16, 729, 72).unbind(0)

@@ -27,6 +27,8 @@ from vzip.checkpoints import llava as original
 from vzip.checkpoints import renaming, sentencepieces, shards, towers
 from vzip.io import WEIGHTS, load_weights
 
+pytestmark = pytest.mark.integration
+
 VOCABULARY = len(tiny.SPECIAL) + 256
 IMAGE_ID = tiny.SPECIAL.index("<image>")
 NAMES = {
