@@ -2,8 +2,8 @@
 
 The rows and pictures are made up, with the shapes of LLaVA's instruction data: JPEGs of its usual sizes, of noise with the
 spectrum of photographs (power falls with the square of the frequency) and some grain, in the quality at which a picture of
-640 x 480 pixels takes about the 160 KB that COCO's take, so that decoding costs what it does there; text lengths around the
-estimated ones, or those of a file. The way from file to micro batch is the one that training takes.
+640 x 480 pixels takes about the 160 KB that COCO's take, so that decoding costs what it does there; text lengths as
+`data/mix665k_tenth_lengths.npz` has them. The way from file to micro batch is the one that training takes.
 
 python scripts/bench_loader.py --model next --seconds 10 --workers 1 2 --json loader.json
 """
@@ -39,8 +39,8 @@ from vzip.families import families
 from vzip.media import pixels_of
 from vzip.reducers.visionzip import VisionZip
 
-NUM_ROWS, TEXT_SHARE = 66_529, 0.061
-"""A tenth of LLaVA's mix of 665,298 rows, and the share of it that has no picture."""
+LENGTHS = Path(__file__).resolve().parent.parent / "data" / "mix665k_tenth_lengths.npz"
+"""Text tokens of a tenth of LLaVA's mix, 66,529 rows, by row; estimated from published counts, not read from the mix."""
 SIZES = {(480, 640): 9, (640, 480): 4, (427, 640): 4, (375, 500): 4, (500, 330): 3, (768, 1024): 1}
 """(height, width) of pictures and their weights: COCO; COCO, VG and GQA; book covers; TextVQA."""
 QUALITY, GRAIN = 88, 7.0
@@ -80,16 +80,11 @@ def write_pictures(folder: Path, *, seed: int = 0) -> dict[str, tuple[int, int]]
     return found
 
 
-def text_lengths(path: str | None, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Text tokens of rows with and without a picture, from an npz file, or drawn around the estimated percentiles."""
-    generator, num_text = np.random.default_rng(0), round(TEXT_SHARE * num_rows)
-    if path is not None:
-        with np.load(path) as recorded:
-            with_picture, without = recorded["text_tokens"], recorded["text_only_tokens"]
-    else:
-        with_picture = generator.lognormal(np.log(214), 0.73, num_rows).clip(40, 2048).astype(int)
-        without = generator.normal(1300, 550, num_rows).clip(100, 2048).astype(int)
-    return generator.choice(with_picture, num_rows - num_text), generator.choice(without, num_text)
+def recorded_lengths() -> tuple[np.ndarray, np.ndarray]:
+    """Text tokens of rows with and without a picture, one after the other as drawn at random."""
+    generator = np.random.default_rng(0)
+    with np.load(LENGTHS) as recorded:
+        return generator.permutation(recorded["text_tokens"]), generator.permutation(recorded["text_only_tokens"])
 
 
 def records(
@@ -216,7 +211,7 @@ def measure(model: str, arguments: argparse.Namespace, folder: Path) -> dict[str
     """All figures of a model."""
     sizes, collate, tokens = write_pictures(folder), make_collator(model), folder / "tokens.arrow"
     image_id = collate.family.placeholder_id("image")
-    write_arrow(records(text_lengths(arguments.lengths, arguments.rows), sizes, image_id), SCHEMA, tokens)
+    write_arrow(records(recorded_lengths(), sizes, image_id), SCHEMA, tokens)
     batches, seconds = first_batch(tokens, folder, collate)
     some = next(batch for batch in loader(batches, first=1, num_workers=0) if num_images(batch))
     num_bytes = pixels_of(some.media["image"]).numel() / num_images(some)
@@ -227,6 +222,7 @@ def measure(model: str, arguments: argparse.Namespace, folder: Path) -> dict[str
         },
         **stage_times(model, [folder / name for name in sizes], rounds=arguments.rounds),
         "file_kb": statistics.mean((folder / name).stat().st_size for name in sizes) / 1000,
+        "rows": len(batches.examples),
         "bytes_uint8": num_bytes,
         "bytes_float32": 4 * num_bytes,
         **seconds,
@@ -234,7 +230,7 @@ def measure(model: str, arguments: argparse.Namespace, folder: Path) -> dict[str
     }
 
 
-def show(model: str, found: dict[str, Any], arguments: argparse.Namespace) -> None:
+def show(model: str, found: dict[str, Any]) -> None:
     """Print the table of a model."""
     table = Table(title=f"loader, {model}, 336 px", title_justify="left", show_header=False)
     for num_workers, rates in found["rates"].items():
@@ -247,7 +243,7 @@ def show(model: str, found: dict[str, Any], arguments: argparse.Namespace) -> No
     table.add_row("opened and processed to float32", f"{found['open_and_process_float32_ms']:.1f} CPU ms a picture")
     table.add_row("bytes a picture to the device", f"{found['bytes_uint8']:,.0f} (as float32 {found['bytes_float32']:,.0f})")
     first = f"{found['first_batch_s']:.2f} s, of which the order {found['order_s']:.2f} s"
-    table.add_row(f"first micro batch of {arguments.rows:,} rows", first)
+    table.add_row(f"first micro batch of {found['rows']:,} rows", first)
     table.add_row(
         "padding", f"{found['padding_ordered']:.1%} of the token slots ({found['padding_drawn']:.1%} in the drawn order)"
     )
@@ -261,8 +257,6 @@ def main() -> None:
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="numbers of workers to try")
     parser.add_argument("--seconds", type=float, default=4.0, help="of a round")
     parser.add_argument("--rounds", type=int, default=5, help="of which the median is shown")
-    parser.add_argument("--rows", type=int, default=NUM_ROWS)
-    parser.add_argument("--lengths", help="npz file with text_tokens and text_only_tokens, to draw the rows' lengths from")
     parser.add_argument("--json", type=Path, help="file to write all figures to")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # as in a worker
@@ -271,7 +265,7 @@ def main() -> None:
     for model in arguments.model:
         with tempfile.TemporaryDirectory() as folder:
             figures[model] = measure(model, arguments, Path(folder))
-        show(model, figures[model], arguments)
+        show(model, figures[model])
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"hardware": machine, **figures}, indent=2))
 

@@ -133,3 +133,12 @@ def test_an_address_without_the_file_is_said_in_a_line(mine, tmp_path):
         address = f"data.address={server.url}/nowhere.json"
         done = start(script("fetch_data", "model=llava-7b", f"data.path={tmp_path}/mix.json", address))
     assert done.returncode == 2 and address in done.stderr and "404" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_loaders_benchmark_measures_what_it_says(tmp_path):
+    short = ["--model", "llava", "--seconds", "0.1", "--rounds", "1", "--workers", "1", "--json", str(tmp_path / "found.json")]
+    done = run("bench_loader", *short)
+    assert "pictures/s, 1 worker" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())["llava"]
+    assert found["rows"] == 66_529 and found["bytes_uint8"] == 3 * 336 * 336
+    assert found["padding_ordered"] < found["padding_drawn"] and found["rates"]["1"][0] > 0
