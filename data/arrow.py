@@ -1,6 +1,5 @@
-"""Arrow files: written in batches beside their place, and memory-mapped."""
+"""Arrow files: written in batches, and memory-mapped."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,27 +7,28 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import ipc
 
+from data.paths import written_whole
+from vzip import UserError
+
 BATCH = 1000
 """Rows that are in memory at once."""
 
 
 def write_arrow(records: Iterable[dict[str, Any]], schema: pa.Schema, target: Path) -> None:
-    """Write the records, so that a kill leaves no file or the whole one."""
-    scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    """Write the records, whole or not at all."""
     batch: list[dict[str, Any]] = []
-    try:
-        with pa.OSFile(str(scratch), "wb") as file, ipc.new_file(file, schema) as writer:
-            for record in records:
-                batch.append(record)
-                if len(batch) == BATCH:
-                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-                    batch.clear()
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-        scratch.replace(target)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with written_whole(target) as scratch, pa.OSFile(str(scratch), "wb") as file, ipc.new_file(file, schema) as writer:
+        for record in records:
+            batch.append(record)
+            if len(batch) == BATCH:
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+                batch.clear()
+        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
 
 
 def read_arrow(path: Path) -> pa.Table:
-    """The table, memory-mapped."""
-    return ipc.open_file(pa.memory_map(str(path))).read_all()
+    """The table, memory-mapped. Raises UserError for a file that is damaged."""
+    try:
+        return ipc.open_file(pa.memory_map(str(path))).read_all()
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, and the same command makes it anew") from error

@@ -7,7 +7,7 @@ PKU-YuanGroup/Video-LLaVA, `videollava/train/train.py` (`LazySupervisedDataset`)
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vzip.templates import IMAGE, VIDEO
@@ -25,7 +25,7 @@ class Row:
     turns: tuple[tuple[str, str], ...]
     """(question, answer) pairs."""
     source: str
-    """Where the row comes from: its "source", else the first part of the first image's or video's path, or "text"."""
+    """Where the row comes from: its "source", else the first folder of its first path, "files" (in no folder), or "text"."""
     kind: str
     """The question type, for held-out questions: its "type", else "all"."""
     digest: str
@@ -88,7 +88,15 @@ def _paths(row: dict[str, Any], key: str, num_placeholders: int) -> tuple[str, .
         raise ValueError(f"a path of {key} leaves the image folder")
     if len(paths) != num_placeholders:
         raise ValueError(f"{num_placeholders} <{key}> in the questions, but {len(paths)} {key}s")
-    return tuple(paths)
+    return tuple(str(PurePosixPath(path)) for path in paths)  # "./a.jpg" is "a.jpg"
+
+
+def _source(paths: tuple[str, ...]) -> str:
+    """The folder that the first path is in; "files" for one that is in none, "text" without paths."""
+    if not paths:
+        return "text"
+    folder, *below = PurePosixPath(paths[0]).parts
+    return folder if below else "files"
 
 
 def parse_row(row: Any) -> Row:
@@ -103,7 +111,7 @@ def parse_row(row: Any) -> Row:
         images=images,
         videos=videos,
         turns=turns,
-        source=str(row.get("source") or (Path((images + videos)[0]).parts[0] if images or videos else "text")),
+        source=str(row.get("source") or _source(images + videos)),
         kind=str(row.get("type", "all")),
         digest=hashlib.sha256(canonical(row)).hexdigest(),
     )

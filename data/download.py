@@ -265,6 +265,8 @@ def _append(client: Client, part: _Part, bar: "tqdm[Any]") -> None:
                     file.write(chunk)
                     file.flush()  # or a kill would take what came last
                     bar.update(len(chunk))
+            if size not in (None, part.num_bytes()):
+                raise Unreachable(f"{part.url}: {part.num_bytes():,} of {size:,} bytes are there")
     except Gone as error:
         if error.status != 416:
             raise

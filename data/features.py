@@ -22,7 +22,6 @@ from torch import Tensor
 from data.tokens import Example, Examples
 from vzip import UserError
 from vzip.families import Family
-from vzip.io import fingerprint
 from vzip.reduced import Reduced
 from vzip.reducers import Reducer
 
@@ -32,13 +31,16 @@ CONFIG = ("vision_feature_layer", "vision_feature_select_strategy", "image_grid_
 """What of a model's config, beside its weights, the reducer's output depends on."""
 
 
-def describe(family: Family, reducer: Reducer, processor: Any, *, rows: str, num_frames: int) -> dict[str, Any]:
-    """Everything that the features depend on; taken before `Family.drop_towers`.
+def cache_settings(
+    family: Family, reducer: Reducer, processor: Any, *, base_fingerprint: str, rows: str, num_frames: int
+) -> dict[str, Any]:
+    """Everything that the features depend on.
 
     Args:
         family: around the model.
         reducer: of the features.
         processor: of the model, unreduced.
+        base_fingerprint: `vzip.io.fingerprint` of the model as it was loaded.
         rows: what tells the rows, their order and their images and videos from others, see `rows_of`.
         num_frames: of a video.
 
@@ -49,7 +51,7 @@ def describe(family: Family, reducer: Reducer, processor: Any, *, rows: str, num
     config = family.model.config
     settings = {
         "format": FORMAT,
-        "model": {"type": family.model_type, "fingerprint": fingerprint(family)},
+        "model": {"type": family.model_type, "fingerprint": base_fingerprint},
         "config": {name: getattr(config, name) for name in CONFIG if hasattr(config, name)},
         "reducer": {"name": reducer.name, **reducer.settings()},
         "processors": {kind: _settings_of(getattr(processor, f"{kind}_processor")) for kind in family.kinds},
@@ -154,7 +156,7 @@ class Cached:
 
     Args:
         folder: of the cache.
-        settings: what `describe` says of this run.
+        settings: what `cache_settings` says of this run.
 
     Raises:
         UserError: no cache, one of other settings, or one that is not whole.

@@ -4,6 +4,7 @@ Nothing is written that was not decoded before, and no file is ever half there; 
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from data.download import Gone, Unreachable
+from data.paths import is_other_process
 from data.pictures import open_picture
 from data.places import Place
 from data.progress import progress
@@ -31,8 +33,7 @@ OF_THE_PATH = {errno.EEXIST, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ELO
 """Errors that no later attempt is spared."""
 LEFTOVER = re.compile(r"\.(\d+)-\d+\.vzip-part")
 
-Medium = tuple[str, str, str]
-"""(kind, path below the folder, source)."""
+Medium = tuple[str, str, str]  # (kind, path below the folder, source)
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,13 @@ class Checked:
     """A picture or video that was looked at: a line of the ledger."""
 
     path: str
-    """Below the folder, as in the row."""
     bytes: int
     """Of the file: -1 where there is none, 0 for a folder of frames."""
     height: int = 0
     """Of an upright picture, in pixels; videos have none."""
     width: int = 0
+    digest: str = ""
+    """sha256 of a picture's file, shortened."""
     fault: str = ""
     final: bool = True
     tried: tuple[str, ...] = ()
@@ -87,7 +89,7 @@ class Ledger:
 
     def record(self, entry: Checked) -> None:
         """Remember an entry, for ever once this returns."""
-        left_out = ("fault", "final", "tried") if not entry.fault else ("height", "width")
+        left_out = ("fault", "final", "tried") if not entry.fault else ("digest", "height", "width")
         line = json.dumps({key: value for key, value in asdict(entry).items() if key not in left_out})
         with self._lock, self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n" if self._whole else f"\n{line}\n")
@@ -106,6 +108,11 @@ class Ledger:
     def sizes(self) -> dict[str, tuple[int, int]]:
         """(height, width), upright, of each good picture by its path."""
         return {path: (entry.height, entry.width) for path, entry in self._entries.items() if entry.height}
+
+    def content(self, paths: Iterable[str]) -> str:
+        """sha256 of the pictures' files, and of the videos' sizes."""
+        known = [(path, self._entries[path].bytes, self._entries[path].digest) for path in sorted(set(paths))]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 @contextmanager
@@ -138,7 +145,9 @@ class _Bringer:
                 check_video(file)
                 return Checked(path, _num_bytes(file))
             width, height = open_picture(file).size
-        return Checked(path, _num_bytes(file), height, width)
+            with file.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()[:16]
+        return Checked(path, _num_bytes(file), height, width, digest)
 
     def _store(self, kind: str, path: str, data: bytes) -> Checked:
         target = self.folder / path
@@ -234,20 +243,12 @@ class _Health:
         )
 
 
-def _is_other_process(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return error.errno == errno.EPERM  # another user's
-    return pid != os.getpid()  # a container's processes have the same few numbers each time
-
-
 def _clean(folders: Iterable[Path]) -> None:
     """Delete what commands that were killed had begun to write."""
     for folder in folders:
         with suppress(OSError, ValueError):  # it is read-only, where leftovers do no harm, or can't be there
             for file in folder.glob(".*.vzip-part"):
-                if (match := LEFTOVER.fullmatch(file.name)) and not _is_other_process(int(match[1])):
+                if (match := LEFTOVER.fullmatch(file.name)) and not is_other_process(int(match[1])):
                     file.unlink()
 
 

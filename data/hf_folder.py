@@ -4,16 +4,20 @@ A folder is what `save_to_disk` writes, or one that `load_dataset` reads (parque
 in LLaVA's JSON, `image` or `images` with pictures, and, where there are, `id`, `source`, `type`.
 """
 
+import hashlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from data.download import Gone
+from data.paths import data_dir
 from vzip import UserError
 
 COLUMNS = ("image", "images")
 """That may hold pictures: one, or a list of them."""
+KEPT = ("id", "source", "type", "conversations")
+"""The other columns that are read."""
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -46,13 +50,13 @@ class HfFolder:
 
     @cached_property
     def rows(self) -> Any:
-        """A `datasets.Dataset` whose pictures stay as they are stored."""
+        """A `datasets.Dataset`, as Arrow."""
         import datasets  # seconds, which only such folders cost
 
         saved = any((self.path / name).is_file() for name in ("state.json", "dataset_dict.json"))
         load = datasets.load_from_disk if saved else datasets.load_dataset
         try:
-            found = load(str(self.path))
+            found = load(str(self.path), **({} if saved else {"cache_dir": str(data_dir() / "datasets")}))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise UserError(f"data.path={self.path}: `datasets` can't read this folder: {error}") from error
         if isinstance(found, dict):
@@ -61,27 +65,38 @@ class HfFolder:
             found = found["train"]
         if "conversations" not in found.column_names:
             raise UserError(f"data.path={self.path} has no column 'conversations', only {', '.join(found.column_names)}")
-        for name in set(COLUMNS) & set(found.column_names):
-            many = isinstance(found.features[name], datasets.List)
-            picture = datasets.Image(decode=False)
-            found = found.cast_column(name, datasets.List(picture) if many else picture)
-        return found
+        read = [name for name in (*COLUMNS, *KEPT) if name in found.column_names]
+        return found.select_columns(read).with_format("arrow")  # pictures as they are stored; decoding is not asked for
+
+    def _row(self, position: int) -> dict[str, Any]:
+        row: dict[str, Any] = self.rows[position : position + 1].to_pylist()[0]
+        return row
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """The rows in LLaVA's form: a picture's path says in which row it is, and its number there."""
-        for position, row in enumerate(self.rows):
-            entry = {name: value for name, value in row.items() if name not in COLUMNS and value is not None}
-            if pictures := _pictures(row):
-                entry["image"] = [f"{self.path.name}/{position:07}-{number}" for number in range(len(pictures))]
+        """The rows in LLaVA's form: a picture's path has its place (row and number there) and a hash of what it shows."""
+        for position in range(len(self.rows)):
+            row = self._row(position)
+            entry = {name: row[name] for name in KEPT if row.get(name) is not None}
+            digests = [self._digest(picture) for picture in _pictures(row)]
+            if digests:
+                entry["image"] = [f"{self.path.name}/{position:07}-{number}-{digest}" for number, digest in enumerate(digests)]
             yield entry
+
+    def _digest(self, picture: dict[str, Any]) -> str:
+        try:
+            return hashlib.sha256(self._bytes(picture)).hexdigest()[:12]
+        except Gone:
+            return "gone"
 
     def read(self, path: str) -> bytes:
         """The bytes of the picture with a path that `entries` gave."""
-        position, number = map(int, Path(path).name.split("-"))
-        picture = _pictures(self.rows[position])[number]
+        position, number, _ = Path(path).name.split("-")
+        return self._bytes(_pictures(self._row(int(position)))[int(number)])
+
+    def _bytes(self, picture: dict[str, Any]) -> bytes:
         if picture.get("bytes") is not None:
             return bytes(picture["bytes"])
         try:
             return (self.path / picture["path"]).read_bytes()
         except OSError as error:
-            raise Gone(f"{self.path}: the picture of row {position} is not inside, and can't be read: {error}") from error
+            raise Gone(f"{self.path}: a picture is not inside, and can't be read: {error}") from error

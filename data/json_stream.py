@@ -59,6 +59,8 @@ class _Window:
             except JSONDecodeError as error:
                 if last or not self.more():
                     self.refuse(error)
+            except (ValueError, RecursionError) as error:  # of numbers of thousands of digits; of lists in lists in lists
+                self.refuse(JSONDecodeError(str(error), self.text, self.at))
             else:
                 cut = self.text[end : end + 1] in _OF_NUMBERS  # "": the window ends here
                 if not cut or last or not self.more():

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.dataset import explain_workers
 from data.features import META, Layout, shard_path
 from data.media import Media
-from data.paths import write_json
+from data.paths import write_json, written_whole
 from data.progress import progress
 from data.tokens import Example
 from vzip.families import Family
@@ -131,6 +131,5 @@ def write_features(
                 torch.manual_seed(rows.start)  # what is drawn at random is the same in a run that was resumed
                 parts.append((num_media, {kind: maker.reduce(kind, values) for kind, values in inputs.items()}))
                 bar.update(len(rows))
-            beside = shard_path(folder, shard).with_suffix(".tmp")  # a full disk or a kill leaves no half of a shard
-            beside.write_bytes(save(_tensors(parts, maker.nothing), metadata=layout.metadata(shard)))
-            beside.replace(shard_path(folder, shard))
+            with written_whole(shard_path(folder, shard)) as scratch:
+                scratch.write_bytes(save(_tensors(parts, maker.nothing), metadata=layout.metadata(shard)))

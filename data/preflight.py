@@ -18,7 +18,7 @@ import pyarrow as pa
 from PIL import Image
 
 from data.conversations import BadRow
-from data.pictures import open_picture
+from data.pictures import FORMATS, open_picture
 from data.progress import progress
 from data.videos import check_video
 from vzip import UserError
@@ -128,7 +128,7 @@ def _look(kind: str, path: Path, size: tuple[int, int] | None, *, decode: bool) 
             check_video(path)
         return
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             found = picture.size
     except (Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(str(error)) from error

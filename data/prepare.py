@@ -17,7 +17,7 @@ from data.conversations import BadRow, Row
 from data.fetch import Ledger, bring
 from data.hf_folder import HfFolder
 from data.paths import data_dir, write_json
-from data.pictures import refuse_if_too_bad
+from data.pictures import MAX_BAD_SHARE, refuse_if_too_bad
 from data.places import Place
 from data.progress import progress
 from data.subset import Draw, draw
@@ -59,7 +59,8 @@ class Subset:
 
     def examples(self, template: Template, tokenizer: Any, *, max_tokens: int) -> Examples:
         """The rows as token ids and labels, made once for a template and a tokenizer."""
-        key = tokens_key(template, tokenizer, max_tokens=max_tokens, digest=self.manifest["hash"])
+        digest = self.manifest["hash"] + self.manifest["media_hash"]
+        key = tokens_key(template, tokenizer, max_tokens=max_tokens, digest=digest)
         target = self.folder / f"tokens-{key}.arrow"
         if not target.is_file():
             rows = progress(self.rows(), total=self.manifest["num_rows"], title="tokenize", unit="row")
@@ -126,6 +127,19 @@ def _manifest(
     }
 
 
+def _refuse_lost_sources(chosen: Draw, positions: Sequence[int], left_out: Sequence[Any]) -> None:
+    """Raises UserError for a source of which most rows can't be used: its place is a wrong one, or its server."""
+    good = set(positions)
+    for source, wanted in chosen.wanted.items():
+        found = len(good.intersection(chosen.candidates[source]))
+        if 2 * found < wanted and wanted - found > MAX_BAD_SHARE * chosen.num_wanted:
+            reasons = [f"  {row['id']}: {row['reason']}" for row in left_out if row["source"] == source][:5]
+            raise UserError(
+                f"of {source} only {found:,} of {wanted:,} rows can be used; check data.pictures.{source} and "
+                f"data.image_folder, or leave the source out with data.sources. First ones:\n" + "\n".join(reasons)
+            )
+
+
 class _Check:
     """Looks at the pictures and videos of rows, and brings those that are missing from the source's places."""
 
@@ -133,6 +147,8 @@ class _Check:
         self, folder: Path, ledger: Ledger, places: Mapping[str, Sequence[Place]], *, replace_unreachable: bool
     ) -> None:
         self.folder, self.ledger, self.places, self.replace_unreachable = folder, ledger, places, replace_unreachable
+        self.bad: list[BadRow] = []
+        self.num_rows = 0
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, str]:
         """What is wrong, by path. Raises UserError where too much is, or servers did not answer."""
@@ -142,12 +158,14 @@ class _Check:
         passing = [path for path, fault in faults.items() if not fault.final]
         if passing and not self.replace_unreachable:
             raise UserError(
-                f"{len(passing)} pictures could not be had now, the others are there. Run the same command again, it resumes; "
-                f"or, if they will not come back, data.replace_unreachable=true puts other rows of their source there. "
-                f"First ones:\n" + "\n".join(f"  {path}: {reasons[path]}" for path in passing[:5])
+                f"{len(passing)} pictures could not be had now. Run the same command again, it resumes; or, if they will "
+                f"not come back, data.replace_unreachable=true puts other rows of their source there. First ones:\n"
+                + "\n".join(f"  {path}: {reasons[path]}" for path in passing[:5])
             )
-        bad = [(row, fault) for row in rows if row.source not in self.places and (fault := _fault(row, reasons))]
-        refuse_if_too_bad([BadRow(row.id, row.source, fault) for row, fault in bad], len(rows))
+        bad = [(row, fault) for row in rows if not self.places.get(row.source) and (fault := _fault(row, reasons))]
+        self.bad += [BadRow(row.id, row.source, fault) for row, fault in bad]
+        self.num_rows = self.num_rows or len(rows)  # later calls are of rows that replace some of the first
+        refuse_if_too_bad(self.bad, self.num_rows)
         return reasons
 
 
@@ -180,7 +198,11 @@ def prepare(
             inside = HfFolder(selection.path)
             places = {source: [inside] for source in chosen.candidates}
         folder.mkdir(parents=True, exist_ok=True)
-        check = _Check(image_folder, Ledger(folder / CHECKED), places or {}, replace_unreachable=replace_unreachable)
+        ledger = Ledger(folder / CHECKED)
+        check = _Check(image_folder, ledger, places or {}, replace_unreachable=replace_unreachable)
         positions, left_out = _settle(table, chosen, check)
-        write_json(folder / MANIFEST, _manifest(selection, table, chosen.positions, positions, left_out))
+        _refuse_lost_sources(chosen, positions, left_out)
+        media = ledger.content(path for row in map(table.row, positions) for path in row.images + row.videos)
+        manifest = _manifest(selection, table, chosen.positions, positions, left_out)
+        write_json(folder / MANIFEST, manifest | {"media_hash": media})
     return Subset(folder, json.loads((folder / MANIFEST).read_text()), table, image_folder)

@@ -26,6 +26,11 @@ class Draw:
         """The rows drawn, in order."""
         return self.ordered(row for source, rows in self.candidates.items() for row in rows[: self.wanted[source]])
 
+    @property
+    def num_wanted(self) -> int:
+        """Rows of all sources."""
+        return sum(self.wanted.values())
+
     def ordered(self, positions: Iterable[int]) -> list[int]:
         """The positions in the order of a run."""
         return sorted(positions, key=self.keys.__getitem__)
@@ -58,5 +63,7 @@ def draw(table: Table, *, fraction: float, seed: int, sources: Sequence[str] | N
     if unknown := set(sources or ()) - set(by_source):
         raise UserError(f"data.sources={list(sources or ())}: the data has no {sorted(unknown)}; it has {sorted(by_source)}")
     candidates = {source: sorted(by_source[source], key=keys.__getitem__) for source in sorted(sources or by_source)}
+    if not any(candidates.values()):
+        raise UserError("no row can be drawn: the data has none that can be used, or data.text_rows=false leaves none")
     share = Fraction(str(fraction))  # 0.07 of 100 is 7, not 8
     return Draw(candidates, {source: math.ceil(share * len(rows)) for source, rows in candidates.items()}, keys)

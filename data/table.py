@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,11 +19,11 @@ from data.arrow import read_arrow, write_arrow
 from data.conversations import BadRow, Row, canonical, parse_row
 from data.hf_folder import HfFolder, is_hf_folder
 from data.json_stream import read_list
-from data.paths import data_dir
+from data.paths import data_dir, written_whole
 from data.progress import progress
 from vzip import UserError
 
-VERSION = 1
+VERSION = 2
 """Of what is written: raise it when this file, or `parse_row`, makes something else of the same data."""
 SCHEMA = pa.schema(
     {
@@ -67,7 +68,7 @@ def _read_lines(file: TextIO) -> Iterator[Any]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except ValueError as error:  # one lost line, not a lost file
+            except (ValueError, RecursionError) as error:  # one lost line, not a lost file
                 yield ValueError(f"line {number} is not valid JSON: {error}")
 
 
@@ -90,8 +91,8 @@ def _record(position: int, entry: Any) -> dict[str, Any]:
     try:
         if isinstance(entry, ValueError):
             raise entry
-        row = parse_row(entry)
-    except ValueError as error:
+        row, content = parse_row(entry), canonical(entry).decode()
+    except (ValueError, RecursionError) as error:
         name = str(entry.get("id", f"#{position}")) if isinstance(entry, dict) else f"#{position}"
         name = name.encode(errors="replace").decode()
         reason = str(error).encode(errors="replace").decode()
@@ -101,7 +102,7 @@ def _record(position: int, entry: Any) -> dict[str, Any]:
         "source": row.source,
         "digest": row.digest,
         "has_media": bool(row.images or row.videos),
-        "row": canonical(entry).decode(),
+        "row": content,
         "fault": None,
     }
 
@@ -116,11 +117,12 @@ def _write(path: Path, target: Path) -> None:
             digest.update((record["digest"] or record["fault"]).encode())
             yield record
 
-    for old in target.parent.glob(f"{target.stem.rsplit('-', 1)[0]}-*"):  # of the file as it was before
+    for old in target.parent.glob(f"{escape(target.stem.rsplit('-', 1)[0])}-*"):  # of the file as it was before
         if not old.name.startswith(target.stem):
             old.unlink(missing_ok=True)
     write_arrow(records(), SCHEMA, target)
-    target.with_suffix(".sha256").write_text(digest.hexdigest())  # last: it says that the table is whole
+    with written_whole(target.with_suffix(".sha256")) as scratch:  # last: it says that the table is whole
+        scratch.write_text(digest.hexdigest())
 
 
 def _state(path: Path) -> list[Any]:
@@ -146,6 +148,6 @@ def open_table(path: str | Path) -> Table:
     where, state = (hashlib.sha256(json.dumps([VERSION, what]).encode()).hexdigest()[:12] for what in (str(path), _state(path)))
     target = folder / f"{path.stem}-{where}-{state}.arrow"
     whole = target.with_suffix(".sha256")
-    if not whole.is_file():
+    if not (whole.is_file() and target.is_file()):
         _write(path, target)
     return Table(read_arrow(target), sha256=whole.read_text())

@@ -185,6 +185,8 @@ def write_tokens(
             ids, labels = encode(template, tokenizer, row.turns)
         except UserError as error:
             raise UserError(f"row {row.id}: {error}") from error
+        if unknown := [path for path in row.images if path not in sizes]:
+            raise UserError(f"row {row.id}: nothing is recorded of {unknown[0]}; run `make data` again, which looks at it")
         return _record(row, ids, labels, tokenizer=tokenizer, max_tokens=max_tokens, sizes=sizes)
 
     write_arrow(map(record, rows), SCHEMA, target)

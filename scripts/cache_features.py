@@ -13,12 +13,13 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from data.features import Layout, describe, folder_of, rows_of
+from data.features import Layout, cache_settings, folder_of, rows_of
 from data.make_features import FeatureMaker, rows_a_shard, write_features
 from data.media import Processed
 from data.prepare import prepare
 from train import config
 from train.models import load_model
+from vzip.io import fingerprint
 
 
 def cache_features(cfg: DictConfig) -> Path:
@@ -30,7 +31,9 @@ def cache_features(cfg: DictConfig) -> Path:
     subset = prepare(config.selection(cfg))
     examples = subset.examples(template, processor.tokenizer, max_tokens=cfg.data.max_tokens)
 
-    settings = describe(family, reducer, processor, rows=rows_of(examples), num_frames=num_frames)
+    settings = cache_settings(
+        family, reducer, processor, base_fingerprint=fingerprint(family), rows=rows_of(examples), num_frames=num_frames
+    )
     layout = Layout(settings, len(examples), rows_a_shard(family, reducer, settings))
     family.model.to("cuda" if torch.cuda.is_available() else "cpu")
     maker = FeatureMaker(family, reducer, Processed(processor, family.without_weights(), reducer, num_frames=num_frames))

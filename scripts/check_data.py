@@ -26,6 +26,8 @@ def main(cfg: DictConfig) -> None:
     family, reducer = count_model(cfg).without_weights(), config.build_reducer(cfg)
     family.refuse_unfit(reducer)
     subset = prepare(config.selection(cfg))
+    if config.asks_questions(cfg):
+        prepare(config.held_out(cfg))
     template, tokenizer = config.build(cfg.model.template), load_processor(cfg).tokenizer
     table = subset.examples(template, tokenizer, max_tokens=cfg.data.max_tokens).table
 

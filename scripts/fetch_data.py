@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hydra
+from filelock import FileLock
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -26,8 +27,11 @@ NUM_SHOWN = 10
 
 def fetch_instructions(address: str, path: Path) -> None:
     """Raises UserError if the file can't be had."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        fetch_file(address, path, title=path.name)
+        with FileLock(f"{path}.lock"):  # of two commands one fetches
+            if not path.exists():
+                fetch_file(address, path, title=path.name)
     except (Gone, Unreachable) as error:
         raise UserError(
             f"data.address={address} could not be fetched: {error}\nCheck the network, give another address, or put the file "
@@ -58,7 +62,7 @@ def print_report(subset: Subset) -> None:
 @config.teach
 def main(cfg: DictConfig) -> None:
     config.check(cfg)
-    path, client = Path(cfg.data.path), Client()
+    path, client = Path(cfg.data.path).expanduser(), Client()
     if not path.exists() and cfg.data.address:
         fetch_instructions(cfg.data.address, path)
     places = open_places(cfg.data.pictures, client)

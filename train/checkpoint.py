@@ -94,6 +94,12 @@ class RunFolder:
         """Write what the run is, before it trains. Raises UserError if the disk has no room for its states."""
         if not self.main:
             return
+        recorded = self.path / "manifest.json"
+        if recorded.is_file() and (before := json.loads(recorded.read_text())["hash"]) != manifest["hash"]:
+            raise UserError(
+                f"{self.path} was begun on other rows (hash {before[:12]}, now {manifest['hash'][:12]}): the data has changed "
+                f"since; bring it back, choose another name=..., or start over with fresh=true"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         needed = 100_000_000 + BYTES_PER_PARAMETER * num_trainable
         if (free := shutil.disk_usage(self.path).free) < needed:

@@ -127,18 +127,19 @@ def selection(cfg: DictConfig) -> Selection:
     """The rows that the run is tuned on."""
     data = cfg.data
     return Selection(
-        path=data.path,
-        image_folder=data.image_folder,
+        path=str(Path(data.path).expanduser()),
+        image_folder=str(Path(data.image_folder).expanduser()),
         fraction=data.fraction,
         seed=cfg.seed,
-        sources=data.sources and tuple(data.sources),
+        sources=None if data.sources is None else tuple(data.sources),
         text_rows=data.text_rows,
     )
 
 
 def held_out(cfg: DictConfig) -> Selection:
     """The rows whose questions are asked, the same in every run."""
-    return Selection(path=cfg.data.held_out, image_folder=cfg.data.image_folder)
+    path, folder = (str(Path(given).expanduser()) for given in (cfg.data.held_out, cfg.data.image_folder))
+    return Selection(path=path, image_folder=folder)
 
 
 def asks_questions(cfg: DictConfig) -> bool:
@@ -155,6 +156,8 @@ def teach(command: Callable[P, None]) -> Callable[P, None]:
             command(*args, **kwargs)
         except UserError as error:
             message = str(error)
+        except KeyboardInterrupt:
+            message = "stopped; the same command goes on from there"
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -176,6 +179,20 @@ def register() -> None:
     OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
 
 
+def _check_data(cfg: DictConfig) -> None:
+    if not isinstance(cfg.data.fraction, int | float) or not 0 < cfg.data.fraction <= 1:
+        raise UserError(f"data.fraction={cfg.data.fraction} must be a number in (0, 1]; 0.1 is a tenth")
+    if cfg.data.sources is not None and (not OmegaConf.is_list(cfg.data.sources) or not cfg.data.sources):
+        raise UserError(f"data.sources={cfg.data.sources} must be a list of sources, e.g. [coco, gqa], or null for all")
+    for name, least in {"data.max_tokens": 1, "data.num_workers": 0}.items():
+        value = OmegaConf.select(cfg, name)
+        if not isinstance(value, int) or value < least:
+            raise UserError(f"{name}={value} must be a whole number, at least {least}")
+    for name in ("data.cache", "data.text_rows", "data.replace_unreachable"):
+        if not isinstance(OmegaConf.select(cfg, name), bool):
+            raise UserError(f"{name}={OmegaConf.select(cfg, name)} must be true or false")
+
+
 def check(cfg: DictConfig) -> None:
     """Raises UserError for values that no run can have."""
     positive = ("batch.size", "batch.micro", "save_every", "optim.epochs", "optim.lr", "optim.max_steps", "evaluate.batch")
@@ -185,11 +202,7 @@ def check(cfg: DictConfig) -> None:
             raise UserError(f"{name}={value} must be positive")
     if not 0 <= cfg.optim.warmup < 1:
         raise UserError(f"optim.warmup={cfg.optim.warmup} must lie in [0, 1): the share of steps that warm up")
-    if not isinstance(cfg.data.fraction, int | float) or not 0 < cfg.data.fraction <= 1:
-        raise UserError(f"data.fraction={cfg.data.fraction} must be a number in (0, 1]; 0.1 is a tenth")
-    for name in ("data.cache", "data.text_rows", "data.replace_unreachable"):
-        if not isinstance(OmegaConf.select(cfg, name), bool):
-            raise UserError(f"{name}={OmegaConf.select(cfg, name)} must be true or false")
+    _check_data(cfg)
     choices = {"weights": ("pretrained", "random"), "model.dtype": ("float32", "bfloat16", "float16")}
     for name, allowed in choices.items():
         if OmegaConf.select(cfg, name) not in allowed:

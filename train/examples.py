@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 
 from data.conversations import Row
 from data.dataset import Collator
-from data.features import describe, open_cache, rows_of
+from data.features import cache_settings, open_cache, rows_of
 from data.prepare import Subset, prepare
 from data.tokens import Examples
 from train.config import asks_questions, held_out, selection
@@ -23,13 +23,13 @@ NUM_SHOWN = 10
 def _report(subset: Subset) -> None:
     """Say what was left out, on rank 0. Raises UserError if the hosts hold different data."""
     manifest = subset.manifest
-    if len(set(gather([manifest["hash"]]))) > 1:
+    if len(set(gather([manifest["hash"] + manifest["media_hash"]]))) > 1:
         raise UserError(f"the hosts' copies of {manifest['data']['name']} or its pictures differ; make them the same")
     for row in manifest["bad_rows"][:NUM_SHOWN]:
         say(f"  left out: {row['id']} ({row['source']}): {row['reason']}")
     if manifest["bad_rows"]:
         replaced = sum(row.get("replaced", False) for row in manifest["bad_rows"])
-        say(f"  {len(manifest['bad_rows'])} rows of {manifest['data']['name']} left out in all, {replaced} replaced")
+        say(f"  {len(manifest['bad_rows'])} rows left out in all, {replaced} replaced; `make data` looks at them again")
 
 
 def held_out_rows(cfg: DictConfig) -> list[Row]:
@@ -39,7 +39,9 @@ def held_out_rows(cfg: DictConfig) -> list[Row]:
     return list(subset.rows())
 
 
-def training_collator(cfg: DictConfig, processor: Any, family: Family, reducer: Reducer, examples: Examples) -> Collator:
+def training_collator(
+    cfg: DictConfig, processor: Any, family: Family, reducer: Reducer, examples: Examples, *, base_fingerprint: str
+) -> Collator:
     """The collator of the run's micro batches: of files, or, with `data.cache`, of features that `make cache` made.
 
     With these the towers' memory is freed, unless questions will be asked.
@@ -47,7 +49,14 @@ def training_collator(cfg: DictConfig, processor: Any, family: Family, reducer: 
     """
     num_frames, media = cfg.model.get("num_frames", 1), None
     if cfg.data.cache:
-        settings = describe(family, reducer, processor, rows=rows_of(examples), num_frames=num_frames)
+        settings = cache_settings(
+            family,
+            reducer,
+            processor,
+            base_fingerprint=base_fingerprint,
+            rows=rows_of(examples),
+            num_frames=num_frames,
+        )
         media = open_cache(examples.path.parent, settings)
         if not asks_questions(cfg):
             family.drop_towers()

@@ -50,7 +50,8 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
 
     examples, manifest = training_examples(cfg, template, processor.tokenizer)
     plan = config.batch_plan(cfg, num_rows=len(examples), world_size=world_size)
-    collate = training_collator(cfg, processor, family, reducer, examples)
+    base_fingerprint = meta["base"]["fingerprint"]
+    collate = training_collator(cfg, processor, family, reducer, examples, base_fingerprint=base_fingerprint)
     batches = MicroBatches(examples, collate, plan, rank=rank)
     say(f"{run.path}: {plan}")
     run.begin(manifest, num_trainable=trainable.num_parameters, world_size=world_size)

@@ -7,7 +7,7 @@ import torch
 
 import vzip
 from data.dataset import Collator
-from data.features import Cached, Layout, describe
+from data.features import Cached, Layout, cache_settings
 from data.make_features import FeatureMaker, write_features
 from data.media import Processed
 from data.tokens import kinds_of
@@ -16,6 +16,7 @@ from tests.unit.rows import IMAGE_ROWS, NUM_FRAMES, examples_of, rows_of
 from train.engine import TokenLoss, media_inputs
 from vzip import UserError
 from vzip.families import family_of
+from vzip.io import fingerprint
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
@@ -59,7 +60,14 @@ class Runs:
     def __init__(self, folder, kind, reducer, *, texts=None, batch=100, rows_a_shard=100, dtype=torch.float32):
         self.examples, self.reducer = examples_of(texts or rows_of(kind), folder), reducer
         self.seeing, self.blind = seeing(kind, dtype), blind(kind, dtype)
-        settings = describe(self.seeing, reducer, processor(kind), rows="these", num_frames=NUM_FRAMES)
+        settings = cache_settings(
+            self.seeing,
+            reducer,
+            processor(kind),
+            base_fingerprint=fingerprint(self.seeing),
+            rows="these",
+            num_frames=NUM_FRAMES,
+        )
         media = Processed(processor(kind), self.seeing.without_weights(), reducer, num_frames=NUM_FRAMES)
         layout = Layout(settings, len(self.examples), rows_a_shard)
         write_features(

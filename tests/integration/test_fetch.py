@@ -467,10 +467,10 @@ def test_a_ledger_keeps_what_it_was_told(tmp_path):
     path = tmp_path / "checked.jsonl"
     ledger = Ledger(path)
     assert ledger.sizes() == {} and not path.exists()
-    ledger.record(Checked("a\n.jpg", 10, 3, 4))
+    ledger.record(Checked("a\n.jpg", 10, 3, 4, "ab"))
     ledger.record(Checked("b.jpg", -1, fault="gone ü", final=False, tried=("http://x/",)))
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"path": "a\n.jpg", "bytes": 10, "height": 3, "width": 4},
+        {"path": "a\n.jpg", "bytes": 10, "height": 3, "width": 4, "digest": "ab"},
         {"path": "b.jpg", "bytes": -1, "fault": "gone ü", "final": False, "tried": ["http://x/"]},
     ]
     again = Ledger(path)

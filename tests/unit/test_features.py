@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from data import make_features
 from data.dataset import BatchPlan, Collator, MicroBatches, loader
-from data.features import Cached, Layout, describe, folder_of, shard_path
+from data.features import Cached, Layout, cache_settings, folder_of, shard_path
 from data.make_features import FeatureMaker, rows_a_shard, write_features
 from data.media import Processed
 from tests import tiny
 from tests.unit.rows import IMAGE_ROWS, NUM_FRAMES, VIDEO_ROWS, examples_of, rows_of
 from vzip import UserError
 from vzip.families import family_of
+from vzip.io import fingerprint
 from vzip.media import normalised
 from vzip.reduced import Reduced
 from vzip.reducers.random import Random
@@ -55,7 +56,7 @@ class Watched(Processed):
 
 def described(kind="clip", reducer=REDUCER, **changes):
     given_settings = {"rows": "these", "num_frames": NUM_FRAMES} | changes
-    return describe(family(kind), reducer, processor(kind), **given_settings)
+    return cache_settings(family(kind), reducer, processor(kind), base_fingerprint=fingerprint(family(kind)), **given_settings)
 
 
 def write(folder, examples, kind="clip", reducer=REDUCER, *, last=None, shard=SHARD, batch=2):
@@ -203,26 +204,39 @@ def test_workers_read_it_too(tmp_path):
 # Refused
 
 
+def settings_of(changed, preparing=None):
+    given_settings = {"base_fingerprint": fingerprint(changed), "rows": "these", "num_frames": NUM_FRAMES}
+    return cache_settings(changed, REDUCER, preparing or processor(), **given_settings)
+
+
 def other_weights():
     changed = family_of(tiny.llava(seed=1))
-    return describe(changed, REDUCER, processor(), rows="these", num_frames=NUM_FRAMES)
+    return cache_settings(
+        changed, REDUCER, processor(), base_fingerprint=fingerprint(changed), rows="these", num_frames=NUM_FRAMES
+    )
 
 
 def other_layer():
     changed = family_of(tiny.llava())
     changed.model.config.vision_feature_layer = -3
-    return describe(changed, REDUCER, processor(), rows="these", num_frames=NUM_FRAMES)
+    return cache_settings(
+        changed, REDUCER, processor(), base_fingerprint=fingerprint(changed), rows="these", num_frames=NUM_FRAMES
+    )
 
 
 def other_precision():
     changed = family_of(tiny.llava(dtype=torch.bfloat16))
-    return describe(changed, REDUCER, processor(), rows="these", num_frames=NUM_FRAMES)
+    return cache_settings(
+        changed, REDUCER, processor(), base_fingerprint=fingerprint(changed), rows="these", num_frames=NUM_FRAMES
+    )
 
 
 def other_pictures():
     changed = tiny.processor()
     changed.image_processor.image_mean = [0.5, 0.5, 0.5]
-    return describe(family(), REDUCER, changed, rows="these", num_frames=NUM_FRAMES)
+    return cache_settings(
+        family(), REDUCER, changed, base_fingerprint=fingerprint(family()), rows="these", num_frames=NUM_FRAMES
+    )
 
 
 CHANGES = {

@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from data.download import Client
 from data.hf_folder import HfFolder
+from data.pictures import open_picture
 from data.places import place_of
 from data.prepare import Selection, prepare
 from tests import tiny
@@ -246,3 +249,85 @@ def test_making_it_again_brings_back_what_is_missing(tmp_path):
     (tmp_path / "images" / path).unlink()
     assert prepare(selection, places=places(tmp_path / "published")).manifest == subset.manifest
     assert (tmp_path / "images" / path).is_file()
+
+
+def saved(folder, colours, **columns):
+    """A `datasets` folder of one-coloured pictures, always of the same name."""
+    datasets = pytest.importorskip("datasets")
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a colour"}]
+    rows = {"image": [Image.new("RGB", (8, 8), colour) for colour in colours], "conversations": [turns] * len(colours)}
+    data = datasets.Dataset.from_dict(rows | {name: [value] * len(colours) for name, value in columns.items()})
+    data.cast_column("image", datasets.Image()).save_to_disk(folder / "train")
+    return Selection(path=str(folder / "train"), image_folder=str(folder.parent / "images"))
+
+
+def test_pictures_of_folders_of_the_same_name_are_kept_apart(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first, second = prepare(saved(tmp_path / "a", ["red"])), prepare(saved(tmp_path / "b", ["blue"]))
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "a").mkdir()
+    third = prepare(saved(tmp_path / "a", ["lime"]))
+    for subset, colour in ((first, (255, 0, 0)), (second, (0, 0, 255)), (third, (0, 255, 0))):
+        (row,) = subset.rows()
+        assert open_picture(tmp_path / "images" / row.images[0]).getpixel((0, 0)) == colour
+    assert len({subset.manifest["hash"] for subset in (first, second, third)}) == 3
+
+
+def test_a_read_only_folder_of_datasets_with_columns_of_its_own_will_do(tmp_path):
+    (tmp_path / "a").mkdir()
+    selection = saved(tmp_path / "a", ["red", "blue"], made=datetime(2026, 1, 1), score=float("nan"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*")}
+    assert prepare(selection).manifest["num_rows"] == 2
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*")} == before
+
+
+def test_pictures_that_were_replaced_give_other_arrays(tmp_path):
+    selection = save_rows(tmp_path)
+    before = prepare(selection, places={})
+    path = next(path for row in before.rows() for path in row.images)
+    tiny.picture(99, 30, 50).save(tmp_path / "images" / path)
+    after = prepare(selection, places={})
+    arrays = [subset.examples(vicuna(), tiny.tokenizer(), max_tokens=2048) for subset in (before, after)]
+    assert before.manifest["hash"] == after.manifest["hash"] and arrays[0].path != arrays[1].path
+    assert (30, 50) in {size for example in arrays[1] for size in example.sizes}
+
+
+def test_pictures_in_no_folder_are_one_source(tmp_path):
+    selection = save_rows(tmp_path)
+    rows = [row for row in json.loads(Path(selection.path).read_text()) if "image" in row]
+    for number, row in enumerate(rows):
+        shutil.copy(tmp_path / "images" / row["image"], tmp_path / "images" / f"{number}.png")
+        row["image"] = f"./{number}.png"
+    Path(selection.path).write_text(json.dumps(rows))
+    subset = prepare(selection)
+    assert subset.manifest["num_rows_by_source"] == {"files": -(-3 * len(rows) // 10)}
+    assert all(example.sizes for example in subset.examples(vicuna(), tiny.tokenizer(), max_tokens=2048))
+
+
+def test_a_place_that_has_not_got_a_source_is_refused(tmp_path):
+    selection = save_rows(tmp_path, 90)
+    shutil.rmtree(tmp_path / "images" / "vg")
+    (tmp_path / "empty").mkdir()
+    nowhere = place_of(str(tmp_path / "empty"), Client())
+    with pytest.raises(UserError, match=r"of vg only 0 of 9 rows can be used; check data\.pictures\.vg"):
+        prepare(selection, places={"vg": [nowhere]})
+
+
+def test_few_faults_are_not_many_because_few_rows_are_left_to_draw(tmp_path):
+    """One bad row in the whole subset, met again while rows are replaced, is still one."""
+    selection = save_rows(tmp_path, 600)
+    drawn = [name for name in prepare(selection).manifest["ids"] if name.startswith("coco")]
+    shutil.rmtree(tmp_path / "vzip")
+    (tmp_path / "images" / "coco" / f"{drawn[0].split('-')[1]}.png").unlink()
+    manifest = prepare(selection).manifest
+    assert [row["id"] for row in manifest["bad_rows"]] == [drawn[0]] and manifest["num_rows"] == 180
+
+
+def test_a_lost_ledger_is_said_and_made_again(tmp_path):
+    selection = save_rows(tmp_path)
+    subset = prepare(selection)
+    (subset.folder / "checked.jsonl").unlink()
+    with pytest.raises(UserError, match=r"nothing is recorded of .*run `make data` again"):
+        subset.examples(vicuna(), tiny.tokenizer(), max_tokens=2048)
+    assert len(prepare(selection, places={}).examples(vicuna(), tiny.tokenizer(), max_tokens=2048)) == 62
