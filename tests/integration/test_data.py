@@ -120,6 +120,21 @@ def test_features_of_a_cache_train_as_pictures_do(fetched, settings, tmp_path):
         assert got == pytest.approx(expected, rel=1e-5)
 
 
+def test_questions_a_control_and_lora_beside_a_cache(fetched, settings, mine, tmp_path):
+    """The control has another reducer, and no cache; questions need the towers; LoRA renames weights."""
+    run("cache_features", *settings)
+    rows = json.loads((mine / "mine" / "mix.json").read_text())
+    known = [row for row in rows if row["id"] in fetched[0]["ids"] and "image" in row][:3]
+    (tmp_path / "asked.json").write_text(json.dumps(known))
+    here = [*settings, f"runs={tmp_path}", "data.cache=true", "optim.max_steps=1"]
+    asked = [f"data.held_out={tmp_path}/asked.json", "evaluate.questions=2"]
+    tune([*here, *asked, "name=asked", "control=true"])
+    rows = json.loads((tmp_path / "asked" / "result.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["full", "free", "tuned", "random"]
+    tune([*here, "name=lora", "tune=language_lora"])
+    assert metrics(tmp_path / "lora")[0][1] == pytest.approx(metrics(tmp_path / "asked")[0][1], rel=1e-5)
+
+
 def test_a_wrong_address_ends_with_the_settings_name(mine, tmp_path):
     with Server(mine / "published") as server:
         wrong = [item for item in mix.settings(server.url, mine) if "image_folder" not in item]

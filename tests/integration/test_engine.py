@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import shutil
 from collections import namedtuple
 
@@ -110,3 +111,12 @@ def test_a_disk_without_room_is_refused_before_training(cfg, tmp_path, monkeypat
     run = RunFolder(OmegaConf.merge(cfg, {"runs": str(tmp_path), "name": "full"}), rank=0)
     with pytest.raises(vzip.UserError, match=r"50 MB free.*runs=\.\.\."):
         run.begin({}, num_trainable=1000, world_size=1)
+
+
+def test_a_run_does_not_go_on_with_other_rows(cfg, tmp_path):
+    here = OmegaConf.merge(cfg, {"runs": str(tmp_path), "name": "mine"})
+    RunFolder(here, rank=0).begin({"hash": "a" * 64}, num_trainable=1, world_size=1)
+    RunFolder(here, rank=0).begin({"hash": "a" * 64}, num_trainable=1, world_size=1)
+    with pytest.raises(vzip.UserError, match=r"begun on other rows \(hash aaaaaaaaaaaa, now bbbbbbbbbbbb\).*fresh=true"):
+        RunFolder(here, rank=0).begin({"hash": "b" * 64}, num_trainable=1, world_size=1)
+    assert json.loads((tmp_path / "mine" / "manifest.json").read_text())["hash"] == "a" * 64
