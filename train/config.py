@@ -148,16 +148,17 @@ def asks_questions(cfg: DictConfig) -> bool:
 
 
 def teach(command: Callable[P, None]) -> Callable[P, None]:
-    """End a command with a message and exit code 2, without a traceback, where its user made a mistake."""
+    """End a command with a message and exit code 2, without a traceback, where its user made a mistake; 130 for Ctrl-C."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        code = 2
         try:
             command(*args, **kwargs)
         except UserError as error:
             message = str(error)
         except KeyboardInterrupt:
-            message = "stopped; the same command goes on from there"
+            code, message = 130, "stopped; the same command goes on from there"  # what shells give for Ctrl-C
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -167,7 +168,7 @@ def teach(command: Callable[P, None]) -> Callable[P, None]:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # rank 0 says the same, and its launcher ends the others
         print(f"error: {message}", file=sys.stderr, flush=True)
-        os._exit(2)  # other ranks may be waiting in a collective that no clean exit gets out of
+        os._exit(code)  # other ranks may be waiting in a collective that no clean exit gets out of
 
     return run
 

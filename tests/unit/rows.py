@@ -1,7 +1,5 @@
 """Rows of text with pictures and videos on disk: as the collator takes them, and what a processor makes of the same."""
 
-from collections import defaultdict
-
 from data.pictures import open_picture
 from data.tokens import Example, Examples, write_tokens
 from data.videos import read_frames
@@ -58,7 +56,7 @@ def examples_of(texts, folder):
 def tokenized(rows, template, folder, *, max_tokens=2048, sizes=None):
     """The rows as `Examples` with pictures below `folder`, by default all of the size of a tile."""
     target = folder / "tokens.arrow"
-    sizes = sizes or defaultdict(lambda: (tiny.SIDE, tiny.SIDE))
+    sizes = sizes or {path: (tiny.SIDE, tiny.SIDE) for row in rows for path in row.images}
     write_tokens(rows, template, tiny.tokenizer(), target, max_tokens=max_tokens, sizes=sizes)
     return Examples(target, folder)
 

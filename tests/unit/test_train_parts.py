@@ -243,22 +243,23 @@ def test_build_names_a_target_that_does_not_exist():
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("raised", "message"),
+    ("raised", "message", "code"),
     [
-        ("UserError('optim.lr=0 must be positive')", "error: optim.lr=0 must be positive\n"),
-        ("OSError(28, 'No space left on device')", "error: the disk is full"),
+        ("UserError('optim.lr=0 must be positive')", "error: optim.lr=0 must be positive\n", 2),
+        ("OSError(28, 'No space left on device')", "error: the disk is full", 2),
+        ("KeyboardInterrupt()", "error: stopped; the same command goes on", 130),
     ],
 )
-def test_teach_prints_the_mistake_and_exits_2(raised, message):
-    code = (
+def test_teach_prints_the_mistake_and_exits(raised, message, code):
+    program = (
         "from train.config import teach; from vzip import UserError\n"
         f"@teach\ndef main(): raise {raised}\n"
         "main(); print('went on')"
     )
     env = {key: value for key, value in os.environ.items() if key != "RANK"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
-    assert done.returncode == 2
+    assert done.returncode == code
     assert done.stderr.startswith(message) and "Traceback" not in done.stderr
     assert done.stdout == ""
 
@@ -272,7 +273,7 @@ def test_teach_lets_everything_else_through(monkeypatch):
             raise error
 
     command(None)
-    for error in (PermissionError(errno.EACCES, "no"), ValueError("a bug"), KeyboardInterrupt()):
+    for error in (PermissionError(errno.EACCES, "no"), ValueError("a bug"), SystemExit()):
         with pytest.raises(type(error)):
             command(error)
 
