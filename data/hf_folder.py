@@ -30,9 +30,10 @@ def is_hf_folder(path: Path) -> bool:
 
 
 def _pictures(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is stored of a row's pictures: bytes, or a path."""
+    """What is stored of a row's pictures: "bytes", or a "path"."""
     values = [row.get(name) or [] for name in COLUMNS]
-    return [picture for value in values for picture in (value if isinstance(value, list) else [value])]
+    pictures = [picture for value in values for picture in (value if isinstance(value, list) else [value])]
+    return [{"path": picture} if isinstance(picture, str) else picture for picture in pictures]
 
 
 class HfFolder:
@@ -76,7 +77,7 @@ class HfFolder:
         """The rows in LLaVA's form: a picture's path has its place (row and number there) and a hash of what it shows."""
         for position in range(len(self.rows)):
             row = self._row(position)
-            entry = {name: row[name] for name in KEPT if row.get(name) is not None}
+            entry = {"id": str(position)} | {name: row[name] for name in KEPT if row.get(name) is not None}
             digests = [self._digest(picture) for picture in _pictures(row)]
             if digests:
                 entry["image"] = [f"{self.path.name}/{position:07}-{number}-{digest}" for number, digest in enumerate(digests)]
@@ -97,6 +98,6 @@ class HfFolder:
         if picture.get("bytes") is not None:
             return bytes(picture["bytes"])
         try:
-            return (self.path / picture["path"]).read_bytes()
+            return (self.path / (picture.get("path") or "")).read_bytes()
         except OSError as error:
             raise Gone(f"{self.path}: a picture is not inside, and can't be read: {error}") from error

@@ -78,7 +78,8 @@ def _read_file(path: Path) -> Iterator[Any]:
         first = raw.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
         raw.seek(0)
         if first not in (b"[", b"{"):
-            raise UserError(f"{path}: expected a list of rows, or a row a line, found {first.decode(errors='replace')!r}")
+            found = first.decode(errors="replace") or "nothing"
+            raise UserError(f"{path}: expected a JSON list of rows in UTF-8, or a row a line, found {found!r}")
         lines = first == b"{"
         file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="replace" if lines else "strict")
         with progress(None, total=path.stat().st_size, title=f"read {path.name}", unit="B") as bar:

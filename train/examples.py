@@ -32,11 +32,21 @@ def _report(subset: Subset) -> None:
         say(f"  {len(manifest['bad_rows'])} rows left out in all, {replaced} replaced; `make data` looks at them again")
 
 
-def held_out_rows(cfg: DictConfig) -> list[Row]:
-    """The rows of `data.held_out`, the same in every run. Raises UserError as `prepare` does."""
-    subset = in_turn(lambda: prepare(held_out(cfg)))
+def training_subset(cfg: DictConfig) -> Subset:
+    """The rows that the run is tuned on. The held-out ones are looked at too: mistakes in the data come before the model.
+
+    Raises UserError as `prepare` does.
+    """
+    subset = in_turn(lambda: prepare(selection(cfg)))
     _report(subset)
-    return list(subset.rows())
+    if asks_questions(cfg):
+        _report(in_turn(lambda: prepare(held_out(cfg))))
+    return subset
+
+
+def held_out_rows(cfg: DictConfig) -> list[Row]:
+    """The rows of `data.held_out`."""
+    return list(prepare(held_out(cfg)).rows())
 
 
 def training_collator(
@@ -63,20 +73,14 @@ def training_collator(
     return Collator(processor, family, reducer, kinds=examples.kinds, num_frames=num_frames, media=media)
 
 
-def training_examples(cfg: DictConfig, template: Template, tokenizer: Any) -> tuple[Examples, dict[str, Any]]:
-    """(examples, manifest) of the run's subset. Raises UserError as `prepare` does."""
-
-    def open_examples() -> tuple[Subset, Examples]:
-        subset = prepare(selection(cfg))
-        return subset, subset.examples(template, tokenizer, max_tokens=cfg.data.max_tokens)
-
-    subset, examples = in_turn(open_examples)
-    _report(subset)
+def training_examples(cfg: DictConfig, subset: Subset, template: Template, tokenizer: Any) -> Examples:
+    """The subset as token ids and labels. Raises UserError for rows that the template or the tokenizer does not take."""
     manifest = subset.manifest
+    examples = in_turn(lambda: subset.examples(template, tokenizer, max_tokens=cfg.data.max_tokens))
     counts = ", ".join(f"{source} {count:,}" for source, count in manifest["num_rows_by_source"].items())
     say(f"data: {len(examples):,} rows ({counts}), hash {manifest['hash'][:12]}")
     if num_cut := int((examples.column("num_whole_tokens") > cfg.data.max_tokens).sum()):
         say(f"  {num_cut} rows cut at data.max_tokens={cfg.data.max_tokens}")
     if num_mute := manifest["num_rows"] - len(examples):
         say(f"  {num_mute} rows left out, of which that cut leaves no answer")
-    return examples, manifest
+    return examples

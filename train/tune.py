@@ -21,7 +21,7 @@ from train.checkpoint import RunFolder
 from train.control import control_row
 from train.engine import Engine, init_distributed, leave_distributed, say
 from train.evaluate import Evaluator, print_results
-from train.examples import training_collator, training_examples
+from train.examples import training_collator, training_examples, training_subset
 from train.loop import fit
 from train.models import load_model
 from train.overlay import draw_examples
@@ -42,19 +42,19 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
         return run.result["rows"]
     control = control_row(cfg, tune)
 
+    subset = training_subset(cfg)
     family, processor = load_model(cfg)
     family.refuse_unfit(reducer)
     meta = describe(family, reducer, base=cfg.model.id, base_fingerprint=fingerprint(family))
     trainable = make_trainable(family, cfg.tune)
     say(print_table, family, trainable)
 
-    examples, manifest = training_examples(cfg, template, processor.tokenizer)
+    examples = training_examples(cfg, subset, template, processor.tokenizer)
     plan = config.batch_plan(cfg, num_rows=len(examples), world_size=world_size)
-    base_fingerprint = meta["base"]["fingerprint"]
-    collate = training_collator(cfg, processor, family, reducer, examples, base_fingerprint=base_fingerprint)
+    collate = training_collator(cfg, processor, family, reducer, examples, base_fingerprint=meta["base"]["fingerprint"])
     batches = MicroBatches(examples, collate, plan, rank=rank)
     say(f"{run.path}: {plan}")
-    run.begin(manifest, num_trainable=trainable.num_parameters, world_size=world_size)
+    run.begin(subset.manifest, num_trainable=trainable.num_parameters, world_size=world_size)
 
     engine = Engine(family, trainable, cfg, accumulation=plan.accumulation)
     tracker = Tracker(run.path, cfg, rank=rank)
@@ -62,12 +62,12 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
     rows = evaluator.baselines(reducer)
     with attach(family.model, reducer=reducer) as handle:
         fit(engine, batches, cfg, run, tracker)
-        run.save_trained(engine, meta | run.trained_meta(engine, manifest, family.num_image_tokens(reducer)))
+        run.save_trained(engine, meta | run.trained_meta(engine, subset.manifest, family.num_image_tokens(reducer)))
         pictures = draw_examples(handle, processor.image_processor, evaluator.pictures, run.path)
     rows += evaluator.rows("tuned", reducer) + control
     tracker.log_results(rows, evaluator.samples, pictures)
     tracker.finish()
-    run.finish({"rows": rows, "num_steps": plan.num_steps, "manifest": manifest["hash"], "seed": cfg.seed})
+    run.finish({"rows": rows, "num_steps": plan.num_steps, "manifest": subset.manifest["hash"], "seed": cfg.seed})
     return rows
 
 

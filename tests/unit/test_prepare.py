@@ -331,3 +331,15 @@ def test_a_lost_ledger_is_said_and_made_again(tmp_path):
     with pytest.raises(UserError, match=r"nothing is recorded of .*run `make data` again"):
         subset.examples(vicuna(), tiny.tokenizer(), max_tokens=2048)
     assert len(prepare(selection, places={}).examples(vicuna(), tiny.tokenizer(), max_tokens=2048)) == 62
+
+
+def test_paths_in_a_folder_of_datasets_are_files_beside_it_or_refused(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a colour"}]
+    data = datasets.Dataset.from_dict({"image": ["red.png"] * 2, "conversations": [turns] * 2})
+    data.save_to_disk(tmp_path / "mine")
+    selection = Selection(path=str(tmp_path / "mine"), image_folder=str(tmp_path / "images"))
+    with pytest.raises(UserError, match="of mine only 0 of 2 rows can be used"):
+        prepare(selection)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "mine" / "red.png")
+    assert prepare(selection).manifest["ids"] in (["0", "1"], ["1", "0"])

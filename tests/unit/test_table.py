@@ -141,7 +141,7 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
 
 @pytest.mark.parametrize("content", ['"rows"', "3", "null", "", "  "])
 def test_json_without_rows_is_refused(tmp_path, content):
-    with pytest.raises(UserError, match="expected a list of rows, or a row a line"):
+    with pytest.raises(UserError, match="expected a JSON list of rows in UTF-8, or a row a line"):
         open_table(write(tmp_path, content))
 
 
