@@ -26,6 +26,7 @@ from data.tokens import Examples, tokens_key, write_tokens
 from vzip import UserError
 from vzip.templates import Template
 
+NUM_SHOWN = 10
 MANIFEST, CHECKED = "manifest.json", "checked.jsonl"
 VERSION = 1
 """Of the subsets: raise it when other rows are drawn of the same data."""
@@ -52,6 +53,12 @@ class Subset:
     manifest: dict[str, Any]
     table: Table
     image_folder: Path
+
+    @property
+    def left_out(self) -> list[str]:
+        """A line for each of the first `NUM_SHOWN` rows that were left out; the manifest has them all."""
+        bad = self.manifest["bad_rows"][:NUM_SHOWN]
+        return [f"  left out: {row['id']} ({row['source']}): {row['reason']}" for row in bad]
 
     def rows(self) -> Iterator[Row]:
         """In the order of the manifest."""

@@ -21,9 +21,6 @@ from data.prepare import MANIFEST, Subset, prepare
 from train import config
 from vzip import UserError
 
-NUM_SHOWN = 10
-"""Rows left out that are named; the manifest has them all."""
-
 
 def fetch_instructions(address: str, path: Path) -> None:
     """Raises UserError if the file can't be had."""
@@ -53,8 +50,8 @@ def print_report(subset: Subset) -> None:
     table.add_row("all", *(f"{count:,}" for count in (manifest["num_rows"], left_out.total(), replaced.total())))
     console = Console()
     console.print(table)
-    for row in manifest["bad_rows"][:NUM_SHOWN]:
-        console.print(f"  left out: {row['id']} ({row['source']}): {row['reason']}", soft_wrap=True, highlight=False)
+    for line in subset.left_out:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(f"hash {manifest['hash']}\n{subset.folder / MANIFEST}", soft_wrap=True, highlight=False)
 
 

@@ -16,17 +16,14 @@ from vzip.families import Family
 from vzip.reducers import Reducer
 from vzip.templates import Template
 
-NUM_SHOWN = 10
-"""Rows left out that are named; the manifest has them all."""
-
 
 def _report(subset: Subset) -> None:
     """Say what was left out, on rank 0. Raises UserError if the hosts hold different data."""
     manifest = subset.manifest
     if len(set(gather([manifest["hash"] + manifest["media_hash"]]))) > 1:
         raise UserError(f"the hosts' copies of {manifest['data']['name']} or its pictures differ; make them the same")
-    for row in manifest["bad_rows"][:NUM_SHOWN]:
-        say(f"  left out: {row['id']} ({row['source']}): {row['reason']}")
+    for line in subset.left_out:
+        say(line)
     if manifest["bad_rows"]:
         replaced = sum(row.get("replaced", False) for row in manifest["bad_rows"])
         say(f"  {len(manifest['bad_rows'])} rows left out in all, {replaced} replaced; `make data` looks at them again")
