@@ -21,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.paths import write_json
 from train.config import ROOT, identity, run_name
-from train.engine import Engine, from_main
+from train.engine import Engine
+from train.ranks import from_main
 from vzip import UserError
 from vzip.io import ADAPTER, save_checkpoint
 

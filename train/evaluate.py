@@ -18,8 +18,9 @@ from data.progress import progress
 from data.tokens import Example, example_of, kinds_of
 from train.checkpoint import RunFolder
 from train.config import asks_questions
-from train.engine import Engine, gather, media_inputs, say, to_device
+from train.engine import Engine, media_inputs, to_device
 from train.examples import held_out_rows
+from train.ranks import gather, say
 from vzip import attach
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity

@@ -10,7 +10,7 @@ from data.features import cache_settings, open_cache, rows_of
 from data.prepare import Subset, prepare
 from data.tokens import Examples
 from train.config import asks_questions, held_out, selection
-from train.engine import gather, in_turn, say
+from train.ranks import gather, in_turn, say
 from vzip import UserError
 from vzip.families import Family
 from vzip.reducers import Reducer

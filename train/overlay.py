@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from data.pictures import open_picture
-from train.engine import is_main
+from train.ranks import is_main
 from vzip import Handle
 from vzip.media import model_inputs, pixels_of
 

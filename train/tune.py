@@ -19,13 +19,14 @@ from data.dataset import MicroBatches
 from train import config
 from train.checkpoint import RunFolder
 from train.control import control_row
-from train.engine import Engine, init_distributed, leave_distributed, say
+from train.engine import Engine
 from train.evaluate import Evaluator, print_results
 from train.examples import training_collator, training_examples, training_subset
 from train.loop import fit
 from train.models import load_model
 from train.overlay import draw_examples
 from train.plan import print_plan
+from train.ranks import init_distributed, leave_distributed, say
 from train.track import Tracker
 from train.trainable import make_trainable, print_table
 from vzip import attach

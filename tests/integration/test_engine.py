@@ -18,7 +18,8 @@ from tests import tiny
 from tests.conftest import ROOT
 from train import config
 from train.checkpoint import RunFolder
-from train.engine import Engine, init_distributed, media_inputs
+from train.engine import Engine, media_inputs
+from train.ranks import init_distributed
 from train.trainable import make_trainable
 from vzip.families import family_of
 from vzip.templates import vicuna
