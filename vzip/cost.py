@@ -3,18 +3,24 @@
 Source of the transformer formula: arXiv 2412.04467, section 4 (with a SwiGLU FFN's three matrices).
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from vzip.families import Family
+from vzip.fast.loss import MAX_LOGITS
 from vzip.reducers import Reducer
+
+QUANTISED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+"""Bytes of a quantised weight. NF4 has a byte of scale for 64 weights and a float32 for 256 of these (arXiv 2305.14314)."""
 
 
 def linear_flops(module: nn.Module) -> int:
     """FLOPs that the module's linear layers take for one token."""
-    return sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    return sum(2 * m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def attention_flops(config: Any, num_tokens: int) -> int:
@@ -53,13 +59,63 @@ def row_cost(family: Family, reducer: Reducer, *, num_tiles: int, num_visual_tok
     )
 
 
-def tuning_memory(family: Family, *, num_trainable: int, num_tokens: int) -> int:
-    """Bytes that one rank needs for micro batches of `num_tokens` tokens.
+def frozen_linears(family: Family) -> Iterator[tuple[str, nn.Linear]]:
+    """(name, layer) of the language model's frozen linear layers, without the head: those that can be quantised."""
+    for name, module in family.language_model.named_modules():
+        if isinstance(module, nn.Linear) and "lora_" not in name:
+            yield name, module
 
-    Frozen weights; float32 weights, gradients and two AdamW moments of what is tuned; activations: a frozen linear layer
-    saves no input, so a layer of the language model keeps about 32 d bytes a token in bf16.
+
+def weight_memory(family: Family, *, inexact: str | None = None) -> int:
+    """Bytes of all weights, with the language model's frozen linear layers held in `inexact` ("nf4", "int8")."""
+    held = {id(layer.weight): layer for _, layer in frozen_linears(family)} if inexact else {}
+    others = sum(p.numel() * p.element_size() for p in family.model.parameters() if id(p) not in held)
+    num_quantised = sum(layer.in_features * layer.out_features for layer in held.values())
+    return others + (math.ceil(num_quantised * QUANTISED_BYTES[inexact]) if inexact else 0)
+
+
+def kept_memory(config: Any, *, itemsize: int, recompute: bool, inexact: str | None = None) -> int:
+    """Bytes that one layer of the language model keeps for the backward pass, for one token of the fast path.
+
+    A frozen linear layer needs no input. What is kept: both norms' inputs; queries, keys and values, and what attention makes
+    of them; gate and up, unless they are made again (`recompute`). In bf16 and with as many keys as queries these are 22.75 d
+    in Vicuna's shapes. The int8 layers of bitsandbytes keep their inputs, though they need them no more than others.
     """
-    text: Any = family.language_model.config
-    weights: int = sum(p.numel() * p.element_size() for p in family.model.parameters())
-    activations: int = 32 * text.hidden_size * text.num_hidden_layers * num_tokens
-    return weights + 16 * num_trainable + activations
+    width = config.hidden_size
+    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    values = 2 * width + 2 * head * (config.num_attention_heads + config.num_key_value_heads)
+    if not recompute:
+        values += 2 * config.intermediate_size
+    if inexact == "int8":
+        values += width + (0 if recompute else width + config.intermediate_size)
+    return int(itemsize * values)
+
+
+def packed_memory(
+    family: Family, reducer: Reducer, *, num_tokens: int, recompute: bool = False, inexact: str | None = None
+) -> int:
+    """Bytes beside the weights that a micro batch of `num_tokens` packed tokens takes in the fast path."""
+    config = family.model.config
+    text, vision = config.text_config, config.vision_config
+    itemsize = next(family.language_model.parameters()).element_size()
+    layer = kept_memory(text, itemsize=itemsize, recompute=recompute, inexact=inexact)
+    # One layer's products and gradients while it runs forward or backward take about as much as two layers keep.
+    passing = 2 * kept_memory(text, itemsize=itemsize, recompute=False, inexact=inexact)
+    ends = 4 * (vision.hidden_size + 3 * text.hidden_size) + 3 * itemsize * text.hidden_size  # projector, embeddings
+    logits = 16 * min(num_tokens * text.vocab_size, MAX_LOGITS)
+    # As if all tokens were visual. In a layer of the tower, about 16 numbers of its width for a patch; and the pixels.
+    num_pictures = math.ceil(num_tokens / family.num_tile_tokens(reducer))
+    picture = 16 * itemsize * family.num_patches * vision.hidden_size + 3 * (5 + itemsize) * family.tile_side**2
+    return num_tokens * (text.num_hidden_layers * layer + passing + ends) + logits + num_pictures * picture
+
+
+def padded_memory(family: Family, *, num_tokens: int) -> int:
+    """Bytes beside the weights that a padded micro batch takes in the reference engine.
+
+    A layer keeps its input alone (checkpointing), the one that runs about 46 d in bf16; logits are whole, in float32, beside
+    their logarithms and gradients.
+    """
+    text = family.model.config.text_config
+    itemsize = next(family.language_model.parameters()).element_size()
+    layers = itemsize * text.hidden_size * (text.num_hidden_layers + 23)
+    return int(num_tokens * (layers + 14 * text.vocab_size))

@@ -18,6 +18,7 @@ from packaging import version
 from torch import Tensor, nn
 
 from vzip.errors import UserError
+from vzip.patch import replaced_forwards
 from vzip.reducers.base import VisionTokens
 
 MAX_SCORES = 2**25
@@ -104,22 +105,6 @@ def _pass_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 @contextmanager
-def _skipped(layers: list[nn.Module]) -> Iterator[None]:
-    """Make layers pass their input through. Their hooks still run, so parameter sharding keeps its bookkeeping."""
-    before = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = _pass_through
-    try:
-        yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
-
-
-@contextmanager
 def _captured(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Collect the outputs of `modules`, by name, while the block runs."""
     outputs: dict[str, Tensor] = {}
@@ -173,7 +158,7 @@ def run_tower(
         tap = layer_index(attention_layer, len(layers), setting="reducer.layer")
         last = max(index, tap)
         tapped |= {name: layers[tap].get_submodule(getattr(layout, name)) for name in ("queries", "keys")}
-    with _skipped(layers[last + 1 :]), _captured(tapped) as outputs:
+    with replaced_forwards(dict.fromkeys(layers[last + 1 :], _pass_through)), _captured(tapped) as outputs:
         tower(pixel_values, **kwargs)
     if attention_layer is None:
         return VisionTokens(features=outputs["features"], has_cls=layout.has_cls, num_dropped=num_dropped)

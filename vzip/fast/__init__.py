@@ -1,0 +1,1 @@
+"""The fast path of projector tuning: the same gradients for fewer operations. `train/losses.py` puts it together."""
