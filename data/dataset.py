@@ -1,72 +1,31 @@
-"""From rows to padded micro batches, in an order that depends on seed and step alone.
-
-Legend of shapes: M rows of a micro batch, L the longest row's tokens.
-"""
+"""From the rows of a run to its micro batches, in an order that depends on seed and step alone."""
 
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.media import Media, Processed
+from data.collate import Collator, MicroBatch, Packer
+from data.packing import Part, pack
 from data.tokens import Example, Examples
 from vzip import UserError
-from vzip.families import Family
-from vzip.reducers import Reducer
-from vzip.templates import IGNORED
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward takes."""
-
-    input_ids: Tensor
-    """int64[M, L], padded on the right."""
-    attention_mask: Tensor
-    """int64[M, L]."""
-    labels: Tensor
-    """int64[M, L], `IGNORED` where there is no loss."""
-    media: dict[str, dict[str, Tensor]]
-    """Of all the rows' images and videos, by kind, images first, what `vzip.media.normalised` makes the model's inputs of:
-    pixels are uint8 until they are on the device. A blank image or video where no row has any."""
-    num_placeholders: dict[str, int]
-    """Placeholders in `input_ids` by kind; 0 where the kind is blank."""
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        """The batch with each tensor changed."""
-        return replace(
-            self,
-            input_ids=change(self.input_ids),
-            attention_mask=change(self.attention_mask),
-            labels=change(self.labels),
-            media={kind: {name: change(value) for name, value in inputs.items()} for kind, inputs in self.media.items()},
-        )
-
-    def pin_memory(self) -> "MicroBatch":
-        """Asked for by torch's DataLoader: a GPU copies from such memory while it computes."""
-        return self.each(Tensor.pin_memory)
 
 
 def _permutation(num_rows: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
 
 
-def _shapes(examples: Sequence[Example]) -> Iterator[tuple[int, tuple[tuple[int, int], ...], int, int]]:
-    """(text tokens, sizes of images, images, videos) of each row."""
-    if isinstance(examples, Examples):  # whole columns: making 66,000 rows would take seconds
-        numbers = (examples.column(name).tolist() for name in ("num_tokens", "num_images", "num_videos"))
-        for (num_tokens, *counts), sides in zip(zip(*numbers, strict=True), examples.column("sizes"), strict=True):
-            yield num_tokens, tuple(map(tuple, sides.reshape(-1, 2).tolist())), *counts
-    else:
-        for example in examples:
-            num_images, num_videos = (len(example.media.get(kind, ())) for kind in ("image", "video"))
-            yield len(example.ids), example.sizes[:num_images], num_images, num_videos
+def has_media(examples: Sequence[Example]) -> Tensor:
+    """bool[rows]: whether a row has an image or a video."""
+    if isinstance(examples, Examples):
+        return torch.from_numpy(examples.column("num_images") + examples.column("num_videos") > 0)
+    return torch.tensor([bool(example.media) for example in examples])
 
 
 def _num_labels(examples: Sequence[Example]) -> Tensor:
@@ -76,149 +35,154 @@ def _num_labels(examples: Sequence[Example]) -> Tensor:
     return torch.tensor([example.num_labels for example in examples])
 
 
-class Collator:
-    """Expands placeholders, pads, and brings in the media.
-
-    Args:
-        processor: of the model, unreduced.
-        family: around the model.
-        reducer: by which placeholders are counted.
-        kinds: of media that every micro batch brings to the model, blank where no row has any: under ZeRO 3 all ranks
-            must run the same modules.
-        num_frames: of a video.
-        media: where images and videos come from; by default files, through the processor.
-
-    Raises:
-        UserError: a kind that the model does not take.
-    """
-
-    def __init__(
-        self,
-        processor: Any,
-        family: Family,
-        reducer: Reducer,
-        *,
-        kinds: tuple[str, ...] = ("image",),
-        num_frames: int = 1,
-        media: Media | None = None,
-    ) -> None:
-        if other := [kind for kind in kinds if kind not in family.kinds]:
-            raise UserError(
-                f"the data holds {other[0]}s, which a {family.model_type!r} model does not take; take such rows out"
-            )
-        self.reducer, self.kinds, self.num_frames = reducer, kinds, num_frames
-        self.family = family.without_weights()  # workers get a copy
-        self.media = media or Processed(processor, self.family, reducer, num_frames=num_frames)
-        tokenizer = processor.tokenizer
-        self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-    def lengths(self, examples: Sequence[Example]) -> Tensor:
-        """int64[rows]: tokens of each row after expansion, without opening anything.
-
-        An image whose size is not known counts as the family's usual one.
-        """
-
-        @cache  # of 66,000 rows, many have pictures of the same size
-        def num_visual(sizes: tuple[tuple[int, int] | None, ...], num_videos: int) -> int:
-            images = self.family.num_row_tokens(self.reducer, sizes)
-            return images + (num_videos * self.family.num_video_tokens(self.reducer, self.num_frames) if num_videos else 0)
-
-        return torch.tensor(
-            [
-                num_tokens + num_visual(sizes or (None,) * num_images, num_videos) - num_images - num_videos
-                for num_tokens, sizes, num_images, num_videos in _shapes(examples)
-            ]
-        )
-
-    def _expand(self, example: Example, counts: dict[str, Iterator[int]]) -> tuple[list[int], list[int]]:
-        kind_of = {self.family.placeholder_id(kind): kind for kind in example.media}
-        ids, labels = [], []
-        for token, label in zip(example.ids, example.labels, strict=True):
-            count = next(counts[kind_of[token]]) if token in kind_of else 1
-            ids += [token] * count
-            labels += [label] * count
-        return ids, labels
-
-    def __call__(self, examples: Sequence[Example], *, left: bool = False) -> MicroBatch:
-        """A micro batch, padded on the right, or on the `left` for generation."""
-        media, counts = {}, {}
-        for kind in self.kinds:
-            there = any(kind in example.media for example in examples)
-            media[kind] = self.media.load(kind, examples) if there else self.media.blank(kind)
-            counts[kind] = self.media.counts(kind, media[kind]) if there else []
-        iterators = {kind: iter(numbers) for kind, numbers in counts.items()}
-        rows = [self._expand(example, iterators) for example in examples]
-        length = max(len(ids) for ids, _ in rows)
-
-        def pad(values: list[int], value: int) -> list[int]:
-            padding = [value] * (length - len(values))
-            return padding + values if left else values + padding
-
-        return MicroBatch(
-            input_ids=torch.tensor([pad(ids, self.pad_id) for ids, _ in rows]),
-            attention_mask=torch.tensor([pad([1] * len(ids), 0) for ids, _ in rows]),
-            labels=torch.tensor([pad(labels, IGNORED) for _, labels in rows]),
-            media=media,
-            num_placeholders={kind: sum(numbers) for kind, numbers in counts.items()},
-        )
-
-
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch is cut: micro x accumulation x world_size rows. Ranks and parts only cut the same rows otherwise."""
+    """The steps of a run. Which rows a step takes does not depend on how they are cut into micro batches."""
 
-    micro: int
-    accumulation: int
+    size: int
+    """Rows of a step, on all ranks."""
     world_size: int
     num_steps: int
     seed: int
 
-    @property
-    def size(self) -> int:
-        return self.micro * self.accumulation * self.world_size
+    def __str__(self) -> str:
+        return f"{self.num_steps:,} steps of {self.size} rows"
+
+
+class Layout(Protocol):
+    """How the rows of a step become micro batches."""
+
+    examples: Sequence[Example]
+    collates: Sequence[Callable[[Sequence[Example]], MicroBatch]]
+    """What makes a micro batch of rows, by number of the reducer."""
+    lengths: Tensor
+    """int64[reducers, rows]: tokens of each row after expansion, all of them."""
+
+    def parts(self, step: int, rows: Sequence[int]) -> list[Part]:
+        """The step's micro batches, as many on each rank: of each round one a rank, in turn."""
+        ...
+
+
+class PaddedLayout:
+    """Rows of like length share a micro batch: within a step, whose loss is a sum over its rows in whatever order, the longest
+    come first. The ranks' micro batches are alike too, and the step's largest need of memory is its first.
+
+    Args:
+        collate: pads.
+        examples: the rows of the run.
+        plan: its steps.
+        micro: rows of a micro batch.
+    """
+
+    def __init__(self, collate: Collator, examples: Sequence[Example], plan: BatchPlan, *, micro: int) -> None:
+        self.collates, self.examples, self.plan, self.micro = (collate,), examples, plan, micro
+        self.lengths = collate.lengths(examples)[None]
+
+    def parts(self, step: int, rows: Sequence[int]) -> list[Part]:
+        """As `Layout.parts`."""
+        order = self.lengths[0, torch.tensor(rows)].argsort(descending=True, stable=True).tolist()
+        parts = [Part([rows[place] for place in order[i : i + self.micro]]) for i in range(0, len(rows), self.micro)]
+        rounds = [parts[i : i + self.plan.world_size] for i in range(0, len(parts), self.plan.world_size)]
+        # The ranks take turns in having the longer rows, so that none has the longest of every round.
+        return [part for number, of_ranks in enumerate(rounds) for part in (of_ranks[::-1] if number % 2 else of_ranks)]
 
     def __str__(self) -> str:
-        cut = f"{self.micro} micro x {self.accumulation} accumulation x {self.world_size} ranks"
-        return f"{self.num_steps:,} steps of {self.size} rows = {cut}"
+        rounds = self.plan.size // self.micro // self.plan.world_size
+        return f"{self.plan} = {self.micro} micro x {rounds} accumulation x {self.plan.world_size} ranks, padded"
+
+
+class PackedLayout:
+    """Rows lie one behind the other in micro batches of at most `tokens` tokens; see `data.packing.pack`.
+
+    Args:
+        packers: one a reducer.
+        examples: the rows of the run.
+        plan: its steps.
+        tokens: of a micro batch.
+        num_run: int64[reducers, rows], tokens of each row that are run.
+        taught: bool[rows], those to run.
+    """
+
+    def __init__(
+        self,
+        packers: Sequence[Packer],
+        examples: Sequence[Example],
+        plan: BatchPlan,
+        *,
+        tokens: int,
+        num_run: Tensor,
+        taught: Tensor,
+    ) -> None:
+        self.collates, self.examples, self.plan, self.tokens = packers, examples, plan, tokens
+        self.num_run, self.taught = num_run.numpy(), taught.numpy()
+        self.lengths = torch.stack([packer.collate.lengths(examples) for packer in packers])
+
+    def parts(self, step: int, rows: Sequence[int]) -> list[Part]:
+        """As `Layout.parts`."""
+        run, seed = [row for row in rows if self.taught[row]], (self.plan.seed, step)
+        return pack(run, self.num_run, tokens=self.tokens, world_size=self.plan.world_size, seed=seed)
+
+    def __str__(self) -> str:
+        drawn = f", each of one of {len(self.collates)} budgets" if len(self.collates) > 1 else ""
+        return f"{self.plan} on {self.plan.world_size} ranks, in micro batches of at most {self.tokens:,} packed tokens{drawn}"
 
 
 class MicroBatches(Dataset[MicroBatch]):
-    """Item i is a rank's micro batch i: step i // accumulation, part i % accumulation.
+    """A rank's micro batches, step after step.
 
-    Step s takes rows s * size ... of an endless stream of epochs, each a permutation drawn from seed and epoch. Within a step,
-    whose loss is a sum over its rows in whatever order, the longest rows come first: rows of a micro batch are of like length
-    and need little padding, the ranks' micro batches too, and the step's largest need of memory is its first.
+    Step s takes rows s * size ... of an endless stream of epochs, each a permutation drawn from seed and epoch.
+
+    Args:
+        layout: cuts steps into micro batches.
+        plan: the steps.
+        rank: whose micro batches these are.
+        taught: bool[rows], the rows that the tuned parameters learn from; a text alone tells a projector nothing.
     """
 
-    def __init__(self, examples: Sequence[Example], collate: Collator, plan: BatchPlan, *, rank: int) -> None:
-        self.examples, self.collate, self.plan, self.rank = examples, collate, plan, rank
-        self._lengths, self._num_labels = collate.lengths(examples), _num_labels(examples)
-        num_epochs = -(-plan.num_steps * plan.size // len(examples))
-        stream = torch.cat([_permutation(len(examples), plan.seed, epoch) for epoch in range(num_epochs)])
-        steps = stream[: plan.num_steps * plan.size].view(plan.num_steps, plan.size)
-        longest_first = self._lengths[steps].argsort(dim=1, descending=True, stable=True)
-        self.order = steps.gather(1, longest_first).flatten().tolist()
+    def __init__(self, layout: Layout, plan: BatchPlan, *, rank: int, taught: Tensor) -> None:
+        self.layout, self.plan = layout, plan
+        num_rows = len(layout.examples)
+        num_epochs = -(-plan.num_steps * plan.size // num_rows)
+        stream = torch.cat([_permutation(num_rows, plan.seed, epoch) for epoch in range(num_epochs)])
+        self.rows = stream[: plan.num_steps * plan.size].view(plan.num_steps, plan.size)
+        cuts = [layout.parts(step, rows) for step, rows in enumerate(self.rows.tolist())]
+        self._starts = [0, *accumulate(len(parts) // plan.world_size for parts in cuts)]
+        self._parts = [part for parts in cuts for part in parts[rank :: plan.world_size]]
+        self._labels, self._taught = _num_labels(layout.examples), taught
+        self._tokens = [self._num_tokens(rows, parts) for rows, parts in zip(self.rows, cuts, strict=True)]
+
+    def _num_tokens(self, rows: Tensor, parts: Sequence[Part]) -> int:
+        lengths = self.layout.lengths
+        drawn = sum(int((lengths[part.reducer] - lengths[0])[part.rows].sum()) for part in parts if part.reducer)
+        return int(lengths[0, rows].sum()) + drawn
 
     def __len__(self) -> int:
-        return self.plan.num_steps * self.plan.accumulation
+        return len(self._parts)
 
-    def _rows(self, step: int) -> list[int]:
-        return self.order[step * self.plan.size : (step + 1) * self.plan.size]
+    def num_before(self, step: int) -> int:
+        """This rank's micro batches before a step."""
+        return self._starts[step]
+
+    def num_parts(self, step: int) -> int:
+        """Micro batches of a step, the same number on every rank."""
+        return self._starts[step + 1] - self._starts[step]
 
     def num_labels(self, step: int) -> int:
         """Label tokens of the whole global batch of a step, on all ranks."""
-        return int(self._num_labels[self._rows(step)].sum())
+        return int(self._labels[self.rows[step]].sum())
+
+    def num_taught_labels(self, step: int) -> int:
+        """Those of the rows that are learned from."""
+        rows = self.rows[step]
+        return int(self._labels[rows][self._taught[rows]].sum())
 
     def num_tokens(self, step: int) -> int:
-        """Tokens of the whole global batch of a step, on all ranks, after expansion and without padding."""
-        return int(self._lengths[self._rows(step)].sum())
+        """Tokens of a step's rows on all ranks, after expansion and without padding."""
+        return self._tokens[step]
 
     def __getitem__(self, index: int) -> MicroBatch:
-        step, part = divmod(index, self.plan.accumulation)
-        # The ranks take turns in having the longer rows, so that none has the longest of every part.
-        place = self.plan.world_size - 1 - self.rank if part % 2 else self.rank
-        start = (part * self.plan.world_size + place) * self.plan.micro
-        return self.collate([self.examples[row] for row in self._rows(step)[start : start + self.plan.micro]])
+        part = self._parts[index]
+        return self.layout.collates[part.reducer]([self.layout.examples[row] for row in part.rows])
 
 
 @contextmanager
@@ -242,7 +206,7 @@ def explain_workers() -> Iterator[None]:
 
 
 def loader(batches: MicroBatches, *, first: int, num_workers: int) -> Iterator[MicroBatch]:
-    """Micro batches from number `first` on, made by `num_workers` processes of one thread each (0: by this one).
+    """Micro batches from step `first` on, made by `num_workers` processes of one thread each (0: by this one).
 
     Each worker is two batches ahead, which lie in shared memory; pinned, where there is a GPU.
 
@@ -253,7 +217,7 @@ def loader(batches: MicroBatches, *, first: int, num_workers: int) -> Iterator[M
         yield from DataLoader(
             batches,
             batch_size=None,
-            sampler=range(first, len(batches)),
+            sampler=range(batches.num_before(first), len(batches)),
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
         )

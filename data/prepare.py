@@ -28,7 +28,7 @@ from vzip.templates import Template
 
 NUM_SHOWN = 10
 MANIFEST, CHECKED = "manifest.json", "checked.jsonl"
-VERSION = 1
+VERSION = 2
 """Of the subsets: raise it when other rows are drawn of the same data."""
 
 

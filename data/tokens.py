@@ -102,6 +102,13 @@ class Examples(Sequence[Example]):
     def _positions(self) -> np.ndarray:
         return np.flatnonzero(self.table["num_labels"].to_numpy())
 
+    def flat(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Ids and labels of all rows, one behind the other, and where each example begins and ends among them."""
+        ids, labels = (self.table[name].combine_chunks() for name in ("ids", "labels"))
+        starts = ids.offsets.to_numpy().astype(np.int64)
+        values = (column.values.to_numpy() for column in (ids, labels))
+        return *values, starts[self._positions], starts[self._positions + 1]
+
     @cached_property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of media that the rows hold, images first; images where they hold none."""

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hydra
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from data.features import Layout, cache_settings, folder_of, rows_of
 from data.make_features import FeatureMaker, rows_a_shard, write_features
@@ -45,7 +45,7 @@ def cache_features(cfg: DictConfig) -> Path:
 @hydra.main(config_path="../configs", config_name="tune", version_base="1.3")
 @config.teach
 def main(cfg: DictConfig) -> None:
-    config.check(cfg)
+    config.check(OmegaConf.merge(cfg, {"data": {"cache": True}}))
     start = time.perf_counter()
     folder = cache_features(cfg)
     size = sum(path.stat().st_size for path in folder.iterdir())

@@ -25,6 +25,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from data.dataset import BatchPlan
 from data.paths import data_dir
 from data.prepare import Selection
+from train.budgets import budgets_of, check_budgets
 from vzip import UserError
 from vzip.reducers import Reducer
 
@@ -54,12 +55,16 @@ class Optim:
 
 @dataclass
 class Batch:
-    """Rows a step. global = micro x accumulation x ranks; accumulation is derived."""
+    """A step, and how it is cut into micro batches, which changes no gradient."""
 
     size: int = 128
-    """Rows of a global batch."""
+    """Rows of a step, on all ranks."""
+    tokens: int | None = None
+    """engine=fast: packed tokens of one forward on one rank; null: as many as the memory holds."""
+    recompute: bool | None = None
+    """engine=fast: run the MLPs again in the backward pass, which halves the memory a token takes; null: where it is needed."""
     micro: int = 16
-    """Rows of one forward on one rank."""
+    """engine=reference: padded rows of one forward on one rank; also rows of one forward of `make cache`."""
 
 
 @dataclass
@@ -88,6 +93,14 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     batch: Batch = field(default_factory=Batch)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    memory_gb: float | None = None
+    """Of one card, in GB; null: what it has. Says how many tokens a micro batch may hold."""
+    inexact: str | None = None
+    """"nf4" or "int8": the frozen linear layers of the language model in 4 or 8 bits; the gradients are no longer exact."""
+    engine: str = "fast"
+    """"fast", or "reference": the plain way to the same gradients, padded and checkpointed, to compare with."""
+    compile: bool | None = None
+    """engine=fast: torch.compile norms and SwiGLU, which takes some 15 seconds once; null: on a GPU, where it pays."""
     seed: int = 0
     """Of the subset, the order and every random draw."""
     weights: str = "pretrained"
@@ -116,11 +129,18 @@ def build(node: DictConfig, **more: Any) -> Any:
         raise UserError(f"{node['_target_']} can't be made with {OmegaConf.to_container(node)}: {error.__cause__}") from error
 
 
-def build_reducer(cfg: DictConfig) -> Reducer:
-    """The run's reducer; a budget is the total of as many tiles as the model's family counts."""
+def build_reducers(cfg: DictConfig) -> list[Reducer]:
+    """The run's reducers, one a budget; a budget is the total of as many tiles as the model's family counts."""
+    if "budget" not in cfg.reducer:
+        return [build(cfg.reducer)]
     tiles = get_class(cfg.model["_target_"]).budget_tiles
-    reducer: Reducer = build(cfg.reducer, **({"tiles": tiles} if "budget" in cfg.reducer else {}))
-    return reducer
+    return [build(cfg.reducer, budget=budget, tiles=tiles) for budget in budgets_of(cfg)]
+
+
+def build_reducer(cfg: DictConfig) -> Reducer:
+    """The run's reducer; of several the one of the largest budget, which no other needs more memory than."""
+    budgets = budgets_of(cfg)
+    return build_reducers(cfg)[budgets.index(max(budgets))]
 
 
 def selection(cfg: DictConfig) -> Selection:
@@ -194,9 +214,26 @@ def _check_data(cfg: DictConfig) -> None:
             raise UserError(f"{name}={OmegaConf.select(cfg, name)} must be true or false")
 
 
+def _check_inexact(cfg: DictConfig) -> None:
+    if cfg.inexact not in (None, "nf4", "int8"):
+        raise UserError(f"inexact={cfg.inexact} must be one of: nf4, int8; or null, for exact gradients")
+    if cfg.inexact and cfg.deepspeed.zero_optimization.stage == 3:
+        raise UserError(f"inexact={cfg.inexact} does not go with ZeRO 3, which can't share quantised weights: deepspeed=zero0")
+
+
 def check(cfg: DictConfig) -> None:
     """Raises UserError for values that no run can have."""
-    positive = ("batch.size", "batch.micro", "save_every", "optim.epochs", "optim.lr", "optim.max_steps", "evaluate.batch")
+    positive = (
+        "batch.size",
+        "batch.micro",
+        "batch.tokens",
+        "memory_gb",
+        "save_every",
+        "optim.epochs",
+        "optim.lr",
+        "optim.max_steps",
+        "evaluate.batch",
+    )
     for name in (*positive, "model.num_frames"):
         value = OmegaConf.select(cfg, name)
         if value is not None and not 0 < value < math.inf:
@@ -204,18 +241,23 @@ def check(cfg: DictConfig) -> None:
     if not 0 <= cfg.optim.warmup < 1:
         raise UserError(f"optim.warmup={cfg.optim.warmup} must lie in [0, 1): the share of steps that warm up")
     _check_data(cfg)
-    choices = {"weights": ("pretrained", "random"), "model.dtype": ("float32", "bfloat16", "float16")}
+    choices = {
+        "engine": ("fast", "reference"),
+        "weights": ("pretrained", "random"),
+        "model.dtype": ("float32", "bfloat16", "float16"),
+    }
     for name, allowed in choices.items():
         if OmegaConf.select(cfg, name) not in allowed:
             raise UserError(f"{name}={OmegaConf.select(cfg, name)} must be one of: {', '.join(allowed)}")
+    _check_inexact(cfg)
+    check_budgets(cfg)
 
 
 def batch_plan(cfg: DictConfig, *, num_rows: int, world_size: int) -> BatchPlan:
     """Steps, and how each global batch is cut. Raises UserError if it can't be cut that way."""
     if not num_rows:
         raise UserError(f"data.path={cfg.data.path} holds no rows; give a LLaVA-format JSON file with some")
-    rows = cfg.batch.micro * world_size
-    if cfg.batch.size % rows:
+    if cfg.engine == "reference" and cfg.batch.size % (cfg.batch.micro * world_size):
         fits = [micro for micro in range(1, cfg.batch.size + 1) if cfg.batch.size % (micro * world_size) == 0]
         advice = f"batch.micro can be {', '.join(map(str, fits))}" if fits else f"choose a multiple of {world_size}"
         raise UserError(
@@ -223,8 +265,7 @@ def batch_plan(cfg: DictConfig, *, num_rows: int, world_size: int) -> BatchPlan:
         )
     steps = max(1, round(cfg.optim.epochs * num_rows / cfg.batch.size))
     return BatchPlan(
-        micro=cfg.batch.micro,
-        accumulation=cfg.batch.size // rows,
+        size=cfg.batch.size,
         world_size=world_size,
         num_steps=min(steps, cfg.optim.max_steps or steps),
         seed=cfg.seed,
@@ -240,10 +281,10 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
 
 
 def run_name(cfg: DictConfig) -> str:
-    """`name`, or one made of model, reducer, budget, tuned part and a hash of the settings."""
+    """`name`, or one made of model, reducer, budgets, tuned part and a hash of the settings."""
     if cfg.name:
         return str(cfg.name)
     digest = hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:6]
     reducer = cfg.reducer["_target_"].rsplit(".", 1)[-1].lower()
-    budget = "" if "budget" not in cfg.reducer else f"-{cfg.reducer.budget}"
+    budget = "" if "budget" not in cfg.reducer else "".join(f"-{budget}" for budget in budgets_of(cfg))
     return f"{cfg.model.name}-{reducer}{budget}-{cfg.tune.name}-seed{cfg.seed}-{digest}"

@@ -1,24 +1,22 @@
-"""DeepSpeed around the model: the loss of a micro batch, and an engine of any ZeRO stage.
+"""DeepSpeed around the loss: an engine of any ZeRO stage.
 
 The frozen weights stay in bf16 and the tuned ones are float32 parameters, their own master weights. DeepSpeed is told of no
 precision at all: its bf16 mode would cast them, and keeps master weights in some ZeRO stages but not in others.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
-from data.dataset import MicroBatch
+from data.collate import MicroBatch
+from train.losses import FastLoss, ReferenceLoss
 from train.trainable import Trainable
 from vzip import UserError
-from vzip.families import Family
-from vzip.media import normalised
-from vzip.templates import IGNORED
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
@@ -26,51 +24,14 @@ def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     return batch.each(lambda values: values.to(device, non_blocking=True))
 
 
-def media_inputs(batch: MicroBatch, kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's inputs of one kind of media, rescaled and normalised here, in the model's precision."""
-    return normalised(batch.media[kind], dtype)
-
-
-class TokenLoss(nn.Module):
-    """Sum of the cross entropy over the label tokens of a micro batch; logits are made at those positions alone.
-
-    Args:
-        family: around the model, with the reducer attached.
-    """
-
-    def __init__(self, family: Family) -> None:
-        super().__init__()
-        self.family, self.model = family, family.model
-
-    def forward(self, batch: MicroBatch) -> Tensor:
-        inner, dtype = self.model.model, self.model.dtype
-        # Pictures first, whatever the rows hold, so that every rank runs the same modules in the same order.
-        features = {kind: self.family.media_features(kind, media_inputs(batch, kind, dtype)) for kind in batch.media}
-        embeddings = inner.get_input_embeddings()(batch.input_ids)
-        for kind, found in features.items():
-            if count := batch.num_placeholders[kind]:
-                assert len(found) == count, f"{count} placeholders of {kind}s, {len(found)} features"
-                at = (batch.input_ids == self.family.placeholder_id(kind)).unsqueeze(-1)
-                embeddings = embeddings.masked_scatter(at, found.to(embeddings.dtype))
-            else:
-                # Text alone gives the projector no gradient. But the ranks wait for each other in every module: a blank
-                # picture goes through them, times zero.
-                embeddings = embeddings + 0.0 * found.sum().to(embeddings.dtype)
-        output = inner.language_model(inputs_embeds=embeddings, attention_mask=batch.attention_mask, use_cache=False)
-        targets = batch.labels[:, 1:]
-        at_labels = targets != IGNORED
-        logits = self.model.lm_head(output.last_hidden_state[:, :-1][at_labels])
-        return F.cross_entropy(logits.float(), targets[at_labels], reduction="sum")
-
-
-def deepspeed_config(cfg: DictConfig, *, accumulation: int) -> dict[str, Any]:
+def deepspeed_config(cfg: DictConfig) -> dict[str, Any]:
     """The group `deepspeed`, completed with what the other settings say."""
     settings = OmegaConf.to_container(cfg.deepspeed, resolve=True)
     assert isinstance(settings, dict)
     return {
         **{str(key): value for key, value in settings.items()},
-        "train_micro_batch_size_per_gpu": cfg.batch.micro,
-        "gradient_accumulation_steps": accumulation,
+        "train_micro_batch_size_per_gpu": 1,  # of no consequence: it is asked for, and micro batches differ
+        "gradient_accumulation_steps": 1,  # the engine says itself which micro batch is a step's last
         "gradient_clipping": cfg.optim.max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
@@ -81,19 +42,18 @@ class Engine:
     """One optimizer step at a time, on the mean loss over the label tokens of the global batch.
 
     Args:
-        family: around the model, with the reducer attached.
+        loss: of a micro batch; around the model.
         trainable: what AdamW gets.
         cfg: the run's settings.
-        accumulation: micro batches a step.
     """
 
-    def __init__(self, family: Family, trainable: Trainable, cfg: DictConfig, *, accumulation: int) -> None:
-        self.family, self.trainable, self.accumulation = family, trainable, accumulation
+    def __init__(self, loss: ReferenceLoss | FastLoss, trainable: Trainable, cfg: DictConfig) -> None:
+        self.family, self.trainable = loss.family, trainable
         optimizer = torch.optim.AdamW(
             trainable.parameters.values(), lr=cfg.optim.lr, betas=tuple(cfg.optim.betas), weight_decay=cfg.optim.weight_decay
         )
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=TokenLoss(family), optimizer=optimizer, config=deepspeed_config(cfg, accumulation=accumulation)
+            model=loss, optimizer=optimizer, config=deepspeed_config(cfg)
         )
         self.rank, self.world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
         self.device = torch.device(self.deepspeed.device)
@@ -105,28 +65,33 @@ class Engine:
         gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(loose, enabled=self.stage == 3)
         return gathered
 
-    def step(self, micro_batches: list[MicroBatch], *, lr: float, num_labels: int) -> tuple[float, float]:
-        """One AdamW step: (loss, gradient norm before clipping).
+    def step(
+        self, micro_batches: Sequence[MicroBatch], *, lr: float, num_labels: int, num_taught_labels: int
+    ) -> tuple[float, float]:
+        """One AdamW step: (mean loss over the label tokens that teach, gradient norm before clipping).
 
         Args:
-            micro_batches: this rank's `accumulation` parts of the global batch.
+            micro_batches: this rank's parts of the global batch; the ranks have the same number of them.
             lr: learning rate of this step.
             num_labels: label tokens of the whole global batch, on all ranks.
+            num_taught_labels: those of the rows that the tuned weights learn from.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # DeepSpeed divides by the accumulation and averages over ranks; this turns both into one global token mean.
-        scale = self.accumulation * self.world_size / max(num_labels, 1)
+        scale = self.world_size / max(num_labels, 1)  # DeepSpeed averages over ranks; this makes it a global token mean
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for part in micro_batches:
+        for number, part in enumerate(micro_batches, start=1):
+            self.deepspeed.set_gradient_accumulation_boundary(number == len(micro_batches))
             with self.whole_model():
-                loss = self.deepspeed(to_device(part, self.device))
-            total += loss.detach()
+                loss, taught = self.deepspeed(to_device(part, self.device))
+            total += taught
             self.deepspeed.backward(loss * scale)
-            norm = self._unsharded_norm()
-            self.deepspeed.step()
+        norm = self._unsharded_norm()
+        self.deepspeed.step()
         deepspeed.comm.all_reduce(total)
-        return total.item() / max(num_labels, 1), norm if norm is not None else float(self.deepspeed.get_global_grad_norm())
+        return total.item() / max(num_taught_labels, 1), norm if norm is not None else float(
+            self.deepspeed.get_global_grad_norm()
+        )
 
     def _unsharded_norm(self) -> float | None:
         """The gradient norm where gradients are whole (ZeRO 0); ZeRO 2 and 3 report theirs after the step."""

@@ -4,6 +4,7 @@ import string
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,18 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from data.collate import Collator
 from data.conversations import Row
-from data.dataset import Collator
 from data.progress import progress
 from data.tokens import Example, example_of, kinds_of
 from train.checkpoint import RunFolder
 from train.config import asks_questions
-from train.engine import Engine, media_inputs, to_device
+from train.engine import Engine, to_device
 from train.examples import held_out_rows
+from train.losses import media_inputs
 from train.ranks import gather, say
 from vzip import attach
+from vzip.io import budget_of
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
 from vzip.templates import Template, encode
@@ -85,17 +88,22 @@ class Evaluator:
         paths = (path for question in self.questions for path in question.example.media.get("image", ()))
         return list(dict.fromkeys(paths))[:NUM_SAMPLES]
 
-    def baselines(self, reducer: Reducer) -> list[dict[str, Any]]:
+    def baselines(self, reducers: Sequence[Reducer]) -> list[dict[str, Any]]:
         """The rows `full` and `free`, of the model as it is before tuning."""
         if not self.cfg.evaluate.baselines:
             return []
-        full = self.rows("full", Identity())
-        return full if isinstance(reducer, Identity) else full + self.rows("free", reducer)
+        full = self.rows("full", [Identity()])
+        return full if isinstance(reducers[0], Identity) else full + self.rows("free", reducers)
 
-    def rows(self, name: str, reducer: Reducer) -> list[dict[str, Any]]:
-        """The row `name` under `reducer`; none without questions."""
+    def rows(self, name: str, reducers: Sequence[Reducer]) -> list[dict[str, Any]]:
+        """The row `name` under a reducer, or under each of several a row `name-BUDGET`; none without questions."""
         if not self.questions:
             return []
+        budgets = [budget_of(self.engine.family, reducer) for reducer in reducers]
+        names = [name] if len(reducers) == 1 else [f"{name}-{budget}" for budget in budgets]
+        return [self._row(name, reducer) for name, reducer in zip(names, reducers, strict=True)]
+
+    def _row(self, name: str, reducer: Reducer) -> dict[str, Any]:
         answers = self.run.answers(name)
         if answers is None:
             with attach(self.engine.family.model, reducer=reducer):
@@ -105,7 +113,7 @@ class Evaluator:
                 answers = self._ask(collate, title=f"evaluate {name}")
             self.run.save_answers(name, answers)
         self.samples += [{"row": name, **given} for given in answers[:NUM_SAMPLES]]
-        return [score(name, answers)]
+        return score(name, answers)
 
     @torch.no_grad()
     def _ask(self, collate: Collator, *, title: str) -> list[dict[str, Any]]:
@@ -144,7 +152,7 @@ class Evaluator:
             if count:
                 media |= inputs
             elif sharded:
-                self.engine.family.media_features(kind, inputs)  # every rank runs the same modules
+                self.engine.family.media_features(collate.reducer, kind, inputs)  # every rank runs the same modules
         output = model.generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -192,12 +200,16 @@ def score(name: str, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def gap_closed(rows: Sequence[dict[str, Any]], kind: str) -> float | None:
-    """Share of the gap between `free` and `full` that `tuned` closes; None where there is no gap."""
+def gap_closed(rows: Sequence[dict[str, Any]], kind: str, *, suffix: str = "") -> float | None:
+    """Share of the gap between `free` and `full` that `tuned` closes; None where there is no gap.
+
+    `suffix` is what the names of both rows have behind them where there are several budgets, e.g. "-64".
+    """
     value = {row["name"]: row["metrics"].get(kind) for row in rows}
-    if any(value.get(name) is None for name in ("full", "free", "tuned")) or value["full"] <= value["free"]:
+    full, free, tuned = (value.get(name) for name in ("full", f"free{suffix}", f"tuned{suffix}"))
+    if full is None or free is None or tuned is None or full <= free:
         return None
-    return float((value["tuned"] - value["free"]) / (value["full"] - value["free"]))
+    return float((tuned - free) / (full - free))
 
 
 def print_results(rows: Sequence[dict[str, Any]], *, title: str) -> None:
@@ -217,6 +229,7 @@ def print_results(rows: Sequence[dict[str, Any]], *, title: str) -> None:
         table.add_row(row["name"], str(row["num_visual_tokens"]), *cells)
     console = Console()
     console.print(table)
-    for kind in kinds:
-        if (share := gap_closed(rows, kind)) is not None:
-            console.print(f"{kind}: tuning closes {share:.0%} of the gap between free and full")
+    suffixes = [row["name"].removeprefix("tuned") for row in rows if row["name"].startswith("tuned")]
+    for kind, suffix in product(kinds, suffixes):
+        if (share := gap_closed(rows, kind, suffix=suffix)) is not None:
+            console.print(f"{kind}: tuning closes {share:.0%} of the gap between free{suffix} and full")

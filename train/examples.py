@@ -1,11 +1,12 @@
 """A run's data: prepared once on each host, opened by every rank, with what was left out reported."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import DictConfig
 
+from data.collate import Collator
 from data.conversations import Row
-from data.dataset import Collator
 from data.features import cache_settings, open_cache, rows_of
 from data.prepare import Subset, prepare
 from data.tokens import Examples
@@ -46,16 +47,18 @@ def held_out_rows(cfg: DictConfig) -> list[Row]:
     return list(prepare(held_out(cfg)).rows())
 
 
-def training_collator(
-    cfg: DictConfig, processor: Any, family: Family, reducer: Reducer, examples: Examples, *, base_fingerprint: str
-) -> Collator:
-    """The collator of the run's micro batches: of files, or, with `data.cache`, of features that `make cache` made.
+def training_collators(
+    cfg: DictConfig, processor: Any, family: Family, reducers: Sequence[Reducer], examples: Examples, *, base_fingerprint: str
+) -> list[Collator]:
+    """The collators of the run's micro batches, one a reducer: of files, or, with `data.cache`, of features that `make cache`
+    made.
 
     With these the towers' memory is freed, unless questions will be asked.
     Raises UserError for a kind of media that the model does not take, and for a cache that does not fit.
     """
     num_frames, media = cfg.model.get("num_frames", 1), None
     if cfg.data.cache:
+        (reducer,) = reducers  # `config.check` refuses several
         settings = cache_settings(
             family,
             reducer,
@@ -67,7 +70,9 @@ def training_collator(
         media = open_cache(examples.path.parent, settings)
         if not asks_questions(cfg):
             family.drop_towers()
-    return Collator(processor, family, reducer, kinds=examples.kinds, num_frames=num_frames, media=media)
+    return [
+        Collator(processor, family, reducer, kinds=examples.kinds, num_frames=num_frames, media=media) for reducer in reducers
+    ]
 
 
 def training_examples(cfg: DictConfig, subset: Subset, template: Template, tokenizer: Any) -> Examples:

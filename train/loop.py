@@ -27,7 +27,7 @@ def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, 
     """Tune for `batches.plan.num_steps` steps, from the newest saved state on, saving one every `cfg.save_every` steps."""
     first = run.resume(engine)
     tracker.forget_from(first)
-    micro_batches = iter(loader(batches, first=first * engine.accumulation, num_workers=cfg.data.num_workers))
+    micro_batches = iter(loader(batches, first=first, num_workers=cfg.data.num_workers))
     bar = progress(
         range(first, batches.plan.num_steps),
         total=batches.plan.num_steps,
@@ -39,9 +39,11 @@ def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, 
     for step in bar:
         start = time.perf_counter()
         torch.manual_seed(cfg.seed * 1_000_003 + step * engine.world_size + engine.rank)  # resuming needs no saved RNG
-        parts = list(islice(micro_batches, engine.accumulation))
+        parts = list(islice(micro_batches, batches.num_parts(step)))
         lr = learning_rate(step, num_steps=batches.plan.num_steps, peak=cfg.optim.lr, warmup=cfg.optim.warmup)
-        loss, grad_norm = engine.step(parts, lr=lr, num_labels=batches.num_labels(step))
+        loss, grad_norm = engine.step(
+            parts, lr=lr, num_labels=batches.num_labels(step), num_taught_labels=batches.num_taught_labels(step)
+        )
         seconds = time.perf_counter() - start
         num_tokens = batches.num_tokens(step)
         metrics = {

@@ -1,5 +1,7 @@
 """From the model's settings to a model with its starting projector in float32, and its processor."""
 
+import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -8,11 +10,15 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from data.paths import data_dir
+from train.ranks import say
 from vzip import UserError
+from vzip.cost import frozen_linears
 from vzip.families import Family
 from vzip.io import load_weights
 
 PREPARE = "run `make data` to prepare the embedded default and the tiny models"
+OUTLIERS = 6.0
+"""Inputs at least as large stay in float16 in int8 products (arXiv 2208.07339)."""
 CONNECT = "connect to the hub once, or set model.id to a folder that holds the model"
 
 
@@ -34,8 +40,10 @@ def load_model(cfg: DictConfig) -> tuple[Family, Any]:
     """(family around the model, processor), on the CPU, in `model.dtype`, with the starting projector.
 
     Raises:
-        UserError: no weights at `model.id`, or a `model.projector` that does not fit.
+        UserError: no weights at `model.id`, a `model.projector` that does not fit, or no package for `inexact`.
     """
+    if cfg.inexact and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"inexact={cfg.inexact} needs a package that is not there; `pip install bitsandbytes`, or inexact=null")
     cls, dtype = get_class(cfg.model["_target_"]), getattr(torch, cfg.model.dtype)
     processor = load_processor(cfg)
     if cfg.weights == "random":
@@ -50,9 +58,34 @@ def load_model(cfg: DictConfig) -> tuple[Family, Any]:
     return family, processor
 
 
+def quantise(family: Family, inexact: str | None) -> None:
+    """Hold the language model's frozen linear layers in 4 bits ("nf4") or 8 ("int8"), where they will run; None does nothing.
+
+    Take the model's fingerprint, and open what is tuned, before: a projector tuned this way belongs to the model as it was.
+    """
+    if inexact is None:
+        return
+    import bitsandbytes
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at each product that int8 goes through float16
+    for name, layer in list(frozen_linears(family)):
+        shape, settings = (layer.in_features, layer.out_features), {"bias": layer.bias is not None, "device": "meta"}
+        if inexact == "nf4":
+            held = bitsandbytes.nn.Linear4bit(*shape, compute_dtype=layer.weight.dtype, quant_type="nf4", **settings)
+            held.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=held)
+        else:
+            held = bitsandbytes.nn.Linear8bitLt(*shape, has_fp16_weights=False, threshold=OUTLIERS, **settings)
+            held.weight = bitsandbytes.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+        held.bias = layer.bias
+        family.language_model.set_submodule(name, held.to("cuda" if torch.cuda.is_available() else "cpu"))
+    say(f"inexact={inexact}: the language model is quantised, and gradients are no longer those of the exact model")
+
+
 def count_model(cfg: DictConfig) -> Family:
     """The model without memory, on the meta device: for counting."""
     with torch.device("meta"):
         cls = get_class(cfg.model["_target_"])
         architecture = OmegaConf.to_container(cfg.model.architecture, resolve=True)
-        return cls(cls.from_architecture(architecture, dtype=getattr(torch, cfg.model.dtype)))
+        family: Family = cls(cls.from_architecture(architecture, dtype=getattr(torch, cfg.model.dtype)))
+        family.projector.float()
+    return family

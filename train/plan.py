@@ -7,11 +7,14 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from train.config import batch_plan, build_reducer
+from train.config import asks_questions, batch_plan, build_reducer, build_reducers
+from train.memory import card_of, fit_packing, micro_batch_memory, resident_memory
 from train.models import count_model
 from train.trainable import make_trainable, print_table
-from vzip.cost import row_cost, tuning_memory
+from vzip import UserError
+from vzip.cost import padded_memory, row_cost, weight_memory
 from vzip.families import Family
+from vzip.io import budget_of
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
 
@@ -70,8 +73,8 @@ def _token_rows(family: Family, cfg: DictConfig, reducer: Reducer) -> dict[str, 
     if family.budget_tiles > 1 and "budget" in cfg.reducer and cfg.reducer.budget is not None:
         more = "; row ends come on top" if reducer.anyres == "spatial" else ""
         rows["budget"] = (
-            f"{cfg.reducer.budget} is the total of {family.budget_tiles} tiles: {family.num_tile_tokens(reducer)} each; "
-            f"an image of fewer tiles has as much less{more}"
+            f"{budget_of(family, reducer)} is the total of {family.budget_tiles} tiles: {family.num_tile_tokens(reducer)} "
+            f"each; an image of fewer tiles has as much less{more}"
         )
     if "video" in family.kinds:
         before, after = (family.num_video_tokens(which, cfg.model.num_frames) for which in (full, reducer))
@@ -79,11 +82,36 @@ def _token_rows(family: Family, cfg: DictConfig, reducer: Reducer) -> dict[str, 
     return rows
 
 
+def _memory_rows(cfg: DictConfig, family: Family, *, num_trainable: int, row_tokens: int, world_size: int) -> dict[str, str]:
+    """The micro batch of one rank, and the memory that it takes; or why none fits."""
+    if cfg.data.cache and not asks_questions(cfg):
+        family.drop_towers()
+    card = card_of(cfg)
+    memory = resident_memory(cfg, family, num_trainable=num_trainable, world_size=world_size)
+    if cfg.engine == "reference":
+        micro = f"{cfg.batch.micro} rows, padded, layers checkpointed"
+        memory += padded_memory(family, num_tokens=cfg.batch.micro * row_tokens)
+    else:
+        try:
+            packing = fit_packing(cfg, family, card, num_trainable=num_trainable, longest_row=row_tokens, world_size=world_size)
+        except UserError as error:
+            return {"a micro batch": f"none: {error}"}
+        how = "MLPs computed again in the backward pass" if packing.recompute else "nothing computed twice"
+        micro = f"up to {packing.tokens:,} packed tokens, {how}"
+        memory += micro_batch_memory(cfg, family, packing)
+    weights = weight_memory(family, inexact=cfg.inexact)
+    held = f", the language model in {cfg.inexact}: gradients are not exact" if cfg.inexact else ""
+    return {
+        "a micro batch": micro,
+        "memory a rank": f"{memory / 1e9:,.1f} GB, of {card.name}; all weights {weights / 1e9:,.1f} GB{held}",
+    }
+
+
 def print_plan(cfg: DictConfig, *, world_size: int) -> None:
     """Model, trainable table, visual tokens before and after, batch arithmetic, FLOPs, memory and time."""
     family, reducer = count_model(cfg), build_reducer(cfg)
+    reducers = build_reducers(cfg)
     family.refuse_unfit(reducer)
-    frozen_bytes = sum(p.numel() * p.element_size() for p in family.model.parameters())
     trainable = make_trainable(family, cfg.tune)
     print_table(family, trainable)
 
@@ -94,19 +122,24 @@ def print_plan(cfg: DictConfig, *, world_size: int) -> None:
     cost = row_cost(
         family, reducer, num_tiles=num_tiles, num_visual_tokens=num_visual_tokens, num_text_tokens=expected.text_tokens
     )
-    flops = cost.total * batches.size * batches.num_steps
-    num_tokens = batches.micro * (num_visual_tokens + expected.text_tokens)
-    memory = tuning_memory(family, num_trainable=trainable.num_parameters, num_tokens=num_tokens)
+    flops = cost.total * cfg.batch.size * batches.num_steps
+    memory_rows = _memory_rows(
+        cfg,
+        family,
+        num_trainable=trainable.num_parameters,
+        row_tokens=num_visual_tokens + expected.text_tokens,
+        world_size=world_size,
+    )
     parts = f"tower {cost.tower / 1e9:,.0f}, projector {cost.projector / 1e9:,.1f}, language {cost.language / 1e9:,.0f} GFLOP"
     table = Table(show_header=False, title="plan", title_justify="left")
     for name, value in {
         "model": f"{cfg.model.name} ({cfg.model.id}, weights={cfg.weights})",
-        "reducer": repr(reducer),
+        "reducer": "; ".join(map(repr, reducers)) + ("; the plan is of the largest" if len(reducers) > 1 else ""),
         **_token_rows(family, cfg, reducer),
         "rows": f"{num_rows:,} = {cfg.data.fraction:g} of {expected.rows:,}, at {expected.text_tokens} text tokens (estimated)",
         "batches": str(batches),
         "compute": f"{flops / 1e15:,.1f} PFLOP; a row: {parts}",
-        "memory a rank": f"{memory / 1e9:,.1f} GB, of it frozen weights {frozen_bytes / 1e9:,.1f} GB",
+        **memory_rows,
         "time on one H100": f"{_duration(flops / H100_PEAK / MFU)} at {MFU:.0%} of its peak",
         "time here": f"{_duration(flops / measured_peak() / MFU / world_size)} at {MFU:.0%} of the measured peak",
     }.items():

@@ -14,9 +14,16 @@ from vzip.families import Family
 
 @dataclass(frozen=True)
 class Trainable:
-    """The tuned parameters by name, and peft's wrapper where there is LoRA."""
+    """What is tuned.
+
+    Attributes:
+        parameters: the tuned ones, by name.
+        in_language: whether some of them are in the language model, so that text without a picture teaches them too.
+        peft_model: peft's wrapper where there is LoRA.
+    """
 
     parameters: dict[str, nn.Parameter]
+    in_language: bool = False
     peft_model: Any = None
 
     @property
@@ -49,7 +56,8 @@ def make_trainable(family: Family, tune: DictConfig) -> Trainable:
             parameter.data = parameter.data.float()
             opened[name] = parameter
     assert opened and all(p.requires_grad == (name in opened) for name, p in family.model.named_parameters())
-    return Trainable(opened, peft_model)
+    in_language = any(parameter.requires_grad for parameter in family.language_model.parameters())
+    return Trainable(opened, in_language, peft_model)
 
 
 def print_table(family: Family, trainable: Trainable) -> None:

@@ -10,20 +10,21 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, from wherever this file is started
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on CPU: threads that spin while others work stall a busy machine
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # on GPU: packed lengths differ each time
 
 import deepspeed
 import hydra
 from omegaconf import DictConfig
 
-from data.dataset import MicroBatches
 from train import config
 from train.checkpoint import RunFolder
 from train.control import control_row
 from train.engine import Engine
 from train.evaluate import Evaluator, print_results
-from train.examples import training_collator, training_examples, training_subset
+from train.examples import training_collators, training_examples, training_subset
+from train.layouts import lay_out
 from train.loop import fit
-from train.models import load_model
+from train.models import load_model, quantise
 from train.overlay import draw_examples
 from train.plan import print_plan
 from train.ranks import init_distributed, leave_distributed, say
@@ -36,7 +37,7 @@ from vzip.io import describe, fingerprint
 def tune(cfg: DictConfig) -> list[dict[str, Any]]:
     """Run the recipe, or the rest of it: the rows of result.json."""
     rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
-    reducer, template = config.build_reducer(cfg), config.build(cfg.model.template)
+    reducers, template = config.build_reducers(cfg), config.build(cfg.model.template)
     run = RunFolder(cfg, rank=rank)
     if run.result is not None:
         say(f"{run.path} is finished; fresh=true starts it over")
@@ -45,27 +46,28 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
 
     subset = training_subset(cfg)
     family, processor = load_model(cfg)
-    family.refuse_unfit(reducer)
-    meta = describe(family, reducer, base=cfg.model.id, base_fingerprint=fingerprint(family))
+    for reducer in reducers:
+        family.refuse_unfit(reducer)
+    meta = describe(family, *reducers, base=cfg.model.id, base_fingerprint=fingerprint(family))
     trainable = make_trainable(family, cfg.tune)
     say(print_table, family, trainable)
+    quantise(family, cfg.inexact)
 
     examples = training_examples(cfg, subset, template, processor.tokenizer)
     plan = config.batch_plan(cfg, num_rows=len(examples), world_size=world_size)
-    collate = training_collator(cfg, processor, family, reducer, examples, base_fingerprint=meta["base"]["fingerprint"])
-    batches = MicroBatches(examples, collate, plan, rank=rank)
-    say(f"{run.path}: {plan}")
+    collators = training_collators(cfg, processor, family, reducers, examples, base_fingerprint=meta["base"]["fingerprint"])
+    batches, loss = lay_out(cfg, family, trainable, collators, examples, plan)
     run.begin(subset.manifest, num_trainable=trainable.num_parameters, world_size=world_size)
 
-    engine = Engine(family, trainable, cfg, accumulation=plan.accumulation)
+    engine = Engine(loss, trainable, cfg)
     tracker = Tracker(run.path, cfg, rank=rank)
     evaluator = Evaluator(cfg, engine, run, processor, template)
-    rows = evaluator.baselines(reducer)
-    with attach(family.model, reducer=reducer) as handle:
+    rows = evaluator.baselines(reducers)
+    with attach(family.model, reducer=config.build_reducer(cfg)) as handle:
         fit(engine, batches, cfg, run, tracker)
-        run.save_trained(engine, meta | run.trained_meta(engine, subset.manifest, family.num_image_tokens(reducer)))
+        run.save_trained(engine, meta | run.trained_meta(engine, subset.manifest, family.num_image_tokens(reducers[0])))
         pictures = draw_examples(handle, processor.image_processor, evaluator.pictures, run.path)
-    rows += evaluator.rows("tuned", reducer) + control
+    rows += evaluator.rows("tuned", reducers) + control
     tracker.log_results(rows, evaluator.samples, pictures)
     tracker.finish()
     run.finish({"rows": rows, "num_steps": plan.num_steps, "manifest": subset.manifest["hash"], "seed": cfg.seed})

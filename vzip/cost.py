@@ -6,6 +6,7 @@ Source of the transformer formula: arXiv 2412.04467, section 4 (with a SwiGLU FF
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,8 @@ from vzip.reducers import Reducer
 
 QUANTISED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 """Bytes of a quantised weight. NF4 has a byte of scale for 64 weights and a float32 for 256 of these (arXiv 2305.14314)."""
+SHORT_TEXT, PREFIX = 32, 40
+"""Text tokens of a short row behind the prefix that rows share; tokens of that prefix, whose keys and values each row has."""
 
 
 def linear_flops(module: nn.Module) -> int:
@@ -69,44 +72,54 @@ def frozen_linears(family: Family) -> Iterator[tuple[str, nn.Linear]]:
 def weight_memory(family: Family, *, inexact: str | None = None) -> int:
     """Bytes of all weights, with the language model's frozen linear layers held in `inexact` ("nf4", "int8")."""
     held = {id(layer.weight): layer for _, layer in frozen_linears(family)} if inexact else {}
-    others = sum(p.numel() * p.element_size() for p in family.model.parameters() if id(p) not in held)
+    others: int = sum(p.numel() * p.element_size() for p in family.model.parameters() if id(p) not in held)
     num_quantised = sum(layer.in_features * layer.out_features for layer in held.values())
     return others + (math.ceil(num_quantised * QUANTISED_BYTES[inexact]) if inexact else 0)
 
 
-def kept_memory(config: Any, *, itemsize: int, recompute: bool, inexact: str | None = None) -> int:
+def _head_width(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def kept_memory(config: Any, *, itemsize: int, recompute: bool = False, inexact: str | None = None, lora: bool = False) -> int:
     """Bytes that one layer of the language model keeps for the backward pass, for one token of the fast path.
 
     A frozen linear layer needs no input. What is kept: both norms' inputs; queries, keys and values, and what attention makes
-    of them; gate and up, unless they are made again (`recompute`). In bf16 and with as many keys as queries these are 22.75 d
-    in Vicuna's shapes. The int8 layers of bitsandbytes keep their inputs, though they need them no more than others.
+    of them; gate and up, or, where they are made again (`recompute`), their input. In bf16, in Vicuna's shapes, these are
+    22.75 d, or 14 d. On top, the int8 layers of bitsandbytes keep their inputs, and LoRA beside a linear layer keeps the
+    layer's input in float32.
     """
-    width = config.hidden_size
-    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    width, inner, head = config.hidden_size, config.intermediate_size, _head_width(config)
     values = 2 * width + 2 * head * (config.num_attention_heads + config.num_key_value_heads)
-    if not recompute:
-        values += 2 * config.intermediate_size
+    values += width if recompute else 2 * inner
     if inexact == "int8":
-        values += width + (0 if recompute else width + config.intermediate_size)
-    return int(itemsize * values)
+        values += width if recompute else 2 * width + inner
+    inputs = 3 * width + head * config.num_attention_heads + (0 if recompute else 2 * width + inner) if lora else 0
+    return int(itemsize * values + 4 * inputs)
 
 
 def packed_memory(
     family: Family, reducer: Reducer, *, num_tokens: int, recompute: bool = False, inexact: str | None = None
 ) -> int:
-    """Bytes beside the weights that a micro batch of `num_tokens` packed tokens takes in the fast path."""
+    """Bytes beside the weights that a micro batch of `num_tokens` packed tokens takes in the fast path, at the most.
+
+    That is, as if all rows were short, and all tokens visual ones.
+    """
     config = family.model.config
     text, vision = config.text_config, config.vision_config
     itemsize = next(family.language_model.parameters()).element_size()
-    layer = kept_memory(text, itemsize=itemsize, recompute=recompute, inexact=inexact)
-    # One layer's products and gradients while it runs forward or backward take about as much as two layers keep.
-    passing = 2 * kept_memory(text, itemsize=itemsize, recompute=False, inexact=inexact)
-    ends = 4 * (vision.hidden_size + 3 * text.hidden_size) + 3 * itemsize * text.hidden_size  # projector, embeddings
-    logits = 16 * min(num_tokens * text.vocab_size, MAX_LOGITS)
-    # As if all tokens were visual. In a layer of the tower, about 16 numbers of its width for a patch; and the pixels.
-    num_pictures = math.ceil(num_tokens / family.num_tile_tokens(reducer))
-    picture = 16 * itemsize * family.num_patches * vision.hidden_size + 3 * (5 + itemsize) * family.tile_side**2
-    return num_tokens * (text.num_hidden_layers * layer + passing + ends) + logits + num_pictures * picture
+    lora = any("lora_" in name for name, _ in family.language_model.named_parameters())
+    kept = partial(kept_memory, text, itemsize=itemsize, inexact=inexact, lora=lora)
+    # The layer that runs has products and gradients of its own, about one and a half times what it keeps.
+    language = text.num_hidden_layers * kept(recompute=recompute) + 3 * kept() // 2
+    ends = 4 * (vision.hidden_size + 3 * text.hidden_size) + 3 * itemsize * text.hidden_size  # projector and embeddings
+    logits = 12 * min(num_tokens * text.vocab_size, MAX_LOGITS)
+
+    num_pictures = math.ceil(num_tokens / (family.num_tile_tokens(reducer) + SHORT_TEXT))
+    prefix = PREFIX * 2 * itemsize * _head_width(text) * text.num_key_value_heads * text.num_hidden_layers
+    # In a layer of the tower about 16 numbers of its width for a patch; and the pixels, as bytes and as numbers.
+    tower = 16 * itemsize * family.num_patches * vision.hidden_size + 3 * (5 + itemsize) * family.tile_side**2
+    return int(num_tokens * (language + ends) + logits + num_pictures * (prefix + tower))
 
 
 def padded_memory(family: Family, *, num_tokens: int) -> int:

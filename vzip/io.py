@@ -6,7 +6,7 @@ Nothing is ever unpickled, and a projector is never put onto another base model,
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,22 @@ def fingerprint(family: Family) -> str:
     return digest.hexdigest()
 
 
-def describe(family: Family, reducer: Reducer, *, base: str, base_fingerprint: str) -> dict[str, Any]:
-    """The part of `meta.json` that `refuse_mismatch` compares."""
+def budget_of(family: Family, reducer: Reducer) -> int:
+    """What `budget` counts, of any reducer: the tokens of as many pictures as the family's budgets are the total of."""
+    return family.num_tile_tokens(reducer) * family.budget_tiles
+
+
+def describe(family: Family, *reducers: Reducer, base: str, base_fingerprint: str) -> dict[str, Any]:
+    """The part of `meta.json` that `refuse_mismatch` compares: the first reducer, and the others by their budgets."""
+    by_budget = {budget_of(family, reducer): {"name": reducer.name, **reducer.settings()} for reducer in reducers}
+    assert len(by_budget) == len(reducers), f"two of the reducers {reducers} have the same budget"
+    (budget, first), *others = by_budget.items()
     return {
         "format": FORMAT,
         "base": {"id": base, "model_type": family.model_type, "fingerprint": base_fingerprint},
-        "reducer": {"name": reducer.name, **reducer.settings()},
+        "budget": budget,
+        "reducer": first,
+        "other_budgets": {str(budget): reducer for budget, reducer in others},
     }
 
 
@@ -88,15 +98,42 @@ def refuse_mismatch(meta: Mapping[str, Any], family: Family, reducer: Reducer) -
         raise UserError(
             f"this projector was trained on another base model ({base['id']}): the frozen weights differ; load that base"
         )
-    recorded = create_reducer(meta)
-    if (recorded.name, recorded.settings()) != (reducer.name, reducer.settings()):
-        raise UserError(f"this projector was trained with the reducer {recorded}, not with {reducer}; attach that one")
+    recorded = list(_reducers(meta).values())
+    if (reducer.name, reducer.settings()) not in [(each.name, each.settings()) for each in recorded]:
+        trained = " or ".join(map(repr, recorded))
+        raise UserError(
+            f"this projector was trained with the reducer {trained}, not with {reducer}; attach what it was trained with"
+        )
 
 
-def create_reducer(meta: Mapping[str, Any]) -> Reducer:
-    """The reducer of a `meta.json`; a setting that was unknown when it was written has its default."""
-    settings = dict(meta["reducer"])
-    return create(settings.pop("name"), settings)
+def _reducers(meta: Mapping[str, Any]) -> dict[int | None, Reducer]:
+    """The reducers of a `meta.json` by budget, the first one first; None for one that was written before budgets were."""
+    described = {meta.get("budget"): meta["reducer"]}
+    described |= {int(budget): reducer for budget, reducer in meta.get("other_budgets", {}).items()}
+    reducers = {}
+    for budget, reducer in described.items():
+        settings = dict(reducer)
+        reducers[budget] = create(settings.pop("name"), settings)
+    return reducers
+
+
+def create_reducer(meta: Mapping[str, Any], *, budget: int | None = None) -> Reducer:
+    """The reducer of a `meta.json` that has this budget, by default the first; a setting that was unknown when the file was
+    written has its default.
+
+    Raises UserError for a budget that the projector was not tuned for.
+    """
+    reducers = _reducers(meta)
+    if budget is None or None in reducers:
+        return next(iter(reducers.values()))
+    _refuse_budget(budget, reducers)
+    return reducers[budget]
+
+
+def _refuse_budget(budget: int, tuned: Collection[int | None]) -> None:
+    if budget not in tuned:
+        known = ", ".join(map(str, tuned))
+        raise UserError(f"this projector was not tuned for budget={budget}, but for {known}; give one that it was tuned for")
 
 
 def load_weights(family: Family, path: str | Path) -> None:
@@ -139,21 +176,29 @@ def _load_adapter(family: Family, folder: Path) -> None:
 
 
 def load(
-    path: str | Path, *, base: str | None = None, dtype: torch.dtype | None = None, device: str | None = None
+    path: str | Path,
+    *,
+    budget: int | None = None,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
 ) -> tuple[Any, Any]:
     """(model, processor) of a run: base model, reducer attached, tuned projector in place, ready to generate.
 
     Args:
         path: a run folder.
+        budget: one that the run was tuned for, by default its first.
         base: where the base model is now (a folder or hub id), if not where the run found it.
         dtype: of the frozen weights; by default as in the run.
         device: by default a GPU if there is one.
 
     Raises:
-        UserError: not a finished run, a base model that can't be found, or one that is not the run's.
+        UserError: not a finished run, a budget that it was not tuned for, a base model that can't be found, or one that is
+            not the run's.
     """
     folder = Path(path)
     meta = read_meta(folder)
+    reducer = create_reducer(meta, budget=budget)
     source = base or meta["base"]["id"]
     cls = families().get(meta["base"]["model_type"])
     if cls is None:
@@ -163,7 +208,9 @@ def load(
         processor = cls.load_processor(source)
     except OSError as error:
         raise UserError(f"the base model {source} can't be loaded: {error}\nPass base=... with its folder or hub id") from error
-    handle = Handle(model, create_reducer(meta))
+    handle = Handle(model, reducer)
+    if budget is not None:  # a file written before budgets were says nothing, so that the model has to be asked
+        _refuse_budget(budget, [budget_of(handle.family, reducer)])
     handle.family.projector.float()
     load_projector(handle, folder)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -25,7 +25,7 @@ from vzip.templates import Template
 
 CONFIGS = ROOT / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
-GROUPS = ("model", "reducer", "data", "deepspeed", "tune", "track")
+GROUPS = ("model", "reducer", "data", "deepspeed", "tune", "track", "hardware")
 
 
 def projector(vision, text):
@@ -208,10 +208,11 @@ def test_a_model_brings_data_that_the_command_line_can_change(model):
 @pytest.mark.parametrize("name", members("deepspeed"))
 def test_deepspeed_accepts_the_group(name):
     cfg = composed(f"deepspeed={name}", "batch.size=24", "batch.micro=4", "optim.max_grad_norm=0.5")
-    parsed = DeepSpeedConfig(deepspeed_config(cfg, accumulation=6))
+    parsed = DeepSpeedConfig(deepspeed_config(cfg))
 
     assert parsed.zero_config.stage == cfg.deepspeed.zero_optimization.stage
-    assert parsed.train_micro_batch_size_per_gpu == 4 and parsed.gradient_accumulation_steps == 6
+    # A step's micro batches are the engine's affair: any other number here would scale its loss.
+    assert parsed.train_micro_batch_size_per_gpu == 1 and parsed.gradient_accumulation_steps == 1
     assert parsed.gradient_clipping == 0.5
     offloads = [key for key in cfg.deepspeed.zero_optimization if key.startswith("offload")]
     assert all(getattr(parsed.zero_config, key).device == "cpu" for key in offloads)
@@ -261,6 +262,8 @@ def test_the_command_line_wins_over_an_experiment(name):
         ("fresh=maybe", "fresh"),
         ("reducer=visionzap", "reducer/visionzap"),
         ("model=lava-7b", "model/lava-7b"),
+        ("hardware=24g", "hardware/24g"),
+        ("memory_gb=much", "memory_gb"),
         ("+exp=nosuch", "exp/nosuch"),
     ],
 )

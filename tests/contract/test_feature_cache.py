@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import vzip
-from data.dataset import Collator
+from data.collate import Collator, Packer
 from data.features import Cached, Layout, cache_settings
 from data.make_features import FeatureMaker, write_features
 from data.media import Processed
 from data.tokens import kinds_of
 from tests import tiny
 from tests.unit.rows import IMAGE_ROWS, NUM_FRAMES, examples_of, rows_of
-from train.engine import TokenLoss, media_inputs
+from train.losses import FastLoss, ReferenceLoss, media_inputs
 from vzip import UserError
 from vzip.families import family_of
 from vzip.io import fingerprint
@@ -21,6 +21,7 @@ from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
 
+ENGINES = ("reference", "fast")
 REDUCERS = {
     "released": VisionZip(dominant=4, contextual=2),
     "spatial": VisionZip(dominant=4, contextual=2, anyres="spatial"),
@@ -54,6 +55,11 @@ def processor(kind):
     return tiny.processor(kind)
 
 
+def stock_features(model, kind, inputs):
+    (_, pixels), *more = inputs.items()
+    return torch.cat(list(getattr(model.model, f"get_{kind}_features")(pixels, **dict(more)).pooler_output))
+
+
 class Runs:
     """The same rows for a model that sees pictures, and for one that has a cache and no towers."""
 
@@ -78,35 +84,36 @@ class Runs:
         self.from_pictures = Collator(processor(kind), self.seeing, reducer, kinds=kinds, num_frames=NUM_FRAMES)
         self.from_cache = Collator(processor(kind), self.blind, reducer, kinds=kinds, num_frames=NUM_FRAMES, media=self.cached)
 
+    def chosen(self, rows=None):
+        return self.examples if rows is None else [self.examples[row] for row in rows]
+
     def batches(self, rows=None):
         """(of pictures, of the cache): the micro batch of these rows."""
-        examples = self.examples if rows is None else [self.examples[row] for row in rows]
-        return self.from_pictures(examples), self.from_cache(examples)
+        return self.from_pictures(self.chosen(rows)), self.from_cache(self.chosen(rows))
 
     def features(self, rows=None):
-        """By kind of media, projected: (of pictures, of the cache)."""
+        """By kind of media, projected: (of pictures, as the model itself makes them; of the cache)."""
         seen, cached = self.batches(rows)
+        of_pictures, of_cache = (
+            {kind: media_inputs(batch, kind, self.seeing.model.dtype) for kind in seen.media} for batch in (seen, cached)
+        )
         with torch.no_grad(), vzip.attach(self.seeing.model, reducer=self.reducer):
             torch.manual_seed(0)
-            want = {
-                kind: self.seeing.media_features(kind, media_inputs(seen, kind, self.seeing.model.dtype)) for kind in seen.media
-            }
+            want = {kind: stock_features(self.seeing.model, kind, inputs) for kind, inputs in of_pictures.items()}
         with torch.no_grad():
-            got = {
-                kind: self.blind.media_features(kind, media_inputs(cached, kind, self.blind.model.dtype)) for kind in seen.media
-            }
+            got = {kind: self.blind.media_features(self.reducer, kind, inputs) for kind, inputs in of_cache.items()}
         return want, got
 
-    def losses(self, rows=None):
+    def losses(self, engine, rows=None):
         """(loss, projector's gradients) of pictures and of the cache."""
-        found = []
-        for family, batch in zip((self.seeing, self.blind), self.batches(rows), strict=True):
+        examples, found = self.chosen(rows), []
+        for family, collate in ((self.seeing, self.from_pictures), (self.blind, self.from_cache)):
             torch.manual_seed(0)
-            if family is self.seeing:
-                with vzip.attach(family.model, reducer=self.reducer):
-                    loss = TokenLoss(family)(batch)
+            if engine == "fast":
+                way, lay_out = FastLoss(family, [self.reducer], prefix=[], recompute=False), Packer(collate, num_prefix=0)
             else:
-                loss = TokenLoss(family)(batch)
+                way, lay_out = ReferenceLoss(family, self.reducer, learns_text=False), collate
+            loss, _ = way(lay_out(examples))
             found.append((loss.item(), torch.autograd.grad(loss, list(family.projector.parameters()))))
         return found
 
@@ -125,10 +132,11 @@ def test_a_model_without_towers_learns_the_same(tmp_path, kind, name):
     want, got = runs.features()
     for media, values in want.items():  # computed in the same batch: the same bits
         assert len(values) == seen.num_placeholders[media] > 0 and torch.equal(got[media], values)
-    (loss, gradients), (cached_loss, cached_gradients) = runs.losses()
-    assert cached_loss == pytest.approx(loss, rel=1e-6) and loss > 0
-    for gradient, wanted in zip(cached_gradients, gradients, strict=True):
-        assert wanted.norm() > 0 and relative(gradient, wanted) < 1e-6
+    for engine in ENGINES:
+        (loss, gradients), (cached_loss, cached_gradients) = runs.losses(engine)
+        assert cached_loss == pytest.approx(loss, rel=1e-6) and loss > 0
+        for gradient, wanted in zip(cached_gradients, gradients, strict=True):
+            assert wanted.norm() > 0 and relative(gradient, wanted) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["released", "spatial"])
@@ -151,9 +159,10 @@ def test_a_bfloat16_model_is_cached_in_bfloat16(tmp_path, kind):
     assert {inputs["features"].dtype for inputs in cached.media.values()} == {torch.bfloat16}
     want, got = runs.features()
     assert all(torch.equal(got[media], values) for media, values in want.items())
-    (_, gradients), (_, cached_gradients) = runs.losses()
-    for gradient, wanted in zip(cached_gradients, gradients, strict=True):
-        assert gradient.dtype == torch.float32 and relative(gradient, wanted) < 1e-6
+    for engine in ENGINES:
+        (_, gradients), (_, cached_gradients) = runs.losses(engine)
+        for gradient, wanted in zip(cached_gradients, gradients, strict=True):
+            assert gradient.dtype == torch.float32 and relative(gradient, wanted) < 1e-6
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -161,9 +170,10 @@ def test_a_batch_of_text_alone_runs_the_projector_and_teaches_it_nothing(tmp_pat
     runs = Runs(tmp_path, kind, REDUCERS["released"])
     _, cached = runs.batches([1])
     assert cached.num_placeholders == dict.fromkeys(cached.media, 0)
-    (loss, _), (cached_loss, gradients) = runs.losses([1])
-    assert cached_loss == loss > 0
-    assert all(not gradient.any() for gradient in gradients)
+    for engine in ENGINES:
+        (loss, _), (cached_loss, gradients) = runs.losses(engine, [1])
+        assert cached_loss == loss > 0
+        assert all(not gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)

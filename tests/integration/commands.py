@@ -24,9 +24,8 @@ def command(overrides, *, ranks=None):
 
 def environment(**changes):
     """This process's, without a wandb account, a launcher or a make around it."""
-    hidden = {
-        key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "MASTER", "RANK", "WORLD", "MAKE"))
-    }
+    others = ("WANDB", "MASTER", "RANK", "WORLD", "LOCAL", "SLURM", "MAKE")
+    hidden = {key: value for key, value in os.environ.items() if not key.startswith(others)}
     return {**hidden, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "160", **changes}
 
 

@@ -12,13 +12,16 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import vzip
-from data.dataset import BatchPlan, Collator, MicroBatches
+from data.collate import Collator
+from data.dataset import BatchPlan, has_media
 from data.prepare import Selection, prepare
 from tests import tiny
 from tests.conftest import ROOT
 from train import config
 from train.checkpoint import RunFolder
-from train.engine import Engine, media_inputs
+from train.engine import Engine
+from train.layouts import lay_out
+from train.losses import media_inputs
 from train.ranks import init_distributed
 from train.trainable import make_trainable
 from vzip.families import family_of
@@ -41,14 +44,27 @@ def examples(data_folder):
     return list(subset.examples(vicuna(), tiny.tokenizer(), max_tokens=2048))
 
 
-def engine_on(cfg, model, examples, *, micro, accumulation):
-    """(engine, its micro batches) on a copy of the model, with a budget of 6."""
+ENGINES = pytest.mark.parametrize("engine", ["reference", "fast"])
+
+
+def engine_on(cfg, model, examples, *settings):
+    """(engine, its micro batches, what collates) on a copy of the model, with a budget of 6; lines of `settings` go last."""
+    cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(settings)))
     family = family_of(copy.deepcopy(model))
     handle = vzip.attach(family.model, budget=6)
+    torch.manual_seed(0)  # of LoRA
     trainable = make_trainable(family, cfg.tune)
-    plan = BatchPlan(micro=micro, accumulation=accumulation, world_size=1, num_steps=4, seed=0)
-    batches = MicroBatches(examples, Collator(tiny.processor(), family, handle.reducer), plan, rank=0)
-    return Engine(family, trainable, cfg, accumulation=accumulation), batches
+    plan = BatchPlan(size=cfg.batch.size, world_size=1, num_steps=4, seed=0)
+    collate = Collator(tiny.processor(), family, handle.reducer)
+    batches, loss = lay_out(cfg, family, trainable, [collate], examples, plan)
+    return Engine(loss, trainable, cfg), batches, collate
+
+
+def take_step(engine, batches, step, *, lr):
+    """(loss, gradient norm) of a step."""
+    parts = [batches[batches.num_before(step) + part] for part in range(batches.num_parts(step))]
+    labels = {"num_labels": batches.num_labels(step), "num_taught_labels": batches.num_taught_labels(step)}
+    return engine.step(parts, lr=lr, **labels)
 
 
 def digests(model, *, projector):
@@ -59,52 +75,92 @@ def digests(model, *, projector):
     }
 
 
-def test_steps_move_the_projector_alone(cfg, examples):
-    engine, batches = engine_on(cfg, tiny.llava(), examples, micro=4, accumulation=2)
+@ENGINES
+def test_steps_move_the_projector_alone(cfg, examples, engine):
+    engine, batches, _ = engine_on(cfg, tiny.llava(), examples, f"engine={engine}", "batch.tokens=400")
     model = engine.family.model
     frozen, tuned = digests(model, projector=False), digests(model, projector=True)
     for step in range(4):
-        engine.step([batches[2 * step], batches[2 * step + 1]], lr=1e-2, num_labels=batches.num_labels(step))
+        assert batches.num_parts(step) > 1
+        take_step(engine, batches, step, lr=1e-2)
     assert digests(model, projector=False) == frozen
     after = digests(model, projector=True)
     assert all(after[name] != tuned[name] for name in tuned)
 
 
-@pytest.mark.parametrize("micro, accumulation", [(8, 1), (2, 4), (1, 8)])
-def test_loss_and_gradient_are_the_plain_models(cfg, examples, micro, accumulation):
+def mixed_step(batches):
+    """A step with rows that teach the projector, and with a row of text, which does not."""
+    media = has_media(batches.layout.examples)[batches.rows]
+    return (media.any(dim=1) & ~media.all(dim=1)).nonzero()[0].item()
+
+
+CUTS = [
+    "engine=reference batch.micro=8",
+    "engine=reference batch.micro=2",
+    "engine=reference batch.micro=1",
+    "engine=fast",
+    "engine=fast batch.tokens=400",
+    "engine=fast batch.tokens=400 batch.recompute=true",
+]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_loss_and_gradient_are_the_plain_models(cfg, examples, cut):
     model = tiny.llava()
-    engine, batches = engine_on(cfg, model, examples, micro=micro, accumulation=accumulation)
+    engine, batches, collate = engine_on(cfg, model, examples, *cut.split())
     before = {name: value.detach().clone() for name, value in engine.trainable.parameters.items()}
-    loss, norm = engine.step([batches[part] for part in range(accumulation)], lr=0.0, num_labels=batches.num_labels(0))
+    step = mixed_step(batches)
+    assert (batches.num_parts(step) == 1) == (cut in ("engine=reference batch.micro=8", "engine=fast"))
+    loss, norm = take_step(engine, batches, step, lr=0.0)
     assert all(torch.equal(value, before[name]) for name, value in engine.trainable.parameters.items())
 
-    # The plain way: all rows of the batch in one padded forward of the stock model, its own mean over label tokens.
-    whole = MicroBatches(
-        examples, batches.collate, BatchPlan(micro=8, accumulation=1, world_size=1, num_steps=4, seed=0), rank=0
-    )[0]
+    # The plain way: padded forwards of the stock model, its own mean over label tokens.
     vzip.attach(model, budget=6)
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
-    output = model(
-        input_ids=whole.input_ids,
-        attention_mask=whole.attention_mask,
-        labels=whole.labels,
-        **media_inputs(whole, "image", torch.float32),
-    )
-    output.loss.backward()
+
+    def plain_loss(rows):
+        whole = collate(rows)
+        return model(
+            input_ids=whole.input_ids,
+            attention_mask=whole.attention_mask,
+            labels=whole.labels,
+            **media_inputs(whole, "image", torch.float32),
+        ).loss
+
+    rows = [examples[row] for row in batches.rows[step].tolist()]
+    plain_loss(rows).backward()  # all rows of the batch, those of text too
     gradients = [value.grad for value in model.model.multi_modal_projector.parameters()]
-    assert loss == pytest.approx(output.loss.item(), rel=1e-6)
+    assert loss == pytest.approx(plain_loss([row for row in rows if row.media]).item(), rel=1e-6)  # those that teach
     assert norm == pytest.approx(torch.nn.utils.get_total_norm(gradients).item(), rel=1e-5)
 
 
-def test_text_alone_is_a_step_of_zero_gradient(cfg, examples):
-    text = [example for example in examples if not example.media]
-    engine, batches = engine_on(cfg, tiny.llava(), text, micro=2, accumulation=1)
-    assert batches[0].num_placeholders == {"image": 0}
+@ENGINES
+def test_text_alone_is_a_step_of_zero_gradient(cfg, examples, engine):
+    mixed = [example for example in examples if not example.media] + examples[-1:]
+    engine, batches, _ = engine_on(cfg, tiny.llava(), mixed, f"engine={engine}", "batch.size=1", "batch.micro=1")
+    step = next(step for step in range(4) if not batches.num_taught_labels(step))
+    assert batches[step].num_placeholders == {"image": 0} and batches.num_labels(step) > 0
     before = digests(engine.family.model, projector=True)
-    loss, norm = engine.step([batches[0]], lr=1e-2, num_labels=batches.num_labels(0))
-    assert loss > 0 and norm == 0
+    assert take_step(engine, batches, step, lr=1e-2) == (0, 0)  # the loss is that of rows that teach
     assert digests(engine.family.model, projector=True) == before
+
+
+def test_rows_without_a_picture_alone_are_refused(cfg, examples):
+    with pytest.raises(vzip.UserError, match=r"no row of data\.path=.* the projector can learn nothing"):
+        engine_on(cfg, tiny.llava(), [example for example in examples if not example.media])
+
+
+def test_text_teaches_lora_in_the_language_model(cfg, examples):
+    """All rows are run and count, whichever the engine."""
+    lora = OmegaConf.merge(cfg, {"tune": OmegaConf.load(ROOT / "configs/tune/language_lora.yaml")})
+    results = {}
+    for cut in CUTS:
+        engine, batches, _ = engine_on(lora, tiny.llava(), examples, *cut.split())
+        step = mixed_step(batches)
+        assert batches.num_taught_labels(step) == batches.num_labels(step)
+        results[cut] = take_step(engine, batches, step, lr=0.0)
+    assert all(found == pytest.approx(results[CUTS[0]], rel=1e-5) for found in results.values())
 
 
 def test_a_disk_without_room_is_refused_before_training(cfg, tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
 """Rows of text with pictures and videos on disk: as the collator takes them, and what a processor makes of the same."""
 
+import torch
+
+from data.dataset import BatchPlan, MicroBatches, PaddedLayout, has_media
 from data.pictures import open_picture
 from data.tokens import Example, Examples, write_tokens
 from data.videos import read_frames
@@ -59,6 +62,29 @@ def tokenized(rows, template, folder, *, max_tokens=2048, sizes=None):
     sizes = sizes or {path: (tiny.SIDE, tiny.SIDE) for row in rows for path in row.images}
     write_tokens(rows, template, tiny.tokenizer(), target, max_tokens=max_tokens, sizes=sizes)
     return Examples(target, folder)
+
+
+def padded(examples, collate, *, micro, num_steps, accumulation=1, world_size=1, seed=0, rank=0):
+    """A rank's padded micro batches."""
+    plan = BatchPlan(size=micro * accumulation * world_size, world_size=world_size, num_steps=num_steps, seed=seed)
+    return MicroBatches(PaddedLayout(collate, examples, plan, micro=micro), plan, rank=rank, taught=has_media(examples))
+
+
+class Ready:
+    """Media that are features already: a row's number, some tokens an image."""
+
+    def __init__(self, num_tokens=2):
+        self.num_tokens = num_tokens
+
+    def load(self, kind, examples):
+        rows = [float(example.index) for example in examples for _ in example.media.get(kind, ())]
+        return {"features": torch.tensor(rows).repeat_interleave(self.num_tokens)[:, None]}
+
+    def blank(self, kind):
+        return {"features": torch.zeros(self.num_tokens, 1)}
+
+    def counts(self, kind, inputs):
+        return [self.num_tokens] * (len(inputs["features"]) // self.num_tokens)
 
 
 def processed(processor, texts, examples, *, side="right"):

@@ -67,7 +67,9 @@ def test_attention_is_that_of_each_row_alone(lengths, num_prefix, heads):
     expected = torch.cat(rows, dim=2).transpose(1, 2)
     assert_close(found, expected)
     weight = torch.randn_like(expected)
-    for one, other in zip(*(torch.autograd.grad((x * weight).sum(), (query, key, value)) for x in (found, expected)), strict=True):
+    for one, other in zip(
+        *(torch.autograd.grad((x * weight).sum(), (query, key, value)) for x in (found, expected)), strict=True
+    ):
         assert_close(one, other)
 
 
@@ -92,7 +94,7 @@ def test_gradients_of_norm_and_mlp():
     hidden = torch.randn(7, 48, dtype=torch.float64, requires_grad=True)
     for ours, plain in (
         (fused.rms_norm(norm, hidden), norm(hidden)),
-        (fused.swiglu_mlp(mlp, hidden, recompute=False), mlp(hidden)),
+        (fused.swiglu_mlp(mlp, hidden), mlp(hidden)),
         (fused.swiglu_mlp(mlp, hidden, recompute=True), mlp(hidden)),
     ):
         assert_close(ours, plain)
@@ -170,9 +172,28 @@ def test_packed_rows_are_the_stock_models(kind, recompute):
 def test_models_that_the_fast_path_does_not_know_are_refused():
     refuse_unfit(MistralConfig(sliding_window=100), longest=100)
     refuse_unfit(Qwen2Config(sliding_window=100, use_sliding_window=False), longest=1000)
-    with pytest.raises(UserError, match="attends to 100 tokens, the longest row has 101.*engine=reference"):
+    with pytest.raises(UserError, match=r"attends to 100 tokens, the longest row has 101.*engine=reference"):
         refuse_unfit(MistralConfig(sliding_window=100), longest=101)
     with pytest.raises(UserError, match="not 'llama' with 'gelu'"):
         refuse_unfit(LlamaConfig(hidden_act="gelu"), longest=1)
     with pytest.raises(UserError, match=r"attention_dropout=0\.1"):
         refuse_unfit(LlamaConfig(attention_dropout=0.1), longest=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_key_heads", [4, 2])
+def test_flash_attention_is_that_of_blocks(num_key_heads):
+    lengths, num_prefix, width = [300, 41, 7], 5, 64
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, heads, sum(lengths), width) for heads in (4, num_key_heads, num_key_heads)]
+    prefix = tuple(torch.randn(num_key_heads, num_prefix, width).bfloat16() for _ in range(2))
+    weight, results = torch.randn(1, sum(lengths), 4, width).bfloat16().double(), []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.bfloat16)):
+        given = [tensor.bfloat16().to(device, dtype).requires_grad_() for tensor in tensors]
+        segments = Segments(lengths, [tuple(part.to(device, dtype) for part in prefix)])
+        mixed, _ = packed_attention(Attention(), *given, None, scaling=0.125, segments=segments)
+        found = torch.autograd.grad((mixed * weight.to(device, dtype)).sum(), given)
+        results.append([tensor.double().cpu() for tensor in (mixed, *found)])
+    for expected, found in zip(*results, strict=True):
+        assert_close(found, expected, tolerance=1e-2)

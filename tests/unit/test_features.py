@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import make_features
-from data.dataset import BatchPlan, Collator, MicroBatches, loader
+from data.collate import Collator
+from data.dataset import loader
 from data.features import Cached, Layout, cache_settings, folder_of, shard_path
 from data.make_features import FeatureMaker, rows_a_shard, write_features
 from data.media import Processed
 from tests import tiny
-from tests.unit.rows import IMAGE_ROWS, NUM_FRAMES, VIDEO_ROWS, examples_of, rows_of
+from tests.unit.rows import IMAGE_ROWS, NUM_FRAMES, VIDEO_ROWS, examples_of, padded, rows_of
 from vzip import UserError
 from vzip.families import family_of
 from vzip.io import fingerprint
@@ -191,8 +192,7 @@ def test_workers_read_it_too(tmp_path):
     examples = examples_of(TEXTS, tmp_path)
     write(tmp_path / "cache", examples)
     cached = Cached(tmp_path / "cache", described())
-    plan = BatchPlan(micro=4, accumulation=1, world_size=1, num_steps=4, seed=0)
-    batches = MicroBatches(examples, Collator(processor(), family(), REDUCER, media=cached), plan, rank=0)
+    batches = padded(examples, Collator(processor(), family(), REDUCER, media=cached), micro=4, num_steps=4)
     here = [batch.media["image"] for batch in loader(batches, first=0, num_workers=0)]
     there = [batch.media["image"] for batch in loader(batches, first=0, num_workers=2)]
 

@@ -19,12 +19,14 @@ from transformers import (
     VideoLlavaImageProcessor,
 )
 
-from data.dataset import BatchPlan, Collator, MicroBatches, explain_workers, loader
+from data.collate import Collator
+from data.dataset import explain_workers, loader
 from data.tokens import Example
 from tests import tiny
-from tests.unit.rows import IMAGE_ROWS, NUM_FRAMES, VIDEO_ROWS, examples_of, rows_of, tokenized, without_padding
+from tests.unit.rows import IMAGE_ROWS, NUM_FRAMES, VIDEO_ROWS, Ready, examples_of, padded, rows_of, tokenized, without_padding
 from tests.unit.test_dataset import IMAGE_ID, PROCESSOR, SPLITS, family, talk
-from train.engine import media_inputs, to_device
+from train.engine import to_device
+from train.losses import media_inputs
 from vzip import UserError
 from vzip.media import LEVELS, FrameProcessor, levels_of, model_inputs, normalised, pixels_of
 from vzip.reducers.identity import Identity
@@ -110,8 +112,7 @@ def test_a_micro_batch_brings_bytes_to_the_device(tmp_path, kind):
 def test_on_a_gpu_pixels_are_the_same_bits(tmp_path):
     processor = tiny.processor("next")
     examples = examples_of(IMAGE_ROWS, tmp_path)
-    plan = BatchPlan(micro=4, accumulation=1, world_size=1, num_steps=1, seed=0)
-    source = MicroBatches(examples, Collator(processor, family("next"), Identity()), plan, rank=0)
+    source = padded(examples, Collator(processor, family("next"), Identity()), micro=4, num_steps=1)
     (batch,) = loader(source, first=0, num_workers=1)
     assert batch.input_ids.is_pinned() and pixels_of(batch.media["image"]).is_pinned()
     there = media_inputs(to_device(batch, torch.device("cuda")), "image", torch.float32)
@@ -119,20 +120,6 @@ def test_on_a_gpu_pixels_are_the_same_bits(tmp_path):
 
 
 # The seam
-
-
-class Ready:
-    """Media that are features already: a row's number, 2 tokens an image."""
-
-    def load(self, kind, examples):
-        rows = [float(example.index) for example in examples for _ in example.media.get(kind, ())]
-        return {"features": torch.tensor(rows).repeat_interleave(2)[:, None]}
-
-    def blank(self, kind):
-        return {"features": torch.zeros(2, 1)}
-
-    def counts(self, kind, inputs):
-        return [2] * (len(inputs["features"]) // 2)
 
 
 def test_media_may_come_from_elsewhere_than_files(tmp_path):
@@ -163,9 +150,9 @@ def mixed(count, seed=0):
 
 def all_ranks(lengths, split, *, num_steps=3):
     micro, accumulation, world_size = split
-    plan = BatchPlan(micro=micro, accumulation=accumulation, world_size=world_size, num_steps=num_steps, seed=0)
-    examples = of_lengths(enumerate(lengths))
-    return [MicroBatches(examples, Collator(PROCESSOR, family(), Identity()), plan, rank=rank) for rank in range(world_size)]
+    settings = {"micro": micro, "accumulation": accumulation, "world_size": world_size, "num_steps": num_steps}
+    examples, collate = of_lengths(enumerate(lengths)), Collator(PROCESSOR, family(), Identity())
+    return [padded(examples, collate, **settings, rank=rank) for rank in range(world_size)]
 
 
 def padding_share(batches):
@@ -176,20 +163,20 @@ def padding_share(batches):
 def test_the_longest_rows_of_a_step_come_first_and_the_set_is_the_permutations():
     lengths = mixed(50)
     (batches,) = all_ranks(lengths, (8, 1, 1), num_steps=10)
-    flat = [50] * 50
-    (unsorted,) = all_ranks(flat, (8, 1, 1), num_steps=10)
-    for step in range(10):
-        rows, drawn = (source.order[8 * step : 8 * step + 8] for source in (batches, unsorted))
-        assert sorted(rows) == sorted(drawn)
+    (unsorted,) = all_ranks([50] * 50, (8, 1, 1), num_steps=10)
+    taken, drawn = ([source[step].input_ids[:, 0].tolist() for step in range(10)] for source in (batches, unsorted))
+    assert drawn == batches.rows.tolist()
+    for rows, drawn_rows in zip(taken, drawn, strict=True):
+        assert sorted(rows) == sorted(drawn_rows)
         assert [lengths[row] for row in rows] == sorted((lengths[row] for row in rows), reverse=True)
-    assert any(batches.order[8 * step : 8 * step + 8] != unsorted.order[8 * step : 8 * step + 8] for step in range(10))
+    assert taken != drawn
 
 
 @pytest.mark.parametrize(("micro", "most"), [(16, 0.31), (4, 0.1)])
 def test_rows_of_like_length_need_little_padding(micro, most):
     (batches,) = all_ranks(mixed(768), (micro, 128 // micro, 1), num_steps=6)
-    rows = [[batches.examples[row] for row in range(first, first + micro)] for first in range(0, 768, micro)]
-    before = padding_share(map(batches.collate, rows))
+    examples, (collate,) = batches.layout.examples, batches.layout.collates
+    before = padding_share(collate(examples[first : first + micro]) for first in range(0, 768, micro))
     after = padding_share(batches[index] for index in range(len(batches)))
     assert after < before / 2 and after < most
 
@@ -204,14 +191,15 @@ def test_ranks_of_a_part_hold_neighbouring_lengths(split):
         lengths = [sorted(int(n) for batch in part for n in batch.attention_mask.sum(dim=1)) for part in parts]
         assert all(longer[0] >= shorter[-1] for longer, shorter in pairwise(lengths))
         taken = sorted(int(row) for part in parts for batch in part for row in batch.input_ids[:, 0])
-        assert taken == sorted(ranks[0].order[8 * step : 8 * step + 8])
+        assert taken == sorted(ranks[0].rows[step].tolist())
 
 
 def test_no_rank_has_the_longest_rows_of_every_part():
     lengths = torch.tensor(mixed(512)).clamp(max=600)  # no rank can make up for one row that is longer than all others
     ranks = all_ranks(lengths.tolist(), (2, 8, 8), num_steps=4)
     totals = [sum(int(rank[index].attention_mask.sum()) for index in range(len(rank))) for rank in ranks]
-    in_line = lengths[ranks[0].order].view(4 * 8, 8, 2).sum(dim=(0, 2)).tolist()
+    longest_first = lengths[ranks[0].rows].sort(dim=1, descending=True).values
+    in_line = longest_first.view(4 * 8, 8, 2).sum(dim=(0, 2)).tolist()
     assert max(totals) / min(totals) < 1.05 < max(in_line) / min(in_line)
 
 
@@ -232,12 +220,12 @@ def test_lengths_of_mapped_rows_are_the_same(tmp_path):
     collate = Collator(tiny.processor("next"), family("next"), VisionZip(dominant=4, contextual=2))
     assert len(examples) == 3 and examples.column("num_whole_tokens").max() < 220  # the row without a label is not among them
     assert collate.lengths(examples).tolist() == collate.lengths(list(examples)).tolist()
-    plan = BatchPlan(micro=1, accumulation=1, world_size=1, num_steps=len(examples), seed=0)
-    mapped, plain = (MicroBatches(given, collate, plan, rank=0) for given in (examples, list(examples)))
-    assert mapped.order == plain.order
-    assert [mapped.num_labels(step) for step in range(plan.num_steps)] == [
-        plain.num_labels(step) for step in range(plan.num_steps)
-    ]
+    mapped, plain = (padded(given, collate, micro=3, num_steps=3) for given in (examples, list(examples)))
+    for step in range(3):
+        (one,), (other,) = (source.layout.parts(step, source.rows[step].tolist()) for source in (mapped, plain))
+        assert one == other and sorted(one.rows) == [0, 1, 2]
+        for count in ("num_labels", "num_taught_labels", "num_tokens"):
+            assert getattr(mapped, count)(step) == getattr(plain, count)(step) > 0
 
 
 def test_an_image_of_unknown_size_counts_as_a_usual_one():
@@ -274,8 +262,8 @@ class Dying(Ready):
 
 
 def text_batches(media, num_steps=4):
-    plan = BatchPlan(micro=2, accumulation=1, world_size=1, num_steps=num_steps, seed=0)
-    return MicroBatches(of_lengths(enumerate([5] * 8)), Collator(PROCESSOR, family(), Identity(), media=media), plan, rank=0)
+    collate = Collator(PROCESSOR, family(), Identity(), media=media)
+    return padded(of_lengths(enumerate([5] * 8)), collate, micro=2, num_steps=num_steps)
 
 
 def test_a_worker_has_one_thread():
@@ -311,10 +299,9 @@ def test_other_errors_stay_what_they_are():
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_run_goes_on_where_a_picture_vanished(tmp_path, num_workers):
     examples = examples_of([f"<image>row {number}" for number in range(6)], tmp_path)
-    plan = BatchPlan(micro=1, accumulation=1, world_size=1, num_steps=6, seed=0)
-    source = MicroBatches(examples, Collator(PROCESSOR, family(), Identity()), plan, rank=0)
+    source = padded(examples, Collator(PROCESSOR, family(), Identity()), micro=1, num_steps=6)
     whole = list(loader(source, first=0, num_workers=0))
-    (path,) = examples[source.order[3]].media["image"]
+    (path,) = examples[source.rows[3].item()].media["image"]
     away = path.rename(path.with_suffix(".gone"))
 
     seen = []

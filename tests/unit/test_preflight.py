@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from data.collate import Collator
 from data.conversations import BadRow, parse_row
-from data.dataset import Collator
 from data.paths import write_json
 from data.preflight import check_files, measure, refuse_faults, report
 from data.preflight_show import MAX_PANELS, MAX_TURNS, draw_report, print_report

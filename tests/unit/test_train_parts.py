@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -19,22 +20,25 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import vzip
-from data.dataset import BatchPlan, Collator
-from data.tokens import kinds_of
+from data.collate import Collator, Packer
+from data.dataset import BatchPlan, MicroBatches, PaddedLayout, has_media
+from data.packing import shared_prefix
+from data.tokens import Example, kinds_of
 from tests import tiny
 from tests.conftest import ROOT
 from tests.unit.rows import IMAGE_ROWS, NUM_FRAMES, NUM_LABELS, VIDEO_ROWS, examples_of, processed, rows_of
 from train import config
 from train.checkpoint import write_json
 from train.control import control_row
-from train.engine import TokenLoss, media_inputs
 from train.evaluate import _normal, gap_closed, score
 from train.loop import learning_rate
+from train.losses import FastLoss, ReferenceLoss, media_inputs
 from train.models import count_model
 from train.plan import print_plan
 from train.track import Tracker, _has_key, memory_gb
 from vzip import UserError
 from vzip.cost import row_cost
+from vzip.families import family_of
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
@@ -95,6 +99,8 @@ def test_the_defaults_pass_the_check():
     [
         ("batch.size=0", "batch.size=0"),
         ("batch.micro=-1", "batch.micro=-1"),
+        ("batch.tokens=0", "batch.tokens=0"),
+        ("engine=quick", "engine=quick"),
         ("save_every=0", "save_every=0"),
         ("optim.epochs=0", r"optim.epochs=0"),
         ("optim.lr=-1e-5", r"optim.lr=-1e-05"),
@@ -121,12 +127,16 @@ def test_a_value_that_no_run_can_have_is_refused_by_name(override, named):
     [(128, 16, 1, 8), (128, 16, 8, 1), (16, 8, 2, 1), (12, 2, 3, 2), (1, 1, 1, 1)],
 )
 def test_a_global_batch_is_cut_exactly(size, micro, world_size, accumulation):
-    cfg = settings_of(f"batch.size={size}", f"batch.micro={micro}", "seed=5")
+    cfg = settings_of("engine=reference", f"batch.size={size}", f"batch.micro={micro}", "seed=5")
     plan = config.batch_plan(cfg, num_rows=1000, world_size=world_size)
-    assert plan == BatchPlan(
-        micro=micro, accumulation=accumulation, world_size=world_size, num_steps=max(1, round(1000 / size)), seed=5
-    )
-    assert plan.size == size
+    assert plan == BatchPlan(size=size, world_size=world_size, num_steps=max(1, round(1000 / size)), seed=5)
+
+    rows, short = [Example([7] * (1 + number), [7] * (1 + number), {}) for number in range(150)], replace(plan, num_steps=2)
+    layout = PaddedLayout(Collator(tiny.processor(), family_of(tiny.llava()), Identity()), rows, short, micro=micro)
+    for rank in range(world_size):
+        batches = MicroBatches(layout, short, rank=rank, taught=has_media(rows))
+        assert len(batches) == 2 * accumulation == 2 * batches.num_parts(0)
+        assert {len(batches[part].input_ids) for part in range(len(batches))} == {micro}
 
 
 @pytest.mark.parametrize(
@@ -141,23 +151,29 @@ def test_a_global_batch_is_cut_exactly(size, micro, world_size, accumulation):
     ],
 )
 def test_steps_follow_from_rows_and_epochs(overrides, num_rows, num_steps):
-    cfg = settings_of("batch.size=16", "batch.micro=8", *overrides)
-    assert config.batch_plan(cfg, num_rows=num_rows, world_size=1).num_steps == num_steps
+    for engine in ("fast", "reference"):
+        cfg = settings_of(f"engine={engine}", "batch.size=16", "batch.micro=8", *overrides)
+        assert config.batch_plan(cfg, num_rows=num_rows, world_size=1).num_steps == num_steps
 
 
 def test_a_batch_that_can_not_be_cut_names_what_fits():
+    def plan(micro, world_size, *, engine="reference"):
+        cfg = settings_of(f"engine={engine}", "batch.size=12", f"batch.micro={micro}")
+        return config.batch_plan(cfg, num_rows=100, world_size=world_size)
+
     with pytest.raises(UserError, match=r"batch\.size=12 .* batch\.micro=8 x 1 ranks; batch\.micro can be 1, 2, 3, 4, 6, 12$"):
-        config.batch_plan(settings_of("batch.size=12", "batch.micro=8"), num_rows=100, world_size=1)
+        plan(8, 1)
     with pytest.raises(UserError, match=r"x 2 ranks; batch\.micro can be 1, 2, 3, 6$"):
-        config.batch_plan(settings_of("batch.size=12", "batch.micro=4"), num_rows=100, world_size=2)
+        plan(4, 2)
     with pytest.raises(UserError, match="multiple of 5"):
-        config.batch_plan(settings_of("batch.size=12", "batch.micro=4"), num_rows=100, world_size=5)
+        plan(4, 5)
+    assert plan(8, 5, engine="fast") == BatchPlan(size=12, world_size=5, num_steps=8, seed=0)  # which cuts as it likes
 
 
 @settings(max_examples=60, deadline=None)
 @given(size=st.integers(1, 64), micro=st.integers(1, 64), world_size=st.integers(1, 9))
 def test_what_the_plan_advises_works(size, micro, world_size):
-    cfg = OmegaConf.merge(settings_of(), {"batch": {"size": size, "micro": micro}})
+    cfg = OmegaConf.merge(settings_of("engine=reference"), {"batch": {"size": size, "micro": micro}})
     try:
         plan = config.batch_plan(cfg, num_rows=100, world_size=world_size)
     except UserError as error:
@@ -167,7 +183,7 @@ def test_what_the_plan_advises_works(size, micro, world_size):
         for fitting in fits:
             config.batch_plan(OmegaConf.merge(cfg, {"batch": {"micro": fitting}}), num_rows=100, world_size=world_size)
     else:
-        assert plan.size == size and plan.micro == micro
+        assert plan.size == size and size % (micro * world_size) == 0
 
 
 def test_a_data_file_without_rows_is_a_user_error():
@@ -489,17 +505,33 @@ def frozen_but_the_projector(kind, dtype=torch.float32):
     return model
 
 
-def both_losses(model, kind, handle, texts, folder, kinds=None):
+ENGINES = pytest.mark.parametrize("engine", ["reference", "fast"])
+
+
+def our_loss(engine, family, collate, examples):
+    """The sum over the label tokens of the rows, packed behind what they all begin with, or padded."""
+    reducer = collate.reducer
+    if engine == "reference":
+        return ReferenceLoss(family, reducer, learns_text=True)(collate(examples))[0]
+    prefix = shared_prefix(examples, [family.placeholder_id(kind) for kind in collate.kinds])
+    assert bool(prefix) == any(example.media for example in examples)
+    batch = Packer(collate, num_prefix=len(prefix))(examples)
+    return FastLoss(family, [reducer], prefix=prefix, recompute=False)(batch)[0]
+
+
+def both_losses(engine, kind, handle, texts, folder, kinds=None):
     """(ours, the stock model's): sums over the label tokens of the texts' rows."""
+    texts, model = [f"see: {text}" for text in texts], handle.family.model
     examples = examples_of(texts, folder)
     kinds, processor = kinds or kinds_of(examples), tiny.processor(kind)
-    batch = Collator(processor, handle.family, handle.reducer, kinds=kinds, num_frames=NUM_FRAMES)(examples)
+    collate = Collator(processor, handle.family, handle.reducer, kinds=kinds, num_frames=NUM_FRAMES)
     inputs = processed(handle.processor(processor), texts, examples)
     inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
     lengths = inputs["attention_mask"].sum(dim=1, keepdim=True)
     at = torch.arange(inputs["input_ids"].shape[1])
     labels = torch.where((at < lengths) & (at >= lengths - NUM_LABELS), inputs["input_ids"], -100)
-    return TokenLoss(handle.family)(batch), model(**inputs, labels=labels).loss * NUM_LABELS * len(texts)
+    plain = model(**inputs, labels=labels).loss * NUM_LABELS * len(texts)
+    return our_loss(engine, handle.family, collate, examples), plain
 
 
 LOSS_REDUCERS = [
@@ -510,30 +542,33 @@ LOSS_REDUCERS = [
 ]
 
 
+@ENGINES
 @pytest.mark.parametrize("reducer", LOSS_REDUCERS, ids=repr)
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_loss_and_gradients_are_the_stock_models(tmp_path, kind, reducer):
+def test_loss_and_gradients_are_the_stock_models(tmp_path, kind, reducer, engine):
     model = frozen_but_the_projector(kind)
     with vzip.attach(model, reducer=reducer) as handle:
-        ours, plain = both_losses(model, kind, handle, rows_of(kind), tmp_path)
+        ours, plain = both_losses(engine, kind, handle, rows_of(kind), tmp_path)
         assert ours.item() == pytest.approx(plain.item(), rel=1e-6) and ours > 0
         for one, other in zip(gradients_of(model, ours), gradients_of(model, plain), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * float(other.abs().max()))
             assert other.abs().max() > 0
 
 
+@ENGINES
 @pytest.mark.parametrize(("kind", "rows"), [(kind, rows) for kind in tiny.VIDEO for rows in (IMAGE_ROWS, VIDEO_ROWS[:1])])
-def test_a_blank_picture_or_video_changes_no_loss(tmp_path, kind, rows):
+def test_a_blank_picture_or_video_changes_no_loss(tmp_path, kind, rows, engine):
     model = frozen_but_the_projector(kind)
     with vzip.attach(model, dominant=4, contextual=2) as handle:
-        ours, plain = both_losses(model, kind, handle, rows, tmp_path, kinds=handle.family.kinds)
+        ours, plain = both_losses(engine, kind, handle, rows, tmp_path, kinds=handle.family.kinds)
         assert ours.item() == pytest.approx(plain.item(), rel=1e-6)
         for one, other in zip(gradients_of(model, ours), gradients_of(model, plain), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * float(other.abs().max()))
 
 
+@ENGINES
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_text_alone_runs_all_modules_and_gives_no_gradient(tmp_path, kind):
+def test_text_alone_runs_all_modules_and_gives_no_gradient(tmp_path, kind, engine):
     """Under ZeRO 3 the ranks wait for each other in every module."""
     model = frozen_but_the_projector(kind)
     with vzip.attach(model, dominant=4, contextual=2) as handle:
@@ -542,21 +577,27 @@ def test_text_alone_runs_all_modules_and_gives_no_gradient(tmp_path, kind):
         for part in (*towers, family.projector):
             part.register_forward_hook(lambda module, *_: run.append(module))
         examples = examples_of(["no picture", "nor here"], tmp_path)
-        batch = Collator(tiny.processor(kind), family, handle.reducer, kinds=kinds, num_frames=NUM_FRAMES)(examples)
-        loss = TokenLoss(family)(batch)
+        collate = Collator(tiny.processor(kind), family, handle.reducer, kinds=kinds, num_frames=NUM_FRAMES)
+        batch, loss = collate(examples), our_loss(engine, family, collate, examples)
         assert batch.num_placeholders == dict.fromkeys(kinds, 0) and set(run) == {*towers, family.projector}
         assert run.count(family.projector) == len(kinds)
         gradients = gradients_of(model, loss)
         assert all(value is not None and not value.any() for value in gradients)
+        if engine == "fast":  # it leaves such rows out, and runs this in their place
+            run.clear()
+            nothing = FastLoss(family, [handle.reducer], prefix=[7, 8], recompute=False)(Packer(collate, num_prefix=2)([]))[0]
+            assert nothing == 0 and set(run) == {*towers, family.projector}
+            assert all(value is not None and not value.any() for value in gradients_of(model, nothing))
         plain = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
         assert loss.item() == pytest.approx(plain.item() * NUM_LABELS * 2, rel=1e-6)
 
 
+@ENGINES
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_a_half_precision_model_takes_its_pictures_in_its_own_precision(tmp_path, kind):
+def test_a_half_precision_model_takes_its_pictures_in_its_own_precision(tmp_path, kind, engine):
     model = frozen_but_the_projector(kind, torch.bfloat16)
     with vzip.attach(model, dominant=4, contextual=2) as handle:
-        ours, plain = both_losses(model, kind, handle, rows_of(kind), tmp_path)
+        ours, plain = both_losses(engine, kind, handle, rows_of(kind), tmp_path)
         assert ours.dtype == torch.float32 and ours.item() == pytest.approx(plain.item(), rel=1e-2)
         assert all(value.dtype == torch.float32 and value.isfinite().all() for value in gradients_of(model, ours))
 

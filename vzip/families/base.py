@@ -223,15 +223,15 @@ class Family:
         (_, pixels), *more = inputs.items()
         return self.reduced(kind, self.model.model, reducer, pixels, **dict(more))
 
-    def media_features(self, kind: str, inputs: Mapping[str, Tensor]) -> Tensor:
-        """float[n, d_llm]: projected tokens of all images, or all videos, one after the other, as the model is now.
+    def media_features(self, reducer: Reducer, kind: str, inputs: Mapping[str, Tensor]) -> Tensor:
+        """float[n, d_llm]: projected tokens of all images, or all videos, one after the other.
 
         `inputs` are what `vzip.media.model_inputs` returns; or the fields of a `Reduced`, which need neither tower nor reducer.
         """
         if "features" in inputs:
             return self.placed(self.model.model, Reduced(**inputs))
         (_, pixels), *more = inputs.items()
-        return torch.cat(list(getattr(self.model.model, f"get_{kind}_features")(pixels, **dict(more)).pooler_output))
+        return torch.cat(self.features(kind, self.model.model, reducer, pixels, **dict(more)))
 
     def drop_towers(self) -> None:
         """Free the frozen parts' memory, for a model that only takes what `reduced` made. Take its fingerprint before."""

@@ -7,6 +7,8 @@ Legend of shapes: d width, f width of the MLP.
 """
 
 import importlib.util
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,70 +36,88 @@ def rms_backward(gradient: Tensor, hidden: Tensor, weight: Tensor, eps: float) -
     return ((given - high * shared) * scale).to(hidden.dtype)
 
 
+def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
+    """float[..., f] of gate and up, float[..., f]."""
+    return F.silu(gate) * up
+
+
 def swiglu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up, float[..., f]."""
     return torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)
 
 
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
+
+
+def _kernel(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+    return _compiled(function) if compiled else function
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float, compiled: bool) -> Any:
         ctx.save_for_backward(hidden, weight)
-        ctx.eps = eps
-        return rms_forward(hidden, weight, eps)
+        ctx.eps, ctx.compiled = eps, compiled
+        return _kernel(rms_forward, compiled)(hidden, weight, eps)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
-        return rms_backward(gradients[0], hidden, weight, ctx.eps), None, None
+        return _kernel(rms_backward, ctx.compiled)(gradients[0], hidden, weight, ctx.eps), None, None, None
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, compiled: bool) -> Any:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        ctx.compiled = compiled
+        return _kernel(swiglu_forward, compiled)(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return swiglu_backward(gradients[0], *ctx.saved_tensors)
+        return *_kernel(swiglu_backward, ctx.compiled)(gradients[0], *ctx.saved_tensors), None
 
 
 def _has_liger(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
 
 
-def rms_norm(norm: Any, hidden: Tensor) -> Tensor:
-    """float[..., d]: the norm of float[..., d] by the frozen weight of `norm`, one of transformers' Llama's."""
+def rms_norm(norm: Any, hidden: Tensor, *, compiled: bool = False) -> Tensor:
+    """float[..., d]: the norm of float[..., d] by the frozen weight of `norm`, one of transformers' Llama's.
+
+    With `compiled` its elementwise operations are one kernel, which takes seconds to make and is kept on disk.
+    """
     normed: Tensor
     if _has_liger(hidden.device):
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
         normed = LigerRMSNormFunction.apply(hidden, norm.weight, norm.variance_epsilon, 0.0, "llama", False)
         return normed
-    normed = _RMSNorm.apply(hidden, norm.weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
+    normed = _RMSNorm.apply(hidden, norm.weight, norm.variance_epsilon, compiled)  # type: ignore[no-untyped-call]
     return normed
 
 
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def _swiglu(gate: Tensor, up: Tensor, compiled: bool) -> Tensor:
     product: Tensor
     if _has_liger(gate.device):
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
         product = LigerSiLUMulFunction.apply(gate, up)
         return product
-    product = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    product = _SwiGLU.apply(gate, up, compiled)  # type: ignore[no-untyped-call]
     return product
 
 
-def _mlp(mlp: Any, hidden: Tensor) -> Tensor:
-    found: Tensor = mlp.down_proj(_swiglu(mlp.gate_proj(hidden), mlp.up_proj(hidden)))
+def _mlp(mlp: Any, hidden: Tensor, compiled: bool) -> Tensor:
+    found: Tensor = mlp.down_proj(_swiglu(mlp.gate_proj(hidden), mlp.up_proj(hidden), compiled))
     return found
 
 
-def swiglu_mlp(mlp: nn.Module, hidden: Tensor, *, recompute: bool) -> Tensor:
+def swiglu_mlp(mlp: nn.Module, hidden: Tensor, *, recompute: bool = False, compiled: bool = False) -> Tensor:
     """float[..., d]: the MLP of float[..., d]; with `recompute` only its input is kept, and gate and up are made again."""
     if recompute and torch.is_grad_enabled():
-        found: Tensor = checkpoint(_mlp, mlp, hidden, use_reentrant=False)
+        found: Tensor = checkpoint(_mlp, mlp, hidden, compiled, use_reentrant=False)
         return found
-    return _mlp(mlp, hidden)
+    return _mlp(mlp, hidden, compiled)

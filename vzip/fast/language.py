@@ -49,10 +49,11 @@ class PackedLanguage:
     Args:
         model: the model without its head, e.g. a `LlamaModel`.
         recompute: keep only the MLPs' inputs for the backward pass, and run them again there.
+        compiled: make one kernel each of the norms' and MLPs' elementwise operations.
     """
 
-    def __init__(self, model: Any, *, recompute: bool) -> None:
-        self.model, self.recompute = model, recompute
+    def __init__(self, model: Any, *, recompute: bool = False, compiled: bool = False) -> None:
+        self.model, self.recompute, self.compiled = model, recompute, compiled
 
     @torch.no_grad()
     def prefixes(self, ids: Sequence[int], device: torch.device) -> list[Prefix]:
@@ -70,8 +71,9 @@ class PackedLanguage:
         """The model with packed attention and fused parts."""
         layers = self.model.layers
         norms = [self.model.norm, *(n for each in layers for n in (each.input_layernorm, each.post_attention_layernorm))]
-        forwards = {norm: partial(rms_norm, norm) for norm in norms}
-        forwards |= {each.mlp: partial(swiglu_mlp, each.mlp, recompute=self.recompute) for each in layers}
+        compiled = self.compiled
+        forwards = {norm: partial(rms_norm, norm, compiled=compiled) for norm in norms}
+        forwards |= {each.mlp: partial(swiglu_mlp, each.mlp, recompute=self.recompute, compiled=compiled) for each in layers}
         config, before = self.model.config, self.model.config._attn_implementation
         config._attn_implementation = NAME
         try:

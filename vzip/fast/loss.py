@@ -6,7 +6,6 @@ Legend of shapes: n label tokens, d width, V vocabulary.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 MAX_LOGITS = 2**25
@@ -23,9 +22,15 @@ class _CrossEntropy(torch.autograd.Function):
         for part, wanted in zip(torch.split(hidden, num_rows), torch.split(targets, num_rows), strict=True):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
-                loss = F.cross_entropy(head(part).to(total.dtype), wanted, reduction="sum")
-            gradients += torch.autograd.grad(loss, part)
-            total += loss.detach()
+                logits = head(part)  # as a module, and back through it, so that sharded weights are gathered
+            # From here in place: on a CPU, making large tensors costs more than filling them.
+            high = logits.detach().to(total.dtype)
+            highest = high.amax(dim=1, keepdim=True)
+            of_wanted = high.gather(1, wanted[:, None]) - highest
+            mass = high.sub_(highest).exp_().sum(dim=1, keepdim=True)
+            total += (mass.log() - of_wanted).sum()
+            high.div_(mass).scatter_add_(1, wanted[:, None], torch.full_like(mass, -1.0))
+            gradients += torch.autograd.grad(logits, part, high.to(logits.dtype))
         ctx.save_for_backward(torch.cat(gradients))
         return total
 
