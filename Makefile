@@ -10,7 +10,7 @@ TUNE := $(if $(MODEL),model=$(MODEL)) $(if $(BUDGET),reducer.budget=$(BUDGET)) $
 export OMP_WAIT_POLICY ?= PASSIVE # threads that spin while others work stall a busy machine
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-check cache bench-loader tune test check format clean
+.PHONY: help setup data data-check cache tune bench bench-tower bench-prefill bench-loader test check format clean
 
 # The embedded default is only prepared where it, or a tiny model with its pictures, is what is meant.
 PREPARE := $(if $(filter-out smol %-tiny,$(MODEL)),,$(BIN)/python scripts/prepare_smol.py)
@@ -37,12 +37,21 @@ cache: setup ## compute the reducer's output for MODEL's subset once, to tune fr
 	$(PREPARE)
 	$(BIN)/python scripts/cache_features.py $(TUNE)
 
-bench-loader: setup ## pictures a second that a loader's worker makes ready, and the time until the first batch
-	$(BIN)/python scripts/bench_loader.py
-
 tune: setup ## tune: MODEL=llava-7b BUDGET=64 ARGS="optim.lr=2e-5"
 	$(PREPARE)
 	$(BIN)/deepspeed --log_level warning --master_port $(PORT) train/tune.py $(TUNE)
+
+bench: setup ## the fast path against the reference: steps/s, FLOPs, memory; ARGS="--shape llava-7b" on a GPU
+	$(BIN)/python scripts/bench.py $(ARGS)
+
+bench-tower: setup ## vision tower and reducer at CLIP-L/336 shape, against the released code's way
+	$(BIN)/python scripts/bench_tower.py $(ARGS)
+
+bench-prefill: setup ## prefill and time a token against the number of visual tokens; 13B reduced against 7B full
+	$(BIN)/python scripts/bench_prefill.py $(ARGS)
+
+bench-loader: setup ## pictures a second that a loader's worker makes ready, and the time until the first batch
+	$(BIN)/python scripts/bench_loader.py $(ARGS)
 
 test: setup ## all tests, in two processes of one thread each
 	$(BIN)/python scripts/prepare_smol.py

@@ -28,15 +28,14 @@ class Rows(NamedTuple):
 
     def first(self, where: np.ndarray) -> np.ndarray:
         """int64[rows]: place in its row of each row's first token for which `where` holds; the row's length without one."""
-        places = np.where(where, np.arange(len(where)), len(where))
-        following = np.minimum.accumulate(places[::-1])[::-1]
-        found: np.ndarray = np.minimum(following[self.starts], self.stops) - self.starts
+        places = np.append(np.flatnonzero(where), len(where))
+        found: np.ndarray = np.minimum(places[np.searchsorted(places, self.starts)], self.stops) - self.starts
         return found
 
     def last(self, where: np.ndarray) -> np.ndarray:
         """int64[rows]: place in its row of the last such token; negative if there is none."""
-        places = np.where(where, np.arange(len(where)), -1)
-        found: np.ndarray = np.maximum.accumulate(places)[self.stops - 1] - self.starts
+        places = np.append(-1, np.flatnonzero(where))
+        found: np.ndarray = places[np.searchsorted(places, self.stops) - 1] - self.starts
         return found
 
 
@@ -77,7 +76,7 @@ class Part(NamedTuple):
 
 
 def pack(rows: Sequence[int], lengths: np.ndarray, *, tokens: int, world_size: int, seed: Sequence[int]) -> list[Part]:
-    """The rows in as few micro batches of at most `tokens` tokens as there is a multiple of `world_size` of, of like size.
+    """The rows in micro batches of at most `tokens` tokens and of like size, few of them, and as many on each rank.
 
     Longest first, each row goes where there are the fewest tokens. A row of more than `tokens` tokens is alone.
 
