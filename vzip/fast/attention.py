@@ -110,24 +110,20 @@ def _flash(queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, sc
         return mixed
     from torch.nn.attention.varlen import varlen_attn
 
-    found = varlen_attn(
-        queries,
-        keys,
-        values,
-        *bounds,
-        *longest,
-        scale=scaling,
-        window_size=(-1, 0),
-        enable_gqa=queries.shape[1] != keys.shape[1],
-    )
+    grouped = {"enable_gqa": True} if queries.shape[1] != keys.shape[1] else {}
+    found = varlen_attn(queries, keys, values, *bounds, *longest, scale=scaling, window_size=(-1, 0), **grouped)
     assert isinstance(found, Tensor)
     return found
 
 
-def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether FlashAttention is there for packed rows: flash-attn, or torch 2.12 or newer, on a GPU in half precision."""
-    there = importlib.util.find_spec("flash_attn") is not None or version.parse(torch.__version__) >= version.parse("2.12")
-    return there and device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+def has_flash(queries: Tensor, keys: Tensor) -> bool:
+    """Whether FlashAttention takes packed float[H, T, c] and float[K, T, c]: on a GPU, in half precision, by flash-attn, or by
+    torch from 2.11 on, with fewer key heads than heads from 2.12 on.
+    """
+    if queries.device.type != "cuda" or queries.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    least = "2.11" if len(queries) == len(keys) else "2.12"
+    return importlib.util.find_spec("flash_attn") is not None or version.parse(torch.__version__) >= version.parse(least)
 
 
 def packed_attention(
@@ -148,7 +144,7 @@ def packed_attention(
     """
     assert attention_mask is None and not (module.training and module.attention_dropout)
     segments, scaling, layer = settings["segments"], settings["scaling"], module.layer_idx
-    if not has_flash(query.device, query.dtype):
+    if not has_flash(query[0], key[0]):
         mixed = _BlockAttention.apply(query[0], key[0], value[0], segments, (layer, scaling))  # type: ignore[no-untyped-call]
         return mixed.transpose(0, 1)[None], None
     # Rows of keys with the prefix before each: as matrices of tokens, which FlashAttention takes.
