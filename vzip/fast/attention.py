@@ -110,7 +110,7 @@ def _flash(queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, sc
         return mixed
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = {"enable_gqa": True} if queries.shape[1] != keys.shape[1] else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if queries.shape[1] != keys.shape[1] else {}
     found = varlen_attn(queries, keys, values, *bounds, *longest, scale=scaling, window_size=(-1, 0), **grouped)
     assert isinstance(found, Tensor)
     return found
