@@ -29,7 +29,7 @@ from vzip.templates import Template
 NUM_SHOWN = 10
 MANIFEST, CHECKED = "manifest.json", "checked.jsonl"
 VERSION = 2
-"""Of the subsets: raise it when other rows are drawn of the same data."""
+"""Of the subsets: raise it when other rows are drawn of the same data, or their files hold something else."""
 
 
 @dataclass(frozen=True, kw_only=True)

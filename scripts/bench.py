@@ -224,8 +224,8 @@ def show(name: str, found: dict[str, Any], *, extrapolated: bool) -> None:
         f"{found['gradient_difference']:.1e} in {found['dtype']}, by {found['float32_difference']:.1e} in float32",
         f"necessary: {found['necessary_flops'] / 1e12:,.2f} TFLOP a step; peak {found['peak_flops'] / 1e12:,.2f} TFLOP/s, "
         f"{found['peak_flops_from']}",
-        f"fast: first step after {found['first_step_s']:.2f} s; keeps {found['kept_widths']:.1f} d bytes a token and layer in "
-        f"bf16; weights {found['weight_bytes'] / 1e9:.2f} GB; at most {found['tokens']:,} tokens a micro batch",
+        f"fast: first step {found['first_step_s']:.2f} s after the model is made; keeps {found['kept_widths']:.1f} d bytes a "
+        f"token and layer in bf16; weights {found['weight_bytes'] / 1e9:.2f} GB; at most {found['tokens']:,} tokens a micro batch",
     ]
     console.print(*lines, sep="\n")
 

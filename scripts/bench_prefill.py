@@ -9,6 +9,7 @@ python scripts/bench_prefill.py --shape tiny --batch 1 8 --json prefill.json
 """
 
 import argparse
+import pkgutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, from wherever this file is started
 
 import torch
-from hydra.utils import get_class
-from omegaconf import OmegaConf
+import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -60,8 +60,8 @@ def _shrunk(architecture: Mapping[str, Any]) -> dict[str, Any]:
 
 def build(name: str, *, tiny: bool, device: torch.device) -> Family:
     """The model of configs/model/NAME.yaml with random weights, made on the device; a `tiny` one in float32."""
-    settings: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "model" / f"{name}.yaml"))
-    model, family = settings["model"], get_class(settings["model"]["_target_"])
+    model = yaml.safe_load((ROOT / "configs" / "model" / f"{name}.yaml").read_text())["model"]
+    family = pkgutil.resolve_name(model["_target_"])
     architecture = model["architecture"]
     if tiny:
         image = architecture["image_token_index"] // FRACTIONS["vocab_size"]

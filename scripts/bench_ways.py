@@ -25,7 +25,8 @@ from vzip.reducers import Reducer
 from vzip.reducers.base import VisionTokens
 
 MOST, MULTIPLE, SPARE = 16_384, 256, 0.05
-"""Tokens of a packed micro batch, as `train/memory.py` chooses them; the share of a GPU's memory that is left free."""
+"""Tokens of a packed micro batch, much as `train/memory.py`, which needs DeepSpeed, chooses them; the share of a GPU's memory
+that is left free."""
 
 
 def released(family: Family) -> Family:

@@ -52,9 +52,10 @@ class Engine:
         optimizer = torch.optim.AdamW(
             trainable.parameters.values(), lr=cfg.optim.lr, betas=tuple(cfg.optim.betas), weight_decay=cfg.optim.weight_decay
         )
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=loss, optimizer=optimizer, config=deepspeed_config(cfg)
-        )
+        settings = deepspeed_config(cfg)
+        if cfg.deepspeed.zero_optimization.stage == 3:  # shared out one by one, before all of them would go to the device
+            deepspeed.zero.Init(module=loss, config_dict_or_path=settings)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=loss, optimizer=optimizer, config=settings)
         self.rank, self.world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
         self.device = torch.device(self.deepspeed.device)
         self.stage = self.deepspeed.zero_optimization_stage()

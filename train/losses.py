@@ -41,7 +41,7 @@ def embed(family: Family, reducer: Reducer, batch: MicroBatch) -> Tensor:
         else:
             # Text alone gives the projector no gradient. But the ranks wait for each other in every module: a blank picture
             # goes through them, times zero.
-            embeddings = embeddings + 0.0 * found.sum().to(embeddings.dtype)
+            embeddings = embeddings + (0.0 * found.sum()).to(embeddings.dtype)
     return embeddings
 
 

@@ -6,7 +6,7 @@ Total memory is asked for, not what is free now, so that a resumed run cuts its 
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import deepspeed
 import torch
 from omegaconf import DictConfig
 
+from train.budgets import budgets_of
 from train.config import build_reducers
 from train.ranks import gather
 from vzip import UserError
@@ -134,6 +135,8 @@ def fit_packing(
         num_fitting = bisect_right(sizes, room, key=partial(micro_batch, recompute=way))
         found.append(Packing(sizes[num_fitting - 1] if num_fitting else 0, recompute=way))
     packing = found[0] if found[0].tokens >= LEAST else found[-1]
+    if len(budgets_of(cfg)) > 1:  # a budget is drawn for each micro batch: many, and the same ones on another machine
+        packing = replace(packing, tokens=min(packing.tokens, max(LEAST, least)))
     if not packing.tokens:
         needed = resident + micro_batch(least, packing.recompute)
         raise _too_small(card, f"weights, moments and a row of {longest_row} tokens", needed)

@@ -115,11 +115,11 @@ def packed_memory(
     ends = 4 * (vision.hidden_size + 3 * text.hidden_size) + 3 * itemsize * text.hidden_size  # projector and embeddings
     logits = 12 * min(num_tokens * text.vocab_size, MAX_LOGITS)
 
-    num_pictures = math.ceil(num_tokens / (family.num_tile_tokens(reducer) + SHORT_TEXT))
+    num_rows = math.ceil(num_tokens / (family.budget_tiles * family.num_tile_tokens(reducer) + SHORT_TEXT))
     prefix = PREFIX * 2 * itemsize * _head_width(text) * text.num_key_value_heads * text.num_hidden_layers
     # In a layer of the tower about 16 numbers of its width for a patch; and the pixels, as bytes and as numbers.
     tower = 16 * itemsize * family.num_patches * vision.hidden_size + 3 * (5 + itemsize) * family.tile_side**2
-    return int(num_tokens * (language + ends) + logits + num_pictures * (prefix + tower))
+    return int(num_tokens * (language + ends) + logits + num_rows * (prefix + family.budget_tiles * tower))
 
 
 def padded_memory(family: Family, *, num_tokens: int) -> int:

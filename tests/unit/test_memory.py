@@ -157,9 +157,15 @@ def test_what_is_given_is_taken():
 
 
 def test_of_several_budgets_the_one_with_the_most_pictures_counts():
+    alone = [packing_of("model=next-7b", "hardware=24gb", f"reducer.budget={budget}") for budget in (160, 640)]
+    assert alone[0].recompute != alone[1].recompute
     several = packing_of("model=next-7b", "hardware=24gb", "reducer.budget=[320,160,640]")
-    assert several == packing_of("model=next-7b", "hardware=24gb", "reducer.budget=160")
-    assert several != packing_of("model=next-7b", "hardware=24gb", "reducer.budget=640")
+    assert several == Packing(2048, alone[0].recompute)
+
+
+def test_with_several_budgets_larger_memory_makes_no_other_micro_batches():
+    for size in (24, 40, 80):
+        assert packing_of("model=llava-7b", f"memory_gb={size}", "reducer.budget=[64,128,192]").tokens == 2048
 
 
 def test_a_row_longer_than_the_micro_batch_is_a_user_error():

@@ -9,6 +9,7 @@ longest.
 """
 
 import importlib.util
+from functools import cache
 from typing import Any
 
 import torch
@@ -97,11 +98,16 @@ class _BlockAttention(torch.autograd.Function):
         return (*into, None, None)
 
 
+@cache
+def _has_package() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
 def _flash(queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, scaling: float) -> Tensor:
     """float[T, H, c] of queries float[T, H, c], keys and values float[T + R * P, K, c]; causal from the end of each row."""
     bounds = (segments.query_bounds, segments.key_bounds)
     longest = (max(segments.lengths), max(segments.lengths) + segments.num_prefix)
-    if importlib.util.find_spec("flash_attn") is not None:
+    if _has_package():
         from flash_attn import flash_attn_varlen_func
 
         mixed: Tensor = flash_attn_varlen_func(
@@ -117,13 +123,14 @@ def _flash(queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, sc
 
 
 def has_flash(queries: Tensor, keys: Tensor) -> bool:
-    """Whether FlashAttention takes packed float[H, T, c] and float[K, T, c]: on a GPU, in half precision, by flash-attn, or by
-    torch from 2.11 on, with fewer key heads than heads from 2.12 on.
+    """Whether FlashAttention takes packed float[H, T, c] and float[K, T, c]: on a GPU from Ampere on, in half precision,
+    c up to 256; by flash-attn, or by torch from 2.11 on, with fewer key heads than heads from 2.12 on.
     """
-    if queries.device.type != "cuda" or queries.dtype not in (torch.float16, torch.bfloat16):
+    if queries.device.type != "cuda" or queries.dtype not in (torch.float16, torch.bfloat16) or queries.shape[-1] > 256:
         return False
     least = "2.11" if len(queries) == len(keys) else "2.12"
-    return importlib.util.find_spec("flash_attn") is not None or version.parse(torch.__version__) >= version.parse(least)
+    there = _has_package() or version.parse(torch.__version__) >= version.parse(least)
+    return there and torch.cuda.get_device_capability(queries.device) >= (8, 0)
 
 
 def packed_attention(

@@ -80,8 +80,13 @@ class _SwiGLU(torch.autograd.Function):
         return *_kernel(swiglu_backward, ctx.compiled)(gradients[0], *ctx.saved_tensors), None
 
 
+@cache
+def _has_package() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
 def _has_liger(device: torch.device) -> bool:
-    return device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+    return device.type == "cuda" and _has_package()
 
 
 def rms_norm(norm: Any, hidden: Tensor, *, compiled: bool = False) -> Tensor:

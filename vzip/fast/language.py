@@ -39,6 +39,8 @@ def refuse_unfit(config: Any, *, longest: int) -> None:
             f"the language model attends to {window} tokens, the longest row has {longest}, which engine=fast would see "
             f"whole; {advice}, or cut rows with data.max_tokens"
         )
+    if (rope := (config.rope_parameters or {}).get("rope_type")) in ("dynamic", "longrope"):
+        raise UserError(f"engine=fast knows no positions that depend on a row's length, as rope_type={rope!r} has; {advice}")
     if config.attention_dropout:
         raise UserError(f"engine=fast has no dropout, and attention_dropout={config.attention_dropout}; {advice}")
 

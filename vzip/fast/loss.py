@@ -6,7 +6,10 @@ Legend of shapes: n label tokens, d width, V vocabulary.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from vzip.patch import replaced_forwards
 
 MAX_LOGITS = 2**25
 """Logits held at once: 128 MiB of float32, and twice as much beside them."""
@@ -20,17 +23,14 @@ class _CrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         gradients: list[Tensor] = []
         for part, wanted in zip(torch.split(hidden, num_rows), torch.split(targets, num_rows), strict=True):
-            with torch.enable_grad():
-                part = part.detach().requires_grad_()
-                logits = head(part)  # as a module, and back through it, so that sharded weights are gathered
-            # From here in place: on a CPU, making large tensors costs more than filling them.
-            high = logits.detach().to(total.dtype)
+            # In place: on a CPU, making large tensors costs more than filling them.
+            high = F.linear(part, head.weight, head.bias).to(total.dtype)
             highest = high.amax(dim=1, keepdim=True)
             of_wanted = high.gather(1, wanted[:, None]) - highest
             mass = high.sub_(highest).exp_().sum(dim=1, keepdim=True)
             total += (mass.log() - of_wanted).sum()
             high.div_(mass).scatter_add_(1, wanted[:, None], torch.full_like(mass, -1.0))
-            gradients += torch.autograd.grad(logits, part, high.to(logits.dtype))
+            gradients.append(high.to(hidden.dtype) @ head.weight)
         ctx.save_for_backward(torch.cat(gradients))
         return total
 
@@ -44,10 +44,17 @@ def cross_entropy(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     """Sum of the cross entropy of the frozen head's logits, in float32 (float64 stays): a scalar.
 
     Args:
-        head: from float[n, d] to logits float[n, V].
+        head: a linear layer, from float[n, d] to logits float[n, V].
         hidden: float[n, d].
         targets: int64[n].
     """
-    num_rows = max(1, MAX_LOGITS // head.weight.shape[0])
-    total: Tensor = _CrossEntropy.apply(hidden, head, targets, num_rows)  # type: ignore[no-untyped-call]
-    return total
+    num_rows = max(1, MAX_LOGITS // head.out_features)
+
+    def chunked(hidden: Tensor) -> Tensor:
+        total: Tensor = _CrossEntropy.apply(hidden, head, targets, num_rows)  # type: ignore[no-untyped-call]
+        return total
+
+    # Called as a module, and once: sharded weights are gathered for it, by all ranks, however many labels each of them has.
+    with replaced_forwards({head: chunked}):
+        found: Tensor = head(hidden)
+    return found
