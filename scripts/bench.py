@@ -225,7 +225,7 @@ def show(name: str, found: dict[str, Any], *, extrapolated: bool) -> None:
         f"necessary: {found['necessary_flops'] / 1e12:,.2f} TFLOP a step; peak {found['peak_flops'] / 1e12:,.2f} TFLOP/s, "
         f"{found['peak_flops_from']}",
         f"fast: first step {found['first_step_s']:.2f} s after the model is made; keeps {found['kept_widths']:.1f} d bytes a "
-        f"token and layer in bf16; weights {found['weight_bytes'] / 1e9:.2f} GB; at most {found['tokens']:,} tokens a micro batch",
+        f"token and layer in bf16; weights {found['weight_bytes'] / 1e9:.2f} GB; up to {found['tokens']:,} tokens a batch",
     ]
     console.print(*lines, sep="\n")
 

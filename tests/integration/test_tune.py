@@ -65,9 +65,17 @@ def test_same_losses_on_any_ranks_and_micro_batches(settings, runs, plain, ranks
     assert_same_run(runs / name, plain)
 
 
+SHARED = "+deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
+"""Small tensors are shared out as well, as a large model's are."""
+
+
 @pytest.mark.parametrize(
     "zero, cut",
-    [("zero2", "batch.tokens=150"), ("zero3", "engine=reference batch.micro=1"), ("zero3_offload", "batch.tokens=150")],
+    [
+        ("zero2", "batch.tokens=150"),
+        ("zero3", "engine=reference batch.micro=1"),
+        ("zero3_offload", f"batch.tokens=150 batch.recompute=true {SHARED}"),
+    ],
 )
 def test_zero_stages_agree_also_where_a_rank_has_no_image(settings, runs, plain, zero, cut):
     # Micro batches of one row: the two text-only rows leave a rank without an image. Packed, an odd part is of nothing.
