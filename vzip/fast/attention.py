@@ -43,12 +43,13 @@ def _behind(prefix: Tensor, rows: Tensor) -> Tensor:
 
 def _probabilities(queries: Tensor, keys: Tensor, block: Block, scaling: float) -> Tensor:
     """float[K, G, groups * L, P + L], at least in float32: the causal softmax of a block."""
-    scores = queries @ keys.transpose(2, 3)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(scaling)
     length, num_keys = block.length, keys.shape[2]
-    hidden = torch.ones(length, num_keys, dtype=torch.bool, device=keys.device).triu(num_keys - length + 1)
-    scores.view(*scores.shape[:2], -1, length, num_keys).masked_fill_(hidden, float("-inf"))
-    return scores.softmax(dim=-1)
+    hidden = torch.full((length, num_keys), float("-inf"), dtype=keys.dtype, device=keys.device).triu(num_keys - length + 1)
+    scores = torch.baddbmm(
+        hidden.repeat(queries.shape[2] // length, 1), queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=scaling
+    )
+    high = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(dim=-1, dtype=high).view(*queries.shape[:3], num_keys)
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -90,9 +91,9 @@ class _BlockAttention(torch.autograd.Function):
             probabilities = _probabilities(query, key, block, scaling)
             of_probabilities = (given @ value.transpose(2, 3)).to(probabilities.dtype)
             of_values = probabilities.to(value.dtype).transpose(2, 3) @ given
-            mean = (of_probabilities * probabilities).sum(dim=-1, keepdim=True)
-            of_scores = of_probabilities.sub_(mean).mul_(probabilities).mul_(scaling).to(query.dtype)
-            found = (of_scores @ key, (of_scores.transpose(2, 3) @ query)[:, :, num_prefix:], of_values[:, :, num_prefix:])
+            of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype).to(query.dtype)
+            of_queries, of_keys = (of_scores @ key).mul_(scaling), (of_scores.transpose(2, 3) @ query).mul_(scaling)
+            found = (of_queries, of_keys[:, :, num_prefix:], of_values[:, :, num_prefix:])
             for target, padded, groups in zip(into, found, (num_groups, 1, 1), strict=True):
                 target[:, block.start : block.stop] = _packed(padded, block, groups)
         return (*into, None, None)

@@ -33,7 +33,7 @@ def rms_backward(gradient: Tensor, hidden: Tensor, weight: Tensor, eps: float) -
     high, given = _high(hidden), _high(gradient * weight)
     scale = torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + eps)
     shared = (given * high).mean(-1, keepdim=True) * scale.square()
-    return ((given - high * shared) * scale).to(hidden.dtype)
+    return given.addcmul_(high, shared, value=-1).mul_(scale).to(hidden.dtype)
 
 
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
