@@ -1,5 +1,7 @@
 """The parts of the fast path against plain PyTorch and the stock model, in float64, gradients included."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -100,6 +102,22 @@ def test_gradients_of_norm_and_mlp():
         assert_close(ours, plain)
         weight = torch.randn_like(plain)
         assert_close(*(torch.autograd.grad((x * weight).sum(), hidden)[0] for x in (ours, plain)))
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+def test_compiled_kernels_are_the_plain_ones():
+    model = LlamaModel(LlamaConfig(**SHAPE)).requires_grad_(False)
+    norm, mlp = model.norm, model.layers[0].mlp
+    nn.init.normal_(norm.weight)
+    hidden = torch.randn(7, 48, requires_grad=True)
+    for compiled, plain in (
+        (fused.rms_norm(norm, hidden, compiled=True), fused.rms_norm(norm, hidden)),
+        (fused.swiglu_mlp(mlp, hidden, compiled=True), fused.swiglu_mlp(mlp, hidden)),
+    ):
+        assert_close(compiled, plain, tolerance=1e-6)
+        weight = torch.randn_like(plain)
+        assert_close(*(torch.autograd.grad((x * weight).sum(), hidden)[0] for x in (compiled, plain)), tolerance=1e-5)
 
 
 def saved_bytes(model, work):
