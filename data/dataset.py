@@ -124,7 +124,9 @@ class PackedLayout:
 
     def __str__(self) -> str:
         drawn = f", each of one of {len(self.collates)} budgets" if len(self.collates) > 1 else ""
-        return f"{self.plan} on {self.plan.world_size} ranks, in micro batches of at most {self.tokens:,} packed tokens{drawn}"
+        return (
+            f"{self.plan} on {self.plan.world_size} rank(s), in micro batches of at most {self.tokens:,} packed tokens{drawn}"
+        )
 
 
 class MicroBatches(Dataset[MicroBatch]):

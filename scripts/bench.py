@@ -35,7 +35,7 @@ from torch import Tensor
 from data.collate import PackedBatch
 from scripts.bench_rows import Shape, make_family, make_steps, necessary_flops, necessary_tokens, shape_of
 from scripts.bench_ways import Way, fitting_tokens, kept_widths, make_fast, make_reference
-from scripts.measure import alternating, best_device, peak_flops, peak_memory, synchronise, where, write_json
+from scripts.measure import alternating, best_device, count, peak_flops, peak_memory, synchronise, where, write_json
 from train.losses import ReferenceLoss
 from vzip import UserError
 from vzip.cost import weight_memory
@@ -228,13 +228,6 @@ def show(name: str, found: dict[str, Any], *, extrapolated: bool) -> None:
         f"token and layer in bf16; weights {found['weight_bytes'] / 1e9:.2f} GB; up to {found['tokens']:,} tokens a batch",
     ]
     console.print(*lines, sep="\n")
-
-
-def count(text: str) -> int:
-    """A positive whole number. Raises ValueError for anything else."""
-    if (value := int(text)) < 1:
-        raise ValueError(f"{value} is not positive")
-    return value
 
 
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:

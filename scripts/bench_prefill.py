@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 import vzip
-from scripts.measure import ROOT, alternating, best_device, where, write_json
+from scripts.measure import ROOT, alternating, best_device, count, where, write_json
 from vzip.cost import attention_flops, linear_flops, row_cost
 from vzip.families import Family
 from vzip.reducers import Reducer
@@ -220,11 +220,13 @@ def main() -> None:
     """Measure, print, and write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny", help="all but tiny need a GPU; compare one of 80 GB")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median is shown")
-    parser.add_argument("--new-tokens", type=int, default=8, help="generated tokens that are timed")
+    parser.add_argument("--batch", nargs="+", type=count, default=[1, 8])
+    parser.add_argument("--rounds", type=count, default=5, help="of which the median is shown")
+    parser.add_argument("--new-tokens", type=count, default=8, help="generated tokens that are timed")
     parser.add_argument("--json", type=Path, help="file to write all figures to")
     arguments = parser.parse_args()
+    if arguments.shape != "tiny" and not torch.cuda.is_available():
+        parser.error(f"--shape {arguments.shape} needs a GPU, and there is none; `--shape tiny` is for a CPU")
     device, tiny = best_device(), arguments.shape == "tiny"
     settings = Settings(new_tokens=arguments.new_tokens, rounds=arguments.rounds, device=device)
     machine, series = where(device), []

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from scripts.measure import alternating, best_device, peak_memory, where, write_json
+from scripts.measure import alternating, best_device, count, peak_memory, where, write_json
 from scripts.released import LAYER, eager_copy, released_tokens
 from vzip.reducers.base import Reduction
 from vzip.reducers.visionzip import VisionZip
@@ -129,8 +129,8 @@ def main() -> None:
     device = best_device()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 16] if device.type == "cuda" else [1, 2], help="pictures")
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median is shown")
+    parser.add_argument("--batch", nargs="+", type=count, default=[1, 16] if device.type == "cuda" else [1, 2], help="pictures")
+    parser.add_argument("--rounds", type=count, default=5, help="of which the median is shown")
     parser.add_argument("--json", type=Path, help="file to write all figures to")
     arguments = parser.parse_args()
     machine, rows = where(device), []

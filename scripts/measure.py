@@ -1,5 +1,6 @@
 """What benchmarks share: works timed in turns, peak memory, and the machine that the figures hold for."""
 
+import argparse
 import ctypes
 import datetime
 import gc
@@ -134,3 +135,10 @@ def write_json(path: Path, figures: Mapping[str, Any]) -> None:
     """Write figures to a file, whose folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def count(text: str) -> int:
+    """A command's whole number of at least 1. Raises ArgumentTypeError for anything else."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
+    return int(text)

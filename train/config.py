@@ -259,7 +259,9 @@ def batch_plan(cfg: DictConfig, *, num_rows: int, world_size: int) -> BatchPlan:
         raise UserError(f"data.path={cfg.data.path} holds no rows; give a LLaVA-format JSON file with some")
     if cfg.engine == "reference" and cfg.batch.size % (cfg.batch.micro * world_size):
         fits = [micro for micro in range(1, cfg.batch.size + 1) if cfg.batch.size % (micro * world_size) == 0]
-        advice = f"batch.micro can be {', '.join(map(str, fits))}" if fits else f"choose a multiple of {world_size}"
+        advice = (
+            f"batch.micro can be {', '.join(map(str, fits))}" if fits else f"choose a multiple of {world_size}, or engine=fast"
+        )
         raise UserError(
             f"batch.size={cfg.batch.size} is not a multiple of batch.micro={cfg.batch.micro} x {world_size} ranks; {advice}"
         )

@@ -80,7 +80,7 @@ class Evaluator:
             folder, limit = Path(cfg.data.image_folder), cfg.evaluate.questions
             self.questions = questions_of(held_out_rows(cfg), template, processor.tokenizer, folder, limit=limit)
         else:
-            say("no evaluation: data.held_out or evaluate.questions is not set")
+            say("no evaluation: data.held_out is not set, or evaluate.questions is 0")
 
     @property
     def pictures(self) -> list[Path]:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from train.budgets import budgets_of
 from train.config import build_reducers
-from train.ranks import gather
+from train.ranks import gather, say
 from vzip import UserError
 from vzip.cost import packed_memory, weight_memory
 from vzip.families import Family
@@ -97,7 +97,8 @@ def micro_batch_memory(cfg: DictConfig, family: Family, packing: Packing) -> int
 def _too_small(card: Card, what: str, needed: int) -> UserError:
     return UserError(
         f"{what} need {needed / (1 - SPARE) / 1e9:.1f} GB, more than {card.name}; use a larger card (hardware=80gb says what "
-        f"it would hold), deepspeed=zero3 on several cards, deepspeed=zero3_offload, or inexact=nf4 (inexact gradients)"
+        f"it would hold), deepspeed=zero3 on several cards, deepspeed=zero3_offload, inexact=nf4 (inexact gradients), or "
+        f"shorter rows (data.max_tokens)"
     )
 
 
@@ -159,5 +160,9 @@ def choose_packing(cfg: DictConfig, family: Family, *, num_trainable: int, longe
         UserError: the weights, or the longest row beside them, don't fit; `batch.tokens` is less than the longest row.
     """
     card = min(gather([card_of(cfg)]), key=lambda card: card.memory)
-    world_size = deepspeed.comm.get_world_size()
-    return fit_packing(cfg, family, card, num_trainable=num_trainable, longest_row=longest_row, world_size=world_size)
+    size = {"num_trainable": num_trainable, "world_size": deepspeed.comm.get_world_size()}
+    packing = fit_packing(cfg, family, card, longest_row=longest_row, **size)
+    needed = resident_memory(cfg, family, **size) + micro_batch_memory(cfg, family, packing)
+    if needed > card.memory:
+        say(f"batch.tokens={packing.tokens} is reckoned to need {needed / 1e9:.1f} GB, more than {card.name}")
+    return packing

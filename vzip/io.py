@@ -131,9 +131,9 @@ def create_reducer(meta: Mapping[str, Any], *, budget: int | None = None) -> Red
 
 
 def _refuse_budget(budget: int, tuned: Collection[int | None]) -> None:
-    if budget not in tuned:
+    if not isinstance(budget, int) or budget not in tuned:
         known = ", ".join(map(str, tuned))
-        raise UserError(f"this projector was not tuned for budget={budget}, but for {known}; give one that it was tuned for")
+        raise UserError(f"this projector was not tuned for budget={budget!r}, but for {known}; give one that it was tuned for")
 
 
 def load_weights(family: Family, path: str | Path) -> None:
