@@ -66,7 +66,9 @@ class ReferenceLoss(nn.Module):
             output = language(inputs_embeds=embeddings, attention_mask=batch.attention_mask, use_cache=False)
         logits: Tensor = self.model.lm_head(output.last_hidden_state)[:, :-1]
         high = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(high.transpose(1, 2), batch.labels[:, 1:], ignore_index=IGNORED, reduction="none").sum(dim=1)
+        targets = batch.labels[:, 1:]
+        losses = F.cross_entropy(high.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+        losses = losses.view_as(targets).sum(dim=1)
         placeholders = torch.tensor([self.family.placeholder_id(kind) for kind in batch.media], device=losses.device)
         teaches = torch.isin(batch.input_ids, placeholders).any(dim=1) | self.learns_text
         return losses.sum(), losses.detach()[teaches].sum()
