@@ -155,7 +155,7 @@ class MicroBatches(Dataset[MicroBatch]):
 
     def _num_tokens(self, rows: Tensor, parts: Sequence[Part]) -> int:
         lengths = self.layout.lengths
-        drawn = sum(int((lengths[part.reducer] - lengths[0])[part.rows].sum()) for part in parts if part.reducer)
+        drawn = sum(int((lengths[part.reducer][part.rows] - lengths[0][part.rows]).sum()) for part in parts if part.reducer)
         return int(lengths[0, rows].sum()) + drawn
 
     def __len__(self) -> int:
