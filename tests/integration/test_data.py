@@ -131,8 +131,9 @@ def test_questions_a_control_and_lora_beside_a_cache(fetched, settings, mine, tm
     tune([*here, *asked, "name=asked", "control=true"])
     rows = json.loads((tmp_path / "asked" / "result.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["full", "free", "tuned", "random"]
-    tune([*here, "name=lora", "tune=language_lora"])
-    assert metrics(tmp_path / "lora")[0][1] == pytest.approx(metrics(tmp_path / "asked")[0][1], rel=1e-5)
+    for name, cache in (("lora", "true"), ("pictures", "false")):
+        tune([*here, f"name={name}", "tune=language_lora", f"data.cache={cache}"])
+    assert metrics(tmp_path / "lora")[0][1] == pytest.approx(metrics(tmp_path / "pictures")[0][1], rel=1e-5)
 
 
 def test_a_wrong_address_ends_with_the_settings_name(mine, tmp_path):
