@@ -63,9 +63,9 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
     tracker = Tracker(run.path, cfg, rank=rank)
     evaluator = Evaluator(cfg, engine, run, processor, template)
     rows = evaluator.baselines(reducers)
+    fit(engine, batches, cfg, run, tracker)
+    run.save_trained(engine, meta | run.trained_meta(engine, subset.manifest, family.num_image_tokens(reducers[0])))
     with attach(family.model, reducer=config.build_reducer(cfg)) as handle:
-        fit(engine, batches, cfg, run, tracker)
-        run.save_trained(engine, meta | run.trained_meta(engine, subset.manifest, family.num_image_tokens(reducers[0])))
         pictures = draw_examples(handle, processor.image_processor, evaluator.pictures, run.path)
     rows += evaluator.rows("tuned", reducers) + control
     tracker.log_results(rows, evaluator.samples, pictures)
