@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from train.engine import Engine
 from train.ranks import from_main
 from vzip import UserError
 from vzip.io import ADAPTER, save_checkpoint
+from vzip.templates import Template
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "hydra-core", "wandb", "safetensors")
 BYTES_PER_PARAMETER = 28
@@ -136,10 +138,13 @@ class RunFolder:
             engine.trainable.peft_model.save_pretrained(self.path / ADAPTER, state_dict=adapter)
         save_checkpoint(self.path, projector, meta)
 
-    def trained_meta(self, engine: Engine, manifest: dict[str, Any], num_image_tokens: int) -> dict[str, Any]:
+    def trained_meta(
+        self, engine: Engine, template: Template, manifest: dict[str, Any], num_image_tokens: int
+    ) -> dict[str, Any]:
         """The part of meta.json that says how the projector was trained."""
         return {
             "num_image_tokens": num_image_tokens,
+            "template": asdict(template),
             "dtype": self.cfg.model.dtype,
             "adapter": engine.trainable.peft_model is not None,
             "trained": list(engine.trainable.parameters),

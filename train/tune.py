@@ -48,7 +48,7 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
     family, processor = load_model(cfg)
     for reducer in reducers:
         family.refuse_unfit(reducer)
-    meta = describe(family, *reducers, base=cfg.model.id, base_fingerprint=fingerprint(family))
+    meta = describe(family, *reducers, base=cfg.model.id, base_fingerprint=fingerprint(family), projector=cfg.model.projector)
     trainable = make_trainable(family, cfg.tune)
     say(print_table, family, trainable)
     quantise(family, cfg.inexact)
@@ -64,7 +64,7 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
     evaluator = Evaluator(cfg, engine, run, processor, template)
     rows = evaluator.baselines(reducers)
     fit(engine, batches, cfg, run, tracker)
-    run.save_trained(engine, meta | run.trained_meta(engine, subset.manifest, family.num_image_tokens(reducers[0])))
+    run.save_trained(engine, meta | run.trained_meta(engine, template, subset.manifest, family.num_image_tokens(reducers[0])))
     with attach(family.model, reducer=config.build_reducer(cfg)) as handle:
         pictures = draw_examples(handle, processor.image_processor, evaluator.pictures, run.path)
     rows += evaluator.rows("tuned", reducers) + control

@@ -6,7 +6,7 @@ Nothing is ever unpickled, and a projector is never put onto another base model,
 import hashlib
 import importlib.util
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from vzip.attach import Handle
 from vzip.checkpoints.renaming import read_projector
 from vzip.errors import UserError
-from vzip.families import Family, families
+from vzip.families import Family
 from vzip.reducers import Reducer, create
 
 FORMAT = 1
@@ -47,14 +47,18 @@ def budget_of(family: Family, reducer: Reducer) -> int:
     return family.num_tile_tokens(reducer) * family.budget_tiles
 
 
-def describe(family: Family, *reducers: Reducer, base: str, base_fingerprint: str) -> dict[str, Any]:
-    """The part of `meta.json` that `refuse_mismatch` compares: the first reducer, and the others by their budgets."""
+def describe(
+    family: Family, *reducers: Reducer, base: str, base_fingerprint: str, projector: str | None = None
+) -> dict[str, Any]:
+    """The part of `meta.json` that says what a projector belongs to: the base, with the file of the projector that training
+    started from, where that is not the base's own; the first reducer, and the others by their budgets.
+    """
     by_budget = {budget_of(family, reducer): {"name": reducer.name, **reducer.settings()} for reducer in reducers}
     assert len(by_budget) == len(reducers), f"two of the reducers {reducers} have the same budget"
     (budget, first), *others = by_budget.items()
     return {
         "format": FORMAT,
-        "base": {"id": base, "model_type": family.model_type, "fingerprint": base_fingerprint},
+        "base": {"id": base, "model_type": family.model_type, "fingerprint": base_fingerprint, "projector": projector},
         "budget": budget,
         "reducer": first,
         "other_budgets": {str(budget): reducer for budget, reducer in others},
@@ -98,7 +102,7 @@ def refuse_mismatch(meta: Mapping[str, Any], family: Family, reducer: Reducer) -
         raise UserError(
             f"this projector was trained on another base model ({base['id']}): the frozen weights differ; load that base"
         )
-    recorded = list(_reducers(meta).values())
+    recorded = list(reducers_of(meta).values())
     if (reducer.name, reducer.settings()) not in [(each.name, each.settings()) for each in recorded]:
         trained = " or ".join(map(repr, recorded))
         raise UserError(
@@ -106,8 +110,10 @@ def refuse_mismatch(meta: Mapping[str, Any], family: Family, reducer: Reducer) -
         )
 
 
-def _reducers(meta: Mapping[str, Any]) -> dict[int | None, Reducer]:
-    """The reducers of a `meta.json` by budget, the first one first; None for one that was written before budgets were."""
+def reducers_of(meta: Mapping[str, Any]) -> dict[int | None, Reducer]:
+    """The reducers of a `meta.json` by budget, the first one first; None for one that was written before budgets were. A
+    setting that was unknown when the file was written has its default.
+    """
     described = {meta.get("budget"): meta["reducer"]}
     described |= {int(budget): reducer for budget, reducer in meta.get("other_budgets", {}).items()}
     reducers = {}
@@ -115,25 +121,6 @@ def _reducers(meta: Mapping[str, Any]) -> dict[int | None, Reducer]:
         settings = dict(reducer)
         reducers[budget] = create(settings.pop("name"), settings)
     return reducers
-
-
-def create_reducer(meta: Mapping[str, Any], *, budget: int | None = None) -> Reducer:
-    """The reducer of a `meta.json` that has this budget, by default the first; a setting that was unknown when the file was
-    written has its default.
-
-    Raises UserError for a budget that the projector was not tuned for.
-    """
-    reducers = _reducers(meta)
-    if budget is None or None in reducers:
-        return next(iter(reducers.values()))
-    _refuse_budget(budget, reducers)
-    return reducers[budget]
-
-
-def _refuse_budget(budget: int, tuned: Collection[int | None]) -> None:
-    if not isinstance(budget, int) or budget not in tuned:
-        known = ", ".join(map(str, tuned))
-        raise UserError(f"this projector was not tuned for budget={budget!r}, but for {known}; give one that it was tuned for")
 
 
 def load_weights(family: Family, path: str | Path) -> None:
@@ -164,54 +151,13 @@ def load_projector(handle: Handle, folder: str | Path) -> None:
     refuse_mismatch(meta, handle.family, handle.reducer)
     load_weights(handle.family, folder / WEIGHTS)
     if meta["adapter"]:
-        _load_adapter(handle.family, folder / ADAPTER)
+        load_adapter(handle.family, folder)
 
 
-def _load_adapter(family: Family, folder: Path) -> None:
+def load_adapter(family: Family, folder: Path) -> Any:
+    """Put the LoRA of a run into its model, in place: peft's model around it. Raises UserError without peft."""
     if importlib.util.find_spec("peft") is None:
-        raise UserError(f"{folder} holds LoRA weights; `pip install peft` to load them")
+        raise UserError(f"{folder / ADAPTER} holds LoRA weights; `pip install peft` to load them")
     from peft import PeftModel
 
-    PeftModel.from_pretrained(family.model, str(folder))  # changes the model in place
-
-
-def load(
-    path: str | Path,
-    *,
-    budget: int | None = None,
-    base: str | None = None,
-    dtype: torch.dtype | None = None,
-    device: str | None = None,
-) -> tuple[Any, Any]:
-    """(model, processor) of a run: base model, reducer attached, tuned projector in place, ready to generate.
-
-    Args:
-        path: a run folder.
-        budget: one that the run was tuned for, by default its first.
-        base: where the base model is now (a folder or hub id), if not where the run found it.
-        dtype: of the frozen weights; by default as in the run.
-        device: by default a GPU if there is one.
-
-    Raises:
-        UserError: not a finished run, a budget that it was not tuned for, a base model that can't be found, or one that is
-            not the run's.
-    """
-    folder = Path(path)
-    meta = read_meta(folder)
-    reducer = create_reducer(meta, budget=budget)
-    source = base or meta["base"]["id"]
-    cls = families().get(meta["base"]["model_type"])
-    if cls is None:
-        raise UserError(f"{folder} is of the family {meta['base']['model_type']!r}, which this version does not know")
-    try:
-        model = cls.load_model(source, dtype=dtype or getattr(torch, meta["dtype"]))
-        processor = cls.load_processor(source)
-    except OSError as error:
-        raise UserError(f"the base model {source} can't be loaded: {error}\nPass base=... with its folder or hub id") from error
-    handle = Handle(model, reducer)
-    if budget is not None:  # a file written before budgets were says nothing, so that the model has to be asked
-        _refuse_budget(budget, [budget_of(handle.family, reducer)])
-    handle.family.projector.float()
-    load_projector(handle, folder)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model.eval().requires_grad_(False), handle.processor(processor)
+    return PeftModel.from_pretrained(family.model, str(folder / ADAPTER))

@@ -20,7 +20,7 @@ from train.losses import FastLoss, ReferenceLoss
 from train.plan import print_plan
 from vzip import UserError
 from vzip.families import families, family_of
-from vzip.io import META, create_reducer, describe, fingerprint, load_projector, save_checkpoint
+from vzip.io import META, describe, fingerprint, load_projector, reducers_of, save_checkpoint
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
 
@@ -248,10 +248,9 @@ def test_a_budget_of_tiles_is_asked_for_as_the_total_that_it_is(tmp_path):
     reducers = [VisionZip(budget=budget, tiles=5, anyres="spatial") for budget in (30, 20)]
     folder, _ = save_run(tmp_path / "run", base, *reducers, model_type="llava_next")
     meta = json.loads((folder / META).read_text())
-    assert create_reducer(meta, budget=20) == VisionZip(budget=4, anyres="spatial")
-    assert create_reducer(meta, budget=30) == create_reducer(meta) == VisionZip(budget=6, anyres="spatial")
+    assert reducers_of(meta) == {30: VisionZip(budget=6, anyres="spatial"), 20: VisionZip(budget=4, anyres="spatial")}
     with pytest.raises(UserError, match="budget=4, but for 30, 20;"):
-        create_reducer(meta, budget=4)
+        vzip.load(folder, budget=4, device="cpu")
 
 
 # Results

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 import vzip
 from tests import tiny
 from vzip import UserError
-from vzip.io import META, WEIGHTS, create_reducer, describe, fingerprint, load_projector, read_meta, save_checkpoint
+from vzip.io import META, WEIGHTS, describe, fingerprint, load_projector, read_meta, reducers_of, save_checkpoint
 
 BUDGET = {"dominant": 4, "contextual": 2}
 
@@ -86,7 +86,8 @@ def test_files_hold_the_projector_and_what_it_belongs_to(run, tiny_folder):
     ]
     assert all(torch.equal(tensors[name], value) for name, value in projector_of(handle).items())
     meta = read_meta(folder)
-    assert meta["base"] == {"id": str(tiny_folder), "model_type": "llava", "fingerprint": fingerprint(handle.family)}
+    identity = {"id": str(tiny_folder), "model_type": "llava", "fingerprint": fingerprint(handle.family)}
+    assert meta["base"] == identity | {"projector": None}
     options = {"merge": "sum", "keep_cls": True, "layer": None, "anyres": "released"}
     assert meta["reducer"] == {"name": "visionzip", **BUDGET, **options}
     assert sorted(path.name for path in folder.iterdir()) == [META, WEIGHTS]  # and nothing half-written
@@ -268,11 +269,11 @@ def test_an_old_random_run_loads_too(tmp_path, tiny_folder):
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_create_reducer_gives_what_describe_wrote(other):
+def test_reducers_of_gives_what_describe_wrote(other):
     name, settings, _ = OTHERS[other]
     reducer, family = vzip.reducers.create(name, settings), vzip.families.family_of(tiny.llava())
     meta = json.loads(json.dumps(describe(family, reducer, base="x", base_fingerprint="y")))
-    again = create_reducer(meta)
+    (again,) = reducers_of(meta).values()
     assert (type(again), again.settings(), repr(again)) == (type(reducer), reducer.settings(), repr(reducer))
     assert meta["reducer"]["name"] == name  # and is left in place
 

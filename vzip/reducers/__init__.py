@@ -7,7 +7,7 @@ from typing import Any
 from vzip.errors import UserError
 from vzip.reducers.base import Reducer, Reduction, VisionTokens
 
-__all__ = ["Reducer", "Reduction", "VisionTokens", "create", "names"]
+__all__ = ["Reducer", "Reduction", "VisionTokens", "create", "names", "with_budget"]
 
 
 def names() -> list[str]:
@@ -26,3 +26,9 @@ def create(name: str, settings: dict[str, Any]) -> Reducer:
     except TypeError as error:
         raise UserError(f"reducer {name!r} can't be made with {settings}: {error}") from error
     return reducer
+
+
+def with_budget(reducer: Reducer, budget: int, *, tiles: int) -> Reducer:
+    """The same reducer with another budget, the total of `tiles` tiles. Raises UserError for one that has no budget."""
+    settings = {key: value for key, value in reducer.settings().items() if key not in ("dominant", "contextual")}
+    return create(reducer.name, settings | {"budget": budget, "tiles": tiles})

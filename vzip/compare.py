@@ -1,0 +1,195 @@
+"""A model in the rows of a results table: `full`, `free` and `tuned`. Its frozen weights are there once."""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from vzip.attach import Handle
+from vzip.chat_template import chat_template
+from vzip.errors import UserError
+from vzip.families import Family, families, family_at
+from vzip.io import WEIGHTS, budget_of, load_adapter, load_weights, read_meta, reducers_of, refuse_mismatch
+from vzip.reducers import Reducer, with_budget
+from vzip.reducers.identity import Identity
+from vzip.reducers.visionzip import VisionZip
+from vzip.templates import Template
+
+ROWS = ("full", "free", "tuned")
+"""All tokens and the projector of the base model; reduced, with the same projector; reduced, with the tuned projector."""
+
+
+def _load_base(cls: type[Family], source: str, *, dtype: torch.dtype) -> tuple[Family, Any]:
+    """(family around the model, processor), the projector in float32."""
+    try:
+        model, processor = cls.load_model(source, dtype=dtype), cls.load_processor(source)
+    except OSError as error:
+        raise UserError(f"the base model {source} can't be loaded: {error}\nPass base=... with its folder or hub id") from error
+    family = cls(model.eval().requires_grad_(False))
+    family.projector.float()
+    return family, processor
+
+
+def refuse_untuned(budget: int | None, tuned: Collection[int | None]) -> None:
+    """Raises UserError for a budget that is not among those that a projector was tuned for; None is the first of them."""
+    if budget is not None and budget not in tuned:
+        known = ", ".join(map(str, tuned))
+        raise UserError(f"this projector was not tuned for budget={budget!r}, but for {known}; give one that it was tuned for")
+
+
+class Comparison:
+    """One base model, and the rows in which it can answer.
+
+    Attributes:
+        family: around the model, which is the base model outside `row`.
+        processor: the base model's, with the chat template that the projector was tuned with.
+        rows: those of `ROWS` that there are.
+        reducers: those of a run by budget, the first one first; none of a base model.
+    """
+
+    def __init__(self, family: Family, processor: Any, *, reducers: Mapping[int, Reducer]) -> None:
+        self.family, self.processor, self.reducers = family, processor, dict(reducers)
+        self.rows: tuple[str, ...] = ("full", "free")
+        self._projector = {name: p for name, p in family.model.named_parameters() if name.startswith(family.projector_name)}
+        self._weights: dict[str, dict[str, Tensor]] = {}
+        self._adapter: Any = None
+
+    @classmethod
+    def open(
+        cls,
+        source: str | Path,
+        *,
+        base: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | None = None,
+    ) -> Self:
+        """The rows of a run folder, or, without `tuned`, of a base model.
+
+        Args:
+            source: a run folder; or the folder or hub id of a base model.
+            base: where a run's base model is now, if not where the run found it.
+            dtype: of the frozen weights; by default as in the run, and bfloat16 of a base model.
+            device: by default a GPU if there is one.
+
+        Raises:
+            UserError: not a finished run, nor a model; a base model that can't be found, or one that is not the run's.
+        """
+        folder = Path(source)
+        is_run = folder.is_dir() and not (folder / "config.json").is_file()
+        made = cls._of_run(folder, base=base, dtype=dtype) if is_run else cls._of_base(str(source), dtype=dtype)
+        made.family.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return made
+
+    @classmethod
+    def _of_base(cls, source: str, *, dtype: torch.dtype | None) -> Self:
+        try:
+            family = family_at(source)
+        except OSError as error:
+            raise UserError(f"{source} is neither a run folder nor a model that can be loaded: {error}") from error
+        return cls(*_load_base(family, source, dtype=dtype or torch.bfloat16), reducers={})
+
+    @classmethod
+    def _of_run(cls, folder: Path, *, base: str | None, dtype: torch.dtype | None) -> Self:
+        meta = read_meta(folder)
+        kind = families().get(meta["base"]["model_type"])
+        if kind is None:
+            raise UserError(f"{folder} is of the family {meta['base']['model_type']!r}, which this version does not know")
+        family, processor = _load_base(kind, base or meta["base"]["id"], dtype=dtype or getattr(torch, meta["dtype"]))
+        reducers = {budget_of(family, reducer): reducer for reducer in reducers_of(meta).values()}
+        refuse_mismatch(meta, family, next(iter(reducers.values())))
+        if (template := meta.get("template")) and not template["captions"]:
+            processor.chat_template = chat_template(Template(**template), processor.tokenizer)
+        made = cls(family, processor, reducers=reducers)
+        made._take_projectors(folder, meta)
+        return made
+
+    def _take_projectors(self, folder: Path, meta: Mapping[str, Any]) -> None:
+        """Keep the projector that training started from, where it is still there, and the tuned one."""
+        start = meta["base"].get("projector")
+        if start is None or Path(start).is_file():
+            if start is not None:
+                load_weights(self.family, start)
+            self._weights["base"] = self._copy_projector()
+            self.rows = ROWS
+        else:
+            self.rows = ("tuned",)
+        load_weights(self.family, folder / WEIGHTS)
+        self._weights["tuned"] = self._copy_projector()
+        if meta["adapter"]:
+            self._adapter = load_adapter(self.family, folder)
+
+    def _copy_projector(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self._projector.items()}
+
+    def reducer(self, row: str, *, budget: int | None = None) -> Reducer:
+        """What reduces in a row. By default the first of the run's; `free` takes any budget, `tuned` one it was tuned for.
+
+        Raises:
+            UserError: a row that there is not, or a budget that it can't have.
+        """
+        if row not in self.rows:
+            missing = "; the projector that training started from is no longer where it was" if row in ROWS[:2] else ""
+            raise UserError(f"row={row!r} does not exist here{missing}; choose one of: {', '.join(self.rows)}")
+        if row == "full":
+            return Identity()
+        if budget is None and not self.reducers:
+            raise UserError("a base model needs a budget: give budget=..., e.g. budget=64")
+        if budget is None or budget in self.reducers:
+            return self.reducers[budget] if budget else next(iter(self.reducers.values()))
+        if row == "tuned":
+            known = ", ".join(map(str, self.reducers))
+            raise UserError(
+                f"this projector was not tuned for budget={budget!r}, but for {known}; give one that it was tuned for"
+            )
+        tiles = self.family.budget_tiles
+        if not self.reducers:
+            return VisionZip(budget=budget, tiles=tiles)
+        return with_budget(next(iter(self.reducers.values())), budget, tiles=tiles)
+
+    def attach(self, row: str, *, budget: int | None = None) -> Handle:
+        """Make the model that row, and leave it so: the handle of its reducer. Raises UserError as `reducer`."""
+        handle = Handle(self.family.model, self.reducer(row, budget=budget))
+        weights = self._weights.get("tuned" if row == "tuned" else "base", {})
+        with torch.no_grad():
+            for name, value in weights.items():
+                self._projector[name].copy_(value)
+        return handle
+
+    @contextmanager
+    def row(self, row: str, *, budget: int | None = None) -> Iterator[tuple[Any, Any]]:
+        """(model, processor) of a row, while the block runs. Raises UserError as `reducer`."""
+        without = self._adapter.disable_adapter() if self._adapter and row != "tuned" else nullcontext()
+        with self.attach(row, budget=budget) as handle, without:
+            yield handle.family.model, handle.processor(self.processor)
+
+
+def load(
+    path: str | Path,
+    *,
+    budget: int | None = None,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+) -> tuple[Any, Any]:
+    """(model, processor) of a run: base model, reducer attached, tuned projector in place, ready to generate.
+
+    Args:
+        path: a run folder.
+        budget: one that the run was tuned for, by default its first.
+        base: where the base model is now (a folder or hub id), if not where the run found it.
+        dtype: of the frozen weights; by default as in the run.
+        device: by default a GPU if there is one.
+
+    Raises:
+        UserError: not a finished run, a budget that it was not tuned for, a base model that can't be found, or one that is
+            not the run's.
+    """
+    known = reducers_of(read_meta(Path(path)))
+    if None not in known:  # a file written before budgets were says nothing, so that the model has to be asked
+        refuse_untuned(budget, known)
+    comparison = Comparison.open(path, base=base, dtype=dtype, device=device)
+    handle = comparison.attach("tuned", budget=budget)
+    return handle.family.model, handle.processor(comparison.processor)
