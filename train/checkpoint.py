@@ -4,6 +4,7 @@
 and pictures; while it trains, also state/.
 """
 
+import datetime
 import json
 import os
 import platform
@@ -48,8 +49,9 @@ def _device() -> str:
 
 
 def environment(cfg: DictConfig, *, world_size: int) -> dict[str, Any]:
-    """What a run ran on: commit, versions, hardware, seed."""
+    """What a run ran on: date, commit, versions, hardware, seed."""
     return {
+        "date": datetime.date.today().isoformat(),
         "commit": _git("rev-parse", "HEAD"),
         "modified_files": (_git("status", "--porcelain") or "").splitlines(),
         "command": sys.argv,
