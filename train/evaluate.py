@@ -218,7 +218,7 @@ def print_results(rows: Sequence[dict[str, Any]], *, title: str) -> None:
         return
     full = next((row["metrics"] for row in rows if row["name"] == "full"), {})
     kinds = list(rows[0]["metrics"])
-    table = Table("row", "visual tokens", *kinds, title=title, title_justify="left")
+    table = Table("row", "visual tokens", *kinds)
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
@@ -228,6 +228,7 @@ def print_results(rows: Sequence[dict[str, Any]], *, title: str) -> None:
             cells.append(f"{value:.3f}" + (f" ({value / full[kind]:.0%})" if full.get(kind) else ""))
         table.add_row(row["name"], str(row["num_visual_tokens"]), *cells)
     console = Console()
+    console.print(title, soft_wrap=True, highlight=False)
     console.print(table)
     suffixes = [row["name"].removeprefix("tuned") for row in rows if row["name"].startswith("tuned")]
     for kind, suffix in product(kinds, suffixes):

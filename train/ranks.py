@@ -68,10 +68,12 @@ def _take_gpu(local_rank: int) -> None:
 
 
 def init_distributed() -> None:
-    """Join the ranks that a launcher or srun started, or be a world of one.
+    """Join the ranks that a launcher or srun started, or be a world of one; once, though a sweep has several runs.
 
     Raises UserError on a host with more ranks than GPUs that they see.
     """
+    if torch.distributed.is_initialized():
+        return
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if "RANK" not in os.environ:
         os.environ.update(_srun_ranks(os.environ) or _alone())
@@ -86,8 +88,9 @@ def init_distributed() -> None:
 
 def leave_distributed() -> None:
     """Part from the other ranks in order: a rank that just ends may abort in its threads, after all work was done."""
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def is_main() -> bool:

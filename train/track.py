@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from vzip.io import META, WEIGHTS, read_meta
+
 
 def memory_gb(device: torch.device) -> float:
     """Peak memory so far, in GB: of the GPU, or of this process."""
@@ -39,7 +41,8 @@ class Tracker:
     """
 
     def __init__(self, folder: Path, cfg: DictConfig, *, rank: int) -> None:
-        self.path, self.main, self.wandb = folder / "metrics.jsonl", rank == 0, None
+        self.folder, self.path, self.main = folder, folder / "metrics.jsonl", rank == 0
+        self.wandb: Any = None
         if self.main and cfg.track.wandb:
             import wandb
 
@@ -73,7 +76,7 @@ class Tracker:
             self.wandb.log(metrics, step=step)
 
     def log_results(self, rows: list[dict[str, Any]], answers: list[dict[str, Any]], pictures: list[Path]) -> None:
-        """The results table, sample answers and pictures of kept tokens, to wandb; on disk they are files of their own."""
+        """To wandb, what on disk are files of their own: scores, sample answers, pictures of kept tokens, and the projector."""
         if not self.wandb:
             return
         import wandb
@@ -81,10 +84,23 @@ class Tracker:
         for row in rows:
             for kind, value in row["metrics"].items():
                 self.wandb.summary[f"eval/{row['name']}_{kind}"] = value
-        table = wandb.Table(columns=["row", "image", "question", "expected", "answer"])
-        for answer in answers:
-            table.add_data(*(answer[key] for key in ("row", "image", "question", "expected", "answer")))
-        self.wandb.log({"eval/answers": table, "eval/kept_tokens": [wandb.Image(str(path)) for path in pictures]})
+        kinds = list(rows[0]["metrics"]) if rows else []
+        scores = wandb.Table(columns=["row", "visual_tokens", "questions", *kinds])
+        for row in rows:
+            scores.add_data(row["name"], row["num_visual_tokens"], row["num_questions"], *row["metrics"].values())
+        columns = ["row", "image", "question", "expected", "answer"]
+        samples = wandb.Table(columns=columns, data=[[answer[key] for key in columns] for answer in answers])
+        shown = {"eval/scores": scores, "eval/answers": samples}
+        self.wandb.log(shown | {"eval/kept_tokens": [wandb.Image(str(path)) for path in pictures]})
+        self._log_projector()
+
+    def _log_projector(self) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"projector-{self.wandb.id}", type="model", metadata=read_meta(self.folder))
+        for name in (WEIGHTS, META, "config.yaml"):
+            artifact.add_file(str(self.folder / name))
+        self.wandb.log_artifact(artifact)
 
     def finish(self) -> None:
         if self.wandb:

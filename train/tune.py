@@ -83,10 +83,10 @@ def main(cfg: DictConfig) -> None:
         say(print_plan, cfg, world_size=deepspeed.comm.get_world_size())
     else:
         say(print_results, tune(cfg), title=f"{cfg.runs}/{config.run_name(cfg)}")
-    leave_distributed()
 
 
 if __name__ == "__main__":
     sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank")]  # from the launcher
     config.register()
     main()
+    leave_distributed()

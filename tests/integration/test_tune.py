@@ -14,6 +14,7 @@ import vzip
 from tests import tiny
 from tests.conftest import ROOT
 from tests.integration.commands import command, environment, metrics, start, tune
+from tests.wandb_file import records
 
 pytestmark = pytest.mark.integration
 
@@ -147,9 +148,37 @@ def test_control_adds_the_random_row(settings, runs):
     assert json.loads((runs / "controlled-random" / "meta.json").read_text())["reducer"]["name"] == "random"
 
 
-def test_wandb_is_offline_without_a_key(settings, runs, tmp_path):
-    tune([*settings, "name=tracked", "track=wandb", "optim.max_steps=1"], HOME=str(tmp_path), NETRC=str(tmp_path / "none"))
-    assert list((runs / "tracked").glob("wandb/offline-run-*/*.wandb"))
+def test_wandb_offline_holds_the_run(settings, runs, tmp_path):
+    """Without a key; read back from the file that `wandb sync` sends."""
+    tune([*settings, "name=tracked", "track=wandb", "optim.max_steps=2"], HOME=str(tmp_path), NETRC=str(tmp_path / "none"))
+    run = runs / "tracked"
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    found = list(records(file))
+    history = [
+        {"/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in found
+        if record.HasField("history")
+    ]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row, line in zip(history, lines, strict=True):
+        assert {name: row[name] for name in line if name != "step"} == {n: v for n, v in line.items() if n != "step"}
+    assert history[-1]["eval/scores/nrows"] == 3 and history[-1]["eval/answers/nrows"] == 12
+    assert len(history[-1]["eval/kept_tokens/filenames"]) == 4
+    results = json.loads((run / "result.json").read_text())["rows"]
+    summary = {update.key: update.value_json for record in found for update in record.summary.update}
+    for row in results:
+        assert json.loads(summary[f"eval/{row['name']}_all"]) == row["metrics"]["all"]
+    (projector,) = (record.artifact for record in found if record.artifact.type == "model")
+    assert {entry.path for entry in projector.manifest.contents} == {"projector.safetensors", "meta.json", "config.yaml"}
+
+
+def test_a_sweep_is_a_run_for_each_value(settings, runs):
+    values = "hydra.sweeper.params={reducer.budget:'4,5'}"
+    done = tune([*settings, "+exp=sweep-budget", values, "model.name=swept", "optim.max_steps=1", "evaluate.questions=2"])
+    folders = sorted(runs.glob("swept-*"))
+    assert [json.loads((folder / "meta.json").read_text())["budget"] for folder in folders] == [4, 5]
+    assert all(str(folder) in done.stdout for folder in folders)
+    assert not (ROOT / "multirun").exists() and not (ROOT / "multirun.yaml").exists()
 
 
 MISTAKES = {
