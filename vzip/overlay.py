@@ -105,7 +105,7 @@ class _Canvas:
         self.columns = tile.grid[1]
         self.cell = max(1, side // self.columns)
         self.bright = tile.picture.resize((self.cell * self.columns, self.cell * tile.grid[0]))
-        self.image = self.bright
+        self.image = self.bright.copy()
 
     def dim(self, share: float) -> None:
         self.image = Image.fromarray((np.asarray(self.bright) * share).astype("uint8"))
@@ -175,15 +175,14 @@ def merged_tokens(tile: TileTokens, *, side: int = SIDE) -> Image.Image:
 
 
 def attention_map(tile: TileTokens, *, side: int = SIDE) -> Image.Image:
-    """The attention of each patch over the dimmed picture: from dark violet, none, to yellow, the most that a patch has here.
+    """The attention of each patch over the picture in grey: from dark violet, none, to yellow, the most that a patch has here.
 
     The scale is of square roots: a few patches hold so much that of the others nothing would be seen.
     """
-    canvas = _Canvas(tile, side)
+    canvas = _Canvas(replace(tile, picture=tile.picture.convert("L").convert("RGB")), side)
     scaled = (tile.saliency / tile.saliency.max().clamp(min=1e-12)).sqrt().flatten().numpy()
     steps = np.linspace(0, 1, len(RAMP))
     colours = np.stack([np.interp(scaled, steps, [colour[channel] for colour in RAMP]) for channel in range(3)], axis=1)
-    canvas.image = canvas.bright.copy()
     for patch, colour in enumerate(colours.round().astype(int).tolist()):
         canvas.tint(patch, tuple(colour), 0.75)
     return canvas.image
