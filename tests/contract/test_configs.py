@@ -310,3 +310,12 @@ def test_the_embedded_defaults_architecture_is_the_prepared_ones():
         pytest.skip(f"the embedded default is not prepared: no {path}; run `make data`")
     architecture = OmegaConf.to_container(composed("model=smol").model.architecture, resolve=True)
     assert list(differences(architecture, json.loads(path.read_text()))) == []
+
+
+def test_the_wandb_sweep_starts_runs_that_compose():
+    sweep = yaml.safe_load((ROOT / "scripts" / "sweep.yaml").read_text())
+    assert (ROOT / sweep["program"]).is_file() and sweep["command"][-1] == "${args_no_hyphens}"
+    for last in (0, -1):
+        chosen = {name: values.get("value", values.get("values", [None])[last]) for name, values in sweep["parameters"].items()}
+        cfg = composed(*(f"{name}={value}" for name, value in chosen.items()))
+        assert all(OmegaConf.select(cfg, name) == value for name, value in chosen.items() if "." in name)

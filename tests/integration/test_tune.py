@@ -11,6 +11,7 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 
 import vzip
+from scripts.dashboard import CURVES, SPEED
 from tests import tiny
 from tests.conftest import ROOT
 from tests.integration.commands import command, environment, metrics, start, tune
@@ -160,6 +161,7 @@ def test_wandb_offline_holds_the_run(settings, runs, tmp_path):
         if record.HasField("history")
     ]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert set(lines[0]) == {"step", *CURVES, *SPEED}  # what dashboard and report show
     for row, line in zip(history, lines, strict=True):
         assert {name: row[name] for name in line if name != "step"} == {n: v for n, v in line.items() if n != "step"}
     assert history[-1]["eval/scores/nrows"] == 3 and history[-1]["eval/answers/nrows"] == 12

@@ -1,0 +1,99 @@
+"""Runs compared without wandb, and what wandb is told to show."""
+
+import json
+
+import pytest
+import yaml
+
+from scripts.dashboard import CURVES, SPEED, make_report, make_workspace, specification
+from scripts.report import BEGIN, END, block, draw_curves, read_runs, update
+from vzip import UserError
+
+METRICS = [*CURVES, *SPEED]
+
+
+def save_run(folder, name, *, tuned=0.9, finished=True, **env):
+    """What train/tune.py leaves."""
+    path = folder / name
+    path.mkdir(parents=True)
+    config = {"model": {"name": "smol"}, "batch": {"size": 16}}
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    told = {"date": "2026-01-02", "commit": "0123456789", "modified_files": [], "command": ["/x/train/tune.py", "seed=3"]}
+    told |= {"packages": {"torch": "2.13.0"}, "hardware": {"device": "a card", "num_cpus": 2, "world_size": 1}}
+    (path / "env.json").write_text(json.dumps(told | env))
+    lines = [{"step": step, **dict.fromkeys(METRICS, 1.5 - step)} for step in range(2)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 2, "trai')
+    rows = [
+        {"name": row, "num_visual_tokens": tokens, "num_questions": 1200, "metrics": {"open": value, "all": 0.0}}
+        for row, tokens, value in (("full", 576, 1.0), ("free", 64, 0.5), ("tuned", 64, tuned))
+    ]
+    if finished:
+        result = {"rows": rows, "num_steps": 2, "manifest": "abcdef0123456789", "seed": 3}
+        (path / "result.json").write_text(json.dumps(result))
+    return path
+
+
+def blocks(folder):
+    return {run.name: block(run) for run in read_runs(folder) if run.result is not None}
+
+
+def test_a_block_says_what_was_run_and_found(tmp_path):
+    save_run(tmp_path, "one")
+    assert blocks(tmp_path)["one"].splitlines() == [
+        "### one",
+        "",
+        "`train/tune.py seed=3`: smol, seed 3, 2 steps of 16 rows in 2 s, loss 1.500 to 0.500; data abcdef012345. "
+        "1,200 questions. 2026-01-02, commit 0123456, 1 rank(s) on a card, 2 cores, torch 2.13.0.",
+        "",
+        "| row | visual tokens | open | all |",
+        "|---|--:|--:|--:|",
+        "| full | 576 | 1.000 | .000 |",
+        "| free | 64 | .500 (50%) | .000 |",
+        "| tuned | 64 | .900 (90%) | .000 |",
+    ]
+
+
+def test_results_lose_nothing(tmp_path):
+    """What a person wrote stays, and so do the blocks of runs that are gone; those of today's runs are replaced."""
+    save_run(tmp_path / "before", "gone")
+    save_run(tmp_path / "before", "kept")
+    first = update("# Results\n\nBy hand.\n", blocks(tmp_path / "before")) + "\n## Behind\n"
+    save_run(tmp_path / "now", "kept", tuned=0.8)
+    save_run(tmp_path / "now", "again")
+    save_run(tmp_path / "now", "unfinished", finished=False)
+    second = update(first, blocks(tmp_path / "now"))
+    assert second.startswith("# Results\n\nBy hand.\n\n## Runs\n") and second.endswith(f"{END}\n\n## Behind\n")
+    assert [line for line in second.splitlines() if line.startswith("###")] == ["### again", "### gone", "### kept"]
+    assert second.count("| tuned | 64 | .900") == 2 and second.count("| tuned | 64 | .800") == 1
+    assert update(second, blocks(tmp_path / "now")) == second
+
+
+def test_a_damaged_results_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="but not"):
+        update(f"# Results\n{BEGIN}\n### one\n", {})
+
+
+def test_folders_that_cannot_be_read_are_said_and_survived(tmp_path, capsys):
+    save_run(tmp_path, "good")
+    (save_run(tmp_path, "damaged") / "env.json").write_text("{")
+    (save_run(tmp_path, "older") / "env.json").write_text("{}")
+    (tmp_path / "something else").mkdir()
+    assert [run.name for run in read_runs(tmp_path)] == ["good"]
+    shown = capsys.readouterr().out
+    assert "damaged was left out" in shown and "older was left out" in shown and "2 of 3 folders" in shown
+    with pytest.raises(UserError, match="holds no run"):
+        read_runs(tmp_path / "something else")
+
+
+def test_the_curves_are_drawn(tmp_path):
+    save_run(tmp_path, "one", finished=False)
+    draw_curves(read_runs(tmp_path), tmp_path / "made" / "report.png")
+    assert (tmp_path / "made" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_dashboard_is_specified_without_a_network():
+    made = specification(make_workspace("team", "vzip"), make_report("team", "vzip"))
+    assert json.loads(json.dumps(made)) == made
+    for text in map(json.dumps, made.values()):
+        assert all(f'"{name}"' in text for name in METRICS)
+        assert all(name in text for name in ("eval/tuned_all", "eval/scores", "eval/answers", "eval/kept_tokens"))
