@@ -12,7 +12,17 @@ from vzip.attach import Handle
 from vzip.chat_template import chat_template
 from vzip.errors import UserError
 from vzip.families import Family, families, family_at
-from vzip.io import WEIGHTS, budget_of, load_adapter, load_weights, read_meta, reducers_of, refuse_mismatch
+from vzip.io import (
+    WEIGHTS,
+    budget_of,
+    is_export,
+    load_adapter,
+    load_weights,
+    locate,
+    read_meta,
+    reducers_of,
+    refuse_mismatch,
+)
 from vzip.reducers import Reducer, with_budget
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
@@ -48,11 +58,13 @@ class Comparison:
         processor: the base model's, with the chat template that the projector was tuned with.
         rows: those of `ROWS` that there are.
         reducers: those of a run by budget, the first one first; none of a base model.
+        meta: what `vzip.io.read_meta` says of a run, or of an export; empty of a base model.
     """
 
     def __init__(self, family: Family, processor: Any, *, reducers: Mapping[int, Reducer]) -> None:
         self.family, self.processor, self.reducers = family, processor, dict(reducers)
         self.rows: tuple[str, ...] = ("full", "free")
+        self.meta: dict[str, Any] = {}
         self._projector = {name: p for name, p in family.model.named_parameters() if name.startswith(family.projector_name)}
         self._weights: dict[str, dict[str, Tensor]] = {}
         self._adapter: Any = None
@@ -66,10 +78,10 @@ class Comparison:
         dtype: torch.dtype | None = None,
         device: str | None = None,
     ) -> Self:
-        """The rows of a run folder, or, without `tuned`, of a base model.
+        """The rows of a run folder; `tuned` alone of an export, which holds no other projector; the other two of a base model.
 
         Args:
-            source: a run folder; or the folder or hub id of a base model.
+            source: a run folder; or the folder or hub id of an export, or of a base model.
             base: where a run's base model is now, if not where the run found it.
             dtype: of the frozen weights; by default as in the run, and bfloat16 of a base model.
             device: by default a GPU if there is one.
@@ -77,9 +89,8 @@ class Comparison:
         Raises:
             UserError: not a finished run, nor a model; a base model that can't be found, or one that is not the run's.
         """
-        folder = Path(source)
-        is_run = folder.is_dir() and not (folder / "config.json").is_file()
-        made = cls._of_run(folder, base=base, dtype=dtype) if is_run else cls._of_base(str(source), dtype=dtype)
+        folder = locate(source)
+        made = cls._of_run(folder, base=base, dtype=dtype) if folder else cls._of_base(str(source), dtype=dtype)
         made.family.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return made
 
@@ -94,6 +105,10 @@ class Comparison:
     @classmethod
     def _of_run(cls, folder: Path, *, base: str | None, dtype: torch.dtype | None) -> Self:
         meta = read_meta(folder)
+        if is_export(folder):
+            if base is not None:
+                raise UserError(f"base={base}: {folder} is an export, which holds its base model; leave base out")
+            base = str(folder)
         kind = families().get(meta["base"]["model_type"])
         if kind is None:
             raise UserError(f"{folder} is of the family {meta['base']['model_type']!r}, which this version does not know")
@@ -103,13 +118,14 @@ class Comparison:
         if (template := meta.get("template")) and not template["captions"]:
             processor.chat_template = chat_template(Template(**template), processor.tokenizer)
         made = cls(family, processor, reducers=reducers)
+        made.meta = meta
         made._take_projectors(folder, meta)
         return made
 
     def _take_projectors(self, folder: Path, meta: Mapping[str, Any]) -> None:
         """Keep the projector that training started from, where it is still there, and the tuned one."""
         start = meta["base"].get("projector")
-        if start is None or Path(start).is_file():
+        if not is_export(folder) and (start is None or Path(start).is_file()):
             if start is not None:
                 load_weights(self.family, start)
             self._weights["base"] = self._copy_projector()
@@ -131,8 +147,7 @@ class Comparison:
             UserError: a row that there is not, or a budget that it can't have.
         """
         if row not in self.rows:
-            missing = "; the projector that training started from is no longer where it was" if row in ROWS[:2] else ""
-            raise UserError(f"row={row!r} does not exist here{missing}; choose one of: {', '.join(self.rows)}")
+            raise UserError(f"row={row!r} does not exist here{self._missing(row)}; choose one of: {', '.join(self.rows)}")
         if row == "full":
             return Identity()
         if budget is None and not self.reducers:
@@ -149,6 +164,14 @@ class Comparison:
             return VisionZip(budget=budget, tiles=tiles)
         return with_budget(next(iter(self.reducers.values())), budget, tiles=tiles)
 
+    def _missing(self, row: str) -> str:
+        """Why there is no such row."""
+        if row not in ROWS[:2]:
+            return ""
+        if self.meta["base"].get("projector"):
+            return "; the projector that training started from is no longer where it was"
+        return "; an export holds the tuned projector alone: open the run"
+
     def attach(self, row: str, *, budget: int | None = None) -> Handle:
         """Make the model that row, and leave it so: the handle of its reducer. Raises UserError as `reducer`."""
         handle = Handle(self.family.model, self.reducer(row, budget=budget))
@@ -157,6 +180,15 @@ class Comparison:
             for name, value in weights.items():
                 self._projector[name].copy_(value)
         return handle
+
+    def tuned_family(self) -> Family:
+        """Around the tuned model without a reducer, LoRA merged into its weights. The other rows are gone then."""
+        self.attach("tuned").detach()
+        if self._adapter:
+            self._adapter.merge_and_unload()
+            self._adapter = None
+        self.rows = ("tuned",)
+        return self.family
 
     @contextmanager
     def row(self, row: str, *, budget: int | None = None) -> Iterator[tuple[Any, Any]]:
@@ -174,10 +206,10 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | None = None,
 ) -> tuple[Any, Any]:
-    """(model, processor) of a run: base model, reducer attached, tuned projector in place, ready to generate.
+    """(model, processor) of a run or an export: base model, reducer attached, tuned projector in place, ready to generate.
 
     Args:
-        path: a run folder.
+        path: a run folder; or the folder or hub id of an export.
         budget: one that the run was tuned for, by default its first.
         base: where the base model is now (a folder or hub id), if not where the run found it.
         dtype: of the frozen weights; by default as in the run.
@@ -187,7 +219,7 @@ def load(
         UserError: not a finished run, a budget that it was not tuned for, a base model that can't be found, or one that is
             not the run's.
     """
-    known = reducers_of(read_meta(Path(path)))
+    known = reducers_of(read_meta(locate(path) or Path(path)))
     if None not in known:  # a file written before budgets were says nothing, so that the model has to be asked
         refuse_untuned(budget, known)
     comparison = Comparison.open(path, base=base, dtype=dtype, device=device)

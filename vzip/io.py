@@ -1,6 +1,8 @@
 """Projector checkpoints: `projector.safetensors` holds the projector, `meta.json` says what it belongs to.
 
-Nothing is ever unpickled, and a projector is never put onto another base model, reducer or budget than it was trained with.
+An export in the format of `transformers` has the same file beside its other weights, and the same description under the key
+`EXPORT` of its `config.json`. Nothing is ever unpickled, and a projector is never put onto another base model, reducer or
+budget than it was trained with.
 """
 
 import hashlib
@@ -11,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vzip.attach import Handle
 from vzip.checkpoints.renaming import read_projector
+from vzip.checkpoints.shards import read_config
 from vzip.errors import UserError
 from vzip.families import Family
 from vzip.reducers import Reducer, create
 
 FORMAT = 1
 WEIGHTS, META, ADAPTER = "projector.safetensors", "meta.json", "adapter"
+CONFIG, EXPORT = "config.json", "vzip"
 _SAMPLES = 16
 
 
@@ -75,16 +80,41 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[s
     description.replace(folder / META)
 
 
+def locate(source: str | Path) -> Path | None:
+    """The folder of a run, or of an export, which may be a hub id; None for anything else."""
+    folder = Path(source)
+    if folder.is_dir() and not (folder / CONFIG).is_file():
+        return folder
+    try:
+        is_export = EXPORT in read_config(str(source))
+        return (folder if folder.is_dir() else Path(snapshot_download(str(source)))) if is_export else None
+    except OSError:
+        return None
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is an export in the format of `transformers`, and not a run."""
+    return (folder / CONFIG).is_file() and EXPORT in _read_json(folder / CONFIG)
+
+
+def _read_json(path: Path) -> Any:
+    """Raises UserError for a file that is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
-    """`meta.json` of a run folder. Raises UserError for a folder that is not a finished run."""
-    path = folder / META
+    """What `meta.json` of a run says, or `config.json` of an export. Raises UserError for a folder that is neither, or a run
+    that has not finished.
+    """
+    exported = is_export(folder)
+    path = folder / (CONFIG if exported else META)
     if not path.is_file():
         state = "is a run that has not finished" if (folder / "config.yaml").is_file() else "is not a run folder"
         raise UserError(f"{folder} {state}: it has no {META}; give the folder of a finished run, e.g. runs/my-run")
-    try:
-        meta: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    meta: dict[str, Any] = _read_json(path)[EXPORT] if exported else _read_json(path)
     form = meta.get("format") if isinstance(meta, dict) else meta
     if form != FORMAT:
         raise UserError(f"{path}: format {form!r} is unknown; this version reads format {FORMAT}")

@@ -1,0 +1,80 @@
+"""Send an export to the Hugging Face hub.
+
+python scripts/push.py runs/my-run/export/hf --repo me/my-model --private --dry-run
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import httpx
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from rich.console import Console
+from rich.table import Table
+
+from scripts.model_card import is_export
+from train import config
+from vzip import UserError
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files of an export. Raises UserError for another folder, and for a link to a file that is gone."""
+    if not is_export(folder):
+        raise UserError(f"{folder} is not an export; make one with `make export RUN=... TO=hf`")
+    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    if gone := [path.name for path in files if not path.is_file()]:
+        raise UserError(f"{folder}: {', '.join(gone)} link to files of the base model that are gone; export again with --copy")
+    return files
+
+
+def print_files(folder: Path, files: list[Path], *, title: str) -> None:
+    """What is sent, links followed."""
+    table = Table("file", "MB", title=title, title_justify="left")
+    table.columns[1].justify = "right"
+    for path in files:
+        table.add_row(path.relative_to(folder).as_posix(), f"{path.stat().st_size / 1e6:,.3f}")
+    table.add_row("all", f"{sum(path.stat().st_size for path in files) / 1e6:,.3f}")
+    Console().print(table)
+
+
+def push(folder: Path, repo: str, *, private: bool) -> str:
+    """Send the files in one commit: its address. Raises UserError without a token, or where the hub refuses."""
+    if get_token() is None:
+        raise UserError("there is no token for the hub; run `hf auth login`, or set HF_TOKEN, with one that may write")
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export of vzip").commit_url)
+    except (HfHubHTTPError, httpx.HTTPError) as error:
+        raise UserError(
+            f"--repo {repo} could not be sent: {error}\nCheck the network, and that the token may write there"
+        ) from error
+
+
+@config.teach
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="what `make export` wrote")
+    parser.add_argument("--repo", required=True, help="its name on the hub, e.g. me/my-model; made where there is none")
+    parser.add_argument("--private", action="store_true", help="make the repository a private one")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be sent, and ask no network")
+    args = parser.parse_args()
+    try:
+        validate_repo_id(args.repo)
+    except HFValidationError as error:
+        raise UserError(f"--repo {args.repo}: {error}") from error
+    files = files_of(args.folder)
+    kind = "private" if args.private else "public"
+    print_files(args.folder, files, title=f"{args.folder} to {args.repo}, {kind} if it is new")
+    if args.dry_run:
+        print("nothing was sent: --dry-run")
+    else:
+        print(push(args.folder, args.repo, private=args.private))
+
+
+if __name__ == "__main__":
+    main()
