@@ -74,7 +74,7 @@ def layer_index(layer: int, num_layers: int, *, setting: str = "vision_feature_l
     return index
 
 
-def _split_heads(states: Tensor, num_heads: int) -> Tensor:
+def split_heads(states: Tensor, num_heads: int) -> Tensor:
     """float32[B, H, N, head_dim] (float64 stays) of float[B, N, H * head_dim]."""
     heads = states.view(*states.shape[:2], num_heads, -1).transpose(1, 2)
     return heads.to(torch.promote_types(heads.dtype, torch.float32))
@@ -105,7 +105,7 @@ def _pass_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 @contextmanager
-def _captured(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+def captured(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Collect the outputs of `modules`, by name, while the block runs."""
     outputs: dict[str, Tensor] = {}
 
@@ -158,13 +158,13 @@ def run_tower(
         tap = layer_index(attention_layer, len(layers), setting="reducer.layer")
         last = max(index, tap)
         tapped |= {name: layers[tap].get_submodule(getattr(layout, name)) for name in ("queries", "keys")}
-    with replaced_forwards(dict.fromkeys(layers[last + 1 :], _pass_through)), _captured(tapped) as outputs:
+    with replaced_forwards(dict.fromkeys(layers[last + 1 :], _pass_through)), captured(tapped) as outputs:
         tower(pixel_values, **kwargs)
     if attention_layer is None:
         return VisionTokens(features=outputs["features"], has_cls=layout.has_cls, num_dropped=num_dropped)
     with torch.no_grad():
         num_heads: int = tower.config.num_attention_heads  # type: ignore[union-attr, assignment]
-        queries, keys = (_split_heads(outputs[name], num_heads) for name in ("queries", "keys"))
+        queries, keys = (split_heads(outputs[name], num_heads) for name in ("queries", "keys"))
         saliency = cls_attention(queries, keys) if layout.has_cls else received_attention(queries, keys)
         return VisionTokens(
             features=outputs["features"],

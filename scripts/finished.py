@@ -1,0 +1,126 @@
+"""Finished runs beside each other: which of them can be compared, and their scores, row by row."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from vzip import UserError
+from vzip.io import META, read_meta, reducers_of
+from vzip.reducers import Reducer
+from vzip.reducers.identity import Identity
+from vzip.reducers.random import Random
+from vzip.reducers.visionzip import VisionZip
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One row of a run's result."""
+
+    series: str
+    """"full", "free", "tuned", "elastic" (tuned for several budgets at once) or "random" (tuned for random tokens)."""
+    reducer: Reducer
+    num_visual_tokens: float
+    """A question's, on average."""
+    metrics: dict[str, float]
+    """Share of correct answers by kind of question."""
+    num_questions: int
+    seed: int | None
+    """Of the tuning; None where nothing was tuned."""
+    run: str = field(compare=False)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The same for rows that say the same, in whichever run."""
+        return self.series, self.reducer.name, str(self.reducer.settings()), self.num_visual_tokens, self.seed
+
+
+def score_of(row: dict[str, Any], *, series: str, reducer: Reducer, run: str, seed: int | None = None) -> Score:
+    """The score in a row of result.json."""
+    return Score(series, reducer, row["num_visual_tokens"], row["metrics"], row["num_questions"], seed, run)
+
+
+def _read(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(meta.json, result.json) of a finished run. Raises UserError for anything else."""
+    meta = read_meta(run)
+    if not (run / RESULT).is_file():
+        raise UserError(f"{run} is a run that has not finished: it has no {RESULT}; run its command again, it resumes")
+    return meta, json.loads((run / RESULT).read_text())
+
+
+def _measured_on(run: Path, meta: dict[str, Any]) -> tuple[Any, ...]:
+    """What two runs must share for their scores to be comparable: base model, starting projector, questions."""
+    cfg = OmegaConf.load(run / "config.yaml")
+    questions = (OmegaConf.select(cfg, "data.held_out"), OmegaConf.select(cfg, "evaluate.questions"))
+    return meta["base"]["fingerprint"], meta["base"].get("projector"), *questions
+
+
+def _scores(run: Path, meta: dict[str, Any], result: dict[str, Any]) -> list[Score]:
+    reducers = reducers_of(meta)
+    first = next(iter(reducers.values()))
+    by_name: dict[str, tuple[str, Reducer]] = {"full": ("full", Identity())}
+    for budget, reducer in reducers.items():
+        suffix, tuned = (f"-{budget}", "elastic") if len(reducers) > 1 else ("", "tuned")
+        by_name |= {f"free{suffix}": ("free", reducer), f"tuned{suffix}": (tuned, reducer)}
+    if isinstance(first, Random):
+        by_name["tuned"] = ("random", first)
+    elif isinstance(first, VisionZip):
+        by_name["random"] = ("random", Random(budget=first.dominant + first.contextual, anyres=first.anyres))
+    found = []
+    for row in result["rows"]:
+        series, reducer = by_name[row["name"]]
+        seed = result["seed"] if series in ("tuned", "elastic", "random") else None
+        found.append(score_of(row, series=series, reducer=reducer, seed=seed, run=str(run)))
+    return found
+
+
+def comparable_scores(run: Path, others: Sequence[Path] = ()) -> list[Score]:
+    """The scores of a run, of those that stand beside it, and of `others`, each once.
+
+    Of the runs beside it those count that are finished and were measured on the same base model, starting projector and
+    questions.
+
+    Raises:
+        UserError: `run` or one of `others` is no finished run; one of `others` was measured on something else.
+    """
+    meta, result = _read(run)
+    wanted, scores = _measured_on(run, meta), _scores(run, meta, result)
+    for other in others:
+        meta, result = _read(other)
+        if _measured_on(other, meta) != wanted:
+            raise UserError(f"--runs {other} can't be compared with {run}: base model, starting projector or questions differ")
+        scores += _scores(other, meta, result)
+    for config in sorted(run.parent.glob("*/config.yaml")):
+        beside = config.parent
+        if beside not in (run, *others) and (beside / META).is_file() and (beside / RESULT).is_file():
+            meta, result = _read(beside)
+            if _measured_on(beside, meta) == wanted:
+                scores += _scores(beside, meta, result)
+    return list({score.key: score for score in reversed(scores)}.values())[::-1]
+
+
+def same_but_budget(scores: Iterable[Score], reducer: Reducer) -> list[Score]:
+    """The scores of all tokens, of random ones, and of this reducer at any budget with the paper's split."""
+
+    def fits(other: Reducer) -> bool:
+        if not isinstance(other, VisionZip) or not isinstance(reducer, VisionZip):
+            return other.name in ("identity", "random")
+        usual = VisionZip(budget=other.dominant + other.contextual)
+        return other == replace(reducer, dominant=usual.dominant, contextual=usual.contextual)
+
+    return [score for score in scores if fits(score.reducer)]
+
+
+def without_a_part(reducer: VisionZip) -> dict[str, VisionZip]:
+    """The same number of tokens of both parts, without dominant ones, and without contextual ones."""
+    total = reducer.dominant + reducer.contextual
+    return {
+        "dominant and contextual": reducer,
+        "no dominant": replace(reducer, dominant=0, contextual=total),
+        "no contextual": replace(reducer, dominant=total, contextual=0),
+    }
