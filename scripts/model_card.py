@@ -85,14 +85,14 @@ def _use_llava(meta: dict[str, Any], folder: Path) -> str:
     )
 
 
-def _use_peft(meta: dict[str, Any], base: str) -> str:
+def _use_peft(meta: dict[str, Any], name: str) -> str:
     return "\n".join(
         [
             "```python",
             "import vzip",
             "from peft import PeftModel",
             "",
-            f"model = ...  # the base model, {base_name(base)}; peft does not check that it is",
+            f"model = ...  # the base model, {name}; peft does not check that it is",
             'PeftModel.from_pretrained(model, "FOLDER")  # changes the model in place',
             f"handle = vzip.attach(model, budget={meta.get('budget')})  # with the settings of the reducer above",
             "```",
@@ -137,10 +137,18 @@ def _settings(run: Path) -> str:
     return f"```yaml\n{OmegaConf.to_yaml(chosen)}```"
 
 
+def _name(run: Path, base: str) -> str:
+    """The base model's: its hub id; of a folder the run's word for it, or the folder's own name."""
+    config = run / "config.yaml"
+    if Path(base).is_dir() and config.is_file():
+        return str(OmegaConf.load(config).model.name)
+    return base_name(base)
+
+
 def model_card(run: Path, folder: Path, *, to: str, base: str) -> str:
     """The card of `run` as it was exported to `folder`; `base` is the folder or hub id of its base model."""
-    meta = read_meta(run)
-    use = {"hf": lambda: _use_hf(meta), "llava": lambda: _use_llava(meta, folder), "peft": lambda: _use_peft(meta, base)}
+    meta, name = read_meta(run), _name(run, base)
+    use = {"hf": lambda: _use_hf(meta), "llava": lambda: _use_llava(meta, folder), "peft": lambda: _use_peft(meta, name)}
     reducers = "; ".join(f"{budget} tokens: {reducer}" for budget, reducer in reducers_of(meta).items())
     licence = base_licence(base)
     licences = (
@@ -151,8 +159,8 @@ def model_card(run: Path, folder: Path, *, to: str, base: str) -> str:
     )
     return "\n\n".join(
         [
-            _front_matter(base, to) + f"# {base_name(base)}, tuned behind a token reducer",
-            f"What was tuned belongs to the base model `{base_name(base)}` and to the reducer {reducers}.",
+            _front_matter(base, to) + f"# {name}, tuned behind a token reducer",
+            f"What was tuned belongs to the base model `{name}` and to the reducer {reducers}.",
             f"## Use\n\n{use[to]()}",
             f"## Scores\n\n{_scores(run)}",
             f"## Data\n\n{_data(run, meta)}",

@@ -9,7 +9,6 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import httpx
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -19,6 +18,9 @@ from rich.table import Table
 from scripts.model_card import is_export
 from train import config
 from vzip import UserError
+
+REFUSED = HfHubHTTPError.__bases__
+"""What the hub's client raises: OSError, and the error of its HTTP library, which differs between its versions."""
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -49,7 +51,7 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export of vzip").commit_url)
-    except (HfHubHTTPError, httpx.HTTPError) as error:
+    except REFUSED as error:
         raise UserError(
             f"--repo {repo} could not be sent: {error}\nCheck the network, and that the token may write there"
         ) from error

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from vzip.attach import Handle
@@ -36,7 +37,7 @@ def _load_base(cls: type[Family], source: str, *, dtype: torch.dtype) -> tuple[F
     """(family around the model, processor), the projector in float32."""
     try:
         model, processor = cls.load_model(source, dtype=dtype), cls.load_processor(source)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"the base model {source} can't be loaded: {error}\nPass base=... with its folder or hub id") from error
     family = cls(model.eval().requires_grad_(False))
     family.projector.float()
