@@ -33,9 +33,9 @@ def files_of(folder: Path) -> list[Path]:
     return files
 
 
-def print_files(folder: Path, files: list[Path], *, title: str) -> None:
+def print_files(folder: Path, files: list[Path]) -> None:
     """What is sent, links followed."""
-    table = Table("file", "MB", title=title, title_justify="left")
+    table = Table("file", "MB")
     table.columns[1].justify = "right"
     for path in files:
         table.add_row(path.relative_to(folder).as_posix(), f"{path.stat().st_size / 1e6:,.3f}")
@@ -71,7 +71,8 @@ def main() -> None:
         raise UserError(f"--repo {args.repo}: {error}") from error
     files = files_of(args.folder)
     kind = "private" if args.private else "public"
-    print_files(args.folder, files, title=f"{args.folder} to {args.repo}, {kind} if it is new")
+    print(f"{args.folder} to {args.repo}, {kind} if it is new")
+    print_files(args.folder, files)
     if args.dry_run:
         print("nothing was sent: --dry-run")
     else:

@@ -147,8 +147,7 @@ def write_hf(run: Path, folder: Path, *, base: str | None = None, budget: int | 
     reducers, merged = _with_first(opened.reducers, budget), opened.meta["adapter"]
     family = opened.tuned_family()
     described = describe(family, *reducers, base=base_name(opened.meta["base"]["id"]), base_fingerprint=fingerprint(family))
-    described |= {key: opened.meta[key] for key in ("dtype", "template", "data", "commit") if key in opened.meta}
-    described |= {"adapter": False, "merged_adapter": merged}
+    described |= {"adapter": False, "merged_adapter": merged, "num_image_tokens": family.num_image_tokens(reducers[0])}
     shards = [] if merged else _base_shards(base, type(family))
     for shard in shards:
         _take_shard(shard, folder, family.projector_name, copy=copy)
@@ -158,7 +157,7 @@ def write_hf(run: Path, folder: Path, *, base: str | None = None, budget: int | 
     _write_index(folder)
     opened.processor.save_pretrained(folder)
     family.model.generation_config.save_pretrained(folder)
-    setattr(family.model.config, EXPORT, described)
+    setattr(family.model.config, EXPORT, opened.meta | described)
     family.model.config.save_pretrained(folder)
 
 
@@ -189,14 +188,14 @@ def llava_config(family: Family, processor: Any, tower: str) -> dict[str, Any]:
     """`config.json` in LLaVA's layout of a LLaVA-1.5 in that of `transformers`, whose tower is the CLIP `tower`."""
     config = family.model.config
     text: dict[str, Any] = config.text_config.to_dict()
-    rope = text.pop("rope_parameters", None) or {}
+    rope = text.pop("rope_parameters")
     for ours in ("model_type", "dtype", "architectures", "transformers_version", "_name_or_path"):
         text.pop(ours, None)
     return text | {
         "model_type": "llava_llama",
         "architectures": ["LlavaLlamaForCausalLM"],
         "vocab_size": config.image_token_id,  # <image>, which LLaVA's code has no token for, is the first that was added
-        "rope_theta": rope.get("rope_theta", 10000.0),
+        "rope_theta": rope["rope_theta"],
         "use_mm_proj": True,
         "mm_projector_type": "mlp2x_gelu",
         "mm_hidden_size": config.vision_config.hidden_size,
@@ -214,9 +213,10 @@ def _original_config(family: Family, processor: Any, base: str) -> dict[str, Any
     config = read_config(base)
     if family.original is not None and family.original.is_original(config):
         return config
-    vision = family.model.config.vision_config
-    is_known = all(getattr(vision, key, None) == value for key, value in _CLIP_336_SHAPE.items())
-    if family.model_type == "llava" and vision.model_type == "clip_vision_model" and is_known:
+    vision, text = family.model.config.vision_config, family.model.config.text_config
+    is_clip = vision.model_type == "clip_vision_model" and all(getattr(vision, k) == v for k, v in _CLIP_336_SHAPE.items())
+    is_llama = text.model_type == "llama" and text.rope_parameters["rope_type"] == "default"
+    if family.model_type == "llava" and is_clip and is_llama:
         return llava_config(family, processor, CLIP_336)
     return None
 

@@ -19,6 +19,7 @@ from scripts import export as command
 from scripts import push
 from tests import tiny
 from tests.unit.test_io import projector_of, save_run, tune
+from tests.unit.test_train_parts import settings_of
 from train.trainable import make_trainable
 from vzip import Comparison, UserError
 from vzip.checkpoints.llava import _llava_config, _refuse_unfit
@@ -358,7 +359,8 @@ def test_base_and_export_may_be_on_the_hub(hub_cache, tmp_path):
 
 @pytest.mark.parametrize("to", command.FORMATS)
 def test_the_command_writes_an_export_with_its_card(to, run):
-    (run / "config.yaml").write_text("model: {name: tiny}\nseed: 7\noptim: {lr: 0.002}\ndata: {path: a/train.json}\n")
+    settings = settings_of("model=llava-7b", "optim.lr=0.002", "data.path=a/train.json")
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(settings, resolve=True))
     rows = [{"name": "full", "num_visual_tokens": 16, "num_questions": 8, "metrics": {"open": 0.5, "all": 0.25}}]
     (run / "result.json").write_text(json.dumps({"rows": rows}))
     meta = json.loads((run / "meta.json").read_text())
@@ -368,7 +370,7 @@ def test_the_command_writes_an_export_with_its_card(to, run):
     assert target == run / "export" / to and command.is_export(target)
     card = (target / "README.md").read_text()
     said = [
-        "# tiny,",
+        "# llava-7b,",
         "VisionZip(4 dominant + 2 contextual)",
         "| full | 16 | 8 | 0.500 | 0.250 |",
         "1,234 rows of `train.json`",
@@ -436,7 +438,7 @@ def test_push_lists_what_links_lead_to_and_refuses_what_is_gone(tmp_path, capsys
     (folder / "README.md").write_text("---\ntags: [vzip]\n---\n")
     (tmp_path / "shard").write_bytes(bytes(5_000_000))
     (folder / "model-1.safetensors").symlink_to(tmp_path / "shard")
-    push.print_files(folder, push.files_of(folder), title="")
+    push.print_files(folder, push.files_of(folder))
     shown = capsys.readouterr().out
     assert "model-1.safetensors" in shown and shown.count("5.000") == 2
     (tmp_path / "shard").unlink()
