@@ -33,12 +33,15 @@ ROWS = ("full", "free", "tuned")
 """All tokens and the projector of the base model; reduced, with the same projector; reduced, with the tuned projector."""
 
 
-def _load_base(cls: type[Family], source: str, *, dtype: torch.dtype) -> tuple[Family, Any]:
+_ELSEWHERE = "Pass base=... with its folder or hub id"
+
+
+def _load_base(cls: type[Family], source: str, *, dtype: torch.dtype, way_out: str = _ELSEWHERE) -> tuple[Family, Any]:
     """(family around the model, processor), the projector in float32."""
     try:
         model, processor = cls.load_model(source, dtype=dtype), cls.load_processor(source)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"the base model {source} can't be loaded: {error}\nPass base=... with its folder or hub id") from error
+        raise UserError(f"the base model {source} can't be loaded: {error}\n{way_out}") from error
     family = cls(model.eval().requires_grad_(False))
     family.projector.float()
     return family, processor
@@ -106,14 +109,15 @@ class Comparison:
     @classmethod
     def _of_run(cls, folder: Path, *, base: str | None, dtype: torch.dtype | None) -> Self:
         meta = read_meta(folder)
+        source, way_out = base or meta["base"]["id"], _ELSEWHERE
         if is_export(folder):
             if base is not None:
                 raise UserError(f"base={base}: {folder} is an export, which holds its base model; leave base out")
-            base = str(folder)
+            source, way_out = str(folder), "Export the run again, with --copy where the base model's own files may go"
         kind = families().get(meta["base"]["model_type"])
         if kind is None:
             raise UserError(f"{folder} is of the family {meta['base']['model_type']!r}, which this version does not know")
-        family, processor = _load_base(kind, base or meta["base"]["id"], dtype=dtype or getattr(torch, meta["dtype"]))
+        family, processor = _load_base(kind, source, dtype=dtype or getattr(torch, meta["dtype"]), way_out=way_out)
         reducers = {budget_of(family, reducer): reducer for reducer in reducers_of(meta).values()}
         refuse_mismatch(meta, family, next(iter(reducers.values())))
         if (template := meta.get("template")) and not template["captions"]:

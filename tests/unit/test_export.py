@@ -5,6 +5,10 @@ import json
 import os
 import shutil
 import signal
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from huggingface_hub import constants
 from omegaconf import OmegaConf
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaConfig
 
 import vzip
 from scripts import export as command
@@ -24,7 +28,7 @@ from train.trainable import make_trainable
 from vzip import Comparison, UserError
 from vzip.checkpoints.llava import _llava_config, _refuse_unfit
 from vzip.checkpoints.renaming import read_projector
-from vzip.export import llava_config, write_hf, write_llava, write_peft
+from vzip.export import _original_config, llava_config, write_hf, write_llava, write_peft
 from vzip.families import families
 from vzip.io import ADAPTER, WEIGHTS, describe, fingerprint, save_checkpoint
 from vzip.reducers.identity import Identity
@@ -170,6 +174,21 @@ def test_shards_without_the_projector_are_linked_and_the_others_written(tmp_path
     assert torch.equal(logits(*vzip.load(tmp_path / "export", device="cpu")), want)
 
 
+def test_a_base_on_another_disk_is_linked_by_its_name(tmp_path):
+    if not os.access("/dev/shm", os.W_OK) or Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second disk: /dev/shm")
+    base = sharded(tmp_path / "base")
+    run = save_run(tmp_path / "run", tune(attached(base)), base)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
+        folder = Path(place)
+        write_hf(run, folder)
+        assert any(path.is_symlink() and path.samefile(base / path.name) for path in folder.iterdir())
+        assert torch.equal(logits(*vzip.load(folder, device="cpu")), logits(*vzip.load(run, device="cpu")))
+        shutil.rmtree(base)
+        with pytest.raises(UserError, match="Export the run again, with --copy"):
+            vzip.load(folder, device="cpu")
+
+
 def test_a_base_in_pytorchs_format_is_written_anew(tmp_path):
     base = tiny.save_llava(tmp_path / "base")
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
@@ -275,6 +294,16 @@ def test_llavas_config_describes_the_same_model(tiny_folder):
     for name in ("hidden_size", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_parameters"):
         assert getattr(read.text_config, name) == getattr(config.text_config, name)
     assert (written["mm_vision_tower"], written["mm_hidden_size"], written["rope_theta"]) == ("some/clip", 32, 10000.0)
+
+
+def test_the_real_llava_gets_a_config_and_other_towers_do_not(tmp_path, tiny_folder):
+    """LLaVA's code finds its tower by name, which the layout of transformers does not hold."""
+    config = LlavaConfig(**OmegaConf.to_container(settings_of("model=llava-7b").model.architecture))
+    config.save_pretrained(tmp_path)
+    written = _original_config(families()["llava"](SimpleNamespace(config=config)), tiny.processor(), str(tmp_path))
+    assert (written["mm_vision_tower"], written["mm_hidden_size"]) == ("openai/clip-vit-large-patch14-336", 1024)
+    assert (written["vocab_size"], written["hidden_size"], written["num_hidden_layers"]) == (32000, 4096, 32)
+    assert _original_config(attached(tiny_folder).family, tiny.processor(), str(tiny_folder)) is None
 
 
 def test_what_llavas_format_has_no_place_for_is_refused(tmp_path, tiny_folder):
@@ -433,14 +462,17 @@ def test_a_kill_while_it_writes_leaves_no_export_and_the_next_one_cleans_up(tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["hf"] and (target / "whole").is_file()
 
 
-def test_push_lists_what_links_lead_to_and_refuses_what_is_gone(tmp_path, capsys):
+def test_push_lists_what_links_lead_to_and_refuses_what_is_gone(tmp_path, capsys, monkeypatch):
     folder = empty(tmp_path / "hf")
     (folder / "README.md").write_text("---\ntags: [vzip]\n---\n")
     (tmp_path / "shard").write_bytes(bytes(5_000_000))
     (folder / "model-1.safetensors").symlink_to(tmp_path / "shard")
-    push.print_files(folder, push.files_of(folder))
+    monkeypatch.setattr(sys, "argv", ["push.py", str(folder), "--repo", "me/model", "--private", "--dry-run"])
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    push.main()
     shown = capsys.readouterr().out
     assert "model-1.safetensors" in shown and shown.count("5.000") == 2
+    assert f"{folder} to me/model, private if it is new" in shown and "nothing was sent" in shown
     (tmp_path / "shard").unlink()
     with pytest.raises(UserError, match=r"model-1.safetensors link to files of the base model that are gone"):
         push.files_of(folder)
