@@ -1,7 +1,7 @@
 """The environment of lmms-eval, `.venv-eval`: its own packages on top of those of the Python that runs this.
 
-lmms-eval pins packages that the recipe has in other versions, so it is kept out of `.venv`. torch, transformers and vzip are those
-of `.venv`, so that a model answers as it did after tuning, and nothing large is installed twice.
+lmms-eval pins packages that the recipe has in other versions, so it is kept out of `.venv`. torch, transformers and vzip are
+those of `.venv`, so that a model answers as it did after tuning, and nothing large is installed twice.
 """
 
 import hashlib

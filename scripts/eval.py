@@ -1,0 +1,220 @@
+"""Evaluate a run, or a base model, with lmms-eval: the rows full, free and tuned over tasks, in one table.
+
+make eval RUN=runs/X                                    python scripts/eval.py runs/X
+make eval RUN=runs/X ARGS="--tasks gqa,pope --limit 100"
+make eval RUN=llava-hf/llava-1.5-7b-hf ARGS="--budget 64 128"
+
+Asked are held-out questions, which need no network (the run's own, else those of the embedded default), and, where the Hugging
+Face hub answers, the paper's tasks. What is done is kept in RUN/eval, and not asked again.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from huggingface_hub import constants
+from omegaconf import OmegaConf
+
+from data.paths import write_json
+from scripts.eval_environment import environment
+from scripts.eval_questions import questions_of
+from scripts.eval_table import print_table, table_of
+from scripts.eval_tasks import BY_NAME, PAPER, TASK, published_rows
+from scripts.measure import ROOT, count
+from train.config import teach
+from vzip import UserError
+from vzip.io import META, WEIGHTS, read_meta, reducers_of
+from vzip.reducers.identity import Identity
+
+HUB_TIMEOUT_S = 5
+BATCH = 8
+"""Questions answered at a time by a base model; a run's are as many as after its tuning."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table."""
+
+    name: str
+    row: str
+    budget: int | None
+
+
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub can be reached; asked once, and not for long."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(constants.ENDPOINT, timeout=HUB_TIMEOUT_S).close()
+    except urllib.error.HTTPError:  # an answer too
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _named(row: str, budgets: Sequence[int | None]) -> list[Row]:
+    return [Row(row if len(budgets) == 1 else f"{row}-{budget}", row, budget) for budget in budgets]
+
+
+def rows_of_run(run: Path) -> list[Row]:
+    """Raises UserError for a folder that is no finished run."""
+    meta = read_meta(run)
+    reducers = reducers_of(meta)
+    rows, start = _named("tuned", list(reducers)), meta["base"].get("projector")
+    if start is not None and not Path(start).is_file():
+        print(f"rows full and free are left out: {start}, from which training started, is no longer there")
+        return rows
+    free = [] if isinstance(next(iter(reducers.values())), Identity) else _named("free", list(reducers))
+    return [Row("full", "full", None), *free, *rows]
+
+
+def tasks_to_run(named: str | None) -> tuple[list[str], list[str]]:
+    """(names, why others are left out), beside the held-out questions.
+
+    Raises:
+        UserError: a task asked for by name that needs the network, or a judge's key, without which it can't be run.
+    """
+    names = [name.strip() for name in named.split(",") if name.strip() != TASK] if named else [task.name for task in PAPER]
+    if not names:
+        return [], []
+    cached = named is not None and constants.HF_HUB_OFFLINE
+    if not cached and not hub_answers():
+        if named:
+            raise UserError(
+                f"--tasks {','.join(names)}: the data is on the hub, and {constants.ENDPOINT} does not answer; connect, set "
+                f"HF_HUB_OFFLINE=1 if it is in your cache, or leave --tasks out for the held-out questions alone"
+            )
+        return [], [f"{constants.ENDPOINT} does not answer: left out are {', '.join(task.column for task in PAPER)}"]
+    mute = {name: BY_NAME[name].key for name in names if name in BY_NAME and BY_NAME[name].key not in {None, *os.environ}}
+    if mute and named:
+        name, key = next(iter(mute.items()))
+        raise UserError(f"--tasks {name}: its answers are judged by a service whose key is missing; set {key}, or leave it out")
+    return [name for name in names if name not in mute], [f"{name} is left out: it needs {key}" for name, key in mute.items()]
+
+
+def _text(path: Path) -> str:
+    """Of what a projector's file holds: its size and time, enough to see that it is another one."""
+    found = path.stat()
+    return f"{found.st_size}-{found.st_mtime_ns}"
+
+
+def cells_of(
+    rows: Sequence[Row], tasks: Sequence[str], questions: Path, *, folder: Path, stamp: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """What the harness is to run, with the file of each; `stamp` is what an older file must have been made with."""
+    cells = []
+    for row in rows:
+        for task in (TASK, *tasks):
+            own = stamp | ({"questions": questions.name} if task == TASK else {})
+            path = folder / row.name / f"{task}.json"
+            cell = {"name": row.name, "row": row.row, "budget": row.budget, "task": task}
+            cells.append({**cell, "path": str(path), "stamp": own})
+    return cells
+
+
+def finished(cell: dict[str, Any]) -> dict[str, Any] | None:
+    """What a cell's file says, if it was made with the same settings."""
+    path = Path(cell["path"])
+    found = json.loads(path.read_text()) if path.is_file() else None
+    return found if found is not None and found["stamp"] == cell["stamp"] else None
+
+
+def run_harness(cells: Sequence[dict[str, Any]], arguments: dict[str, Any], *, questions: Path, limit: int | None) -> int:
+    """Start lmms-eval in its own environment; its exit code."""
+    python, harness = environment(), ROOT / "scripts" / "eval_harness.py"
+    job = {"arguments": arguments, "limit": limit, "include_path": str(questions), "cells": cells}
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "job.json"
+        path.write_text(json.dumps(job))
+        return subprocess.run([python, str(harness), str(path)], check=False).returncode
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a run folder, or the folder or hub id of a base model")
+    parser.add_argument("--budget", type=count, nargs="+", help="visual tokens of a base model's free rows")
+    parser.add_argument("--tasks", help="names of lmms-eval, with commas; by default the paper's; held-out questions always")
+    parser.add_argument("--limit", type=count, help="ask only the first questions of each task")
+    parser.add_argument("--batch-size", type=count, help="questions answered at a time; by default as after tuning")
+    parser.add_argument("--device", help="by default a GPU, if there is one")
+    parser.add_argument("--dtype", help="of the frozen weights; by default as in the run")
+    parser.add_argument("--base", help="where a run's base model is now, if not where the run found it")
+    parser.add_argument("--out", type=Path, help="folder of the results, by default RUN/eval, or runs/eval/MODEL")
+    parser.add_argument("--fresh", action="store_true", help="ask everything again")
+    return parser.parse_args()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated."""
+
+    rows: list[Row]
+    folder: Path
+    run: Path | None
+    batch_size: int
+    names: list[str | None]
+    """By which the paper's rows of the same model are found."""
+
+
+def subject_of(arguments: argparse.Namespace) -> Subject:
+    """Raises UserError for a folder that is neither a finished run nor a model, and for budgets that do not go with it."""
+    source = Path(arguments.source)
+    if not source.is_dir() or (source / "config.json").is_file():
+        if not arguments.budget:
+            raise UserError(f"{source} is no run, whose budget would be known: give --budget, e.g. --budget 64")
+        rows = [Row("full", "full", None), *_named("free", arguments.budget)]
+        folder = arguments.out or ROOT / "runs" / "eval" / str(arguments.source).strip("/").replace("/", "--")
+        return Subject(rows, folder, None, arguments.batch_size or BATCH, [arguments.source])
+    rows = rows_of_run(source)
+    if arguments.budget:
+        raise UserError(f"--budget {arguments.budget[0]}: {source} is a run, which has its own; leave --budget out")
+    cfg = OmegaConf.load(source / "config.yaml") if (source / "config.yaml").is_file() else OmegaConf.create()
+    batch = arguments.batch_size or OmegaConf.select(cfg, "evaluate.batch", default=BATCH)
+    names = [OmegaConf.select(cfg, "model.name"), read_meta(source)["base"]["id"]]
+    return Subject(rows, arguments.out or source / "eval", source, batch, names)
+
+
+@teach
+def main() -> None:
+    arguments = parse()
+    subject = subject_of(arguments)
+    tasks, left_out = tasks_to_run(arguments.tasks)
+    print(*left_out, sep="\n", end="\n" if left_out else "")
+    questions = questions_of(subject.run)
+    stamp = {"limit": arguments.limit, "dtype": arguments.dtype}
+    if subject.run is not None:
+        stamp |= {"weights": _text(subject.run / WEIGHTS), "meta": _text(subject.run / META)}
+    cells = cells_of(subject.rows, tasks, questions, folder=subject.folder, stamp=stamp)
+    if arguments.fresh:
+        for cell in cells:
+            Path(cell["path"]).unlink(missing_ok=True)
+    missing = [cell for cell in cells if finished(cell) is None]
+    code = 0
+    if missing:
+        model = {"pretrained": arguments.source, "batch_size": subject.batch_size, "row": subject.rows[0].row}
+        model |= {"budget": subject.rows[0].budget} if subject.rows[0].budget else {}
+        model |= {name: value for name in ("device", "dtype", "base") if (value := getattr(arguments, name))}
+        code = run_harness(missing, model, questions=questions, limit=arguments.limit)
+    done = [(cell, found) for cell in cells if (found := finished(cell)) is not None]
+    if done:
+        table = table_of(done, published_rows(subject.names))
+        write_json(subject.folder / "results.json", {"source": str(arguments.source), "left_out": left_out, **table})
+        print_table(table, title=str(arguments.source))
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The table of an evaluation: rows over tasks, in points and per cent of `full`, the paper's row below ours."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from scripts.eval_tasks import PAPER, scores_of
+
+Cell = tuple[Mapping[str, Any], Mapping[str, Any]]
+"""What was asked, as scripts/eval.py says it to the harness, and what the harness wrote."""
+
+
+def _of_full(rows: Sequence[dict[str, Any]]) -> None:
+    """Give each row its scores in per cent of `full`, and their mean over the paper's tasks, if there are any."""
+    full = next((row["scores"] for row in rows if row["row"] == "full"), {})
+    paper = {task.column for task in PAPER}
+    for row in rows:
+        shares = {name: 100 * value / full[name] for name, value in row["scores"].items() if full.get(name)}
+        row["percent_of_full"] = shares
+        counted = [value for name, value in shares.items() if name in paper]
+        if "average_percent" not in row:
+            row["average_percent"] = sum(counted) / len(counted) if counted else None
+
+
+def _ours(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for cell, found in cells:
+        empty = {"name": cell["name"], "row": cell["row"], "num_visual_tokens": found["num_visual_tokens"]}
+        row = rows.setdefault(cell["name"], {**empty, "scores": {}, "num_questions": {}, "seconds": 0.0})
+        row["scores"] |= scores_of(found["results"])
+        row["num_questions"] |= found["num_questions"]
+        row["seconds"] = round(row["seconds"] + found["seconds"], 1)
+    return list(rows.values())
+
+
+def table_of(cells: Sequence[Cell], published: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The table of finished cells.
+
+    Args:
+        cells: in the order of the rows.
+        published: the paper's rows of the same model, if it has any.
+
+    Returns:
+        "rows", each with "name", "row", "num_visual_tokens", "scores", "percent_of_full", "average_percent", "num_questions"
+        and "seconds"; "paper", the published rows beside them, alike, each under the "name" of ours; lmms-eval's own "tables".
+    """
+    rows = _ours(cells)
+    paper = []
+    for row in rows:
+        for theirs in published:
+            if theirs["row"] == row["row"] and theirs["num_visual_tokens"] == row["num_visual_tokens"]:
+                paper.append({**theirs, "name": row["name"], "average_percent": theirs["average"]})
+    _of_full(rows)
+    _of_full(paper)
+    tables = {f"{cell['name']}, {cell['task']}": found["table"] for cell, found in cells}
+    return {"rows": rows, "paper": paper, "tables": tables}
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    if column not in row["scores"]:
+        return ""
+    share = row["percent_of_full"].get(column)
+    return f"{row['scores'][column]:.1f}" + ("" if share is None else f" ({share:.0f}%)")
+
+
+def print_table(table: Mapping[str, Any], *, title: str) -> None:
+    """Print lmms-eval's tables, and ours."""
+    console = Console()
+    for name, text in table["tables"].items():
+        console.print(f"{name}\n{text}", markup=False, highlight=False, soft_wrap=True)
+    columns = list(dict.fromkeys(column for row in table["rows"] for column in row["scores"]))
+    columns.sort(key=lambda column: column.endswith(": all"))
+    shown = Table("row", "tokens", *columns, "average of full", "seconds", title=title, title_justify="left")
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for row in table["rows"]:
+        for each in (row, *(theirs for theirs in table["paper"] if theirs["name"] == row["name"])):
+            average, seconds = each["average_percent"], each.get("seconds")
+            shown.add_row(
+                row["name"] if each is row else "  paper",
+                str(each["num_visual_tokens"]),
+                *(_text(each, column) for column in columns),
+                "" if average is None else f"{average:.1f} %",
+                "" if seconds is None else f"{seconds:.0f}",
+            )
+    console.print(shown)
