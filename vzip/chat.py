@@ -31,7 +31,7 @@ class Answer:
     seconds_to_first_token: float
     """From the question to the first token, with processor, and with the vision tower where the picture was encoded."""
     tokens_per_second: float | None
-    """Of the tokens behind the first one; None where there is none."""
+    """Of the tokens behind the first one, the end token counted; None before there is one."""
     cache_bytes: int
     """Keys and values of the conversation so far."""
 
@@ -163,25 +163,26 @@ class Chat:
         inputs.pop("attention_mask")
         kept = self._keep_common(prompt)
         token = self._run(prompt[kept:], **({} if kept else inputs))
-        first = time.perf_counter()
         answer = Answer(
             text="",
             num_visual_tokens=prompt.count(self._placeholder),
             num_prompt_tokens=len(prompt),
             num_cached_tokens=kept,
-            seconds_to_first_token=first - start,
+            seconds_to_first_token=time.perf_counter() - start,
             tokens_per_second=None,
             cache_bytes=0,
         )
-        ends, made = self._ends(), list[int]()
+        ends, made, seconds = self._ends(), list[int](), 0.0
         while token not in ends:
             made.append(token)
-            rate = (len(made) - 1) / (time.perf_counter() - first) if len(made) > 1 else None
             text = self.processor.tokenizer.decode(made, skip_special_tokens=True).strip()
-            answer = replace(answer, text=text, tokens_per_second=rate, cache_bytes=self._cache_bytes())
+            answer = replace(answer, text=text, cache_bytes=self._cache_bytes())
             yield answer
             if len(made) == self.max_new_tokens:
                 break
+            begun = time.perf_counter()  # not before the yield: what the caller does with a part is no time of the model's
             token = self._run([token])
+            seconds += time.perf_counter() - begun
+            answer = replace(answer, tokens_per_second=len(made) / seconds)
         self.messages = [*messages, _message("assistant", answer.text)]
         yield replace(answer, cache_bytes=self._cache_bytes())
