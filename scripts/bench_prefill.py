@@ -29,6 +29,7 @@ import vzip
 from scripts.measure import ROOT, alternating, best_device, count, where, write_json
 from vzip.cost import attention_flops, linear_flops, row_cost
 from vzip.families import Family
+from vzip.media import model_inputs, pixels_of
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
@@ -132,7 +133,7 @@ class Prefill:
         family, num_tokens = self.family, self.inputs["input_ids"].shape[1]
         num_visual = int((self.inputs["input_ids"][0] == family.placeholder_id("image")).sum())
         counts = {"num_visual_tokens": num_visual, "num_text_tokens": num_tokens - num_visual}
-        num_tiles = self.inputs["pixel_values"].shape[:-3].numel() // len(self.inputs["input_ids"])
+        num_tiles = pixels_of(model_inputs("image", self.inputs)).shape[:-3].numel() // len(self.inputs["input_ids"])
         cost = row_cost(family, self.reducer, num_tiles=num_tiles, **counts)
         language = num_tokens * linear_flops(family.language_model) + linear_flops(family.lm_head)  # logits of the last one
         language += attention_flops(family.language_model.config, num_tokens) // 2  # causal: half of it

@@ -27,12 +27,12 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from data.paths import write_json, written_whole
+from data.paths import written_whole
 from scripts import charts
 from scripts.analyses import num_holding, softmax_gradient, top_shares
 from scripts.finished import Score, comparable_scores, same_but_budget, score_of, without_a_part
 from scripts.held_out import free_row
-from scripts.measure import count
+from scripts.measure import count, write_json
 from scripts.subject import Subject, make_subject
 from train import config
 from vzip import UserError

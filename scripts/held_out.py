@@ -1,7 +1,6 @@
 """The held-out questions of a finished run: their pictures, and answers of rows that the run itself has not asked."""
 
 import json
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,18 +29,21 @@ def settings_of(run: Path) -> DictConfig:
     return cfg
 
 
-def held_out_with_pictures(run: Path) -> Iterator[tuple[Row, Path]]:
+def held_out_with_pictures(run: Path) -> list[tuple[Row, Path]]:
     """The held-out rows of a run that have a picture, each with the path of its first one.
 
     Raises:
-        UserError: a run without held-out questions, or whose data is no longer there.
+        UserError: a run without such questions, or whose data is no longer there.
     """
     cfg = settings_of(run)
     if not config.asks_questions(cfg):
         raise UserError(f"{run} has no held-out questions: data.held_out was not set, or evaluate.questions was 0")
     init_distributed()
     folder = Path(cfg.data.image_folder).expanduser()
-    return ((row, folder / row.images[0]) for row in held_out_rows(cfg) if row.images)
+    found = [(row, folder / row.images[0]) for row in held_out_rows(cfg) if row.images]
+    if not found:
+        raise UserError(f"{run}: no held-out question has a picture, in data.held_out={cfg.data.held_out}")
+    return found
 
 
 class _Engine:

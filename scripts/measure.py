@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from data.paths import written_whole
+
 ROOT = Path(__file__).resolve().parent.parent
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 FLOP/s of NVIDIA's data sheets, by a part of the device's name; the first that fits counts."""
@@ -132,9 +134,10 @@ def where(device: torch.device) -> dict[str, Any]:
 
 
 def write_json(path: Path, figures: Mapping[str, Any]) -> None:
-    """Write figures to a file, whose folder is made."""
+    """Write figures to a file, whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(figures, indent=2) + "\n")
+    with written_whole(path) as scratch:
+        scratch.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def count(text: str) -> int:

@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from data.pictures import open_picture
 from scripts.analyses import LayerAttention, attention_of_layers, first_tile
 from scripts.held_out import held_out_with_pictures
 from vzip import Comparison, UserError
+from vzip.io import read_meta
 from vzip.reducers import Reducer, with_budget
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
@@ -94,23 +94,22 @@ def _opened(paths: Iterable[Path]) -> list[Image.Image]:
         try:
             pictures.append(open_picture(path))
         except (OSError, ValueError) as error:
-            raise UserError(f"--pictures {path} can't be opened: {error}; give pictures") from error
+            raise UserError(f"{path} can't be opened: {error}; give others as --pictures") from error
     return pictures
 
 
 def make_subject(arguments: argparse.Namespace) -> Subject:
     """Raises UserError for what is neither a finished run nor a model, or has nothing to look at."""
     source = Path(arguments.source)
-    comparison = Comparison.open(arguments.source)
     run = source if (source / "config.yaml").is_file() else None
-    if run is None and not arguments.pictures:
-        raise UserError(f"{source} is no run, whose held-out pictures could be shown: give --pictures with some")
-    if run is None and arguments.out is None:
-        raise UserError(f"{source} is no run, whose folder could take the figures: give --out with a folder")
-    paths = arguments.pictures or islice(dict.fromkeys(path for _, path in held_out_with_pictures(run)), NUM_PICTURES)
+    if run is not None:
+        read_meta(run)
+    elif not arguments.pictures or arguments.out is None:
+        raise UserError(f"{source} is not a run folder; of a model give --pictures to look at, and --out for the figures")
+    paths = arguments.pictures or list(dict.fromkeys(path for _, path in held_out_with_pictures(source)))[:NUM_PICTURES]
     return Subject(
-        comparison=comparison,
         pictures=_opened(paths),
+        comparison=Comparison.open(arguments.source),
         folder=arguments.out or source / "figures",
         run=run,
         others=tuple(arguments.runs),

@@ -1,0 +1,227 @@
+"""Measure what a reduced model saves: a finished run's row `tuned` against `full`, or `free` of any supported model.
+
+Prefill and the time to the first token are those of the first question, prefilled BATCH times; all questions are answered from
+their files to the last token, with the same number of tokens in each row. Rows take turns, the device is waited for, and
+medians are shown. "by FLOPs" is the ratio that the paper's cost formula gives (`vzip.cost`). The questions are the run's
+held-out ones, with one picture each; a model, or a run without them, is asked about noise. LoRA, if there is, takes part in
+every prefill.
+
+python scripts/efficiency.py runs/my-run --batch 1 --questions 50
+python scripts/efficiency.py runs/llava-13b --against llava-hf/llava-1.5-7b-hf    # the large model reduced, the small one full
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, from wherever this file is started
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from data.pictures import open_picture
+from scripts.bench_prefill import Prefill, Settings, measure
+from scripts.held_out import held_out_with_pictures, settings_of
+from scripts.measure import alternating, best_device, count, peak_memory, where, write_json
+from train import config
+from vzip import Comparison
+from vzip.families import Family
+from vzip.templates import IMAGE
+
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True)
+class Question:
+    """A picture and what is asked about it."""
+
+    text: str
+    picture: Path | Image.Image
+    """Noise, or a file, which is opened each time it is asked about."""
+
+    def image(self) -> Image.Image:
+        return open_picture(self.picture) if isinstance(self.picture, Path) else self.picture
+
+
+def held_out_questions(run: Path, limit: int) -> list[Question]:
+    """The first question of each of the first held-out rows. Raises UserError if the run's data is gone."""
+    rows = held_out_with_pictures(run)[:limit]
+    return [Question(row.turns[0][0].replace(IMAGE, "").strip(), picture) for row, picture in rows]
+
+
+def made_up_questions(family: Family, limit: int) -> list[Question]:
+    """About noise, square, and large enough to be cut into tiles by a model that does so."""
+    generator, side = np.random.default_rng(0), 2 * family.tile_side
+    pixels = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return [Question(f"What do you see in picture {number}?", Image.fromarray(pixels)) for number in range(1, limit + 1)]
+
+
+def prompts(processor: Any, questions: Sequence[Question]) -> list[str]:
+    """The questions in the model's chat template, or, without one, behind their placeholder."""
+    if not processor.chat_template:
+        return [f"{processor.image_token}\n{question.text}" for question in questions]
+    contents = [[{"type": "image"}, {"type": "text", "text": question.text}] for question in questions]
+    return [
+        processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        for content in contents
+    ]
+
+
+class Row:
+    """A model in one row of the results, as it is measured.
+
+    Args:
+        comparison: the model.
+        name: "full", "free" or "tuned".
+        budget: of the reducer, by default the run's first.
+
+    Raises:
+        UserError: no such row, or a budget that it can't have.
+    """
+
+    def __init__(self, comparison: Comparison, name: str, *, budget: int | None) -> None:
+        self.comparison, self.name, self.budget = comparison, name, budget
+        self.reducer = comparison.reducer(name, budget=budget)
+
+    def inputs(self, model: Any, processor: Any, questions: Sequence[Question]) -> Any:
+        """The model's arguments for the questions, padded on the left."""
+        images = [question.image() for question in questions]
+        padding = {"padding": True, "padding_side": "left"}
+        return processor(text=prompts(processor, questions), images=images, return_tensors="pt", **padding).to(
+            model.device, model.dtype
+        )
+
+    def prefill(self, question: Question, *, batch: int) -> Prefill:
+        """The question, `batch` times."""
+        with self.comparison.row(self.name, budget=self.budget) as (model, processor):
+            inputs = self.inputs(model, processor, [question] * batch)
+        return Prefill(self.comparison.family, self.reducer, inputs)
+
+    @torch.no_grad()
+    def answer(self, questions: Sequence[Question], *, batch: int, new_tokens: int) -> list[list[int]]:
+        """The ids of exactly `new_tokens` tokens that answer each question."""
+        length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+        answers: list[list[int]] = []
+        with self.comparison.row(self.name, budget=self.budget) as (model, processor):
+            tokenizer = processor.tokenizer
+            pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+            for start in range(0, len(questions), batch):
+                inputs = self.inputs(model, processor, questions[start : start + batch])
+                answers += model.generate(**inputs, **length, pad_token_id=pad)[:, -new_tokens:].tolist()
+        return answers
+
+
+def measure_rows(
+    rows: Mapping[str, Row], questions: Sequence[Question], *, batch: int, settings: Settings
+) -> dict[str, dict[str, Any]]:
+    """The figures of each row: those of `scripts.bench_prefill.measure`, peak memory, and seconds for all questions."""
+    cases = {name: row.prefill(questions[0], batch=batch) for name, row in rows.items()}
+    found = measure(cases, settings)
+    asking = {
+        name: lambda row=row: row.answer(questions, batch=batch, new_tokens=settings.new_tokens) for name, row in rows.items()
+    }
+    seconds = alternating(asking, rounds=settings.rounds, device=settings.device)
+    for name, case in cases.items():
+        parameters = case.family.model.parameters()
+        found[name] |= {
+            "reducer": str(case.reducer),
+            "weight_bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+            "peak_bytes": peak_memory(case.whole, settings.device),
+            "questions": {"seconds": seconds[name], "median_s": statistics.median(seconds[name])},
+        }
+    return found
+
+
+def _measures(found: Mapping[str, Any], title: str) -> dict[str, float | None]:
+    """What the table shows of a row, by label."""
+    peak = found["peak_bytes"]
+    return {
+        "visual tokens": found["num_visual_tokens"],
+        "prefill, language model alone, ms": 1000 * found["language"]["median_s"],
+        "time to first token, from the pixels, ms": 1000 * found["whole"]["median_s"],
+        "each token after it, ms": 1000 * found["token"]["median_s"],
+        title: found["questions"]["median_s"],
+        "KV cache after prefill, MiB": found["kv_bytes"] / MEBIBYTE,
+        "peak memory above the weights, MiB": None if peak is None else peak / MEBIBYTE,
+    }
+
+
+def show(figures: Mapping[str, Any]) -> None:
+    """Print the table: a column a row of the results, and how many times the reduced row's figure each other one's is."""
+    reduced = figures["reduced"]
+    title = f"{figures['num_questions']} questions, {figures['new_tokens']} tokens each, s"
+    measured = {name: _measures(found, title) for name, found in figures["rows"].items()}
+    table = Table(title=f"{figures['source']}, batch {figures['batch']}", title_justify="left")
+    table.add_column(f"median of {figures['rounds']} rounds", no_wrap=True)
+    others = [name for name in measured if name != reduced]
+    for column in (reduced, *(part for name in others for part in (name, f"/ {reduced}", "by FLOPs"))):
+        table.add_column(column, justify="right")
+    flops = {"prefill, language model alone, ms": "language_flops", "time to first token, from the pixels, ms": "whole_flops"}
+    for label, least in measured[reduced].items():
+        cells = ["" if least is None else f"{least:,.4g}"]
+        for name in others:
+            value, formula = measured[name][label], ""
+            if label in flops:
+                formula = f"{figures['rows'][name][flops[label]] / figures['rows'][reduced][flops[label]]:.2f}"
+            ratio = f"{value / least:.2f}" if value is not None and least and least > 0 else ""
+            cells += ["" if value is None else f"{value:,.4g}", ratio, formula]
+        table.add_row(label, *cells)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="folder of a finished run; or folder or hub id of a model")
+    parser.add_argument("--against", help="another run or model, whose row `full` is measured too")
+    parser.add_argument("--budget", type=count, help="by default the run's first; a model needs one")
+    parser.add_argument("--batch", type=count, default=1)
+    parser.add_argument("--questions", type=count, default=50, help="how many, at most")
+    parser.add_argument("--new-tokens", type=count, default=8, help="of each answer")
+    parser.add_argument("--rounds", type=count, default=5, help="of which the median is shown")
+    parser.add_argument("--json", type=Path, help="file for all figures, by default RUN/efficiency.json")
+    return parser.parse_args()
+
+
+@config.teach
+def main() -> None:
+    """Measure, print, write."""
+    arguments, device = parse(), best_device()
+    source = Path(arguments.source)
+    is_run = (source / "config.yaml").is_file()
+    has_questions = is_run and config.asks_questions(settings_of(source))
+    questions = held_out_questions(source, arguments.questions) if has_questions else []
+    comparison = Comparison.open(arguments.source)
+    questions = questions or made_up_questions(comparison.family, arguments.questions)
+    reduced = "tuned" if "tuned" in comparison.rows else "free"
+    rows = {name: Row(comparison, name, budget=arguments.budget if name != "full" else None) for name in ("full", reduced)}
+    if arguments.against:
+        rows[f"full of {Path(arguments.against).name}"] = Row(Comparison.open(arguments.against), "full", budget=None)
+    settings = Settings(new_tokens=arguments.new_tokens, rounds=arguments.rounds, device=device)
+    figures = {
+        "where": where(device),
+        "source": arguments.source,
+        "reduced": reduced,
+        "batch": arguments.batch,
+        "rounds": arguments.rounds,
+        "num_questions": len(questions),
+        "made_up_questions": not has_questions,
+        "new_tokens": arguments.new_tokens,
+        "rows": measure_rows(rows, questions, batch=arguments.batch, settings=settings),
+    }
+    print(", ".join(f"{name} {value}" for name, value in figures["where"].items()))
+    print("questions about noise" if not has_questions else "the run's held-out questions")
+    show(figures)
+    target = arguments.json or (source / "efficiency.json" if is_run else None)
+    if target is not None:
+        write_json(target, figures)
+
+
+if __name__ == "__main__":
+    main()
