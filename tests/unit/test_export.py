@@ -22,7 +22,7 @@ import vzip
 from scripts import export as command
 from scripts import push
 from tests import tiny
-from tests.unit.test_io import projector_of, save_run, tune
+from tests.unit.test_io import save_run, tune
 from tests.unit.test_train_parts import settings_of
 from train.trainable import make_trainable
 from vzip import Comparison, UserError
@@ -494,9 +494,3 @@ def test_push_says_that_there_is_no_network(fault, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, *fault)
     with pytest.raises(UserError, match="--repo me/model could not be sent"):
         push.push(tmp_path, "me/model", private=True)
-
-
-def test_projector_of_is_what_was_tuned(run, tiny_folder):
-    tuned = load_file(run / WEIGHTS)
-    base = projector_of(attached(tiny_folder))
-    assert not any(torch.equal(tuned[name], base[name]) for name in base)  # or the tests above would prove nothing
