@@ -64,7 +64,8 @@ def _with_first(reducers: Mapping[int, Reducer], budget: int | None) -> list[Red
 
 def base_name(base: str) -> str:
     """A hub id as it is; of a folder its last part, as where it is on this machine is nobody else's concern."""
-    return Path(base).resolve().name if Path(base).is_dir() else base
+    path = Path(base)
+    return path.resolve().name if path.is_dir() or path.is_absolute() else base
 
 
 # transformers

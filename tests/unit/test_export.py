@@ -22,7 +22,7 @@ import vzip
 from scripts import export as command
 from scripts import push
 from tests import tiny
-from tests.unit.test_io import save_run, tune
+from tests.unit.test_io import edit_meta, save_run, tune
 from tests.unit.test_train_parts import settings_of
 from train.trainable import make_trainable
 from vzip import Comparison, UserError
@@ -187,6 +187,13 @@ def test_a_base_on_another_disk_is_linked_by_its_name(tmp_path):
         shutil.rmtree(base)
         with pytest.raises(UserError, match="Export the run again, with --copy"):
             vzip.load(folder, device="cpu")
+
+
+def test_where_the_base_was_is_not_passed_on(run, tmp_path, tiny_folder):
+    edit_meta(run, lambda meta: meta["base"].update(id=str(tmp_path / "gone" / "my-llava")))
+    write_hf(run, empty(tmp_path / "export"), base=str(tiny_folder))
+    config = (tmp_path / "export" / "config.json").read_text()
+    assert '"id": "my-llava"' in config and str(tmp_path) not in config and str(tiny_folder) not in config
 
 
 def test_a_base_in_pytorchs_format_is_written_anew(tmp_path):
