@@ -187,6 +187,7 @@ def teach(command: Callable[P, None]) -> Callable[P, None]:
             return
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # rank 0 says the same, and its launcher ends the others
+        sys.stdout.flush()
         print(f"error: {message}", file=sys.stderr, flush=True)
         os._exit(code)  # other ranks may be waiting in a collective that no clean exit gets out of
 
