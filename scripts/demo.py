@@ -7,6 +7,7 @@ The page is for this machine alone unless --host or --share ask for more.
 
 import argparse
 import json
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -81,8 +82,15 @@ def title_of(source: str, rows: Rows) -> str:
     return f"`{source}`: {type(model).__name__} on {model.device}, {reducer}{tuned}."
 
 
+def spare_the_proxy(host: str) -> None:
+    """Have Gradio, which asks its own page whether it is there, not do so through the network's proxy."""
+    known = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
+    os.environ["no_proxy"] = ",".join(filter(None, [known, host, "127.0.0.1", "localhost"]))
+
+
 def serve(page: Page, *, host: str, port: int, share: bool) -> None:
     """Show the page until Ctrl-C."""
+    spare_the_proxy(host)
     _, address, public = page.blocks.launch(
         server_name=host,
         server_port=port,

@@ -128,7 +128,12 @@ class Page:
                 with gr.Column(min_width=220):
                     gr.Markdown(title)
                     drawing = gr.Image(
-                        format="png", interactive=False, show_label=False, elem_classes="drawing", buttons=["fullscreen"]
+                        format="png",
+                        interactive=False,
+                        show_label=False,
+                        alt_text=title.replace("*", ""),
+                        buttons=["fullscreen"],
+                        elem_classes="drawing",
                     )
                     self.drawings.append(drawing)
         self.summary = gr.Markdown(NO_PICTURE, elem_id="summary")

@@ -1,5 +1,6 @@
 """What the demo's page shows of pictures and turns, as Gradio's parts take it."""
 
+import html
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,11 +53,12 @@ def describe(seen: Seen) -> str:
 
 
 def as_messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
-    """A row's turns as a chatbot's messages."""
+    """A row's turns as a chatbot's messages, which are HTML."""
     shown = []
     for turn in turns:
         text = turn.refusal or (turn.answer.text or "(an empty answer)" if turn.answer else "…")
-        shown += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": text}]
+        for role, content in (("user", turn.question), ("assistant", text)):
+            shown.append({"role": role, "content": html.escape(content, quote=False)})
     return shown
 
 

@@ -91,7 +91,7 @@ def test_a_refused_question_is_a_turn_that_says_so(rows):
     conversation = Conversation(rows, tiny.picture(), 6)
     (turn,) = conversation.ask("free", "an <image>?")
     assert "spells <image>" in turn.refusal
-    assert as_messages(conversation.turns["free"])[-1]["content"] == turn.refusal
+    assert "spells &lt;image&gt;" in as_messages(conversation.turns["free"])[-1]["content"]
     assert as_figures(conversation.turns["free"]) == ""
     assert last(conversation, "free", "what?").num_cached_tokens == 0
 
