@@ -35,8 +35,9 @@ STYLE = """
 .drawing img { image-rendering: pixelated; }
 .drawing:not(:hover) .icon-button-wrapper { opacity: 0; }
 #examples .grid-wrap { height: auto; min-height: 0; padding-top: 2rem; }
-#examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; height: auto; }
-#examples .grid-container button { aspect-ratio: 1; }
+#examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; grid-auto-rows: auto !important; }
+#examples .grid-container { height: auto; }
+#examples .grid-container button { aspect-ratio: 1; height: auto; }
 .answers button[aria-label="Clear"] { display: none; }
 .figures table { font-size: .85em; width: 100%; }
 .figures th, .figures td { padding: .15rem .4rem !important; white-space: nowrap; border-color: #8884 !important; }

@@ -164,7 +164,7 @@ def merged_tokens(tile: TileTokens, *, side: int = SIDE) -> Image.Image:
     targets = set(tile.contextual.tolist())
     for patch, group in enumerate(tile.members.tolist()):
         if group >= 0:
-            canvas.tint(patch, GROUPS[group % len(GROUPS)], 0.55 if patch in targets else 0.4)
+            canvas.tint(patch, GROUPS[group % len(GROUPS)], 0.65 if patch in targets else 0.5)
             canvas.write(patch, str(group + 1), strong=patch in targets)
     for patch in targets:
         canvas.frame(patch, (255, 255, 255))
