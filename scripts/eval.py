@@ -212,8 +212,10 @@ def main() -> None:
         table = table_of(done, published_rows(subject.names))
         write_json(subject.folder / "results.json", {"source": str(arguments.source), "left_out": left_out, **table})
         print_table(table, title=str(arguments.source))
-    if code:
+    if code == 2:  # the harness has said what to change
         sys.exit(code)
+    if lacking := [f"{cell['name']}: {cell['task']}" for cell in cells if finished(cell) is None]:
+        raise UserError(f"not finished, for the reasons above: {', '.join(lacking)}\nThe same command asks only these again")
 
 
 if __name__ == "__main__":

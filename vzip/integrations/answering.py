@@ -137,6 +137,11 @@ class Answerer:
         self.settings = settings
         dtype = getattr(torch, settings.dtype) if settings.dtype else None
         self.comparison = Comparison.open(settings.pretrained, base=settings.base, dtype=dtype, device=settings.device)
+        if self.comparison.processor.chat_template is None:
+            raise UserError(
+                f"pretrained={settings.pretrained} has no chat template, so it is not known how to ask; give a run, or a model "
+                f"whose processor has one"
+            )
         self.device: torch.device = self.comparison.family.model.device
         self._row = ExitStack()
         full = settings.budget == FULL
