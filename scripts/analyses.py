@@ -17,7 +17,7 @@ from vzip.media import model_inputs, pixels_of
 from vzip.reducers.visionzip import VisionZip
 from vzip.tap import MAX_SCORES, captured, cls_attention, received_attention, split_heads, tower_layout
 
-SMALLEST, BINS = 1e-6, 24
+SMALLEST, BINS = 1e-8, 32
 """Attention weights below the first count as it; bins of the weights up to 1, equally wide in their logarithm."""
 ALL_LAYERS = VisionZip(dominant=1, contextual=0, layer=-1)
 """A reducer for which a tower runs to its last layer."""

@@ -37,8 +37,7 @@ from scripts.subject import Subject, make_subject
 from train import config
 from vzip import UserError
 from vzip.overlay import attention_map, kept_tokens, look
-from vzip.reducers import Reducer
-from vzip.reducers.visionzip import split_budget
+from vzip.reducers.visionzip import VisionZip, split_budget
 
 NUM_SHOWN = 4
 """Pictures that are shown."""
@@ -108,9 +107,10 @@ def _scores(subject: Subject) -> list[Score]:
     return scores
 
 
-def _free(subject: Subject, reducer: Reducer, name: str) -> Score:
+def _free(subject: Subject, reducer: VisionZip) -> Score:
     """Asked here, on the run's held-out questions."""
     assert subject.run is not None
+    name = f"free-{reducer.dominant}-{reducer.contextual}"
     row = free_row(subject.run, subject.comparison, reducer, name=name, folder=subject.folder)
     return score_of(row, series="free", reducer=reducer, run=str(subject.folder))
 
@@ -125,7 +125,7 @@ def _recovery(subject: Subject) -> tuple[Figure, dict[str, Any]]:
     for budget in subject.budgets:
         reducer = subject.with_budget(budget)
         if not any(score.series == "free" and score.reducer == reducer for score in scores):
-            scores.append(_free(subject, reducer, f"free-{budget}"))
+            scores.append(_free(subject, reducer))
     if len({score.num_visual_tokens for score in scores if score.series != "full"}) == 1:
         print("recovery: there is one budget alone; tune others (BUDGET=...), or ask `free` at some: --budgets 4 8 16")
     names = ("series", "num_visual_tokens", "seed", "run", "metrics")
@@ -147,7 +147,7 @@ def _without_dominant(subject: Subject) -> tuple[Figure, dict[str, Any]]:
     for name, variant in without_a_part(replace(reducer, dominant=dominant, contextual=contextual)).items():
         own = [score for score in scores if score.reducer == variant]
         if not any(score.series == "free" for score in own):
-            own.append(_free(subject, variant, f"free-{name.replace(' ', '-')}"))
+            own.append(_free(subject, variant))
         found = {series: _mean(score.metrics for score in own if score.series == series) for series in ("free", "tuned")}
         variants.append({"name": name, "dominant": variant.dominant, "contextual": variant.contextual, **found})
     numbers = _of_questions(scores) | {"variants": variants}

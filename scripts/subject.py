@@ -16,7 +16,7 @@ from scripts.analyses import LayerAttention, attention_of_layers, first_tile
 from scripts.held_out import held_out_with_pictures
 from vzip import Comparison, UserError
 from vzip.io import read_meta
-from vzip.reducers import Reducer, with_budget
+from vzip.reducers import with_budget
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
 from vzip.tap import layer_index
@@ -74,8 +74,11 @@ class Subject:
             "has_cls": family.has_cls,
         }
 
-    def with_budget(self, budget: int) -> Reducer:
-        return with_budget(self.reducer, budget, tiles=self.comparison.family.budget_tiles)
+    def with_budget(self, budget: int) -> VisionZip:
+        """The reducer at another budget."""
+        reducer = with_budget(self.reducer, budget, tiles=self.comparison.family.budget_tiles)
+        assert isinstance(reducer, VisionZip)
+        return reducer
 
     @property
     def shown_budgets(self) -> list[int]:

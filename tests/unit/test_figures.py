@@ -11,7 +11,15 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from scripts import charts, figures
-from scripts.analyses import LayerAttention, attention_of_layers, first_tile, num_holding, softmax_gradient, top_shares
+from scripts.analyses import (
+    SMALLEST,
+    LayerAttention,
+    attention_of_layers,
+    first_tile,
+    num_holding,
+    softmax_gradient,
+    top_shares,
+)
 from scripts.finished import comparable_scores, same_but_budget, without_a_part
 from tests import tiny
 from tests.unit.test_io import attached, refused, save_run
@@ -90,7 +98,7 @@ def test_the_gradient_of_the_softmax_is_autograds():
     assert sum(part["weights"] for part in found["bins"]) == rows.numel()
     assert len(found["bins"]) > 5
     for part in found["bins"]:
-        inside = (rows > part["from"] if part["from"] > 1.1e-6 else rows >= 0) & (rows <= part["to"])
+        inside = (rows > part["from"] if part["from"] > 1.1 * SMALLEST else rows >= 0) & (rows <= part["to"])
         assert part["weights"] == inside.sum()
         assert part["mean_weight"] == pytest.approx(rows[inside].mean().item(), rel=1e-4)
         assert part["mean_gradient"] == pytest.approx(gradient[inside].mean().item(), rel=1e-4)
