@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import time
 from dataclasses import asdict
 
 import pytest
@@ -67,13 +68,20 @@ def test_the_tuned_row_is_closed_where_it_was_not_tuned(rows):
 
 
 def test_a_reader_who_leaves_gives_the_model_back(rows):
-    conversation = Conversation(rows, tiny.picture(), 6)
-    asked = conversation.ask("free", "what?")
-    next(asked)
-    asked.close()
-    model = rows.comparison.family.model.model
-    assert rows.alone(lambda: "get_image_features" in vars(model)) is False
-    assert last(Conversation(rows, tiny.picture(), 6), "tuned", "what?").text
+    conversation, made = Conversation(rows, tiny.picture(), 6), []
+
+    def long_work():
+        with rows.comparison.row("free"):
+            for number in range(2000):
+                made.append(number)
+                time.sleep(0.001)
+                yield number
+
+    read = rows.stream(long_work)
+    assert next(read) == 0
+    read.close()
+    assert last(conversation, "tuned", "what?").text  # a model in another row would refuse
+    assert len(made) < 2000
 
 
 def test_what_goes_wrong_in_the_models_thread_reaches_the_reader(rows):
