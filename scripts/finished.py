@@ -37,7 +37,8 @@ class Score:
     @property
     def key(self) -> tuple[Any, ...]:
         """The same for rows that say the same, in whichever run."""
-        return self.series, self.reducer.name, str(self.reducer.settings()), self.num_visual_tokens, self.seed
+        said = (str(value) for value in (self.reducer.settings(), self.num_visual_tokens, self.seed, self.metrics))
+        return self.series, self.reducer.name, *said
 
 
 def score_of(row: dict[str, Any], *, series: str, reducer: Reducer, run: str, seed: int | None = None) -> Score:
@@ -55,9 +56,17 @@ def _read(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _measured_on(run: Path, meta: dict[str, Any]) -> tuple[Any, ...]:
     """What two runs must share for their scores to be comparable: base model, starting projector, questions."""
+    return meta["base"]["fingerprint"], meta["base"].get("projector"), *_settings(run, "data.held_out", "evaluate.questions")
+
+
+def _settings(run: Path, *names: str) -> list[Any]:
     cfg = OmegaConf.load(run / "config.yaml")
-    questions = (OmegaConf.select(cfg, "data.held_out"), OmegaConf.select(cfg, "evaluate.questions"))
-    return meta["base"]["fingerprint"], meta["base"].get("projector"), *questions
+    return [OmegaConf.select(cfg, name) for name in names]
+
+
+def _recipe(run: Path) -> list[Any]:
+    """How a run was tuned: what a figure of budgets, seeds or reducers holds still."""
+    return _settings(run, "tune", "optim", "data.path", "data.fraction")
 
 
 def _scores(run: Path, meta: dict[str, Any], result: dict[str, Any]) -> list[Score]:
@@ -82,8 +91,8 @@ def _scores(run: Path, meta: dict[str, Any], result: dict[str, Any]) -> list[Sco
 def comparable_scores(run: Path, others: Sequence[Path] = ()) -> list[Score]:
     """The scores of a run, of those that stand beside it, and of `others`, each once.
 
-    Of the runs beside it those count that are finished and were measured on the same base model, starting projector and
-    questions.
+    Of the runs beside it those count that are finished, were measured on the same base model, starting projector and questions,
+    and tuned in the same way; of `others` all do that were measured on the same.
 
     Raises:
         UserError: `run` or one of `others` is no finished run; one of `others` was measured on something else.
@@ -99,7 +108,7 @@ def comparable_scores(run: Path, others: Sequence[Path] = ()) -> list[Score]:
         beside = config.parent
         if beside not in (run, *others) and (beside / META).is_file() and (beside / RESULT).is_file():
             meta, result = _read(beside)
-            if _measured_on(beside, meta) == wanted:
+            if _measured_on(beside, meta) == wanted and _recipe(beside) == _recipe(run):
                 scores += _scores(beside, meta, result)
     return list({score.key: score for score in reversed(scores)}.values())[::-1]
 

@@ -126,6 +126,11 @@ def test_a_title_says_what_is_seen(shares, words):
 SCORES = {"full": 0.9, "free": 0.5, "tuned": 0.8, "random": 0.6}
 
 
+def score_in(row, reducer):
+    """A control's `tuned` is its run's `random`."""
+    return SCORES["random" if isinstance(reducer, Random) else row.split("-")[0]]
+
+
 def finished_run(folder, base, reducer, *, seed=0, rows=("full", "free", "tuned"), others=(), **changes):
     """The files of a finished run that its comparison with others needs."""
     handle = attached(base, reducer=reducer)
@@ -140,7 +145,7 @@ def finished_run(folder, base, reducer, *, seed=0, rows=("full", "free", "tuned"
             "name": name,
             "num_visual_tokens": 16 if name == "full" else int(name.rsplit("-", 1)[1]) if "-" in name else budget,
             "num_questions": 8,
-            "metrics": {"all": SCORES[name.split("-")[0]] + seed / 100},
+            "metrics": {"all": score_in(name, reducer) + (seed / 100 if name.startswith("tuned") else 0)},
         }
         for name in rows
     ]
@@ -194,6 +199,9 @@ def test_runs_that_measured_something_else_are_left_out_or_refused(runs, tmp_pat
     unfinished = finished_run(runs / "unfinished", tiny_folder, reducer)
     (unfinished / "result.json").unlink()
     assert len(comparable_scores(runs / "mine")) == known
+    faster = finished_run(runs / "faster", tiny_folder, reducer, optim={"lr": 1.0})
+    assert len(comparable_scores(runs / "mine")) == known
+    assert len(comparable_scores(runs / "mine", [faster])) == known + 2  # free and tuned, as it is asked for
     refused(comparable_scores, runs / "mine", [other_questions], words=["--runs", "questions", "differ"])
     refused(comparable_scores, runs / "mine", [other_base], words=["--runs", "base", "differ"])
     refused(comparable_scores, runs / "mine", [unfinished], words=["unfinished", "has not finished", "result.json"])
