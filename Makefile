@@ -4,13 +4,17 @@ BIN := .venv/bin
 MODEL ?=
 BUDGET ?=
 ARGS ?=
+TO ?=
+RUN ?= $(patsubst %/result.json,%,$(firstword $(shell ls -t runs/*/result.json 2>/dev/null)))
+THE_RUN = $(or $(RUN),$(error there is no finished run in runs/: `make tune` makes one, or give RUN=FOLDER))
 PORT = $(shell $(PYTHON) -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 TUNE := $(if $(MODEL),model=$(MODEL)) $(if $(BUDGET),reducer.budget=$(BUDGET)) $(ARGS)
 
 export OMP_WAIT_POLICY ?= PASSIVE # threads that spin while others work stall a busy machine
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-check cache tune bench bench-tower bench-prefill bench-loader test check format clean
+.PHONY: help setup data data-check cache tune eval export demo figures efficiency report dashboard
+.PHONY: bench bench-tower bench-prefill bench-loader test check format clean
 
 # The embedded default is only prepared where it, or a tiny model with its pictures, is what is meant.
 PREPARE := $(if $(filter-out smol %-tiny,$(MODEL)),,$(BIN)/python scripts/prepare_smol.py)
@@ -40,6 +44,27 @@ cache: setup ## compute the reducer's output for MODEL's subset once, to tune fr
 tune: setup ## tune: MODEL=llava-7b BUDGET=64 ARGS="optim.lr=2e-5"
 	$(PREPARE)
 	$(BIN)/deepspeed --log_level warning --master_port $(PORT) train/tune.py $(TUNE)
+
+eval: setup ## lmms-eval: full, free and tuned; RUN=runs/NAME (by default the newest), or a model with ARGS="--budget 64"
+	$(BIN)/python scripts/eval.py $(THE_RUN) $(ARGS)
+
+export: setup ## write RUN as TO=hf (a model for transformers), llava (mm_projector.bin) or peft (an adapter)
+	$(BIN)/python scripts/export.py $(THE_RUN) $(TO) $(ARGS)
+
+demo: setup ## a page to chat with RUN: kept tokens, and the answers of full, free and tuned side by side
+	$(BIN)/python scripts/demo.py $(THE_RUN) $(ARGS)
+
+figures: setup ## the paper's analyses of RUN, as pictures with the numbers beside them
+	$(BIN)/python scripts/figures.py $(THE_RUN) $(ARGS)
+
+efficiency: setup ## what RUN saves: prefill, time to first token, KV cache, memory; ARGS="--against OTHER"
+	$(BIN)/python scripts/efficiency.py $(THE_RUN) $(ARGS)
+
+report: setup ## compare all runs without wandb: their curves, and their part of RESULTS.md
+	$(BIN)/python scripts/report.py $(ARGS)
+
+dashboard: setup ## make the team's wandb workspace and report; ARGS="--entity TEAM", or ARGS=--dry-run
+	$(BIN)/python scripts/dashboard.py $(ARGS)
 
 bench: setup ## the fast path against the reference: steps/s, FLOPs, memory; ARGS="--shape llava-7b" on a GPU
 	$(BIN)/python scripts/bench.py $(ARGS)
