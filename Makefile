@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL ?=
 BUDGET ?=
 ARGS ?=
-TO ?=
+TO ?= hf
 RUN ?= $(patsubst %/result.json,%,$(firstword $(shell ls -t runs/*/result.json 2>/dev/null)))
 THE_RUN = $(or $(RUN),$(error there is no finished run in runs/: `make tune` makes one, or give RUN=FOLDER))
 PORT = $(shell $(PYTHON) -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
@@ -93,4 +93,4 @@ format: setup ## format the code
 	$(BIN)/ruff check --fix .
 
 clean: ## delete .venv and caches, but neither runs/ nor the prepared data
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-eval build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
