@@ -70,13 +70,18 @@ def run_cell(model: Vzip, cell: dict[str, Any], manager: TaskManager, *, limit: 
     )
 
 
+def tasks_of(names: set[str], *, include_path: str) -> TaskManager:
+    """lmms-eval's tasks, and those of a folder. Raises UserError if one of the names is not among them."""
+    manager = TaskManager("WARNING", include_path=include_path, include_defaults=names != {TASK}, model_name=NAME)
+    if unknown := names - set(manager.all_tasks):
+        raise UserError(f"--tasks {', '.join(sorted(unknown))}: lmms-eval has no such task; give names of its `--tasks list`")
+    return manager
+
+
 @teach
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    asked = {cell["task"] for cell in job["cells"]}
-    manager = TaskManager("WARNING", include_path=job["include_path"], include_defaults=asked != {TASK}, model_name=NAME)
-    if unknown := asked - set(manager.all_tasks):
-        raise UserError(f"--tasks {', '.join(sorted(unknown))}: lmms-eval has no such task; give names of its `--tasks list`")
+    manager = tasks_of({cell["task"] for cell in job["cells"]}, include_path=job["include_path"])
     model, failed = Vzip(**job["arguments"]), False
     for number, cell in enumerate(job["cells"], start=1):
         print(f"[{number}/{len(job['cells'])}] {cell['name']}, {cell['task']}", flush=True)

@@ -72,17 +72,14 @@ def print_table(table: Mapping[str, Any], *, title: str) -> None:
         console.print(f"{name}\n{text}", markup=False, highlight=False, soft_wrap=True)
     columns = list(dict.fromkeys(column for row in table["rows"] for column in row["scores"]))
     columns.sort(key=lambda column: column.endswith(": all"))
-    shown = Table("row", "tokens", *columns, "average of full", "seconds", title=title, title_justify="left")
+    averaged = ["average of full"] if any(row["average_percent"] is not None for row in table["rows"]) else []
+    shown = Table("row", "tokens", *columns, *averaged, "seconds", title=title, title_justify="left")
     for column in shown.columns[1:]:
         column.justify = "right"
     for row in table["rows"]:
         for each in (row, *(theirs for theirs in table["paper"] if theirs["name"] == row["name"])):
-            average, seconds = each["average_percent"], each.get("seconds")
-            shown.add_row(
-                row["name"] if each is row else "  paper",
-                str(each["num_visual_tokens"]),
-                *(_text(each, column) for column in columns),
-                "" if average is None else f"{average:.1f} %",
-                "" if seconds is None else f"{seconds:.0f}",
-            )
+            cells = [row["name"] if each is row else "  paper", str(each["num_visual_tokens"])]
+            cells += [_text(each, column) for column in columns]
+            cells += ["" if each["average_percent"] is None else f"{each['average_percent']:.1f}%" for _ in averaged]
+            shown.add_row(*cells, f"{each['seconds']:.0f}" if "seconds" in each else "")
     console.print(shown)
