@@ -85,12 +85,19 @@ def test_a_run_that_started_from_another_projector_compares_with_that_one(tmp_pa
         comparison.reducer("full")
 
 
-@pytest.mark.parametrize("source", ["nowhere/at-all", "folder"])
-def test_what_is_neither_a_run_nor_a_model_is_refused(source, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ("nowhere/at-all", "is neither a run folder nor a model"),
+        ("folder", "is not a run folder"),
+        ("folder/mistyped", "does not exist"),
+    ],
+)
+def test_what_is_neither_a_run_nor_a_model_is_refused(source, fault, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"is neither a run folder nor a model|is not a run folder"):
+    with pytest.raises(UserError, match=fault):
         Comparison.open(source)
 
 
