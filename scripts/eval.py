@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import torch
 from huggingface_hub import constants
 from omegaconf import OmegaConf
 
@@ -131,14 +132,25 @@ def finished(cell: dict[str, Any]) -> dict[str, Any] | None:
     return found if found is not None and found["stamp"] == cell["stamp"] else None
 
 
-def run_harness(cells: Sequence[dict[str, Any]], arguments: dict[str, Any], *, questions: Path, limit: int | None) -> int:
+def harness_command(python: Path, *, processes: int) -> list[str]:
+    """What starts the harness: several processes, which share a task's questions, through accelerate's launcher."""
+    launcher = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", str(processes)]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launcher += ["--multi_gpu"] if torch.cuda.is_available() else ["--cpu"]
+    return [str(python), *(launcher if processes > 1 else []), str(ROOT / "scripts" / "eval_harness.py")]
+
+
+def run_harness(
+    cells: Sequence[dict[str, Any]], model: dict[str, Any], arguments: argparse.Namespace, *, questions: Path
+) -> int:
     """Start lmms-eval in its own environment; its exit code."""
-    python, harness = environment(), ROOT / "scripts" / "eval_harness.py"
-    job = {"arguments": arguments, "limit": limit, "include_path": str(questions), "cells": cells}
+    processes = arguments.processes or max(1, torch.cuda.device_count())
+    command = harness_command(environment(), processes=processes)
+    job = {"arguments": model, "limit": arguments.limit, "include_path": str(questions), "cells": cells}
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "job.json"
         path.write_text(json.dumps(job))
-        return subprocess.run([python, str(harness), str(path)], check=False).returncode
+        return subprocess.run([*command, str(path)], check=False).returncode
 
 
 def parse() -> argparse.Namespace:
@@ -148,6 +160,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tasks", help="names of lmms-eval, with commas; by default the paper's; held-out questions always")
     parser.add_argument("--limit", type=count, help="ask only the first questions of each task")
     parser.add_argument("--batch-size", type=count, help="questions answered at a time; by default as after tuning")
+    parser.add_argument("--processes", type=count, help="that share the questions; by default one a GPU, or one")
     parser.add_argument("--device", help="by default a GPU, if there is one")
     parser.add_argument("--dtype", help="of the frozen weights; by default as in the run")
     parser.add_argument("--base", help="where a run's base model is now, if not where the run found it")
@@ -206,7 +219,7 @@ def main() -> None:
         model = {"pretrained": arguments.source, "batch_size": subject.batch_size, "row": subject.rows[0].row}
         model |= {"budget": subject.rows[0].budget} if subject.rows[0].budget else {}
         model |= {name: value for name in ("device", "dtype", "base") if (value := getattr(arguments, name))}
-        code = run_harness(missing, model, questions=questions, limit=arguments.limit)
+        code = run_harness(missing, model, arguments, questions=questions)
     done = [(cell, found) for cell in cells if (found := finished(cell)) is not None]
     if done:
         table = table_of(done, published_rows(subject.names))

@@ -33,7 +33,7 @@ def _answers(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {"task": task, "question": sample["doc_id"], "answer": sample["filtered_resps"], "expected": sample["target"]}
         for task, samples in results["samples"].items()
-        for sample in samples
+        for sample in sorted(samples, key=lambda sample: sample["doc_id"])  # of several processes one comes after the other
     ]
 
 
@@ -54,6 +54,8 @@ def run_cell(model: Vzip, cell: dict[str, Any], manager: TaskManager, *, limit: 
         # What tasks ask of the command line: where files for other judges go, and whether grading opens pictures again.
         cli_args=argparse.Namespace(output_path=str(path.parent), process_with_media=False),
     )
+    if results is None:  # the first of several processes has them
+        return
     write_json(
         path,
         {
@@ -84,10 +86,13 @@ def main() -> None:
     manager = tasks_of({cell["task"] for cell in job["cells"]}, include_path=job["include_path"])
     model, failed = Vzip(**job["arguments"]), False
     for number, cell in enumerate(job["cells"], start=1):
-        print(f"[{number}/{len(job['cells'])}] {cell['name']}, {cell['task']}", flush=True)
+        if model.rank == 0:
+            print(f"[{number}/{len(job['cells'])}] {cell['name']}, {cell['task']}", flush=True)
         try:
             run_cell(model, cell, manager, limit=job["limit"])
         except Exception:  # a task's code is anybody's
+            if model.world_size > 1:  # the other processes wait for this one
+                raise
             traceback.print_exc()
             failed = True
     sys.exit(1 if failed else 0)

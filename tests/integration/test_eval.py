@@ -65,14 +65,30 @@ def test_the_scores_are_those_of_the_run(evaluated, run):
     assert "|vzip_held_out|none" in evaluated and evaluated.count("held out") >= 3  # lmms-eval's table, and ours
 
 
-def test_what_is_done_is_not_asked_again(evaluated, run, monkeypatch, capfd):
-    monkeypatch.setattr(sys, "argv", ["eval.py", str(run)])
+def command(monkeypatch, *arguments):
+    """scripts/eval.py in this process; it must succeed."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", *arguments])
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(evaluation.constants, "HF_HUB_OFFLINE", True)
     evaluation.main()
+
+
+def test_what_is_done_is_not_asked_again(evaluated, run, monkeypatch, capfd):
+    command(monkeypatch, str(run))
     again = capfd.readouterr().out
     assert "[1/" in evaluated and "[1/" not in again  # the harness counts what it runs
     assert again.split("full, ", 1)[1] == evaluated.split("full, ", 1)[1].split("full, ", 1)[1]  # the same tables
+
+
+def test_what_is_missing_is_asked_by_several_processes_with_the_same_answers(evaluated, run, monkeypatch, capfd):
+    path = run / "eval" / "tuned-9" / f"{TASK}.json"
+    before, others = json.loads(path.read_text()), {other: other.stat().st_mtime_ns for other in run.glob("eval/*/*.json")}
+    path.unlink()
+    command(monkeypatch, str(run), "--processes", "2")
+    assert "[1/1] tuned-9, vzip_held_out" in capfd.readouterr().out
+    found = json.loads(path.read_text())
+    assert found["answers"] == before["answers"] and found["results"] == before["results"]
+    assert [other for other, time in others.items() if other.stat().st_mtime_ns != time] == [path]
 
 
 SCRIPT = """

@@ -44,9 +44,12 @@ class Vzip(lmms):  # type: ignore[misc]
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
-        self.accelerator = Accelerator()  # of several processes, each asks its share of the questions
+        self.accelerator = Accelerator()  # of several processes, each asks its share of the questions, on its own device
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.answerer = Answerer(Settings.of({**arguments, "device": arguments.get("device") or str(self.accelerator.device)}))
+        device = str(self.accelerator.device)
+        if self.world_size == 1:
+            device = arguments.get("device") or device
+        self.answerer = Answerer(Settings.of({**arguments, "device": device}))
 
     @property
     def device(self) -> torch.device:
