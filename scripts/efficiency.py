@@ -139,40 +139,53 @@ def measure_rows(
     return found
 
 
-def _measures(found: Mapping[str, Any], title: str) -> dict[str, float | None]:
-    """What the table shows of a row, by label."""
-    peak = found["peak_bytes"]
-    return {
-        "visual tokens": found["num_visual_tokens"],
-        "prefill, language model alone, ms": 1000 * found["language"]["median_s"],
-        "time to first token, from the pixels, ms": 1000 * found["whole"]["median_s"],
-        "each token after it, ms": 1000 * found["token"]["median_s"],
-        title: found["questions"]["median_s"],
-        "KV cache after prefill, MiB": found["kv_bytes"] / MEBIBYTE,
-        "peak memory above the weights, MiB": None if peak is None else peak / MEBIBYTE,
-    }
+TIMES = {
+    "language": ("prefill, language model alone, ms", 1000, "language_flops"),
+    "whole": ("time to first token, from the pixels, ms", 1000, "whole_flops"),
+    "token": ("each token after it, ms", 1000, None),
+    "questions": ("all questions, s", 1, None),
+}
+"""Labels, units, and the formula of what was timed."""
+SIZES = {
+    "num_visual_tokens": ("visual tokens", 1),
+    "kv_bytes": ("KV cache after prefill, MiB", MEBIBYTE),
+    "peak_bytes": ("peak memory above the weights, MiB", MEBIBYTE),
+}
+"""Labels and units of what was counted."""
+
+
+def _time_cells(found: Mapping[str, Any], reduced: Mapping[str, Any], part: str) -> list[str]:
+    """A time; how many times the reduced one it is, with the range over rounds; and that by FLOPs."""
+    _, unit, flops = TIMES[part]
+    ratios = [time / least for time, least in zip(found[part]["seconds"], reduced[part]["seconds"], strict=True)]
+    middle = found[part]["median_s"] / reduced[part]["median_s"]
+    formula = f"{found[flops] / reduced[flops]:.2f}" if flops else ""
+    return [f"{unit * found[part]['median_s']:,.4g}", f"{middle:.2f} ({min(ratios):.2f} to {max(ratios):.2f})", formula]
+
+
+def _size_cells(found: Mapping[str, Any], reduced: Mapping[str, Any], name: str) -> list[str]:
+    """A size, where it is known, and how many times the reduced one it is."""
+    if found[name] is None:
+        return ["", "", ""]
+    ratio = f"{found[name] / reduced[name]:.2f}" if reduced[name] > 0 else ""
+    return [f"{found[name] / SIZES[name][1]:,.4g}", ratio, ""]
 
 
 def show(figures: Mapping[str, Any]) -> None:
     """Print the table: a column a row of the results, and how many times the reduced row's figure each other one's is."""
-    reduced = figures["reduced"]
-    title = f"{figures['num_questions']} questions, {figures['new_tokens']} tokens each, s"
-    measured = {name: _measures(found, title) for name, found in figures["rows"].items()}
-    table = Table(title=f"{figures['source']}, batch {figures['batch']}", title_justify="left")
+    rows, name = figures["rows"], figures["reduced"]
+    reduced, others = rows[name], {other: found for other, found in rows.items() if other != name}
+    asked = f"{figures['num_questions']} questions, {figures['new_tokens']} new tokens each"
+    table = Table(title=f"{figures['source']}, batch {figures['batch']}, {asked}", title_justify="left")
     table.add_column(f"median of {figures['rounds']} rounds", no_wrap=True)
-    others = [name for name in measured if name != reduced]
-    for column in (reduced, *(part for name in others for part in (name, f"/ {reduced}", "by FLOPs"))):
+    for column in (name, *(part for other in others for part in (other, f"/ {name} (of rounds)", "by FLOPs"))):
         table.add_column(column, justify="right")
-    flops = {"prefill, language model alone, ms": "language_flops", "time to first token, from the pixels, ms": "whole_flops"}
-    for label, least in measured[reduced].items():
-        cells = ["" if least is None else f"{least:,.4g}"]
-        for name in others:
-            value, formula = measured[name][label], ""
-            if label in flops:
-                formula = f"{figures['rows'][name][flops[label]] / figures['rows'][reduced][flops[label]]:.2f}"
-            ratio = f"{value / least:.2f}" if value is not None and least and least > 0 else ""
-            cells += ["" if value is None else f"{value:,.4g}", ratio, formula]
-        table.add_row(label, *cells)
+    for size, (label, _) in SIZES.items():
+        cells = [cell for found in others.values() for cell in _size_cells(found, reduced, size)]
+        table.add_row(label, _size_cells(reduced, reduced, size)[0], *cells)
+    for part, (label, *_) in TIMES.items():
+        cells = [cell for found in others.values() for cell in _time_cells(found, reduced, part)]
+        table.add_row(label, _time_cells(reduced, reduced, part)[0], *cells)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
