@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from scripts.measure import count
-from scripts.model_card import is_export, model_card
+from scripts.model_card import has_our_card, model_card
 from train import config
 from vzip import UserError
 from vzip.export import write_hf, write_llava, write_peft
@@ -26,7 +26,7 @@ def refuse_target(target: Path, *, force: bool) -> None:
     """Raises UserError for a place that has something already; an older export may be replaced."""
     if not target.exists():
         return
-    if not is_export(target):
+    if not has_our_card(target):
         raise UserError(f"--out {target} is there already and is no export, so that it is not replaced; choose another place")
     if not force:
         raise UserError(f"--out {target} is an export already; replace it with --force, or choose another place")

@@ -17,7 +17,7 @@ SETTINGS = ("reducer", "tune", "optim", "batch", "engine", "inexact", "seed")
 CODE_LICENCE = "Apache-2.0"
 
 
-def is_export(folder: Path) -> bool:
+def has_our_card(folder: Path) -> bool:
     """Whether a folder is what `make export` wrote."""
     card = folder / "README.md"
     return card.is_file() and TAG in ((metadata_load(card) or {}).get("tags") or ())

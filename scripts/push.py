@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.table import Table
 
-from scripts.model_card import is_export
+from scripts.model_card import has_our_card
 from train import config
 from vzip import UserError
 
@@ -25,7 +25,7 @@ REFUSED = HfHubHTTPError.__bases__
 
 def files_of(folder: Path) -> list[Path]:
     """The files of an export. Raises UserError for another folder, and for a link to a file that is gone."""
-    if not is_export(folder):
+    if not has_our_card(folder):
         raise UserError(f"{folder} is not an export; make one with `make export RUN=... TO=hf`")
     files = sorted(path for path in folder.rglob("*") if not path.is_dir())
     if gone := [path.name for path in files if not path.is_file()]:

@@ -403,7 +403,7 @@ def test_the_command_writes_an_export_with_its_card(to, run):
     data = {"hash": "f00d", "num_rows": 1234, "fraction": 0.1, "seed": 3}
     (run / "meta.json").write_text(json.dumps(meta | {"data": data}))
     target = command.export(arguments(run, to))
-    assert target == run / "export" / to and command.is_export(target)
+    assert target == run / "export" / to and command.has_our_card(target)
     card = (target / "README.md").read_text()
     said = [
         "# llava-7b,",
