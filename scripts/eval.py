@@ -9,6 +9,7 @@ Face hub answers, the paper's tasks. What is done is kept in RUN/eval, and not a
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +83,12 @@ def rows_of_run(run: Path) -> list[Row]:
     return [Row("full", "full", None), *free, *rows]
 
 
-def tasks_to_run(named: str | None) -> tuple[list[str], list[str]]:
+def tasks_to_run(named: str | None, *, online: bool) -> tuple[list[str], list[str]]:
     """(names, why others are left out), beside the held-out questions.
+
+    Args:
+        named: names with commas; None for the paper's.
+        online: whether the hub answers, which has the tasks' data; if it was turned off, named tasks are tried with the cache.
 
     Raises:
         UserError: a task asked for by name that needs the network, or a judge's key, without which it can't be run.
@@ -91,7 +97,7 @@ def tasks_to_run(named: str | None) -> tuple[list[str], list[str]]:
     if not names:
         return [], []
     cached = named is not None and constants.HF_HUB_OFFLINE
-    if not cached and not hub_answers():
+    if not cached and not online:
         if named:
             raise UserError(
                 f"--tasks {','.join(names)}: the data is on the hub, and {constants.ENDPOINT} does not answer; connect, set "
@@ -105,16 +111,18 @@ def tasks_to_run(named: str | None) -> tuple[list[str], list[str]]:
     return [name for name in names if name not in mute], [f"{name} is left out: it needs {key}" for name, key in mute.items()]
 
 
-def _text(path: Path) -> str:
-    """Of what a projector's file holds: its size and time, enough to see that it is another one."""
-    found = path.stat()
-    return f"{found.st_size}-{found.st_mtime_ns}"
+def _digest(*paths: Path) -> str:
+    """Of the content of files."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
 
 
 def cells_of(
-    rows: Sequence[Row], tasks: Sequence[str], questions: Path, *, folder: Path, stamp: dict[str, Any]
+    rows: Sequence[Row], tasks: Sequence[str], *, questions: Path, folder: Path, stamp: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """What the harness is to run, with the file of each; `stamp` is what an older file must have been made with."""
+    """What the harness is to run, the held-out questions and the tasks, with the file of each.
+
+    `stamp` is what an older file must have been made with.
+    """
     cells = []
     for row in rows:
         for task in (TASK, *tasks):
@@ -140,17 +148,14 @@ def harness_command(python: Path, *, processes: int) -> list[str]:
     return [str(python), *(launcher if processes > 1 else []), str(ROOT / "scripts" / "eval_harness.py")]
 
 
-def run_harness(
-    cells: Sequence[dict[str, Any]], model: dict[str, Any], arguments: argparse.Namespace, *, questions: Path
-) -> int:
+def run_harness(job: dict[str, Any], *, processes: int | None, online: bool) -> int:
     """Start lmms-eval in its own environment; its exit code."""
-    processes = arguments.processes or max(1, torch.cuda.device_count())
-    command = harness_command(environment(), processes=processes)
-    job = {"arguments": model, "limit": arguments.limit, "include_path": str(questions), "cells": cells}
+    command = harness_command(environment(), processes=processes or max(1, torch.cuda.device_count()))
+    offline = {} if online else {"HF_HUB_OFFLINE": "1"}  # or everything that is looked for is asked for again and again
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "job.json"
         path.write_text(json.dumps(job))
-        return subprocess.run([*command, str(path)], check=False).returncode
+        return subprocess.run([*command, str(path)], env={**os.environ, **offline}, check=False).returncode
 
 
 def parse() -> argparse.Namespace:
@@ -186,7 +191,9 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
     source = Path(arguments.source)
     if not source.is_dir() or (source / "config.json").is_file():
         if not arguments.budget:
-            raise UserError(f"{source} is no run, whose budget would be known: give --budget, e.g. --budget 64")
+            raise UserError(
+                f"{source} is no run folder, whose budget would be known; give one, or, with a base model, e.g. --budget 64"
+            )
         rows = [Row("full", "full", None), *_named("free", arguments.budget)]
         folder = arguments.out or ROOT / "runs" / "eval" / str(arguments.source).strip("/").replace("/", "--")
         return Subject(rows, folder, None, arguments.batch_size or BATCH, [arguments.source])
@@ -203,13 +210,15 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
 def main() -> None:
     arguments = parse()
     subject = subject_of(arguments)
-    tasks, left_out = tasks_to_run(arguments.tasks)
+    online = hub_answers()
+    tasks, left_out = tasks_to_run(arguments.tasks, online=online)
     print(*left_out, sep="\n", end="\n" if left_out else "")
     questions = questions_of(subject.run)
     stamp = {"limit": arguments.limit, "dtype": arguments.dtype}
     if subject.run is not None:
-        stamp |= {"weights": _text(subject.run / WEIGHTS), "meta": _text(subject.run / META)}
-    cells = cells_of(subject.rows, tasks, questions, folder=subject.folder, stamp=stamp)
+        stamp["run"] = _digest(subject.run / WEIGHTS, subject.run / META)
+    cells_of_tasks = partial(cells_of, subject.rows, questions=questions, folder=subject.folder, stamp=stamp)
+    cells = cells_of_tasks(tasks)
     if arguments.fresh:
         for cell in cells:
             Path(cell["path"]).unlink(missing_ok=True)
@@ -219,12 +228,15 @@ def main() -> None:
         model = {"pretrained": arguments.source, "batch_size": subject.batch_size, "row": subject.rows[0].row}
         model |= {"budget": subject.rows[0].budget} if subject.rows[0].budget else {}
         model |= {name: value for name in ("device", "dtype", "base") if (value := getattr(arguments, name))}
-        code = run_harness(missing, model, arguments, questions=questions)
-    done = [(cell, found) for cell in cells if (found := finished(cell)) is not None]
+        job = {"arguments": model, "limit": arguments.limit, "include_path": str(questions), "cells": missing}
+        code = run_harness(job, processes=arguments.processes, online=online)
+    earlier = sorted({path.stem for path in subject.folder.glob("*/*.json")} - {TASK, *tasks})
+    done = [(cell, found) for cell in cells_of_tasks([*tasks, *earlier]) if (found := finished(cell)) is not None]
     if done:
         table = table_of(done, published_rows(subject.names))
-        write_json(subject.folder / "results.json", {"source": str(arguments.source), "left_out": left_out, **table})
-        print_table(table, title=str(arguments.source))
+        write_json(subject.folder / "results.json", {"source": arguments.source, "limit": arguments.limit, **table})
+        part = f", the first {arguments.limit} questions of each task" if arguments.limit else ""
+        print_table(table, title=arguments.source + part)
     if code == 2:  # the harness has said what to change
         sys.exit(code)
     if lacking := [f"{cell['name']}: {cell['task']}" for cell in cells if finished(cell) is None]:

@@ -21,10 +21,14 @@ FOLDER, REQUIREMENTS = ROOT / ".venv-eval", ROOT / "requirements-eval.txt"
 PATH_FILE = "beneath.pth"
 
 
+def _beneath() -> list[str]:
+    """Where this Python's packages are."""
+    return [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+
+
 def _wanted(requirements: Path) -> str:
     """What the environment depends on."""
-    parts = (requirements.read_text(), sys.version, sysconfig.get_path("purelib"))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return hashlib.sha256("\n".join([requirements.read_text(), sys.version, *_beneath()]).encode()).hexdigest()
 
 
 def _make(folder: Path, requirements: Path) -> None:
@@ -33,7 +37,7 @@ def _make(folder: Path, requirements: Path) -> None:
     ours = {"base": str(folder), "platbase": str(folder)}
     packages = Path(sysconfig.get_path("purelib", vars=ours))
     # Read last: what is installed in the environment itself comes first.
-    (packages / PATH_FILE).write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    (packages / PATH_FILE).write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in _beneath()))
     command = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", "install", "--quiet"]
     done = subprocess.run(
         [*command, "--no-deps", "--requirement", str(requirements)], capture_output=True, text=True, check=False

@@ -261,7 +261,7 @@ def test_rows_of_a_run_and_of_a_base_model(run, tiny_folder, tmp_path):
     assert [row.name for row in evaluation.subject_of(given).rows] == ["full", "free-6", "free-9"]
     with pytest.raises(UserError, match="which has its own; leave --budget out"):
         evaluation.subject_of(argparse.Namespace(source=str(run), budget=[6], out=tmp_path, batch_size=None))
-    with pytest.raises(UserError, match="give --budget"):
+    with pytest.raises(UserError, match="llava-hf/x is no run folder, whose budget would be known"):
         evaluation.subject_of(argparse.Namespace(source="llava-hf/x", budget=None, out=tmp_path, batch_size=None))
     with pytest.raises(UserError, match="is not a run folder"):
         evaluation.subject_of(argparse.Namespace(source=str(tmp_path), budget=None, out=tmp_path, batch_size=None))
@@ -274,41 +274,43 @@ def test_a_run_of_several_budgets_has_a_row_for_each(run, tmp_path):
     assert [row.name for row in evaluation.rows_of_run(tmp_path)] == ["full", "free-6", "free-9", "tuned-6", "tuned-9"]
 
 
-@pytest.fixture
-def no_hub(monkeypatch):
-    """An address that nothing answers at."""
-    monkeypatch.setattr(evaluation.constants, "ENDPOINT", "http://127.0.0.1:9")
+def test_the_hub_is_asked_once_and_not_for_long(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation.constants, "HF_HUB_OFFLINE", False)
-
-
-def test_tasks_that_need_the_network_are_left_out_without_one(no_hub, monkeypatch):
-    names, (reason,) = evaluation.tasks_to_run(None)
-    assert names == [] and "http://127.0.0.1:9 does not answer" in reason and "GQA" in reason and "MMVet" in reason
-    assert evaluation.tasks_to_run(TASK) == ([], [])
-    with pytest.raises(UserError, match=r"--tasks gqa,pope: .* does not answer; connect"):
-        evaluation.tasks_to_run(f"gqa, pope,{TASK}")
-    monkeypatch.setattr(evaluation.constants, "HF_HUB_OFFLINE", True)  # the user says that the data is in the cache
-    assert evaluation.tasks_to_run("gqa") == (["gqa"], [])
-
-
-def test_a_hub_that_answers_has_all_tasks_but_those_without_a_judge(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    assert not evaluation.hub_answers()
     with Server(tmp_path) as server:
         monkeypatch.setattr(evaluation.constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(evaluation.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-        names, (reason,) = evaluation.tasks_to_run(None)
-        assert names == [task.name for task in PAPER if task.key is None] and "needs OPENAI_API_KEY" in reason
-        with pytest.raises(UserError, match="set OPENAI_API_KEY"):
-            evaluation.tasks_to_run("mmvet")
-        monkeypatch.setenv("OPENAI_API_KEY", "a key")
-        assert evaluation.tasks_to_run(None) == ([task.name for task in PAPER], [])
+        assert evaluation.hub_answers()  # "404" is an answer too
+        monkeypatch.setattr(evaluation.constants, "HF_HUB_OFFLINE", True)
+        assert not evaluation.hub_answers()
+
+
+def test_tasks_that_need_the_network_are_left_out_without_one(monkeypatch):
+    monkeypatch.setattr(evaluation.constants, "HF_HUB_OFFLINE", False)
+    names, (reason,) = evaluation.tasks_to_run(None, online=False)
+    assert names == [] and "does not answer" in reason and "GQA" in reason and "MMVet" in reason
+    assert evaluation.tasks_to_run(TASK, online=False) == ([], [])
+    with pytest.raises(UserError, match=r"--tasks gqa,pope: .* does not answer; connect"):
+        evaluation.tasks_to_run(f"gqa, pope,{TASK}", online=False)
+    monkeypatch.setattr(evaluation.constants, "HF_HUB_OFFLINE", True)  # the user says that the data is in the cache
+    assert evaluation.tasks_to_run("gqa", online=False) == (["gqa"], [])
+
+
+def test_tasks_that_are_judged_need_the_judges_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    names, (reason,) = evaluation.tasks_to_run(None, online=True)
+    assert names == [task.name for task in PAPER if task.key is None] and "needs OPENAI_API_KEY" in reason
+    with pytest.raises(UserError, match="set OPENAI_API_KEY"):
+        evaluation.tasks_to_run("gqa,mmvet", online=True)
+    monkeypatch.setenv("OPENAI_API_KEY", "a key")
+    assert evaluation.tasks_to_run(None, online=True) == ([task.name for task in PAPER], [])
 
 
 def test_a_cell_is_finished_if_it_was_made_with_the_same_settings(run, tmp_path):
     rows = evaluation.rows_of_run(run)
 
     def cells(limit=None, questions="abc"):
-        return evaluation.cells_of(rows, ["gqa"], tmp_path / questions, folder=tmp_path, stamp={"limit": limit})
+        return evaluation.cells_of(rows, ["gqa"], questions=tmp_path / questions, folder=tmp_path, stamp={"limit": limit})
 
     first, *others = cells()
     assert [(cell["name"], cell["task"]) for cell in cells()[:3]] == [("full", TASK), ("full", "gqa"), ("free", TASK)]
