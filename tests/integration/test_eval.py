@@ -4,12 +4,14 @@ import json
 import sys
 import textwrap
 
+import datasets
 import pytest
 
 from scripts import eval as evaluation
 from scripts.eval_environment import environment
 from scripts.eval_questions import questions_of
 from scripts.eval_tasks import TASK
+from tests import tiny
 from tests.integration.commands import start, tune
 from vzip import UserError
 
@@ -98,7 +100,7 @@ SCRIPT = """
     from lmms_eval.api.instance import Instance
     from lmms_eval.utils import load_yaml_config
 
-    run, questions = sys.argv[1:]
+    run, questions, stand_in = sys.argv[1:]
     arguments, more = f"pretrained={run},row=free,budget=9", {"batch_size": "2", "device": "cpu"}
     model = get_model("vzip").create_from_arg_string(arguments, more)
     assert not model.is_simple and model.batch_size == 2
@@ -133,13 +135,17 @@ SCRIPT = """
         assert "output_type generate_until" in str(error)
 
     # The paper's tasks are lmms-eval's, and measure what the table shows.
-    from scripts.eval_harness import tasks_of
+    import openpyxl  # with which MMBench writes the answers for its server
+    from scripts.eval_harness import run_cell, tasks_of
     from scripts.eval_tasks import PAPER
     manager = tasks_of({task.name for task in PAPER}, include_path=questions)
     for task in PAPER:
         config = load_yaml_config(manager.task_index[task.name]["yaml_path"], mode="full")
         assert set(task.metrics) <= {metric["metric"] for metric in config["metric_list"]}, config
         assert config["output_type"] == "generate_until", config
+    cell = {"name": "free", "row": "free", "budget": 6, "task": "stand_in", "stamp": {}, "path": f"{stand_in}/free/task.json"}
+    run_cell(model, cell, TaskManager(include_path=stand_in, include_defaults=False), limit=3)
+
     try:
         tasks_of({"gqa", "no_such_task"}, include_path=questions)
     except ValueError as error:
@@ -148,6 +154,24 @@ SCRIPT = """
 """
 
 
-def test_the_plugin_does_what_lmms_eval_expects(run, python):
-    done = start([str(python), "-c", textwrap.dedent(SCRIPT), str(run), str(questions_of(run))], HF_HUB_OFFLINE="1")
+def save_stand_in(folder, task):
+    """TextVQA as lmms-eval has it, but for its data: 4 questions, with pictures of noise, and short answers."""
+    rows = [
+        {"question_id": number, "question": "which?", "answers": ["noise"] * 10, "image": tiny.picture(number)}
+        for number in range(4)
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(folder / "data.parquet")
+    files = {"data_files": {"validation": str(folder / "data.parquet")}}
+    own = {"task": "stand_in", "include": str(task), "dataset_path": "parquet", "dataset_kwargs": files}
+    (folder / "stand_in.yaml").write_text(json.dumps({**own, "generation_kwargs": {"max_new_tokens": 2}}))
+
+
+def test_the_plugin_does_what_lmms_eval_expects(run, python, tmp_path):
+    save_stand_in(tmp_path, next(python.parent.parent.glob("lib/*/site-packages/lmms_eval/tasks/textvqa/textvqa_val.yaml")))
+    command = [str(python), "-c", textwrap.dedent(SCRIPT), str(run), str(questions_of(run)), str(tmp_path)]
+    done = start(command, HF_HUB_OFFLINE="1")
     assert done.returncode == 0 and "all right" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads((tmp_path / "free" / "task.json").read_text())
+    assert found["num_questions"] == {"stand_in": 3} and "exact_match,none" in found["results"]["stand_in"]
+    assert found["num_visual_tokens"] == 6 and len(found["answers"]) == 3
+    assert list((tmp_path / "free" / "submissions").glob("textvqa*.json"))  # for the task's own server
