@@ -93,7 +93,8 @@ def tasks_to_run(named: str | None, *, online: bool) -> tuple[list[str], list[st
     Raises:
         UserError: a task asked for by name that needs the network, or a judge's key, without which it can't be run.
     """
-    names = [name.strip() for name in named.split(",") if name.strip() != TASK] if named else [task.name for task in PAPER]
+    asked = [name.strip() for name in named.split(",")] if named else [task.name for task in PAPER]
+    names = [name for name in asked if name not in ("", TASK)]
     if not names:
         return [], []
     cached = named is not None and constants.HF_HUB_OFFLINE
@@ -126,7 +127,7 @@ def cells_of(
     cells = []
     for row in rows:
         for task in (TASK, *tasks):
-            own = stamp | ({"questions": questions.name} if task == TASK else {})
+            own = {**stamp, "budget": row.budget} | ({"questions": questions.name} if task == TASK else {})
             path = folder / row.name / f"{task}.json"
             cell = {"name": row.name, "row": row.row, "budget": row.budget, "task": task}
             cells.append({**cell, "path": str(path), "stamp": own})
@@ -137,7 +138,7 @@ def finished(cell: dict[str, Any]) -> dict[str, Any] | None:
     """What a cell's file says, if it was made with the same settings."""
     path = Path(cell["path"])
     found = json.loads(path.read_text()) if path.is_file() else None
-    return found if found is not None and found["stamp"] == cell["stamp"] else None
+    return found if found is not None and found.get("stamp") == cell["stamp"] else None
 
 
 def harness_command(python: Path, *, processes: int) -> list[str]:
@@ -194,7 +195,7 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
             raise UserError(
                 f"{source} is no run folder, whose budget would be known; give one, or, with a base model, e.g. --budget 64"
             )
-        rows = [Row("full", "full", None), *_named("free", arguments.budget)]
+        rows = [Row("full", "full", None), *(Row(f"free-{budget}", "free", budget) for budget in arguments.budget)]
         folder = arguments.out or ROOT / "runs" / "eval" / str(arguments.source).strip("/").replace("/", "--")
         return Subject(rows, folder, None, arguments.batch_size or BATCH, [arguments.source])
     rows = rows_of_run(source)
@@ -214,9 +215,8 @@ def main() -> None:
     tasks, left_out = tasks_to_run(arguments.tasks, online=online)
     print(*left_out, sep="\n", end="\n" if left_out else "")
     questions = questions_of(subject.run)
-    stamp = {"limit": arguments.limit, "dtype": arguments.dtype}
-    if subject.run is not None:
-        stamp["run"] = _digest(subject.run / WEIGHTS, subject.run / META)
+    model_is = arguments.source if subject.run is None else _digest(subject.run / WEIGHTS, subject.run / META)
+    stamp = {"model": model_is, "limit": arguments.limit, "dtype": arguments.dtype}
     cells_of_tasks = partial(cells_of, subject.rows, questions=questions, folder=subject.folder, stamp=stamp)
     cells = cells_of_tasks(tasks)
     if arguments.fresh:

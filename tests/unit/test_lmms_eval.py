@@ -258,7 +258,11 @@ def test_rows_of_a_run_and_of_a_base_model(run, tiny_folder, tmp_path):
         ("tuned", "tuned", 6),
     ]
     given = argparse.Namespace(source=str(tiny_folder), budget=[6, 9], out=tmp_path, batch_size=None)
-    assert [row.name for row in evaluation.subject_of(given).rows] == ["full", "free-6", "free-9"]
+    assert [(row.name, row.budget) for row in evaluation.subject_of(given).rows] == [
+        ("full", None),
+        ("free-6", 6),
+        ("free-9", 9),
+    ]
     with pytest.raises(UserError, match="which has its own; leave --budget out"):
         evaluation.subject_of(argparse.Namespace(source=str(run), budget=[6], out=tmp_path, batch_size=None))
     with pytest.raises(UserError, match="llava-hf/x is no run folder, whose budget would be known"):
@@ -320,6 +324,7 @@ def test_a_cell_is_finished_if_it_was_made_with_the_same_settings(run, tmp_path)
     assert evaluation.finished(first)["row"] == "full"
     assert [evaluation.finished(cell) for cell in others] == [None] * len(others)
     assert evaluation.finished(cells(limit=3)[0]) is None
+    assert evaluation.finished({**first, "stamp": {**first["stamp"], "budget": 9}}) is None
     assert evaluation.finished(cells(questions="def")[0]) is None
 
 
