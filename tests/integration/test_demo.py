@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 from PIL import Image
@@ -36,7 +37,8 @@ def demo(run, port):
     command = [sys.executable, "scripts/demo.py", str(run), "--port", str(port), "--max-new-tokens", "8"]
     proxied = environment(OMP_NUM_THREADS="1", HTTP_PROXY="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9")
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": proxied}
-    return subprocess.Popen(command, cwd=ROOT, **settings)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore, and what they start
+    return subprocess.Popen(command, cwd=ROOT, preexec_fn=heed, **settings)
 
 
 @contextmanager

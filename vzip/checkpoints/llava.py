@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from vzip.chat_template import chat_template
 from vzip.checkpoints import sentencepieces
 from vzip.checkpoints.renaming import (
     DERIVED,
@@ -40,7 +41,7 @@ from vzip.checkpoints.renaming import (
 from vzip.checkpoints.shards import read_config, read_weights
 from vzip.checkpoints.towers import clip_weights, find_clip
 from vzip.errors import UserError
-from vzip.templates import IMAGE
+from vzip.templates import IMAGE, vicuna
 
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
 _SETTINGS: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -163,7 +164,8 @@ def load_tokenizer(path: str) -> Any:
 
 
 def load_processor(path: str) -> Any:
-    """The checkpoint's LlavaProcessor: the tower's own preprocessing, after padding to a square if LLaVA's code pads.
+    """The checkpoint's LlavaProcessor: the tower's own preprocessing, after padding to a square if LLaVA's code pads, and the
+    chat template of Vicuna, which the file does not name, but LLaVA-1.5 was trained with.
 
     Raises:
         OSError: no such folder or hub id.
@@ -176,9 +178,11 @@ def load_processor(path: str) -> Any:
         images = LlavaImageProcessorPil.from_pretrained(tower, do_pad=config.get("image_aspect_ratio") == "pad")
     except OSError as error:
         raise UserError(f"mm_vision_tower {tower} has no preprocessor_config.json that can be read: {error}") from error
+    tokenizer = load_tokenizer(path)
     return LlavaProcessor(
         images,
-        load_tokenizer(path),
+        tokenizer,
+        chat_template=chat_template(vicuna(), tokenizer),
         patch_size=vision.patch_size,
         vision_feature_select_strategy=_STRATEGIES[config.get("mm_vision_select_feature", "patch")],
         num_additional_image_tokens=1,  # CLIP's CLS

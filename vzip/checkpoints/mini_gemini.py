@@ -16,6 +16,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor
 from transformers import ConvNextConfig, LlavaProcessor
 
+from vzip.chat_template import chat_template
 from vzip.checkpoints.llava import load_tokenizer
 from vzip.checkpoints.renaming import (
     DERIVED,
@@ -35,6 +36,7 @@ from vzip.checkpoints.shards import read_config, read_tensors, read_weights
 from vzip.checkpoints.towers import clip_weights, find_clip, tower_places
 from vzip.errors import UserError
 from vzip.mini_gemini import MiniGeminiConfig, MiniGeminiForConditionalGeneration, make_processor
+from vzip.templates import vicuna
 
 HUB_TOWERS = {
     "clip-vit-large-patch14-336": "openai/clip-vit-large-patch14-336",
@@ -190,7 +192,7 @@ def load_model(path: str, *, dtype: torch.dtype) -> MiniGeminiForConditionalGene
 
 
 def load_processor(path: str) -> LlavaProcessor:
-    """The checkpoint's processor, see `vzip.mini_gemini.make_processor`.
+    """The checkpoint's processor, see `vzip.mini_gemini.make_processor`, with the chat template of Vicuna.
 
     Raises:
         OSError: no such folder or hub id.
@@ -200,4 +202,7 @@ def load_processor(path: str) -> LlavaProcessor:
     _refuse_settings(path, config)
     vision = find_clip(path, config["mm_vision_tower"], HUB_TOWERS)[1]
     model_config = _config(config, vision, ConvNextConfig(image_size=config["image_size_aux"]))
-    return make_processor(model_config, load_tokenizer(path), pad=config.get("image_aspect_ratio") == "pad")
+    tokenizer = load_tokenizer(path)
+    processor = make_processor(model_config, tokenizer, pad=config.get("image_aspect_ratio") == "pad")
+    processor.chat_template = chat_template(vicuna(), tokenizer)
+    return processor

@@ -112,7 +112,7 @@ def cut(text: str, until: str | Sequence[str] | None) -> str:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Generated:
     """A generated answer, and what it took."""
 
     text: str
@@ -149,7 +149,7 @@ class Answerer:
         self.take(row, budget=None if full or settings.budget is None else int(settings.budget))
 
     def take(self, row: str, *, budget: int | None = None) -> None:
-        """Answer in this row from now on. Raises UserError for a row or a budget that there is not."""
+        """Generated in this row from now on. Raises UserError for a row or a budget that there is not."""
         self.comparison.reducer(row, budget=budget)
         self._row.close()
         _, self.processor = self._row.enter_context(self.comparison.row(row, budget=budget))
@@ -174,7 +174,7 @@ class Answerer:
         return {name: media for name, media in (("images", images), ("videos", videos)) if media}
 
     @torch.inference_mode()
-    def answers(self, conversations: Sequence[Conversation], asked: Mapping[str, Any]) -> list[Answer]:
+    def answers(self, conversations: Sequence[Conversation], asked: Mapping[str, Any]) -> list[Generated]:
         """Answers to one batch.
 
         Args:
@@ -203,7 +203,7 @@ class Answerer:
         texts = tokenizer.batch_decode(made, skip_special_tokens=True)
         counts = _lengths(made, [ends] if isinstance(ends, int) else ends or [tokenizer.eos_token_id])
         return [
-            Answer(cut(text, asked.get("until")), length, count)
+            Generated(cut(text, asked.get("until")), length, count)
             for text, length, count in zip(texts, lengths, counts, strict=True)
         ]
 

@@ -20,7 +20,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
-from vzip.integrations.answering import Answer, Answerer, Conversation, Settings
+from vzip.integrations.answering import Answerer, Conversation, Generated, Settings
 
 NAME = "vzip"
 
@@ -77,7 +77,7 @@ class Vzip(lmms):  # type: ignore[misc]
                     progress.update(len(part))
         return [results[number] for number in range(len(requests))]
 
-    def _ask(self, requests: Sequence[Any]) -> list[Answer]:
+    def _ask(self, requests: Sequence[Any]) -> list[Generated]:
         conversations = []
         for request in requests:
             _, messages_of, _, number, task, split = request.args
@@ -106,6 +106,6 @@ class Vzip(lmms):  # type: ignore[misc]
         raise NotImplementedError("vzip generates answers; choose a task of output_type generate_until")
 
 
-def _result(answer: Answer) -> GenerationResult:
+def _result(answer: Generated) -> GenerationResult:
     counts = TokenCounts(input_tokens=answer.num_prompt_tokens, output_tokens=answer.num_tokens)
     return GenerationResult(text=answer.text, token_counts=counts)
