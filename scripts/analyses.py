@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vzip.families import Family
-from vzip.media import model_inputs, pixels_of
 from vzip.reducers.visionzip import VisionZip
 from vzip.tap import MAX_SCORES, captured, cls_attention, received_attention, split_heads, tower_layout
 
@@ -48,13 +46,6 @@ class LayerAttention:
         for part in torch.split(queries, step, dim=2):
             scores = (part @ self.keys.transpose(2, 3)).mul_(part.shape[-1] ** -0.5)
             yield scores.softmax(dim=-1).flatten(0, 2)
-
-
-def first_tile(family: Family, image_processor: Any, picture: Image.Image) -> Tensor:
-    """float[1, 3, height, width]: a picture as the tower gets it; where it is cut into tiles, the first, which is all of it."""
-    pixels = pixels_of(model_inputs("image", image_processor([[picture]], return_tensors="pt"))).flatten(0, -4)[:1]
-    weight = next(family.tower.parameters())
-    return pixels.to(weight.device, weight.dtype)
 
 
 @torch.no_grad()

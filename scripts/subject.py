@@ -12,10 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from data.pictures import open_picture
-from scripts.analyses import LayerAttention, attention_of_layers, first_tile
+from scripts.analyses import LayerAttention, attention_of_layers
 from scripts.held_out import held_out_with_pictures
 from vzip import Comparison, UserError
 from vzip.io import read_meta
+from vzip.overlay import first_tile
 from vzip.reducers import with_budget
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip

@@ -58,6 +58,13 @@ class TileTokens:
         return rows, columns
 
 
+def first_tile(family: Family, image_processor: Any, picture: Image.Image) -> Tensor:
+    """float[1, 3, height, width]: a picture as the tower gets it; where it is cut into tiles, the first, which is all of it."""
+    pixels = pixels_of(model_inputs("image", image_processor([[picture]], return_tensors="pt"))).flatten(0, -4)[:1]
+    weight = next(family.tower.parameters())
+    return pixels.to(weight.device, weight.dtype)
+
+
 @torch.no_grad()
 def look(family: Family, reducer: Reducer, image_processor: Any, picture: Image.Image) -> TileTokens:
     """What a reducer makes of a picture; where it is cut into tiles, of the first one, which is the whole picture made small.
@@ -69,10 +76,8 @@ def look(family: Family, reducer: Reducer, image_processor: Any, picture: Image.
     """
     seen = image_processor([[picture]], return_tensors="pt", do_rescale=False, do_normalize=False)
     shown = pixels_of(model_inputs("image", seen)).flatten(0, -4)[0].to(torch.uint8)
-    pixels = pixels_of(model_inputs("image", image_processor([[picture]], return_tensors="pt"))).flatten(0, -4)[:1]
-    weight = next(family.tower.parameters())
     asking = reducer if reducer.uses_attention else VisionZip(dominant=1, contextual=0)
-    tokens = family.vision_tokens(family.model.model, asking, pixels.to(weight.device, weight.dtype))
+    tokens = family.vision_tokens(family.model.model, asking, first_tile(family, image_processor, picture))
     if isinstance(family, LlavaNext) and reducer.anyres == "spatial":
         tokens = _without_cls(tokens)
     assert tokens.saliency is not None

@@ -15,7 +15,6 @@ from scripts.analyses import (
     SMALLEST,
     LayerAttention,
     attention_of_layers,
-    first_tile,
     num_holding,
     softmax_gradient,
     top_shares,
@@ -25,6 +24,7 @@ from tests import tiny
 from tests.unit.test_io import attached, refused, save_run
 from vzip.families import family_of
 from vzip.io import describe, fingerprint
+from vzip.overlay import first_tile
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
 from vzip.tap import MAX_SCORES
