@@ -80,13 +80,13 @@ bench-loader: setup ## pictures a second that a loader's worker makes ready, and
 
 test: setup ## all tests, in two processes of one thread each
 	$(BIN)/python scripts/prepare_smol.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup ## format, lint, types and the fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not integration'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not integration'
 
 format: setup ## format the code
 	$(BIN)/ruff format .

@@ -60,7 +60,7 @@ class TileTokens:
 
 def first_tile(family: Family, image_processor: Any, picture: Image.Image) -> Tensor:
     """float[1, 3, height, width]: a picture as the tower gets it; where it is cut into tiles, the first, which is all of it."""
-    pixels = pixels_of(model_inputs("image", image_processor([[picture]], return_tensors="pt"))).flatten(0, -4)[:1]
+    pixels: Tensor = pixels_of(model_inputs("image", image_processor([[picture]], return_tensors="pt"))).flatten(0, -4)[:1]
     weight = next(family.tower.parameters())
     return pixels.to(weight.device, weight.dtype)
 
