@@ -93,9 +93,6 @@ class Comparison:
         Raises:
             UserError: not a finished run, nor a model; a base model that can't be found, or one that is not the run's.
         """
-        path = Path(source)
-        if not path.exists() and path.parent.is_dir() and path.parent != Path():
-            raise UserError(f"{source} does not exist; give a run folder, e.g. runs/my-run, or the folder or hub id of a model")
         folder = locate(source)
         made = cls._of_run(folder, base=base, dtype=dtype) if folder else cls._of_base(str(source), dtype=dtype)
         made.family.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -163,10 +160,7 @@ class Comparison:
         if budget is None or budget in self.reducers:
             return self.reducers[budget] if budget else next(iter(self.reducers.values()))
         if row == "tuned":
-            known = ", ".join(map(str, self.reducers))
-            raise UserError(
-                f"this projector was not tuned for budget={budget!r}, but for {known}; give one that it was tuned for"
-            )
+            refuse_untuned(budget, self.reducers)
         tiles = self.family.budget_tiles
         if not self.reducers:
             return VisionZip(budget=budget, tiles=tiles)

@@ -81,8 +81,13 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[s
 
 
 def locate(source: str | Path) -> Path | None:
-    """The folder of a run, or of an export, which may be a hub id; None for anything else."""
+    """The folder of a run, or of an export, which may be a hub id; None for anything else.
+
+    Raises UserError for a path that leads nowhere, though its parent is there: no hub needs to be asked about it.
+    """
     folder = Path(source)
+    if not folder.exists() and folder.parent.is_dir() and folder.parent != Path():
+        raise UserError(f"{source} does not exist; give a run folder, e.g. runs/my-run, or the folder or hub id of a model")
     if folder.is_dir() and not (folder / CONFIG).is_file():
         return folder
     try:

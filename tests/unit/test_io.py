@@ -307,7 +307,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, tiny_folder):
     handle = attached(tiny_folder)
     for folder in (tmp_path, tmp_path / "nothing"):
         refused(load_projector, handle, folder, words=[str(folder), "is not a run folder", META])
-        refused(vzip.load, folder, words=["is not a run folder"])
+    refused(vzip.load, tmp_path, words=["is not a run folder"])
+    refused(vzip.load, tmp_path / "nothing", words=["nothing does not exist"])
 
 
 def test_an_unfinished_run_is_refused(tmp_path):
