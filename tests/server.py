@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from data.download import Client
+
 FAULTS = (
     "drop",  # the connection is reset in the middle of the body
     "truncate",  # it is closed there, and the length was said
@@ -31,6 +33,14 @@ FAULTS = (
 )
 MOVED = "/moved"
 PAGE = b"<html><body>Sorry, this picture is not available.</body></html>"
+
+
+def client(**settings):
+    """One that waits little between its attempts, and long for an answer: of a busy machine that is no fault of the server's.
+
+    Who tests a server that stalls gives a shorter `read_s`.
+    """
+    return Client(**{"attempts": 3, "first_wait_s": 0.01, **settings})
 
 
 def seeded(faults, share, *, seed=0, times=1):

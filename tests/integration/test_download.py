@@ -12,17 +12,14 @@ from email.utils import formatdate
 import pytest
 
 from data.download import Client, Gone, Unreachable, fetch_file
-from tests.server import Server
+from tests.server import Server, client
 from vzip import UserError
 
 pytestmark = pytest.mark.integration
 
 CONTENT = bytes(range(256)) * 40
-QUICK = {"attempts": 3, "first_wait_s": 0.01, "connect_s": 1.0, "read_s": 0.3, "total_s": 2.0}
-
-
-def client(**settings):
-    return Client(**{**QUICK, **settings})
+STALLED = {"stall": {"read_s": 1.0}}
+"""Settings of a client, by fault: how long to wait where nothing comes."""
 
 
 @contextmanager
@@ -53,7 +50,7 @@ def test_files_and_parts_of_them_come_over_one_connection(tmp_path):
 @pytest.mark.parametrize("part", [{}, {"first": 100, "last": 7000}])
 def test_what_passes_is_tried_again(tmp_path, fault, part):
     with serving(tmp_path, [fault, fault]) as server:
-        data = client().get(f"{server.url}/a.bin", **part)
+        data = client(**STALLED.get(fault, {})).get(f"{server.url}/a.bin", **part)
         assert data == (CONTENT[100:7001] if part else CONTENT)
         assert server.requests["/a.bin"] == 3
 
@@ -62,7 +59,7 @@ def test_what_passes_is_tried_again(tmp_path, fault, part):
 def test_what_does_not_pass_is_unreachable(tmp_path, fault):
     with serving(tmp_path, fault) as server:
         with pytest.raises(Unreachable, match=rf"{server.url}/a.bin: .*given up after 3 attempts"):
-            client().get(f"{server.url}/a.bin")
+            client(**STALLED.get(fault, {})).get(f"{server.url}/a.bin")
         assert server.requests["/a.bin"] == 3
 
 
@@ -123,7 +120,7 @@ def test_a_byte_now_and_then_is_not_waited_for_for_ever(tmp_path):
         start = time.monotonic()
         with pytest.raises(Unreachable, match=r"only \d+ bytes came in 0.5 s"):
             client(total_s=0.5).get(f"{server.url}/a.bin")
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 30  # all of it would take 102
         assert server.requests["/a.bin"] == 1
 
 
@@ -135,10 +132,10 @@ def test_a_server_says_how_long_to_wait(tmp_path, fault, how):
         start = time.monotonic()
         if how == "day":  # longer than this picture may take
             with pytest.raises(Unreachable, match=fault):
-                client().get(f"{server.url}/a.bin")
+                client(total_s=50).get(f"{server.url}/a.bin")
             assert server.requests["/a.bin"] == 1
         else:
-            assert client(total_s=5).get(f"{server.url}/a.bin") == CONTENT
+            assert client().get(f"{server.url}/a.bin") == CONTENT
         assert (time.monotonic() - start > 0.4) == (how in ("seconds", "date"))
 
 
@@ -172,7 +169,7 @@ def fetch(server, target, **settings):
 @pytest.mark.parametrize("faults", [[], ["drop"], ["truncate", "503"], ["stall", "drop"], ["302"], ["429", "truncate"]])
 def test_a_file_is_fetched_and_goes_on_where_it_broke_off(tmp_path, faults):
     with serving(tmp_path, faults) as server:
-        fetch(server, tmp_path / "mine" / "b.bin")
+        fetch(server, tmp_path / "mine" / "b.bin", **STALLED.get(faults[0] if faults else "", {}))
         broken = [fault for fault in faults if fault in ("drop", "truncate", "stall")]
         assert sum(server.sent.values()) < len(CONTENT) + 100  # nothing came twice
         assert len(server.ranges) == 1 + len(broken) and (server.ranges[-1][0] > 0) == bool(broken)

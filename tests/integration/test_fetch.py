@@ -19,17 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.download import Client
 from data.fetch import Checked, Ledger, bring
 from data.pictures import open_picture
 from data.places import open_places, place_of
 from tests import tiny
-from tests.server import Server, seeded
+from tests.server import Server, client, seeded
 from vzip import UserError
 
 pytestmark = pytest.mark.integration
-
-QUICK = Client(attempts=3, first_wait_s=0.01, connect_s=1.0, read_s=0.4, total_s=3.0)
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +56,9 @@ def publish(folder, num_pictures, *, source="coco"):
 class Run:
     """A folder and a ledger, and the state that a new command finds them in."""
 
-    def __init__(self, folder, **pictures):
+    def __init__(self, folder, *, read_s=30.0, **pictures):
         self.folder, self.path = folder / "images", folder / "checked.jsonl"
-        self.places = open_places(pictures, QUICK)
+        self.places = open_places(pictures, client(read_s=read_s))
 
     def bring(self, media, **options):
         return bring(media, self.folder, places=self.places, ledger=Ledger(self.path), **options)
@@ -184,7 +181,8 @@ def test_faults_that_pass_cost_no_picture(tmp_path, fault):
     plan = seeded([fault], 0.1)
     num_hit = sum(bool(plan(path.removeprefix("coco"))) for _, path, _ in media)
     with Server(tmp_path / "published", plan) as server:
-        assert Run(tmp_path, coco=server.url).bring(media) == {}
+        # Of 32 threads beside the server's, one may wait for a second or two before it runs.
+        assert Run(tmp_path, coco=server.url, read_s=4.0 if fault == "stall" else 30.0).bring(media) == {}
         assert num_hit >= 3 and sum(server.requests.values()) == 60 + num_hit
 
 
@@ -421,11 +419,11 @@ def killed_after(num_pictures, run, media):
 
 def test_a_command_that_is_killed_goes_on(tmp_path):
     media = publish(tmp_path / "published", 200)
-    with Server(tmp_path / "published", delay_s=0.02) as server:
+    with Server(tmp_path / "published", delay_s=0.1) as server:
         run = Run(tmp_path, coco=server.url)
         killed_after(40, run, media)
         there = [path for path in run.folder.rglob("*.jpg")]
-        assert 40 <= len(there) < 150
+        assert 40 <= len(there) < 200, "the command ended before the kill"
         for path in there:
             open_picture(path)  # nothing is half
         save(run.folder / "coco/train/.999999999-1.vzip-part", b"half a pict")
@@ -455,11 +453,11 @@ def test_an_interrupted_command_ends_at_once(tmp_path):
                 raise KeyboardInterrupt
 
     with Server(tmp_path / "published", plan) as server:
-        places = {"coco": [place_of(server.url, Client(read_s=5.0))]}
+        places = {"coco": [place_of(server.url, client())]}
         start = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             bring(media, tmp_path / "images", places=places, ledger=Impatient(tmp_path / "checked.jsonl"), num_threads=8)
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 15  # and not the 30 that an answer is waited for
     assert len(Ledger(tmp_path / "checked.jsonl").sizes()) == 10
 
 

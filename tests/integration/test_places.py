@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.download import Client, Gone, Unreachable
+from data.download import Gone, Unreachable
 from data.places import Archive, open_places, place_of
-from tests.server import Server
+from tests.server import Server, client
 from vzip import UserError
 
 pytestmark = pytest.mark.integration
 
-QUICK = Client(attempts=2, first_wait_s=0.01, connect_s=1.0, read_s=0.5, total_s=5.0)
+QUICK = client(attempts=2)
 
 
 @pytest.fixture(autouse=True)
@@ -276,7 +276,7 @@ def test_faults_on_the_way_are_survived(tmp_path):
     contents = save_zip(tmp_path / "a.zip", [f"images/{number}.jpg" for number in range(40)])
     faults = ["503", "drop", None, "truncate", None, "429", None, None, "drop", "stall"] * 3
     with Server(tmp_path, {"/a.zip": faults}) as server:
-        place = place_of(f"{server.url}/a.zip", Client(attempts=8, first_wait_s=0.01, read_s=0.3))
+        place = place_of(f"{server.url}/a.zip", client(attempts=8, read_s=1.0))
         found = read_all(place, [f"gqa/{name}" for name in contents])
         assert [found[f"gqa/{name}"] for name in contents] == list(contents.values())
 
