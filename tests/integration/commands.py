@@ -10,6 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+from safetensors.torch import load_file
+
 from tests.conftest import ROOT
 
 BIN = Path(sys.executable).parent
@@ -76,3 +79,19 @@ def metrics(run):
     """The values of metrics.jsonl that must not depend on the machine: (step, loss, gradient norm)."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [(line["step"], line["train/loss"], line["train/grad_norm"]) for line in map(json.loads, lines)]
+
+
+def assert_same_metrics(run, reference):
+    """Losses and gradient norms, to rounding."""
+    print(run.name, metrics(run))  # shown by `pytest -s`
+    for got, expected in zip(metrics(run), metrics(reference), strict=True):
+        assert got == pytest.approx(expected, rel=1e-5)
+
+
+def assert_same_run(run, reference):
+    """Also the projectors: each tensor as a whole, as AdamW makes steps of gradients that are nothing but rounding."""
+    assert_same_metrics(run, reference)
+    ours, theirs = load_file(run / "projector.safetensors"), load_file(reference / "projector.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert (ours[name] - value).norm() < 1e-4 * value.norm(), name

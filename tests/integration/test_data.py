@@ -11,7 +11,7 @@ import pytest
 from data.paths import data_dir
 from tests import mix
 from tests.conftest import ROOT
-from tests.integration.commands import environment, metrics, start, tune
+from tests.integration.commands import assert_same_metrics, environment, metrics, start, tune
 from tests.server import Server, seeded
 
 pytestmark = pytest.mark.integration
@@ -116,8 +116,7 @@ def test_features_of_a_cache_train_as_pictures_do(fetched, settings, tmp_path):
     done = run("cache_features", *settings)
     assert "data.cache=true" in done.stdout
     tune([*here, "name=cached", "data.cache=true"])
-    for got, expected in zip(metrics(tmp_path / "cached"), metrics(tmp_path / "pictures"), strict=True):
-        assert got == pytest.approx(expected, rel=1e-5)
+    assert_same_metrics(tmp_path / "cached", tmp_path / "pictures")
 
 
 def test_questions_a_control_and_lora_beside_a_cache(fetched, settings, mine, tmp_path):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.integration.commands import BIN, environment, metrics, tune
+from tests.integration.commands import BIN, assert_same_metrics, environment, metrics, tune
 
 pytestmark = pytest.mark.integration
 
@@ -53,8 +53,7 @@ def begin(command, **changes):
 
 def assert_same_losses(run, plain):
     assert len(metrics(plain)) == 2
-    for got, expected in zip(metrics(run), metrics(plain), strict=True):
-        assert got == pytest.approx(expected, rel=1e-5)
+    assert_same_metrics(run, plain)
 
 
 def test_two_tasks_of_srun_train_as_one(settings, runs, plain):

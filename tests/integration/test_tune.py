@@ -14,7 +14,7 @@ import vzip
 from scripts.dashboard import CURVES, SPEED
 from tests import tiny
 from tests.conftest import ROOT
-from tests.integration.commands import command, environment, metrics, start, tune
+from tests.integration.commands import assert_same_run, command, environment, metrics, start, tune
 from tests.wandb_file import records
 
 pytestmark = pytest.mark.integration
@@ -35,15 +35,6 @@ def plain(settings, runs):
     """A run on one process: the reference of the others."""
     tune([*settings, "name=plain"])
     return runs / "plain"
-
-
-def assert_same_run(run, reference):
-    print(run.name, metrics(run))  # shown by `pytest -s`
-    for got, expected in zip(metrics(run), metrics(reference), strict=True):
-        assert got == pytest.approx(expected, rel=1e-5)
-    ours, theirs = load_file(run / "projector.safetensors"), load_file(reference / "projector.safetensors")
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_run_folder(plain, tiny_folder):
