@@ -25,7 +25,8 @@ def chat_template(template: Template, tokenizer: Any) -> str:
     """The Jinja text of a template: the same conversation as `vzip.templates.encode` makes.
 
     A message's content is a string, or a list of parts of the types "image", "video" and "text"; pictures go to the front, each
-    followed by a newline, as in training. A BOS is written where the tokenizer does not do so itself.
+    followed by a newline, as in training. Of several parts of text each begins a new line: whoever cuts a question at its
+    pictures leaves what stood between the pieces to the template. A BOS is written where the tokenizer does not do so itself.
 
     Raises:
         UserError: a template of captions, which are no conversation.
@@ -40,18 +41,17 @@ def chat_template(template: Template, tokenizer: Any) -> str:
         f"{{% for part in content if part.type == '{kind}' %}}{{{{ {_literal(token + space + chr(10))} }}}}{{% endfor %}}"
         for kind, token in (("image", IMAGE), ("video", VIDEO))
     )
+    text = f"content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join({_literal(chr(10))})"
     return (
         f"{{{{ {_literal(opening)} }}}}"
         "{% for message in messages %}{% set content = message.content %}"
         "{% if message.role == 'user' %}"
         f"{{{{ {_literal(template.user)} }}}}"
-        f"{{% if content is string %}}{{{{ content }}}}{{% else %}}{media}"
-        "{% for part in content if part.type == 'text' %}{{ part.text }}{% endfor %}{% endif %}"
+        f"{{% if content is string %}}{{{{ content }}}}{{% else %}}{media}{{{{ {text} }}}}{{% endif %}}"
         f"{{{{ {_literal(template.assistant)} }}}}"
         "{% elif message.role == 'assistant' %}"
         f"{{{{ {answer[0]} }}}}"
-        "{% if content is string %}{{ content }}{% else %}"
-        "{% for part in content if part.type == 'text' %}{{ part.text }}{% endfor %}{% endif %}"
+        f"{{% if content is string %}}{{{{ content }}}}{{% else %}}{{{{ {text} }}}}{{% endif %}}"
         f"{{{{ {answer[1]} + {_literal(template.separator)} }}}}"
         "{% else %}{{ raise_exception('this template has roles user and assistant; its system prompt is its own') }}{% endif %}"
         "{% endfor %}"

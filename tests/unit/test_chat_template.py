@@ -35,6 +35,15 @@ def test_a_conversation_has_the_ids_of_the_training_format(name):
     assert tokenizer(text)["input_ids"] == encode(template, tokenizer, TURNS)[0]
 
 
+def test_parts_of_text_are_lines():
+    """As lmms-eval's MMMU gives them, whose pieces around a picture are stripped."""
+    tokenizer = tiny.tokenizer()
+    content = [{"type": "text", "text": "what is in"}, {"type": "image"}, {"type": "text", "text": "and why?"}]
+    whole = [{"type": "image"}, {"type": "text", "text": "what is in\nand why?"}]
+    parts, text = (rendered(vicuna(), tokenizer, [{"role": "user", "content": each}]) for each in (content, whole))
+    assert parts == text and "<image>\nwhat is in\nand why? ASSISTANT:" in parts
+
+
 @pytest.mark.parametrize("build", [vicuna, mistral])
 @pytest.mark.parametrize("legacy", [True, False])
 def test_prompts_of_a_real_sentencepiece_tokenizer_are_the_training_formats(build, legacy, sentencepiece_folder):
