@@ -13,7 +13,7 @@ from data.collate import MicroBatch, PackedBatch, Packer
 from data.dataset import BatchPlan, Layout, MicroBatches, PackedLayout, PaddedLayout, has_media
 from data.packing import shared_prefix
 from data.tokens import Example
-from scripts.bench_rows import make_collator
+from scripts.bench_rows import NUM_PREFIX, make_collator
 from scripts.released import eager_copy, released_tokens
 from train.losses import FastLoss, ReferenceLoss
 from vzip import UserError
@@ -135,7 +135,9 @@ def fitting_tokens(family: Family, reducer: Reducer, device: torch.device) -> in
         return MOST
     room = int(torch.cuda.mem_get_info(device)[1] * (1 - SPARE)) - torch.cuda.memory_allocated(device)
     sizes = range(MULTIPLE, MOST + 1, MULTIPLE)
-    fitting = bisect_right(sizes, room, key=lambda tokens: packed_memory(family, reducer, num_tokens=tokens))
+    fitting = bisect_right(
+        sizes, room, key=lambda tokens: packed_memory(family, reducer, num_tokens=tokens, num_prefix=NUM_PREFIX)
+    )
     if not fitting:
         raise UserError("the GPU's memory does not hold a micro batch beside the weights; choose a smaller --shape")
     return sizes[fitting - 1]

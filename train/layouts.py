@@ -11,7 +11,7 @@ from data.dataset import BatchPlan, MicroBatches, PackedLayout, PaddedLayout, ha
 from data.packing import shared_prefix
 from data.tokens import Examples
 from train.losses import FastLoss, ReferenceLoss
-from train.memory import choose_packing
+from train.memory import Lengths, choose_packing, flash_runs
 from train.ranks import say
 from train.trainable import Trainable
 from vzip import UserError
@@ -30,9 +30,11 @@ def _fast(
     num_run = torch.stack([packer.lengths(examples) for packer in packers])
     longest = int(num_run[:, taught].max())
     refuse_unfit(family.model.config.get_text_config(), longest=len(prefix) + longest)
-    packing = choose_packing(cfg, family, num_trainable=trainable.num_parameters, longest_row=longest)
+    lengths = Lengths(longest, prefix=len(prefix))
+    packing = choose_packing(cfg, family, num_trainable=trainable.num_parameters, lengths=lengths)
     layout = PackedLayout(packers, examples, plan, num_run=num_run, taught=taught, tokens=packing.tokens)
-    say(f"fast path: {layout}, behind a shared prefix of {len(prefix)}")
+    attention = "FlashAttention" if flash_runs(cfg, family) else "attention in blocks of rows of like length"
+    say(f"fast path: {layout}, behind a shared prefix of {len(prefix)}; {attention}")
     if packing.recompute:
         say("  to save memory, the MLPs are run again in the backward pass")
     if not_run := int((~taught).sum()):

@@ -18,8 +18,9 @@ from train.budgets import budgets_of
 from train.config import build_reducers
 from train.ranks import gather, say
 from vzip import UserError
-from vzip.cost import packed_memory, weight_memory
+from vzip.cost import blocked_memory, head_width, packed_memory, weight_memory
 from vzip.families import Family
+from vzip.fast.attention import has_flash
 
 LEAST, MOST, MULTIPLE = 2048, 16_384, 256
 """Tokens of a micro batch: matrix products get slower below the first, and no faster above the second."""
@@ -41,6 +42,19 @@ class Packing:
 
     tokens: int
     recompute: bool
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of the rows, in packed tokens.
+
+    Attributes:
+        longest: of the longest row, which is never cut.
+        prefix: of what all rows begin with, which is not counted in `longest`.
+    """
+
+    longest: int
+    prefix: int
 
 
 @dataclass(frozen=True)
@@ -88,10 +102,23 @@ def resident_memory(cfg: DictConfig, family: Family, *, num_trainable: int, worl
     return weights + tuned + CONTEXT
 
 
-def micro_batch_memory(cfg: DictConfig, family: Family, packing: Packing) -> int:
+def flash_runs(cfg: DictConfig, family: Family) -> bool:
+    """Whether FlashAttention runs; a card that is planned for where there is no GPU (`memory_gb`) is taken for one with it."""
+    if not torch.cuda.is_available():
+        return cfg.memory_gb is not None
+    width = head_width(family.model.config.get_text_config())
+    return has_flash(torch.device("cuda"), getattr(torch, cfg.model.dtype), width)
+
+
+def micro_batch_memory(cfg: DictConfig, family: Family, packing: Packing, lengths: Lengths) -> int:
     """Bytes that a micro batch takes beside them: of several budgets the smallest, which has the most pictures."""
     reducer = min(build_reducers(cfg), key=family.num_tile_tokens)
-    return packed_memory(family, reducer, num_tokens=packing.tokens, recompute=packing.recompute, inexact=cfg.inexact)
+    size = {"num_tokens": packing.tokens, "num_prefix": lengths.prefix}
+    memory = packed_memory(family, reducer, **size, recompute=packing.recompute, inexact=cfg.inexact)
+    if flash_runs(cfg, family):
+        return memory
+    text = family.model.config.get_text_config()
+    return memory + blocked_memory(text, longest=lengths.longest, num_prefix=lengths.prefix)
 
 
 def _too_small(card: Card, what: str, needed: int) -> UserError:
@@ -102,16 +129,16 @@ def _too_small(card: Card, what: str, needed: int) -> UserError:
     )
 
 
-def _refuse_short(tokens: int, longest_row: int) -> None:
-    if tokens < longest_row:
+def _refuse_short(tokens: int, longest: int) -> None:
+    if tokens < longest:
         raise UserError(
-            f"batch.tokens={tokens} is less than the {longest_row} tokens of the longest row; set at least as many, or cut "
+            f"batch.tokens={tokens} is less than the {longest} tokens of the longest row; set at least as many, or cut "
             f"rows with data.max_tokens"
         )
 
 
 def fit_packing(
-    cfg: DictConfig, family: Family, card: Card, *, num_trainable: int, longest_row: int, world_size: int
+    cfg: DictConfig, family: Family, card: Card, *, num_trainable: int, lengths: Lengths, world_size: int
 ) -> Packing:
     """The largest micro batch that the card holds beside what is there at all times, and no larger than is of use.
 
@@ -123,13 +150,13 @@ def fit_packing(
         raise _too_small(card, "weights, gradients and AdamW's moments", resident)
 
     def micro_batch(tokens: int, recompute: bool) -> int:
-        return micro_batch_memory(cfg, family, Packing(tokens, recompute))
+        return micro_batch_memory(cfg, family, Packing(tokens, recompute), lengths)
 
     given, recompute = cfg.batch.tokens, cfg.batch.recompute
     if given is not None:
-        _refuse_short(given, longest_row)
+        _refuse_short(given, lengths.longest)
         return Packing(given, recompute=micro_batch(given, False) > room if recompute is None else recompute)
-    least = max(1, -(-longest_row // MULTIPLE)) * MULTIPLE
+    least = max(1, -(-lengths.longest // MULTIPLE)) * MULTIPLE
     sizes = range(least, max(MOST, least) + 1, MULTIPLE)
     found = []
     for way in (False, True) if recompute is None else (recompute,):
@@ -140,11 +167,11 @@ def fit_packing(
         packing = replace(packing, tokens=min(packing.tokens, max(LEAST, least)))
     if not packing.tokens:
         needed = resident + micro_batch(least, packing.recompute)
-        raise _too_small(card, f"weights, moments and a row of {longest_row} tokens", needed)
+        raise _too_small(card, f"weights, moments and a row of {lengths.longest} tokens", needed)
     return packing
 
 
-def choose_packing(cfg: DictConfig, family: Family, *, num_trainable: int, longest_row: int) -> Packing:
+def choose_packing(cfg: DictConfig, family: Family, *, num_trainable: int, lengths: Lengths) -> Packing:
     """The packed tokens of a micro batch: `batch.tokens` and `batch.recompute`, or what the smallest rank's memory holds.
 
     The MLPs are computed again only where without it fewer than 2,048 tokens, or not the longest row, would fit. Called by all
@@ -154,15 +181,15 @@ def choose_packing(cfg: DictConfig, family: Family, *, num_trainable: int, longe
         cfg: the run's settings.
         family: around the model, with its tuned parameters opened.
         num_trainable: tuned parameters.
-        longest_row: packed tokens of the longest row, which is never cut.
+        lengths: of the rows.
 
     Raises:
         UserError: the weights, or the longest row beside them, don't fit; `batch.tokens` is less than the longest row.
     """
     card = min(gather([card_of(cfg)]), key=lambda card: card.memory)
     size = {"num_trainable": num_trainable, "world_size": deepspeed.comm.get_world_size()}
-    packing = fit_packing(cfg, family, card, longest_row=longest_row, **size)
-    needed = resident_memory(cfg, family, **size) + micro_batch_memory(cfg, family, packing)
+    packing = fit_packing(cfg, family, card, lengths=lengths, **size)
+    needed = resident_memory(cfg, family, **size) + micro_batch_memory(cfg, family, packing, lengths)
     if needed > card.memory:
         say(f"batch.tokens={packing.tokens} is reckoned to need {needed / 1e9:.1f} GB, more than {card.name}")
     return packing

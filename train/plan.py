@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.config import asks_questions, batch_plan, build_reducer, build_reducers
-from train.memory import card_of, fit_packing, micro_batch_memory, resident_memory
+from train.memory import Lengths, card_of, fit_packing, micro_batch_memory, resident_memory
 from train.models import count_model
 from train.trainable import make_trainable, print_table
 from vzip import UserError
@@ -23,6 +23,8 @@ H100_PEAK, MFU = 989e12, 0.4
 """bf16 FLOP/s of an H100 SXM, and the share of a device's peak that the estimate counts on."""
 COCO_SIZE = (480, 640)
 """(height, width) of a typical picture, where the data's settings name none."""
+NUM_PREFIX = 40
+"""Text tokens that all rows begin with, much as Vicuna's system prompt takes."""
 MAX_SIZES = 5
 """Numbers of tiles that the plan shows."""
 
@@ -93,12 +95,13 @@ def _memory_rows(cfg: DictConfig, family: Family, *, num_trainable: int, num_vis
     else:
         try:
             longest = num_visual + min(cfg.data.expected.longest, cfg.data.max_tokens)
-            packing = fit_packing(cfg, family, card, num_trainable=num_trainable, longest_row=longest, world_size=world_size)
+            lengths = Lengths(longest, NUM_PREFIX)
+            packing = fit_packing(cfg, family, card, num_trainable=num_trainable, lengths=lengths, world_size=world_size)
         except UserError as error:
             return {"a micro batch": f"none: {error}"}
         how = "MLPs computed again in the backward pass" if packing.recompute else "nothing computed twice"
         micro = f"up to {packing.tokens:,} packed tokens, {how}"
-        memory += micro_batch_memory(cfg, family, packing)
+        memory += micro_batch_memory(cfg, family, packing, lengths)
     weights = weight_memory(family, inexact=cfg.inexact)
     held = f", the language model in {cfg.inexact}: gradients are not exact" if cfg.inexact else ""
     return {

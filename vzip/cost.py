@@ -13,12 +13,15 @@ from torch import nn
 
 from vzip.families import Family
 from vzip.fast.loss import MAX_LOGITS
+from vzip.fast.segments import MAX_BLOCK
 from vzip.reducers import Reducer
 
 QUANTISED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 """Bytes of a quantised weight. NF4 has a byte of scale for 64 weights and a float32 for 256 of these (arXiv 2305.14314)."""
-SHORT_TEXT, PREFIX = 32, 40
-"""Text tokens of a short row behind the prefix that rows share; tokens of that prefix, whose keys and values each row has."""
+SHORT_TEXT = 32
+"""Text tokens of a short row, behind the prefix that rows share."""
+SCORE_BYTES = 22
+"""Of an attention score where rows are attended in blocks: it, its probability, and their gradients."""
 
 
 def linear_flops(module: nn.Module) -> int:
@@ -77,7 +80,8 @@ def weight_memory(family: Family, *, inexact: str | None = None) -> int:
     return others + (math.ceil(num_quantised * QUANTISED_BYTES[inexact]) if inexact else 0)
 
 
-def _head_width(config: Any) -> int:
+def head_width(config: Any) -> int:
+    """Of a language model's attention."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
@@ -89,7 +93,7 @@ def kept_memory(config: Any, *, itemsize: int, recompute: bool = False, inexact:
     22.75 d, or 14 d. On top, the int8 layers of bitsandbytes keep their inputs, and LoRA beside a linear layer keeps the
     layer's input in float32.
     """
-    width, inner, head = config.hidden_size, config.intermediate_size, _head_width(config)
+    width, inner, head = config.hidden_size, config.intermediate_size, head_width(config)
     values = 2 * width + 2 * head * (config.num_attention_heads + config.num_key_value_heads)
     values += width if recompute else 2 * inner
     if inexact == "int8":
@@ -99,11 +103,12 @@ def kept_memory(config: Any, *, itemsize: int, recompute: bool = False, inexact:
 
 
 def packed_memory(
-    family: Family, reducer: Reducer, *, num_tokens: int, recompute: bool = False, inexact: str | None = None
+    family: Family, reducer: Reducer, *, num_tokens: int, num_prefix: int, recompute: bool = False, inexact: str | None = None
 ) -> int:
     """Bytes beside the weights that a micro batch of `num_tokens` packed tokens takes in the fast path, at the most.
 
-    That is, as if all rows were short, and all tokens visual ones.
+    That is, as if all rows were short, and all tokens visual ones. FlashAttention has the keys and values of the shared prefix,
+    `num_prefix` tokens, before each row; where there is none, `blocked_memory` comes on top.
     """
     config = family.model.config
     text, vision = config.text_config, config.vision_config
@@ -116,10 +121,15 @@ def packed_memory(
     logits = 12 * min(num_tokens * text.vocab_size, MAX_LOGITS)
 
     num_rows = math.ceil(num_tokens / (family.budget_tiles * family.num_tile_tokens(reducer) + SHORT_TEXT))
-    prefix = PREFIX * 2 * itemsize * _head_width(text) * text.num_key_value_heads * text.num_hidden_layers
+    prefix = num_prefix * 2 * itemsize * head_width(text) * text.num_key_value_heads * text.num_hidden_layers
     # In a layer of the tower about 16 numbers of its width for a patch; and the pixels, as bytes and as numbers.
     tower = 16 * itemsize * family.num_patches * vision.hidden_size + 3 * (5 + itemsize) * family.tile_side**2
     return int(num_tokens * (language + ends) + logits + num_rows * (prefix + family.budget_tiles * tower))
+
+
+def blocked_memory(config: Any, *, longest: int, num_prefix: int) -> int:
+    """Bytes that attention takes where it runs in blocks of rows, of up to `longest` tokens behind the prefix."""
+    return int(SCORE_BYTES * config.num_attention_heads * max(longest, MAX_BLOCK) * (longest + num_prefix))
 
 
 def padded_memory(family: Family, *, num_tokens: int) -> int:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tests import tiny
 from tests.contract.test_configs import composed, counted
 from train import memory
 from train.config import build_reducer, check
-from train.memory import Card, Packing, card_of, fit_packing, micro_batch_memory, resident_memory
+from train.memory import Card, Lengths, Packing, card_of, fit_packing, micro_batch_memory, resident_memory
 from train.models import load_model, quantise
 from train.plan import print_plan
 from train.trainable import make_trainable
@@ -28,21 +29,19 @@ from vzip.io import fingerprint
 PROJECTOR = {"llava-7b": 20_979_712, "llava-13b": 31_467_520, "next-7b": 20_979_712}
 
 
-def packing_of(*overrides, longest_row=300, world_size=1, **changes):
+def packing_of(*overrides, longest=300, prefix=40, world_size=1, **changes):
     """What the card of the settings holds."""
     cfg = OmegaConf.merge(composed(*overrides), changes)
     check(cfg)
-    name = cfg.model.name
-    return fit_packing(
-        cfg, counted(name), card_of(cfg), num_trainable=PROJECTOR[name], longest_row=longest_row, world_size=world_size
-    )
+    name, size = cfg.model.name, {"lengths": Lengths(longest, prefix), "world_size": world_size}
+    return fit_packing(cfg, counted(name), card_of(cfg), num_trainable=PROJECTOR[name], **size)
 
 
-def needed(cfg, packing, *, world_size=1):
+def needed(cfg, packing, *, longest=300, prefix=40, world_size=1):
     """Bytes of a run with that micro batch."""
     family = counted(cfg.model.name)
     resident = resident_memory(cfg, family, num_trainable=PROJECTOR[cfg.model.name], world_size=world_size)
-    return resident + micro_batch_memory(cfg, family, packing)
+    return resident + micro_batch_memory(cfg, family, packing, Lengths(longest, prefix))
 
 
 # Bytes of a token
@@ -99,7 +98,8 @@ def test_lora_in_the_language_model_takes_memory_for_its_inputs():
     def memory_of(lora):
         family = family_of(tiny.llava())
         make_trainable(family, OmegaConf.create({"projector": True, "lora": lora}))
-        return packed_memory(family, build_reducer(composed("model=llava-7b", "reducer.budget=6")), num_tokens=512)
+        reducer = build_reducer(composed("model=llava-7b", "reducer.budget=6"))
+        return packed_memory(family, reducer, num_tokens=512, num_prefix=40)
 
     language, projector = ({"target": target, "r": 2, "alpha": 4} for target in ("language_model", "projector"))
     assert memory_of(projector) == memory_of(None) < memory_of(language)
@@ -129,23 +129,35 @@ def test_13b_on_24gb_is_refused_with_what_helps_and_that_helps():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.floats(16, 120), st.integers(1, 30_000))
-def test_the_micro_batch_is_the_largest_of_use_that_fits(memory_gb, longest_row):
-    cfg = composed("model=llava-7b")
+@given(st.floats(16, 120), st.integers(1, 30_000), st.integers(0, 500))
+def test_the_micro_batch_is_the_largest_of_use_that_fits(memory_gb, longest_row, prefix):
+    cfg = OmegaConf.merge(composed("model=llava-7b"), {"memory_gb": memory_gb})
+    needs = partial(needed, cfg, longest=longest_row, prefix=prefix)
     room = 0.96 * memory_gb * 1e9 + 1
     longest = -(-longest_row // 256) * 256
     try:
-        packing = packing_of("model=llava-7b", memory_gb=memory_gb, longest_row=longest_row)
+        packing = packing_of("model=llava-7b", memory_gb=memory_gb, longest=longest_row, prefix=prefix)
     except UserError as error:
         assert f"memory_gb={memory_gb:g}" in str(error)
-        assert needed(cfg, Packing(longest, recompute=True)) > room - 2
+        assert needs(Packing(longest, recompute=True)) > room - 2
         return
     assert packing.tokens % 256 == 0 and longest_row <= packing.tokens <= max(16_384, longest)
-    assert needed(cfg, packing) <= room
+    assert needs(packing) <= room
     if packing.tokens < max(16_384, longest):
-        assert needed(cfg, Packing(packing.tokens + 256, packing.recompute)) > room - 2
+        assert needs(Packing(packing.tokens + 256, packing.recompute)) > room - 2
     if packing.recompute:
-        assert needed(cfg, Packing(max(2048, longest), recompute=False)) > room - 2
+        assert needs(Packing(max(2048, longest), recompute=False)) > room - 2
+
+
+def test_a_long_prefix_takes_its_room(monkeypatch):
+    """FlashAttention has it before each row; where there is none, long rows take the room of their scores."""
+    assert packing_of("model=llava-7b", "hardware=80gb").tokens == 16_384
+    assert packing_of("model=llava-7b", "hardware=80gb", prefix=400).tokens < 12_000
+    plain = packing_of("model=llava-7b", "hardware=80gb", longest=16_000)
+    monkeypatch.setattr(memory, "flash_runs", lambda cfg, family: False)
+    with pytest.raises(UserError, match="a row of 16000 tokens"):
+        packing_of("model=llava-7b", "hardware=80gb", longest=16_000)
+    assert plain.tokens == packing_of("model=llava-7b", "hardware=80gb").tokens == 16_384
 
 
 def test_what_is_given_is_taken():
@@ -170,9 +182,9 @@ def test_with_several_budgets_larger_memory_makes_no_other_micro_batches():
 
 def test_a_row_longer_than_the_micro_batch_is_a_user_error():
     with pytest.raises(UserError, match=r"batch\.tokens=512 is less than the 513 tokens"):
-        packing_of("model=llava-7b", "hardware=80gb", "batch.tokens=512", longest_row=513)
+        packing_of("model=llava-7b", "hardware=80gb", "batch.tokens=512", longest=513)
     with pytest.raises(UserError, match=r"a row of 9000 tokens need .* more than memory_gb=24"):
-        packing_of("model=llava-7b", "hardware=24gb", longest_row=9000)
+        packing_of("model=llava-7b", "hardware=24gb", longest=9000)
 
 
 def test_zero_shares_the_frozen_weights_or_moves_them_to_the_host():

@@ -104,6 +104,10 @@ def _has_package() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
+def _torch_release() -> tuple[int, ...]:
+    return version.parse(torch.__version__).release  # of 2.11.0a0 too, as builds of NVIDIA's call themselves
+
+
 def _flash(queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, scaling: float) -> Tensor:
     """float[T, H, c] of queries float[T, H, c], keys and values float[T + R * P, K, c]; causal from the end of each row."""
     bounds = (segments.query_bounds, segments.key_bounds)
@@ -117,21 +121,23 @@ def _flash(queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, sc
         return mixed
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped: dict[str, Any] = {"enable_gqa": True} if queries.shape[1] != keys.shape[1] else {}
+    num_groups = queries.shape[1] // keys.shape[1]
+    grouped: dict[str, Any] = {"enable_gqa": True} if num_groups > 1 else {}
+    if grouped and _torch_release() < (2, 12):  # it wants as many key heads as heads
+        keys, values, grouped = keys.repeat_interleave(num_groups, 1), values.repeat_interleave(num_groups, 1), {}
     found = varlen_attn(queries, keys, values, *bounds, *longest, scale=scaling, window_size=(-1, 0), **grouped)
     assert isinstance(found, Tensor)
     return found
 
 
-def has_flash(queries: Tensor, keys: Tensor) -> bool:
-    """Whether FlashAttention takes packed float[H, T, c] and float[K, T, c]: on a GPU from Ampere on, in half precision,
-    c up to 256; by flash-attn, or by torch from 2.11 on, with fewer key heads than heads from 2.12 on.
+def has_flash(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether FlashAttention takes heads of a width: on a GPU from Ampere on, in half precision, up to a width of 256; by
+    flash-attn, or by torch from 2.11 on.
     """
-    if queries.device.type != "cuda" or queries.dtype not in (torch.float16, torch.bfloat16) or queries.shape[-1] > 256:
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or width > 256:
         return False
-    least = "2.11" if len(queries) == len(keys) else "2.12"
-    there = _has_package() or version.parse(torch.__version__) >= version.parse(least)
-    return there and torch.cuda.get_device_capability(queries.device) >= (8, 0)
+    there = _has_package() or _torch_release() >= (2, 11)
+    return there and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def packed_attention(
@@ -152,7 +158,7 @@ def packed_attention(
     """
     assert attention_mask is None and not (module.training and module.attention_dropout)
     segments, scaling, layer = settings["segments"], settings["scaling"], module.layer_idx
-    if not has_flash(query[0], key[0]):
+    if not has_flash(query.device, query.dtype, query.shape[-1]):
         mixed = _BlockAttention.apply(query[0], key[0], value[0], segments, (layer, scaling))  # type: ignore[no-untyped-call]
         return mixed.transpose(0, 1)[None], None
     # Rows of keys with the prefix before each: as matrices of tokens, which FlashAttention takes.
