@@ -1,7 +1,6 @@
 """Where the numbers of a run go: metrics.jsonl always, wandb beside it."""
 
 import json
-import netrc
 import os
 import resource
 import sys
@@ -23,12 +22,11 @@ def memory_gb(device: torch.device) -> float:
 
 
 def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
+    """Whether wandb has credentials where it looks for them. Raises wandb.errors.AuthenticationError for malformed ones."""
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))
+    return wandb.login(prompt=False, verify=False)
 
 
 class Tracker:
@@ -46,7 +44,9 @@ class Tracker:
         if self.main and cfg.track.wandb:
             import wandb
 
-            mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+            mode = os.environ.get("WANDB_MODE") or "online"
+            if mode == "online" and not _has_key():
+                mode = "offline"
             self.wandb = wandb.init(
                 project=cfg.track.project,
                 name=folder.name,

@@ -4,7 +4,6 @@ import errno
 import json
 import math
 import os
-import pty
 import subprocess
 import sys
 from dataclasses import replace
@@ -35,7 +34,7 @@ from train.loop import learning_rate
 from train.losses import FastLoss, ReferenceLoss, media_inputs
 from train.models import count_model
 from train.plan import print_plan
-from train.track import Tracker, _has_key, memory_gb
+from train.track import Tracker, memory_gb
 from vzip import UserError
 from vzip.cost import row_cost
 from vzip.families import family_of
@@ -723,45 +722,6 @@ def test_other_ranks_write_nothing(tmp_path):
     tracker.log_results([], [], [])
     tracker.finish()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_key_is_found_where_wandb_looks_for_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert not _has_key()
-    netrc = tmp_path / ".netrc"
-    for content, found in (("machine other.host login user password x\n", False), ("no netrc at all", False)):
-        netrc.write_text(content)
-        netrc.chmod(0o600)
-        assert _has_key() is found
-    netrc.write_text("machine api.wandb.ai login user password x\n")
-    assert _has_key()
-    netrc.unlink()
-    monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert _has_key()
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize("mode", [{}, {"WANDB_MODE": "offline"}], ids=["no key", "asked for"])
-def test_wandb_without_a_key_is_offline_and_never_prompts(tmp_path, mode):
-    pytest.importorskip("wandb")
-    code = (
-        "import sys; from pathlib import Path; from omegaconf import OmegaConf; from train.track import Tracker\n"
-        "cfg = OmegaConf.create({'track': {'wandb': True, 'project': 'vzip'}, 'seed': 0})\n"
-        "tracker = Tracker(Path(sys.argv[1]), cfg, rank=0)\n"
-        "tracker.log(0, {'train/loss': 1.0}); tracker.finish()"
-    )
-    run = tmp_path / "my-run"
-    run.mkdir()
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "NETRC"))}
-    env |= {"HOME": str(tmp_path), **mode}
-    main, terminal = pty.openpty()  # a prompt would wait here for a person, and run into the time limit
-    with os.fdopen(main), os.fdopen(terminal, "w"):
-        command = [sys.executable, "-c", code, str(run)]
-        subprocess.run(command, cwd=ROOT, env=env, stdin=terminal, stdout=terminal, timeout=120, check=True)
-
-    assert len(list(run.glob("wandb/offline-run-*/run-my-run.wandb"))) == 1
-    assert lines(run) == [{"step": 0, "train/loss": 1.0}]
 
 
 def test_memory_is_in_gigabytes():
