@@ -8,14 +8,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from scripts.held_out import settings_of
 from vzip import UserError
-from vzip.io import META, read_meta, reducers_of
+from vzip.io import META, RESULT, read_finished, reducers_of
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
-
-RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,8 @@ def score_of(row: dict[str, Any], *, series: str, reducer: Reducer, run: str, se
 
 def _read(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(meta.json, result.json) of a finished run. Raises UserError for anything else."""
-    meta = read_meta(run)
-    if not (run / RESULT).is_file():
-        raise UserError(f"{run} is a run that has not finished: it has no {RESULT}; run its command again, it resumes")
+    meta = read_finished(run)
+    settings_of(run)  # which a projector's folder without a run around it lacks, as it lacks results
     return meta, json.loads((run / RESULT).read_text())
 
 
@@ -60,7 +58,7 @@ def _measured_on(run: Path, meta: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _settings(run: Path, *names: str) -> list[Any]:
-    cfg = OmegaConf.load(run / "config.yaml")
+    cfg = settings_of(run)
     return [OmegaConf.select(cfg, name) for name in names]
 
 

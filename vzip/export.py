@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vzip.checkpoints.shards import read_config
-from vzip.compare import Comparison
+from vzip.compare import Comparison, refuse_untuned
 from vzip.errors import UserError
 from vzip.families import Family
-from vzip.io import ADAPTER, CONFIG, EXPORT, META, WEIGHTS, describe, fingerprint, is_export
+from vzip.io import ADAPTER, CONFIG, EXPORT, WEIGHTS, describe, fingerprint, is_export, read_finished
 from vzip.reducers import Reducer
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -48,17 +48,14 @@ def _open(run: Path, base: str | None) -> tuple[Comparison, str]:
     """(the run, opened on the CPU; folder or hub id of its base)."""
     if is_export(run):
         raise UserError(f"{run} is an export itself; give the folder of the run that it was made of")
-    if (run / META).is_file() and (run / "config.yaml").is_file() and not (run / "result.json").is_file():
-        raise UserError(f"{run} is a run that has not finished: it has no result.json; run its command again, which resumes it")
+    read_finished(run)
     opened = Comparison.open(run, base=base, device="cpu")
     return opened, base or opened.meta["base"]["id"]
 
 
 def _with_first(reducers: Mapping[int, Reducer], budget: int | None) -> list[Reducer]:
     """The reducers with that of `budget` first. Raises UserError for one that is not there."""
-    if budget is not None and budget not in reducers:
-        known = ", ".join(map(str, reducers))
-        raise UserError(f"budget={budget} is none that this projector was tuned for; choose one of: {known}")
+    refuse_untuned(budget, reducers)
     return sorted(reducers.values(), key=lambda reducer: budget is not None and reducer is not reducers[budget])
 
 

@@ -25,7 +25,7 @@ from vzip.families import Family
 from vzip.reducers import Reducer, create
 
 FORMAT = 1
-WEIGHTS, META, ADAPTER = "projector.safetensors", "meta.json", "adapter"
+WEIGHTS, META, ADAPTER, RESULT = "projector.safetensors", "meta.json", "adapter", "result.json"
 CONFIG, EXPORT = "config.json", "vzip"
 _SAMPLES = 16
 
@@ -125,6 +125,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: format {form!r} is unknown; this version reads format {FORMAT}")
     if missing := {"base", "reducer", "dtype", "adapter"} - set(meta):
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}; it is not what a run wrote: restore it, or tune again")
+    return meta
+
+
+def read_finished(run: Path) -> dict[str, Any]:
+    """`read_meta`, of a run that has its results too. Raises UserError also for one that was stopped before them."""
+    meta = read_meta(run)
+    if (run / "config.yaml").is_file() and not (run / RESULT).is_file():
+        raise UserError(f"{run} is a run that has not finished: it has no {RESULT}; run its command again, which resumes it")
     return meta
 
 

@@ -215,7 +215,7 @@ def test_a_budget_becomes_the_default_and_the_others_stay(tmp_path, tiny_folder)
     for budget, num_tokens in ((None, 9), (9, 9), (6, 6)):
         model, processor = vzip.load(tmp_path / "export", budget=budget, device="cpu")
         assert (question(processor)["input_ids"] == model.config.image_token_id).sum() == num_tokens
-    with pytest.raises(UserError, match="budget=7 is none that this projector was tuned for; choose one of: 6, 9"):
+    with pytest.raises(UserError, match="not tuned for budget=7, but for 6, 9"):
         write_hf(run, empty(tmp_path / "other"), budget=7)
 
 
