@@ -1,15 +1,14 @@
-"""Evaluate a run, or a base model, with lmms-eval: the rows full, free and tuned over tasks, in one table.
+"""Evaluate a run, an export or a base model with lmms-eval: the rows full, free and tuned over tasks, in one table.
 
 make eval RUN=runs/X                                    python scripts/eval.py runs/X
 make eval RUN=runs/X ARGS="--tasks gqa,pope --limit 100"
 make eval RUN=llava-hf/llava-1.5-7b-hf ARGS="--budget 64 128"
 
 Asked are held-out questions, which need no network (the run's own, else those of the embedded default), and, where the Hugging
-Face hub answers, the paper's tasks. What is done is kept in RUN/eval, and not asked again.
+Face hub answers, the paper's tasks. What is done is kept in RUN/eval, or in runs/eval/MODEL, and not asked again.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
@@ -18,7 +17,6 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,31 +25,20 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 from huggingface_hub import constants
-from omegaconf import OmegaConf
 
 from data.paths import write_json
 from scripts.eval_environment import environment
 from scripts.eval_questions import questions_of
+from scripts.eval_subject import Row, subject_of
 from scripts.eval_table import print_table, table_of
-from scripts.eval_tasks import BY_NAME, PAPER, TASK, published_rows
+from scripts.eval_tasks import BY_NAME, FAILED, PAPER, TASK, published_rows
 from scripts.measure import ROOT, count
 from train.config import teach
 from vzip import UserError
-from vzip.io import META, WEIGHTS, read_meta, reducers_of
-from vzip.reducers.identity import Identity
 
 HUB_TIMEOUT_S = 5
-BATCH = 8
-"""Questions answered at a time by a base model; a run's are as many as after its tuning."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table."""
-
-    name: str
-    row: str
-    budget: int | None
+VERSION = 2
+"""Of how questions are asked: raise it when the same model would answer otherwise."""
 
 
 def hub_answers() -> bool:
@@ -65,22 +52,6 @@ def hub_answers() -> bool:
     except OSError:
         return False
     return True
-
-
-def _named(row: str, budgets: Sequence[int | None]) -> list[Row]:
-    return [Row(row if len(budgets) == 1 else f"{row}-{budget}", row, budget) for budget in budgets]
-
-
-def rows_of_run(run: Path) -> list[Row]:
-    """Raises UserError for a folder that is no finished run."""
-    meta = read_meta(run)
-    reducers = reducers_of(meta)
-    rows, start = _named("tuned", list(reducers)), meta["base"].get("projector")
-    if start is not None and not Path(start).is_file():
-        print(f"rows full and free are left out: {start}, from which training started, is no longer there")
-        return rows
-    free = [] if isinstance(next(iter(reducers.values())), Identity) else _named("free", list(reducers))
-    return [Row("full", "full", None), *free, *rows]
 
 
 def tasks_to_run(named: str | None, *, online: bool) -> tuple[list[str], list[str]]:
@@ -112,22 +83,26 @@ def tasks_to_run(named: str | None, *, online: bool) -> tuple[list[str], list[st
     return [name for name in names if name not in mute], [f"{name} is left out: it needs {key}" for name, key in mute.items()]
 
 
-def _digest(*paths: Path) -> str:
-    """Of the content of files."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
+def questions_to_ask(run: Path | None) -> tuple[Path | None, list[str]]:
+    """(folder of the held-out questions, why they are left out)."""
+    try:
+        return questions_of(run), []
+    except UserError as error:
+        return None, [f"{TASK} is left out: {error}"]
 
 
 def cells_of(
-    rows: Sequence[Row], tasks: Sequence[str], *, questions: Path, folder: Path, stamp: dict[str, Any]
+    rows: Sequence[Row], tasks: Sequence[str], *, questions: Path | None, folder: Path, stamp: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """What the harness is to run, the held-out questions and the tasks, with the file of each.
+    """What the harness is to run, the held-out questions, where there are some, and the tasks, with the file of each.
 
     `stamp` is what an older file must have been made with.
     """
+    local = {} if questions is None else {TASK: {"questions": questions.name}}
     cells = []
     for row in rows:
-        for task in (TASK, *tasks):
-            own = {**stamp, "budget": row.budget} | ({"questions": questions.name} if task == TASK else {})
+        for task in (*local, *tasks):
+            own = {**stamp, "budget": row.budget} | local.get(task, {})
             path = folder / row.name / f"{task}.json"
             cell = {"name": row.name, "row": row.row, "budget": row.budget, "task": task}
             cells.append({**cell, "path": str(path), "stamp": own})
@@ -142,32 +117,41 @@ def finished(cell: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def harness_command(python: Path, *, processes: int) -> list[str]:
-    """What starts the harness: several processes, which share a task's questions, through accelerate's launcher."""
-    launcher = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", str(processes)]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    launcher += ["--multi_gpu"] if torch.cuda.is_available() else ["--cpu"]
+    """What starts the harness: several processes, which share a task's questions, through torch's launcher."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [str(python), *(launcher if processes > 1 else []), str(ROOT / "scripts" / "eval_harness.py")]
 
 
-def run_harness(job: dict[str, Any], *, processes: int | None, online: bool) -> int:
-    """Start lmms-eval in its own environment; its exit code."""
-    command = harness_command(environment(), processes=processes or max(1, torch.cuda.device_count()))
-    offline = {} if online else {"HF_HUB_OFFLINE": "1"}  # or everything that is looked for is asked for again and again
+def run_harness(job: dict[str, Any], *, processes: int, online: bool) -> int:
+    """Start lmms-eval in its own environment; its exit code.
+
+    Of several processes, one that a task fails in takes the others with it: they are started again for the cells behind.
+    """
+    command, variables = harness_command(environment(), processes=processes), dict(os.environ)
+    if not online:
+        variables["HF_HUB_OFFLINE"] = "1"  # or everything that is looked for is asked for again and again
+    if processes > 1 and not torch.cuda.is_available():
+        variables["ACCELERATE_USE_CPU"] = "True"
+    code, cells = 0, job["cells"]
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "job.json"
-        path.write_text(json.dumps(job))
-        return subprocess.run([*command, str(path)], env={**os.environ, **offline}, check=False).returncode
+        path, failed = Path(scratch) / "job.json", Path(scratch) / FAILED
+        while cells:
+            path.write_text(json.dumps({**job, "cells": cells}))
+            code = subprocess.run([*command, str(path)], env=variables, check=False).returncode or code
+            cells = cells[int(failed.read_text()) :] if failed.is_file() else []
+            failed.unlink(missing_ok=True)
+    return code
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="a run folder, or the folder or hub id of a base model")
+    parser.add_argument("source", help="a run folder, or the folder or hub id of an export or a base model")
     parser.add_argument("--budget", type=count, nargs="+", help="visual tokens of a base model's free rows")
     parser.add_argument("--tasks", help="names of lmms-eval, with commas; by default the paper's; held-out questions always")
     parser.add_argument("--limit", type=count, help="ask only the first questions of each task")
     parser.add_argument("--batch-size", type=count, help="questions answered at a time; by default as after tuning")
     parser.add_argument("--processes", type=count, help="that share the questions; by default one a GPU, or one")
-    parser.add_argument("--device", help="by default a GPU, if there is one")
+    parser.add_argument("--device", help="of one process; by default a GPU, if there is one")
     parser.add_argument("--dtype", help="of the frozen weights; by default as in the run")
     parser.add_argument("--base", help="where a run's base model is now, if not where the run found it")
     parser.add_argument("--out", type=Path, help="folder of the results, by default RUN/eval, or runs/eval/MODEL")
@@ -175,48 +159,28 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is evaluated."""
-
-    rows: list[Row]
-    folder: Path
-    run: Path | None
-    batch_size: int
-    names: list[str | None]
-    """By which the paper's rows of the same model are found."""
-
-
-def subject_of(arguments: argparse.Namespace) -> Subject:
-    """Raises UserError for a folder that is neither a finished run nor a model, and for budgets that do not go with it."""
-    source = Path(arguments.source)
-    if not source.is_dir() or (source / "config.json").is_file():
-        if not arguments.budget:
-            raise UserError(
-                f"{source} is no run folder, whose budget would be known; give one, or, with a base model, e.g. --budget 64"
-            )
-        rows = [Row("full", "full", None), *(Row(f"free-{budget}", "free", budget) for budget in arguments.budget)]
-        folder = arguments.out or ROOT / "runs" / "eval" / str(arguments.source).strip("/").replace("/", "--")
-        return Subject(rows, folder, None, arguments.batch_size or BATCH, [arguments.source])
-    rows = rows_of_run(source)
-    if arguments.budget:
-        raise UserError(f"--budget {arguments.budget[0]}: {source} is a run, which has its own; leave --budget out")
-    cfg = OmegaConf.load(source / "config.yaml") if (source / "config.yaml").is_file() else OmegaConf.create()
-    batch = arguments.batch_size or OmegaConf.select(cfg, "evaluate.batch", default=BATCH)
-    names = [OmegaConf.select(cfg, "model.name"), read_meta(source)["base"]["id"]]
-    return Subject(rows, arguments.out or source / "eval", source, batch, names)
+def processes_of(arguments: argparse.Namespace) -> int:
+    """How many ask. Raises UserError for several on a device that is named."""
+    if arguments.device and arguments.processes:
+        raise UserError(
+            f"--device {arguments.device} and --processes {arguments.processes} contradict each other: each process has a "
+            "device of its own; leave one of them out"
+        )
+    return arguments.processes or (1 if arguments.device else max(1, torch.cuda.device_count()))
 
 
 @teach
 def main() -> None:
     arguments = parse()
+    processes = processes_of(arguments)
     subject = subject_of(arguments)
     online = hub_answers()
     tasks, left_out = tasks_to_run(arguments.tasks, online=online)
-    print(*left_out, sep="\n", end="\n" if left_out else "")
-    questions = questions_of(subject.run)
-    model_is = arguments.source if subject.run is None else _digest(subject.run / WEIGHTS, subject.run / META)
-    stamp = {"model": model_is, "limit": arguments.limit, "dtype": arguments.dtype}
+    questions, unasked = questions_to_ask(subject.run)
+    print("".join(f"{reason}\n" for reason in left_out + unasked), end="")
+    if questions is None and not tasks:
+        raise UserError("there is nothing left to ask, for the reasons above")
+    stamp = {"version": VERSION, "model": subject.model, "limit": arguments.limit, "dtype": arguments.dtype}
     cells_of_tasks = partial(cells_of, subject.rows, questions=questions, folder=subject.folder, stamp=stamp)
     cells = cells_of_tasks(tasks)
     if arguments.fresh:
@@ -228,8 +192,8 @@ def main() -> None:
         model = {"pretrained": arguments.source, "batch_size": subject.batch_size, "row": subject.rows[0].row}
         model |= {"budget": subject.rows[0].budget} if subject.rows[0].budget else {}
         model |= {name: value for name in ("device", "dtype", "base") if (value := getattr(arguments, name))}
-        job = {"arguments": model, "limit": arguments.limit, "include_path": str(questions), "cells": missing}
-        code = run_harness(job, processes=arguments.processes, online=online)
+        job = {"arguments": model, "limit": arguments.limit, "include_path": questions and str(questions), "cells": missing}
+        code = run_harness(job, processes=processes, online=online)
     earlier = sorted({path.stem for path in subject.folder.glob("*/*.json")} - {TASK, *tasks})
     done = [(cell, found) for cell in cells_of_tasks([*tasks, *earlier]) if (found := finished(cell)) is not None]
     if done:

@@ -20,7 +20,7 @@ from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import make_table
 
 from data.paths import write_json
-from scripts.eval_tasks import TASK
+from scripts.eval_tasks import FAILED, TASK
 from scripts.measure import where
 from train.config import teach
 from vzip import UserError
@@ -44,6 +44,7 @@ def run_cell(model: Vzip, cell: dict[str, Any], manager: TaskManager, *, limit: 
     model.answerer.take(cell["row"], budget=cell["budget"])
     reducer = model.answerer.comparison.reducer(cell["row"], budget=cell["budget"])
     start = time.perf_counter()
+    asked_as = model.answerer.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "QUESTION"}]}])
     results = simple_evaluate(
         model=model,
         tasks=[cell["task"]],
@@ -63,6 +64,8 @@ def run_cell(model: Vzip, cell: dict[str, Any], manager: TaskManager, *, limit: 
             "row": cell["name"],
             "num_visual_tokens": budget_of(model.answerer.comparison.family, reducer),
             "seconds": round(time.perf_counter() - start, 1),
+            "num_processes": model.world_size,
+            "prompt": asked_as,
             "results": results["results"],
             "num_questions": {task: counts["effective"] for task, counts in results["n-samples"].items()},
             "table": make_table(results),
@@ -72,7 +75,7 @@ def run_cell(model: Vzip, cell: dict[str, Any], manager: TaskManager, *, limit: 
     )
 
 
-def tasks_of(names: set[str], *, include_path: str) -> TaskManager:
+def tasks_of(names: set[str], *, include_path: str | None) -> TaskManager:
     """lmms-eval's tasks, and those of a folder. Raises UserError if one of the names is not among them."""
     manager = TaskManager("WARNING", include_path=include_path, include_defaults=names != {TASK}, model_name=NAME)
     if unknown := names - set(manager.all_tasks):
@@ -82,7 +85,8 @@ def tasks_of(names: set[str], *, include_path: str) -> TaskManager:
 
 @teach
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+    path = Path(sys.argv[1])
+    job = json.loads(path.read_text())
     manager = tasks_of({cell["task"] for cell in job["cells"]}, include_path=job["include_path"])
     model, failed = Vzip(**job["arguments"]), False
     for number, cell in enumerate(job["cells"], start=1):
@@ -92,6 +96,7 @@ def main() -> None:
             run_cell(model, cell, manager, limit=job["limit"])
         except Exception:  # a task's code is anybody's
             if model.world_size > 1:  # the other processes wait for this one
+                path.with_name(FAILED).write_text(str(number))
                 raise
             traceback.print_exc()
             failed = True

@@ -18,6 +18,7 @@ from scripts.eval_tasks import TASK
 from scripts.measure import ROOT
 from train import config
 from train.examples import held_out_rows
+from vzip import UserError
 from vzip.templates import IMAGE, VIDEO
 
 TEMPLATE = ROOT / "scripts" / "lmms_tasks" / "held_out.yaml"
@@ -36,14 +37,17 @@ FEATURES = datasets.Features(
 
 
 def _settings(run: Path | None) -> DictConfig:
-    """Those of a run that has held-out questions, else the embedded default's."""
+    """Those of a run that has held-out questions, else the embedded default's. Raises UserError if the questions are gone."""
     config.register()
-    if run is not None:
-        cfg = OmegaConf.load(run / "config.yaml")
-        if isinstance(cfg, DictConfig) and config.asks_questions(cfg):
-            return cfg
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose("tune")
+    own = OmegaConf.load(run / "config.yaml") if run is not None and (run / "config.yaml").is_file() else None
+    if isinstance(own, DictConfig) and config.asks_questions(own):
+        cfg, way_out = own, "put the file there again"
+    else:
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            cfg, way_out = compose("tune"), "`make data`, without MODEL, makes it"
+    if not Path(cfg.data.held_out).expanduser().exists():
+        raise UserError(f"the held-out questions, {cfg.data.held_out}, are not there; {way_out}")
+    return cfg
 
 
 def _png(frame: Any) -> dict[str, Any]:
@@ -87,7 +91,7 @@ def questions_of(run: Path | None) -> Path:
         a folder for lmms-eval's `--include_path`, with TASK.yaml and questions.parquet; its name is a hash of the questions.
 
     Raises:
-        UserError: their data is not there any more; or the embedded default was never prepared.
+        UserError: their data is not there: not any more, or the embedded default was never prepared.
     """
     cfg = _settings(run)
     images, documents = Path(cfg.data.image_folder).expanduser(), list[dict[str, Any]]()

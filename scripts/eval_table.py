@@ -1,6 +1,6 @@
 """The table of an evaluation: rows over tasks, in points and per cent of `full`, the paper's row below ours."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -12,16 +12,17 @@ Cell = tuple[Mapping[str, Any], Mapping[str, Any]]
 """What was asked, as scripts/eval.py says it to the harness, and what the harness wrote."""
 
 
-def _of_full(rows: Sequence[dict[str, Any]]) -> None:
-    """Give each row its scores in per cent of `full`, and their mean over the paper's tasks, if there are any."""
+def _of_full(rows: Sequence[dict[str, Any]], columns: Mapping[str, Collection[str]]) -> None:
+    """Give each row its scores in per cent of `full`, and their mean over those of `columns`, by its name, that are the
+    paper's tasks, if there are any.
+    """
     full = next((row["scores"] for row in rows if row["row"] == "full"), {})
     paper = {task.column for task in PAPER}
     for row in rows:
         shares = {name: 100 * value / full[name] for name, value in row["scores"].items() if full.get(name)}
         row["percent_of_full"] = shares
-        counted = [value for name, value in shares.items() if name in paper]
-        if "average_percent" not in row:
-            row["average_percent"] = sum(counted) / len(counted) if counted else None
+        counted = [value for name, value in shares.items() if name in paper and name in columns[row["name"]]]
+        row["average_percent"] = sum(counted) / len(counted) if counted else None
 
 
 def _ours(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -44,18 +45,20 @@ def table_of(cells: Sequence[Cell], published: Sequence[Mapping[str, Any]]) -> d
 
     Returns:
         "rows", each with "name", "row", "num_visual_tokens", "scores", "percent_of_full", "average_percent", "num_questions"
-        and "seconds"; "paper", the published rows beside them, alike, each under the "name" of ours; lmms-eval's own "tables".
+        and "seconds"; "paper", the published rows beside them, alike, each under the "name" of ours; lmms-eval's own "tables";
+        and the "prompt" that a question is asked in.
     """
     rows = _ours(cells)
     paper = []
     for row in rows:
         for theirs in published:
             if theirs["row"] == row["row"] and theirs["num_visual_tokens"] == row["num_visual_tokens"]:
-                paper.append({**theirs, "name": row["name"], "average_percent": theirs["average"]})
-    _of_full(rows)
-    _of_full(paper)
+                paper.append({**theirs, "name": row["name"]})
+    ours = {row["name"]: row["scores"] for row in rows}
+    for each in (rows, paper):  # theirs is the mean over what we asked too: one over all of their tasks is another thing
+        _of_full(each, ours)
     tables = {f"{cell['name']}, {cell['task']}": found["table"] for cell, found in cells}
-    return {"rows": rows, "paper": paper, "tables": tables}
+    return {"rows": rows, "paper": paper, "tables": tables, "prompt": cells[-1][1]["prompt"]}
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
@@ -83,3 +86,4 @@ def print_table(table: Mapping[str, Any], *, title: str) -> None:
             cells += ["" if each["average_percent"] is None else f"{each['average_percent']:.1f}%" for _ in averaged]
             shown.add_row(*cells, f"{each['seconds']:.0f}" if "seconds" in each else "")
     console.print(shown)
+    console.print(f"asked as {table['prompt']!r}", markup=False, highlight=False, soft_wrap=True)

@@ -9,6 +9,8 @@ from scripts.measure import ROOT
 
 TASK = "vzip_held_out"
 """The held-out questions, which need no network."""
+FAILED = "failed"
+"""File beside the harness' job with the number of the cell, from 1, that one of several processes failed in."""
 PUBLISHED = ROOT / "data" / "published.json"
 
 
@@ -35,6 +37,8 @@ PAPER = (
     PaperTask("SQA", "scienceqa_img", ("exact_match",)),
     # The paper's answers went to the challenge's server (test-dev), which no harness can ask.
     PaperTask("VQAv2", "vqav2_val", ("exact_match",)),
+    # The paper's questions have the tokens that an OCR read in the picture with them (llava_textvqa_val_v051_ocr.jsonl), which
+    # lmms-eval leaves out.
     PaperTask("TextVQA", "textvqa_val", ("exact_match",)),
     PaperTask("MMMU", "mmmu_val", ("mmmu_acc",)),
     PaperTask("SEED", "seedbench", ("seed_all",)),

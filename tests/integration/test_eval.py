@@ -89,6 +89,7 @@ def test_what_is_missing_is_asked_by_several_processes_with_the_same_answers(eva
     command(monkeypatch, str(run), "--processes", "2")
     assert "[1/1] tuned-9, vzip_held_out" in capfd.readouterr().out
     found = json.loads(path.read_text())
+    assert (before["num_processes"], found["num_processes"]) == (1, 2)
     assert found["answers"] == before["answers"] and found["results"] == before["results"]
     assert [other for other, time in others.items() if other.stat().st_mtime_ns != time] == [path]
 

@@ -154,6 +154,11 @@ class Answerer:
         self._row.close()
         _, self.processor = self._row.enter_context(self.comparison.row(row, budget=budget))
 
+    def prompt(self, conversation: Conversation) -> str:
+        """A conversation as the model of the current row is asked it."""
+        text: str = self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        return text
+
     def _media(self, conversations: Sequence[Conversation]) -> dict[str, list[Any]]:
         """`images`, by conversation, and `videos`, of those that hold any.
 
@@ -186,10 +191,7 @@ class Answerer:
             UserError: a kind of media that the model does not take.
         """
         model, tokenizer = self.comparison.family.model, self.processor.tokenizer
-        prompts = [
-            self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-            for conversation in conversations
-        ]
+        prompts = [self.prompt(conversation) for conversation in conversations]
         media = self._media(conversations)
         inputs = self.processor(text=prompts, **media, padding=True, padding_side="left", return_tensors="pt")
         inputs = inputs.to(self.device, model.dtype)

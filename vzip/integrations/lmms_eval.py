@@ -20,6 +20,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
+from vzip.errors import UserError
 from vzip.integrations.answering import Answerer, Conversation, Generated, Settings
 
 NAME = "vzip"
@@ -46,10 +47,10 @@ class Vzip(lmms):  # type: ignore[misc]
         super().__init__()
         self.accelerator = Accelerator()  # of several processes, each asks its share of the questions, on its own device
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        device = str(self.accelerator.device)
-        if self.world_size == 1:
-            device = arguments.get("device") or device
-        self.answerer = Answerer(Settings.of({**arguments, "device": device}))
+        device = arguments.get("device")
+        if device and self.world_size > 1:
+            raise UserError(f"device={device}: each of {self.world_size} processes has a device of its own; leave it out")
+        self.answerer = Answerer(Settings.of({**arguments, "device": device or str(self.accelerator.device)}))
 
     @property
     def device(self) -> torch.device:
