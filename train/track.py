@@ -3,14 +3,20 @@
 import json
 import os
 import resource
+import secrets
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from data.paths import written_whole
 from vzip.io import META, WEIGHTS, read_meta
+
+INIT_TIMEOUT, FINISH_TIMEOUT = 20, 300
+"""Seconds that wandb may take to begin a run, and to send what is left at its end."""
 
 
 def memory_gb(device: torch.device) -> float:
@@ -29,6 +35,41 @@ def _has_key() -> bool:
     return wandb.login(prompt=False, verify=False)
 
 
+def _id(folder: Path) -> str:
+    """The run's own among all of the project, kept in its folder: resumed it is the same, started over another."""
+    path = folder / "wandb" / "id"
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        with written_whole(path) as scratch:
+            scratch.write_text(secrets.token_hex(4))
+    return path.read_text()
+
+
+def _begin(folder: Path, cfg: DictConfig) -> Any:
+    """The run in wandb: online where there are credentials that work and a network, else offline."""
+    import wandb
+
+    begin = partial(
+        wandb.init,
+        project=cfg.track.project,
+        name=folder.name,
+        id=_id(folder),
+        resume="allow",
+        dir=folder,
+        config=OmegaConf.to_container(cfg, resolve=True),
+        settings=wandb.Settings(
+            silent=True, init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT, finish_timeout_raises=True
+        ),
+    )
+    mode = os.environ.get("WANDB_MODE") or "online"
+    try:
+        return begin(mode="offline" if mode == "online" and not _has_key() else mode)
+    except wandb.errors.Error as error:
+        print(f"wandb can't be reached, the run is tracked offline: {' '.join(str(error).split())}")
+        wandb.teardown()  # which lets go of the run's id
+        return begin(mode="offline")
+
+
 class Tracker:
     """Writes on rank 0, does nothing on the others.
 
@@ -42,30 +83,15 @@ class Tracker:
         self.folder, self.path, self.main = folder, folder / "metrics.jsonl", rank == 0
         self.wandb: Any = None
         if self.main and cfg.track.wandb:
-            import wandb
-
-            mode = os.environ.get("WANDB_MODE") or "online"
-            if mode == "online" and not _has_key():
-                mode = "offline"
-            self.wandb = wandb.init(
-                project=cfg.track.project,
-                name=folder.name,
-                id=folder.name,
-                resume="allow",
-                dir=folder,
-                mode=mode,
-                config=OmegaConf.to_container(cfg, resolve=True),
-                settings=wandb.Settings(silent=True),
-            )
+            self.wandb = _begin(folder, cfg)
 
     def forget_from(self, step: int) -> None:
         """Drop the metrics of steps that will be run again."""
         if self.main and self.path.is_file():
             whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in whole if json.loads(line)["step"] < step]
-            temporary = self.path.with_name(self.path.name + ".tmp")
-            temporary.write_text("".join(kept))
-            temporary.replace(self.path)
+            with written_whole(self.path) as scratch:
+                scratch.write_text("".join(kept))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if not self.main:
@@ -103,5 +129,10 @@ class Tracker:
         self.wandb.log_artifact(artifact)
 
     def finish(self) -> None:
-        if self.wandb:
+        if not self.wandb:
+            return
+        kept = Path(self.wandb.dir).parent
+        try:
             self.wandb.finish()
+        except TimeoutError:
+            print(f"wandb has not got all of the run in {FINISH_TIMEOUT} s; `wandb sync {kept}` sends the rest")

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.conftest import ROOT
-from train.track import Tracker, _has_key
+from train.track import INIT_TIMEOUT, Tracker, _has_key
 
 wandb = pytest.importorskip("wandb")
 wbauth = pytest.importorskip("wandb.sdk.lib.wbauth")
@@ -90,6 +90,51 @@ def test_a_run_is_online_where_there_is_a_key(tmp_path, monkeypatch, begun, aske
         monkeypatch.setenv("WANDB_MODE", asked)
     Tracker(tmp_path, TRACKED, rank=0)
     assert [settings["mode"] for settings in begun] == [mode]
+
+
+def test_a_run_without_a_network_is_offline(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def init(**settings):
+        asked.append(settings)
+        if settings["mode"] == "online":
+            raise wandb.errors.CommError("no\nnetwork")
+        return "the run"
+
+    log_in()
+    monkeypatch.setattr(wandb, "init", init)
+    assert Tracker(tmp_path, TRACKED, rank=0).wandb == "the run"
+    assert [settings["mode"] for settings in asked] == ["online", "offline"]
+    assert all(settings["settings"].init_timeout == INIT_TIMEOUT for settings in asked)
+    assert capsys.readouterr().out == "wandb can't be reached, the run is tracked offline: no network\n"
+
+
+def test_a_run_with_a_malformed_key_is_offline(tmp_path, monkeypatch, capsys, begun):
+    monkeypatch.setenv("WANDB_API_KEY", "bad")
+    Tracker(tmp_path, TRACKED, rank=0)
+    assert [settings["mode"] for settings in begun] == ["offline"]
+    assert "WANDB_API_KEY invalid" in capsys.readouterr().out
+
+
+def test_a_resumed_run_keeps_its_id_and_no_other_has_it(tmp_path, begun):
+    for folder in ("mine/my-run", "mine/my-run", "theirs/my-run"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        Tracker(tmp_path / folder, TRACKED, rank=0)
+    first, resumed, other = (settings["id"] for settings in begun)
+    assert first == resumed != other
+    assert {settings["name"] for settings in begun} == {"my-run"}
+
+
+def test_what_wandb_can_not_send_at_the_end_is_said(tmp_path, monkeypatch, capsys):
+    class Slow:
+        dir = str(tmp_path / "wandb" / "run-1" / "files")
+
+        def finish(self):
+            raise TimeoutError
+
+    monkeypatch.setattr(wandb, "init", lambda settings, **_: Slow() if settings.finish_timeout_raises else None)
+    Tracker(tmp_path, TRACKED, rank=0).finish()
+    assert f"`wandb sync {tmp_path / 'wandb' / 'run-1'}`" in capsys.readouterr().out
 
 
 @pytest.mark.integration
