@@ -68,9 +68,9 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
     with attach(family.model, reducer=config.build_reducer(cfg)) as handle:
         pictures = draw_examples(handle, processor.image_processor, evaluator.pictures, run.path)
     rows += evaluator.rows("tuned", reducers) + control
+    run.finish({"rows": rows, "num_steps": plan.num_steps, "manifest": subset.manifest["hash"], "seed": cfg.seed})
     tracker.log_results(rows, evaluator.samples, pictures)
     tracker.finish()
-    run.finish({"rows": rows, "num_steps": plan.num_steps, "manifest": subset.manifest["hash"], "seed": cfg.seed})
     return rows
 
 

@@ -145,6 +145,7 @@ def test_wandb_offline_holds_the_run(settings, runs, tmp_path):
     tune([*settings, "name=tracked", "track=wandb", "optim.max_steps=2"], HOME=str(tmp_path), NETRC=str(tmp_path / "none"))
     run = runs / "tracked"
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    assert (run / "result.json").stat().st_mtime_ns < file.stat().st_mtime_ns  # a lost network withholds no result
     found = list(records(file))
     history = [
         {"/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
