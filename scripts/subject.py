@@ -76,8 +76,11 @@ class Subject:
         }
 
     def with_budget(self, budget: int) -> VisionZip:
-        """The reducer at another budget."""
-        reducer = with_budget(self.reducer, budget, tiles=self.comparison.family.budget_tiles)
+        """The reducer at a budget: at its own with the split that it has, at others with the paper's."""
+        tiles = self.comparison.family.budget_tiles
+        if budget == tiles * (self.reducer.dominant + self.reducer.contextual):
+            return self.reducer
+        reducer = with_budget(self.reducer, budget, tiles=tiles)
         assert isinstance(reducer, VisionZip)
         return reducer
 
