@@ -126,6 +126,10 @@ def _recovery(subject: Subject) -> tuple[Figure, dict[str, Any]]:
         reducer = subject.with_budget(budget)
         if not any(score.series == "free" and score.reducer == reducer for score in scores):
             scores.append(_free(subject, reducer))
+    if not scores:
+        raise UserError(
+            f"{subject.run} has no row of VisionZip, of all or of random tokens; ask `free` at some: --budgets 4 8 16"
+        )
     if len({score.num_visual_tokens for score in scores if score.series != "full"}) == 1:
         print("recovery: there is one budget alone; tune others (BUDGET=...), or ask `free` at some: --budgets 4 8 16")
     names = ("series", "num_visual_tokens", "seed", "run", "metrics")

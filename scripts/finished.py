@@ -112,13 +112,13 @@ def comparable_scores(run: Path, others: Sequence[Path] = ()) -> list[Score]:
 
 
 def same_but_budget(scores: Iterable[Score], reducer: Reducer) -> list[Score]:
-    """The scores of all tokens, of random ones, and of this reducer at any budget with the paper's split."""
+    """The scores of all tokens, of random ones, and of this reducer: as it is, and at any budget with the paper's split."""
 
     def fits(other: Reducer) -> bool:
         if not isinstance(other, VisionZip) or not isinstance(reducer, VisionZip):
             return other.name in ("identity", "random")
         usual = VisionZip(budget=other.dominant + other.contextual)
-        return other == replace(reducer, dominant=usual.dominant, contextual=usual.contextual)
+        return other == reducer or other == replace(reducer, dominant=usual.dominant, contextual=usual.contextual)
 
     return [score for score in scores if fits(score.reducer)]
 

@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from vzip.families import family_of
 from vzip.io import describe, fingerprint
 from vzip.overlay import first_tile
 from vzip.reducers.random import Random
-from vzip.reducers.visionzip import VisionZip
+from vzip.reducers.visionzip import VisionZip, split_budget
 from vzip.tap import MAX_SCORES
 
 
@@ -232,6 +233,31 @@ def test_scores_over_budgets_are_drawn_from_runs_alone(runs, tmp_path, tiny_fold
     assert both["tuned"]["all"] == pytest.approx((0.8 + 0.81) / 2)  # the mean over seeds
     assert without == {"name": "no dominant", "dominant": 0, "contextual": 6, "free": {"all": 0.5}, "tuned": {"all": 0.8}}
     assert no_contextual["dominant"] == 6 and no_contextual["free"] == {"all": 0.5} and no_contextual["tuned"] is None
+
+
+def test_a_run_of_another_split_than_the_papers_is_drawn_as_it_is(runs, tmp_path, tiny_folder):
+    reducer = VisionZip(dominant=0, contextual=6)
+    alone = finished_run(tmp_path / "alone" / "mine", tiny_folder, reducer, rows=("tuned",))  # evaluate.baselines=false
+    subject = subject_of(alone, tmp_path)
+    for name in ("recovery", "kept-tokens"):
+        figures.draw(subject, name)
+    assert [(point["series"], point["num_visual_tokens"]) for point in read(subject.folder, "recovery")["points"]] == [
+        ("tuned", 6)
+    ]
+    kept = {budget["budget"]: budget for budget in read(subject.folder, "kept-tokens")["budgets"]}
+    assert (kept[6]["dominant"], kept[6]["contextual"]) == (0, 6)
+    assert (kept[12]["dominant"], kept[12]["contextual"]) == split_budget(12)
+    beside = same_but_budget(comparable_scores(runs / "without"), reducer)
+    assert ("tuned", 6, 0) in summary(score for score in beside if score.reducer == reducer)
+
+
+def test_recovery_without_a_score_is_refused(runs, tmp_path, monkeypatch):
+    class Other:
+        name = "other"
+
+    (score, *_) = comparable_scores(runs / "mine")
+    monkeypatch.setattr(figures, "comparable_scores", lambda *_: [replace(score, reducer=Other())])
+    refused(figures.draw, subject_of(runs / "mine", tmp_path), "recovery", words=["has no row of VisionZip", "--budgets"])
 
 
 def test_a_model_without_a_run_is_drawn_too(tmp_path, monkeypatch, capsys):
