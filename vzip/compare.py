@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from vzip.attach import Handle
@@ -40,7 +39,7 @@ def _load_base(cls: type[Family], source: str, *, dtype: torch.dtype, way_out: s
     """(family around the model, processor), the projector in float32."""
     try:
         model, processor = cls.load_model(source, dtype=dtype), cls.load_processor(source)
-    except (OSError, SafetensorError) as error:
+    except (OSError, UserError) as error:
         raise UserError(f"the base model {source} can't be loaded: {error}\n{way_out}") from error
     family = cls(model.eval().requires_grad_(False))
     family.projector.float()
@@ -52,6 +51,21 @@ def refuse_untuned(budget: int | None, tuned: Collection[int | None]) -> None:
     if budget is not None and budget not in tuned:
         known = ", ".join(map(str, tuned))
         raise UserError(f"this projector was not tuned for budget={budget!r}, but for {known}; give one that it was tuned for")
+
+
+def _cast(family: Family, dtype: torch.dtype) -> None:
+    """Cast the frozen parameters; buffers, such as the frequencies of positions, keep the precision that they were made in."""
+    for name, parameter in family.model.named_parameters():
+        if not name.startswith(family.projector_name):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _template_of(folder: Path, described: Mapping[str, Any]) -> Template:
+    """Raises UserError for one that no version wrote."""
+    try:
+        return Template(**described)
+    except TypeError as error:
+        raise UserError(f"{folder}: its template {described} is unknown: {error}; restore the file, or tune again") from error
 
 
 class Comparison:
@@ -87,7 +101,8 @@ class Comparison:
         Args:
             source: a run folder; or the folder or hub id of an export, or of a base model.
             base: where a run's base model is now, if not where the run found it.
-            dtype: of the frozen weights; by default as in the run, and bfloat16 of a base model.
+            dtype: of the frozen weights, which are read as in the run, and then cast; by default as in the run, and bfloat16 of
+                a base model.
             device: by default a GPU if there is one.
 
         Raises:
@@ -117,11 +132,15 @@ class Comparison:
         kind = families().get(meta["base"]["model_type"])
         if kind is None:
             raise UserError(f"{folder} is of the family {meta['base']['model_type']!r}, which this version does not know")
-        family, processor = _load_base(kind, source, dtype=dtype or getattr(torch, meta["dtype"]), way_out=way_out)
+        family, processor = _load_base(kind, source, dtype=getattr(torch, meta["dtype"]), way_out=way_out)
         reducers = {budget_of(family, reducer): reducer for reducer in reducers_of(meta).values()}
-        refuse_mismatch(meta, family, next(iter(reducers.values())))
-        if (template := meta.get("template")) and not template["captions"]:
-            processor.chat_template = chat_template(Template(**template), processor.tokenizer)
+        refuse_mismatch(meta, family, next(iter(reducers.values())))  # before a cast, which would round what is compared
+        if dtype is not None:
+            _cast(family, dtype)
+        if described := meta.get("template"):
+            template = _template_of(folder, described)
+            if not template.captions:
+                processor.chat_template = chat_template(template, processor.tokenizer)
         made = cls(family, processor, reducers=reducers)
         made.meta = meta
         made._take_projectors(folder, meta)

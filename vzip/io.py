@@ -28,6 +28,8 @@ FORMAT = 1
 WEIGHTS, META, ADAPTER, RESULT = "projector.safetensors", "meta.json", "adapter", "result.json"
 CONFIG, EXPORT = "config.json", "vzip"
 _SAMPLES = 16
+_REQUIRED = ("base.id", "base.model_type", "base.fingerprint", "reducer.name", "dtype", "adapter")
+"""What every description has."""
 
 
 def fingerprint(family: Family) -> str:
@@ -83,10 +85,11 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[s
 def locate(source: str | Path) -> Path | None:
     """The folder of a run, or of an export, which may be a hub id; None for anything else.
 
-    Raises UserError for a path that leads nowhere, though its parent is there: no hub needs to be asked about it.
+    Raises UserError for a path that leads nowhere and can't be a hub id, which ME/NAME can, though there is a folder ME.
     """
     folder = Path(source)
-    if not folder.exists() and folder.parent.is_dir() and folder.parent != Path():
+    is_path = folder.is_absolute() or str(source).startswith(".") or any(folder.parent.glob("*/config.yaml"))
+    if is_path and not folder.exists():
         raise UserError(f"{source} does not exist; give a run folder, e.g. runs/my-run, or the folder or hub id of a model")
     if folder.is_dir() and not (folder / CONFIG).is_file():
         return folder
@@ -110,6 +113,15 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
 
 
+def _lacks(meta: Any, name: str) -> bool:
+    """Whether an entry, such as "base.id", is not there."""
+    for key in name.split("."):
+        if not isinstance(meta, dict) or key not in meta:
+            return True
+        meta = meta[key]
+    return False
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """What `meta.json` of a run says, or `config.json` of an export. Raises UserError for a folder that is neither, or a run
     that has not finished.
@@ -123,8 +135,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     form = meta.get("format") if isinstance(meta, dict) else meta
     if form != FORMAT:
         raise UserError(f"{path}: format {form!r} is unknown; this version reads format {FORMAT}")
-    if missing := {"base", "reducer", "dtype", "adapter"} - set(meta):
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}; it is not what a run wrote: restore it, or tune again")
+    if missing := [name for name in _REQUIRED if _lacks(meta, name)]:
+        raise UserError(f"{path} lacks {', '.join(missing)}; it is not what a run wrote: restore it, or tune again")
     return meta
 
 

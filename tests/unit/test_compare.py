@@ -90,7 +90,7 @@ def test_a_run_that_started_from_another_projector_compares_with_that_one(tmp_pa
     [
         ("nowhere/at-all", "is neither a run folder nor a model"),
         ("folder", "is not a run folder"),
-        ("folder/mistyped", "does not exist"),
+        ("./folder/mistyped", "does not exist"),
     ],
 )
 def test_what_is_neither_a_run_nor_a_model_is_refused(source, fault, tmp_path, monkeypatch):

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 import vzip
 from tests import tiny
 from vzip import UserError
-from vzip.io import META, WEIGHTS, describe, fingerprint, load_projector, read_meta, reducers_of, save_checkpoint
+from vzip.io import META, WEIGHTS, describe, fingerprint, load_projector, locate, read_meta, reducers_of, save_checkpoint
 
 BUDGET = {"dominant": 4, "contextual": 2}
 
@@ -139,6 +140,17 @@ def test_load_takes_another_place_and_precision_of_the_base(run, tmp_path):
     assert torch.equal(projector.linear_1.weight, load_file(folder / WEIGHTS)["model.multi_modal_projector.linear_1.weight"])
 
 
+def test_load_takes_a_precision_that_rounds_otherwise(run):
+    """The base is compared as the run had it, and cast then: its parameters, not what is computed of positions."""
+    model, _ = vzip.load(run[0], dtype=torch.float16, device="cpu")
+    tensors = dict(model.named_parameters())
+    dtypes = {name: value.dtype for name, value in tensors.items()}
+    projector = {name for name in dtypes if "multi_modal_projector" in name}
+    assert {dtypes[name] for name in projector} == {torch.float32}
+    assert {dtypes[name] for name in dtypes.keys() - projector} == {torch.float16}
+    assert {value.dtype for value in model.buffers() if value.is_floating_point()} == {torch.float32}
+
+
 @pytest.mark.parametrize("reducer", [{"budget": 6}, {"reducer": "random"}, {"reducer": "identity"}], ids=str)
 def test_every_reducer_comes_back(tmp_path, tiny_folder, reducer):
     if "reducer" in reducer:
@@ -153,7 +165,7 @@ def test_every_reducer_comes_back(tmp_path, tiny_folder, reducer):
 def test_fingerprint_is_the_same_in_any_precision(tiny_folder):
     llava = vzip.families.families()["llava"]
     prints = set()
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16):  # not float16, which rounds otherwise
         model = llava.load_model(str(tiny_folder), dtype=dtype)
         model.model.multi_modal_projector.float()
         prints.add(fingerprint(llava(model)))
@@ -316,6 +328,18 @@ def test_an_unfinished_run_is_refused(tmp_path):
     refused(vzip.load, tmp_path, words=[str(tmp_path), "has not finished"])
 
 
+def test_only_a_path_is_refused_without_asking_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me").mkdir()
+    assert locate("me/model") is None  # which may be on the hub
+    for path in ("./me/model", str(tmp_path / "gone" / "run")):
+        refused(locate, path, words=[path, "does not exist"])
+    (tmp_path / "me" / "run").mkdir()
+    (tmp_path / "me" / "run" / "config.yaml").write_text("name: run\n")
+    refused(locate, "me/model", words=["me/model does not exist"])  # beside runs it is one that was mistyped
+
+
 @pytest.mark.parametrize("content", ['{"format": 1,\n "base": ', "", "[]", "null"])
 def test_a_broken_meta_is_refused(run, content):
     folder, handle = run
@@ -343,6 +367,87 @@ def test_a_missing_base_is_refused_with_the_way_out(run, tmp_path):
     refused(vzip.load, folder, device="cpu", words=[str(gone), "can't be loaded", "base=..."])
     gone.mkdir()
     refused(vzip.load, folder, device="cpu", words=[str(gone), "can't be loaded", "base=..."])
+
+
+class Trap:
+    """A pickle that would run code when opened."""
+
+    def __reduce__(self):
+        return (print, ("sprung",))
+
+
+def lack_a_tensor(base):
+    tensors = load_file(base / "model.safetensors")
+    gone = next(name for name in tensors if "vision_tower" in name and name.endswith("k_proj.weight"))
+    save_file(
+        {name: value.clone() for name, value in tensors.items() if name != gone}, base / "model.safetensors", {"format": "pt"}
+    )
+
+
+def hold_code(base):
+    (base / "model.safetensors").unlink()
+    torch.save(Trap(), base / "pytorch_model.bin")
+
+
+def edit_config(base, change):
+    config = json.loads((base / "config.json").read_text())
+    change(config)
+    (base / "config.json").write_text(json.dumps(config))
+
+
+def be_wider(base):
+    edit_config(base, lambda config: config["text_config"].update(intermediate_size=128))
+
+
+def be_invalid(base):
+    edit_config(base, lambda config: config["text_config"].update(hidden_size="wide"))
+
+
+def break_tokenizer(base):
+    (base / "tokenizer.json").write_text('{"version": 1}')
+
+
+def lack_tokenizer(base):
+    (base / "tokenizer.json").unlink()
+
+
+def cut_weights(base):
+    cut(None, base / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lack_a_tensor, ["lacks the weights", "k_proj.weight"]),
+        (hold_code, ["holds more than tensors"]),
+        (be_wider, ["can't be loaded"]),
+        (be_invalid, ["can't be loaded"]),
+        (break_tokenizer, ["can't be loaded"]),
+        (lack_tokenizer, ["can't be loaded"]),
+        (cut_weights, ["can't be loaded"]),
+    ],
+)
+def test_a_broken_base_is_refused_with_the_way_out(run, tmp_path, damage, words, capfd):
+    base = tiny.save_llava(tmp_path / "base")
+    damage(base)
+    with pytest.raises(UserError) as error:
+        vzip.load(run[0], base=str(base), device="cpu")
+    assert all(word in str(error.value) for word in [str(base), *words, "base=..."]), error.value
+    assert "weights_only" not in str(error.value) and "sprung" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda meta: meta["base"].pop("id"),
+        lambda meta: meta["reducer"].pop("name"),
+        lambda meta: meta.update(template={"name": "x", "user": "", "assistant": "", "end": "", "colour": "red"}),
+        lambda meta: meta.update(template={"name": "x"}),
+    ],
+)
+def test_a_description_that_no_run_wrote_is_refused(run, change):
+    edit_meta(run[0], change)
+    refused(vzip.load, run[0], device="cpu", words=[str(run[0]), "tune again"])
 
 
 def test_a_base_of_another_kind_is_refused_by_its_config(run, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from vzip.checkpoints.renaming import few
+from vzip.checkpoints import whole
 from vzip.checkpoints.shards import read_config
 from vzip.errors import UserError
 
@@ -54,10 +54,8 @@ def find_clip(path: str, name: str, hub_ids: Mapping[str, str] | None = None) ->
 def clip_weights(path: str, tower: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors of a CLIP's folder or hub id, under the names in `CLIPVisionModel`. Raises UserError unless all are there."""
     try:
-        model, info = CLIPVisionModel.from_pretrained(tower, dtype=dtype, output_loading_info=True)
-    except (OSError, RuntimeError) as error:
+        model = whole.load_model(CLIPVisionModel, tower, dtype=dtype)
+    except (OSError, UserError) as error:
         raise UserError(f"{path}, config.json: the weights of mm_vision_tower {tower} can't be loaded: {error}") from error
-    if info["missing_keys"]:
-        raise UserError(f"mm_vision_tower {tower} lacks {few(info['missing_keys'])}; get the whole of it")
     tensors: dict[str, Tensor] = model.state_dict()
     return tensors

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from vzip.checkpoints import whole
 from vzip.checkpoints.shards import read_config
 from vzip.errors import UserError
 from vzip.reduced import Reduced
@@ -88,21 +88,21 @@ class Family:
 
         Raises:
             OSError: there is neither, or it has no config.json.
-            UserError: a model of another family; `transformers` only warns, and builds one of this family's default size.
+            UserError: a broken file, weights that are not there, or another family's, of which `transformers` only warns.
         """
         config = read_config(path)
         if cls.original is not None and cls.original.is_original(config):
             return cls.original.load_model(path, dtype=dtype)
         if (kind := config.get("model_type")) != cls.model_type:
             raise UserError(f"{path} holds a model of type {kind!r}, not {cls.model_type!r}; give one of that family")
-        return cls.model_class.from_pretrained(path, dtype=dtype).eval()  # type: ignore[attr-defined]
+        return whole.load_model(cls.model_class, path, dtype=dtype)
 
     @classmethod
     def load_processor(cls, path: str) -> Any:
-        """Its processor, unreduced. Raises OSError as above."""
+        """Its processor, unreduced. Raises as above."""
         if cls.original is not None and cls.original.is_original(read_config(path)):
             return cls.original.load_processor(path)
-        return AutoProcessor.from_pretrained(path)
+        return whole.load_processor(path)
 
     @classmethod
     def from_architecture(cls, architecture: dict[str, Any], *, dtype: torch.dtype) -> Any:
