@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
 
+from vzip.chat_template import end_ids
 from vzip.errors import UserError
 from vzip.families import family_of
 
@@ -84,16 +85,6 @@ class Chat:
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         inputs = self.processor(text=text, images=[self.picture], return_tensors="pt")
         return dict(inputs.to(self.model.device, self.model.dtype))
-
-    def _ends(self) -> set[int]:
-        """Tokens that end an answer: the model's own, and the one that the chat template writes behind an answer."""
-        configured = self.model.generation_config.eos_token_id
-        tokenizer = self.processor.tokenizer
-        ends = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
-        turns = [_message("user", "question"), _message("assistant", "answer")]
-        behind = self.processor.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
-        ends |= set(tokenizer(behind, add_special_tokens=False)["input_ids"][:1]) & set(tokenizer.all_special_ids)
-        return ends - {None}
 
     def _messages_with(self, question: str) -> list[dict[str, Any]]:
         """Raises UserError for a question that no model can be asked."""
@@ -172,7 +163,7 @@ class Chat:
             tokens_per_second=None,
             cache_bytes=0,
         )
-        ends, made, seconds = self._ends(), list[int](), 0.0
+        ends, made, seconds = end_ids(self.model, self.processor), list[int](), 0.0
         while token not in ends:
             made.append(token)
             text = self.processor.tokenizer.decode(made, skip_special_tokens=True).strip()

@@ -37,7 +37,7 @@ from vzip.chat_template import chat_template
 from vzip.export import write_hf
 from vzip.integrations.answering import Answerer, Settings, _frames, cut
 from vzip.io import ADAPTER, read_meta
-from vzip.templates import encode, vicuna
+from vzip.templates import chatml, encode, vicuna
 
 GREEDY = {"max_new_tokens": 5, "temperature": 0.7, "do_sample": False, "image_aspect_ratio": "original"}
 
@@ -152,6 +152,21 @@ def test_a_batch_is_answered_as_its_questions_alone(kind, tmp_path):
     together = answering.answers(questions, GREEDY)
     assert together == [answering.answers([question], GREEDY)[0] for question in questions]
     assert len({answer.text for answer in together}) == len(questions)
+
+
+def test_an_answer_ends_at_the_templates_end_token_as_well_as_the_models(tmp_path):
+    model, processor = tiny.llava(), tiny.processor()
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end != processor.tokenizer.eos_token_id
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.save_pretrained(tmp_path)
+    processor.chat_template = chat_template(chatml("kind"), processor.tokenizer)
+    processor.save_pretrained(tmp_path)
+    answering = Answerer(Settings(pretrained=str(tmp_path), budget=6, device="cpu"))
+    head = answering.comparison.family.lm_head
+    head.register_forward_hook(lambda module, args, output: output.index_fill(-1, torch.tensor([end]), 99.0))
+    (answer,) = answering.answers([asked("what?", image(0))], GREEDY)
+    assert (answer.text, answer.num_tokens) == ("", 1)
 
 
 def test_media_that_the_model_does_not_take_is_refused(answerer):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers.video_utils import load_video
 
+from vzip.chat_template import end_ids
 from vzip.compare import Comparison
 from vzip.errors import UserError
 
@@ -152,7 +153,8 @@ class Answerer:
         """Generated in this row from now on. Raises UserError for a row or a budget that there is not."""
         self.comparison.reducer(row, budget=budget)
         self._row.close()
-        _, self.processor = self._row.enter_context(self.comparison.row(row, budget=budget))
+        model, self.processor = self._row.enter_context(self.comparison.row(row, budget=budget))
+        self._ends = sorted(end_ids(model, self.processor))
 
     def prompt(self, conversation: Conversation) -> str:
         """A conversation as the model of the current row is asked it."""
@@ -195,15 +197,12 @@ class Answerer:
         media = self._media(conversations)
         inputs = self.processor(text=prompts, **media, padding=True, padding_side="left", return_tensors="pt")
         inputs = inputs.to(self.device, model.dtype)
-        ends = model.generation_config.eos_token_id
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        output = model.generate(
-            **inputs, **_generation(asked), eos_token_id=tokenizer.eos_token_id if ends is None else ends, pad_token_id=pad
-        )
+        output = model.generate(**inputs, **_generation(asked), eos_token_id=self._ends, pad_token_id=pad)
         made = output[:, inputs["input_ids"].shape[1] :]
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
         texts = tokenizer.batch_decode(made, skip_special_tokens=True)
-        counts = _lengths(made, [ends] if isinstance(ends, int) else ends or [tokenizer.eos_token_id])
+        counts = _lengths(made, self._ends)
         return [
             Generated(cut(text, asked.get("until")), length, count)
             for text, length, count in zip(texts, lengths, counts, strict=True)
