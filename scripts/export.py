@@ -4,6 +4,7 @@ make export RUN=runs/my-run TO=hf        python scripts/export.py runs/my-run hf
 """
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from safetensors import SafetensorError
 
 from scripts.measure import count
 from scripts.model_card import has_our_card, model_card
@@ -32,6 +35,18 @@ def refuse_target(target: Path, *, force: bool) -> None:
         raise UserError(f"--out {target} is an export already; replace it with --force, or choose another place")
 
 
+def _give_usual_modes(folder: Path) -> None:
+    """Let others read, as far as this process' umask does: safetensors writes files for their owner alone.
+
+    Files of the base model that are linked here keep their modes.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1:
+            path.chmod(0o666 & ~umask)
+
+
 @contextmanager
 def written_beside(target: Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of `target` once the block has ended; nothing stays if it fails.
@@ -44,6 +59,7 @@ def written_beside(target: Path) -> Iterator[Path]:
     new.mkdir(parents=True)
     try:
         yield new
+        _give_usual_modes(new)
         if target.exists():
             target.rename(old)
         new.rename(target)
@@ -61,12 +77,15 @@ def export(args: argparse.Namespace) -> Path:
         raise UserError(f"--copy and --budget are of TO=hf, not of TO={args.to}: leave them out")
     base = args.base or read_meta(run)["base"]["id"]
     refuse_target(target, force=args.force)
-    with written_beside(target) as folder:
-        if args.to == "hf":
-            write_hf(run, folder, base=args.base, budget=args.budget, copy=args.copy)
-        else:
-            {"llava": write_llava, "peft": write_peft}[args.to](run, folder, base=args.base)
-        (folder / "README.md").write_text(model_card(run, folder, to=args.to, base=base))
+    try:
+        with written_beside(target) as folder:
+            if args.to == "hf":
+                write_hf(run, folder, base=args.base, budget=args.budget, copy=args.copy)
+            else:
+                {"llava": write_llava, "peft": write_peft}[args.to](run, folder, base=args.base)
+            (folder / "README.md").write_text(model_card(run, folder, to=args.to, base=base))
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each of these, by who writes
+        raise UserError(f"{target} can't be written: {error}\nFree some space, or choose another place with --out") from error
     return target
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import metadata_load
 from omegaconf import OmegaConf
 from transformers.utils import cached_file
@@ -17,16 +18,24 @@ SETTINGS = ("reducer", "tune", "optim", "batch", "engine", "inexact", "seed")
 CODE_LICENCE = "Apache-2.0"
 
 
+def _metadata(card: str | Path) -> dict[str, Any]:
+    """What stands at the top of a card; nothing where it can't be understood, as anybody wrote it."""
+    try:
+        return metadata_load(card) or {}
+    except (yaml.YAMLError, ValueError):
+        return {}
+
+
 def has_our_card(folder: Path) -> bool:
     """Whether a folder is what `make export` wrote."""
     card = folder / "README.md"
-    return card.is_file() and TAG in ((metadata_load(card) or {}).get("tags") or ())
+    return card.is_file() and TAG in (_metadata(card).get("tags") or ())
 
 
 def base_licence(base: str) -> str | None:
     """The licence that the base model's own card names; None where there is no card, or none in it."""
     try:
-        return (metadata_load(cached_file(base, "README.md")) or {}).get("license")
+        return _metadata(cached_file(base, "README.md")).get("license")
     except OSError:
         return None
 

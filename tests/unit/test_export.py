@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -423,6 +424,44 @@ def test_the_card_names_the_bases_licence(tmp_path):
     target = command.export(arguments(save_run(tmp_path / "run", attached(base), base), "llava"))
     card = (target / "README.md").read_text()
     assert "license: llama2\n" in card and "under its licence: llama2, as its card says" in card
+
+
+def test_a_card_that_is_no_yaml_names_no_licence_and_is_no_export(tmp_path):
+    base = tiny.save_llava(tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: [llama2\n---\n# A base\n")
+    target = command.export(arguments(save_run(tmp_path / "run", attached(base), base), "llava"))
+    assert "licence, which is unknown here" in (target / "README.md").read_text()
+    with pytest.raises(UserError, match="is no export, so that it is not replaced"):
+        command.refuse_target(base, force=True)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_files_are_for_whom_the_umask_lets_read_and_linked_ones_stay(umask, mode, tmp_path):
+    base = sharded(tmp_path / "base")
+    run = save_run(tmp_path / "run", tune(attached(base)), base)
+    before = {path: path.stat().st_mode for path in base.iterdir()}
+    old = os.umask(umask)
+    try:
+        target = command.export(arguments(run, "hf"))
+    finally:
+        os.umask(old)
+    own = [path for path in target.iterdir() if path.stat().st_nlink == 1]
+    assert target / WEIGHTS in own and {stat.S_IMODE(path.stat().st_mode) for path in own} == {mode}
+    assert {path: path.stat().st_mode for path in base.iterdir()} == before
+
+
+def full(*_, **__):
+    raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+
+@pytest.mark.parametrize("place", ["/proc/nothing/hf", "file/x", "full"])
+def test_a_place_that_can_not_be_written_is_refused(place, run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    if place == "full":
+        monkeypatch.setattr(vzip.export.torch, "save", full)
+    with pytest.raises(UserError, match=r"can't be written.*\n.*choose another place with --out"):
+        command.export(arguments(run, "llava", out=tmp_path / place))
+    assert not (tmp_path / "full").exists()
 
 
 def test_only_an_older_export_is_replaced_and_only_when_asked(run, tmp_path, tiny_folder):
