@@ -9,12 +9,16 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from scripts.held_out import settings_of
+from train.config import identity
 from vzip import UserError
 from vzip.io import META, RESULT, read_finished, reducers_of
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
+
+VARIED = ("seed", "reducer", "evaluate", "control")
+"""Settings in which runs of one figure may differ."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +56,32 @@ def _read(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return meta, json.loads((run / RESULT).read_text())
 
 
-def _measured_on(run: Path, meta: dict[str, Any]) -> tuple[Any, ...]:
+@dataclass(frozen=True)
+class _Finished:
+    """A finished run, as it is compared."""
+
+    measured_on: tuple[Any, ...]
     """What two runs must share for their scores to be comparable: base model, starting projector, questions."""
-    return meta["base"]["fingerprint"], meta["base"].get("projector"), *_settings(run, "data.held_out", "evaluate.questions")
+    recipe: dict[str, Any]
+    """How it was tuned: what a figure of budgets, seeds or reducers holds still."""
+    scores: list[Score]
 
 
-def _settings(run: Path, *names: str) -> list[Any]:
-    cfg = settings_of(run)
-    return [OmegaConf.select(cfg, name) for name in names]
-
-
-def _recipe(run: Path) -> list[Any]:
-    """How a run was tuned: what a figure of budgets, seeds or reducers holds still."""
-    return _settings(run, "tune", "optim", "data.path", "data.fraction")
+def _finished(run: Path) -> _Finished:
+    """Raises UserError for what is no finished run, or can't be read."""
+    try:
+        meta, result = _read(run)
+        cfg = settings_of(run)
+        questions = (OmegaConf.select(cfg, name) for name in ("data.held_out", "evaluate.questions"))
+        return _Finished(
+            measured_on=(meta["base"]["fingerprint"], meta["base"].get("projector"), *questions),
+            recipe={name: value for name, value in identity(cfg).items() if name not in VARIED},
+            scores=_scores(run, meta, result),
+        )
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run} is no run of this version: {type(error).__name__} {error}") from error
 
 
 def _scores(run: Path, meta: dict[str, Any], result: dict[str, Any]) -> list[Score]:
@@ -90,24 +107,29 @@ def comparable_scores(run: Path, others: Sequence[Path] = ()) -> list[Score]:
     """The scores of a run, of those that stand beside it, and of `others`, each once.
 
     Of the runs beside it those count that are finished, were measured on the same base model, starting projector and questions,
-    and tuned in the same way; of `others` all do that were measured on the same.
+    and tuned in the same way (one that can't be read is said); of `others` all do that were measured on the same.
 
     Raises:
-        UserError: `run` or one of `others` is no finished run; one of `others` was measured on something else.
+        UserError: `run` or one of `others` is no finished run that can be read; one of `others` was measured on something else.
     """
-    meta, result = _read(run)
-    wanted, scores = _measured_on(run, meta), _scores(run, meta, result)
+    mine = _finished(run)
+    scores = [*mine.scores]
     for other in others:
-        meta, result = _read(other)
-        if _measured_on(other, meta) != wanted:
+        given = _finished(other)
+        if given.measured_on != mine.measured_on:
             raise UserError(f"--runs {other} can't be compared with {run}: base model, starting projector or questions differ")
-        scores += _scores(other, meta, result)
+        scores += given.scores
     for config in sorted(run.parent.glob("*/config.yaml")):
         beside = config.parent
-        if beside not in (run, *others) and (beside / META).is_file() and (beside / RESULT).is_file():
-            meta, result = _read(beside)
-            if _measured_on(beside, meta) == wanted and _recipe(beside) == _recipe(run):
-                scores += _scores(beside, meta, result)
+        if beside in (run, *others) or not ((beside / META).is_file() and (beside / RESULT).is_file()):
+            continue
+        try:
+            found = _finished(beside)
+        except UserError as error:
+            print(f"{beside} is left out: {error}")
+            continue
+        if (found.measured_on, found.recipe) == (mine.measured_on, mine.recipe):
+            scores += found.scores
     return list({score.key: score for score in reversed(scores)}.values())[::-1]
 
 

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from data.conversations import Row
@@ -20,12 +21,16 @@ from vzip.reducers import Reducer
 
 
 def settings_of(run: Path) -> DictConfig:
-    """The settings of a run. Raises UserError for a folder without them."""
+    """The settings of a run. Raises UserError for a folder without them, or in which they can't be read."""
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run} has no config.yaml, so its held-out questions are not known; give a folder that a run wrote")
-    cfg = OmegaConf.load(path)
-    assert isinstance(cfg, DictConfig)
+    try:
+        cfg = OmegaConf.load(path)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} can't be read: {error}") from error
+    if not isinstance(cfg, DictConfig):
+        raise UserError(f"{path} holds no settings; give a folder that a run wrote")
     return cfg
 
 

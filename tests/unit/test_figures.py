@@ -209,6 +209,51 @@ def test_runs_that_measured_something_else_are_left_out_or_refused(runs, tmp_pat
     refused(comparable_scores, unfinished, words=["has not finished"])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch": {"size": 64}},
+        {"data": {"held_out": "q.json", "text_rows": False}},
+        {"inexact": "nf4"},
+        {"model": {"dtype": "x"}},
+    ],
+    ids=str,
+)
+def test_runs_tuned_in_another_way_are_no_seeds_of_a_run(runs, tiny_folder, changes):
+    known = summary(comparable_scores(runs / "mine"))
+    finished_run(runs / "other", tiny_folder, VisionZip(budget=6), seed=2, **changes)
+    assert summary(comparable_scores(runs / "mine")) == known
+    finished_run(runs / "third", tiny_folder, VisionZip(budget=6), seed=3, control=True)
+    assert summary(comparable_scores(runs / "mine")) == sorted([*known, ("tuned", 6, 3)])
+
+
+def spoil(run, *, name, content):
+    """The run with other bytes in one of its files."""
+    (run / name).write_text(content)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("meta.json", '{"format": 99}'),
+        ("result.json", '{"rows": ['),
+        ("result.json", "[]"),
+        ("config.yaml", "data: {a: ["),
+        ("config.yaml", "- 1"),
+    ],
+)
+def test_a_run_that_can_not_be_read_is_left_out_beside_another_and_refused_itself(runs, capsys, name, content):
+    broken, beside = (
+        spoil(runs / "again", name=name, content=content),
+        summary(comparable_scores(runs / "mine", [runs / "more"])),
+    )
+    assert ("tuned", 6, 1) not in beside and ("tuned", 6, 0) in beside
+    assert f"{broken} is left out: " in capsys.readouterr().out
+    refused(comparable_scores, broken, words=[str(broken)])
+    refused(comparable_scores, runs / "mine", [broken], words=[str(broken)])
+
+
 def subject_of(source, tmp_path, **more):
     """What the command draws, of its arguments; by default of one picture."""
     tiny.picture().save(tmp_path / "picture.png")
