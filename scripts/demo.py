@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, from wherever this file is started
@@ -18,6 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, fro
 from omegaconf import OmegaConf
 from starlette.middleware import Middleware
 
+from data.pictures import open_picture
 from scripts.demo_page import STYLE, Example, NoOtherHosts, Page, gr
 from scripts.demo_rows import Rows
 from scripts.measure import count
@@ -50,16 +52,21 @@ def free_port(host: str, port: int) -> int:
 
 
 def held_out_examples(run: Path) -> list[Example]:
-    """The first pictures that a run was evaluated with, those that are still there, each with a question about it."""
+    """The first pictures that a run was evaluated with, those that can still be opened, each with a question about it."""
     settings, answers = run / "config.yaml", run / "answers_full.json"
     if not (settings.is_file() and answers.is_file()):
         return []
-    folder = Path(OmegaConf.select(OmegaConf.load(settings), "data.image_folder", default="."))
+    folder = Path(OmegaConf.select(OmegaConf.load(settings), "data.image_folder", default=".")).expanduser()
     questions: dict[str, str] = {}
     for given in json.loads(answers.read_text()):
         questions.setdefault(given["image"], given["question"].replace(templates.IMAGE, "").strip())
-    found = [Example(folder / image, question) for image, question in questions.items() if (folder / image).is_file()]
-    return found[:NUM_EXAMPLES]
+    found: list[Example] = []
+    for image, question in questions.items():
+        if len(found) == NUM_EXAMPLES:
+            break
+        with suppress(OSError, ValueError):  # gone, damaged, a video, or none at all
+            found.append(Example(open_picture(folder / image), question))
+    return found
 
 
 def open_rows(source: str, *, base: str | None, template: str | None, max_new_tokens: int) -> Rows:

@@ -4,7 +4,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -13,7 +12,6 @@ import gradio as gr
 from PIL import Image
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from data.pictures import open_picture
 from scripts.demo_rows import Conversation, Rows
 from scripts.demo_show import as_figures, as_messages, describe, open_upload
 from vzip import UserError
@@ -65,7 +63,7 @@ class NoOtherHosts:
 class Example:
     """A held-out picture with a question about it."""
 
-    picture: Path
+    picture: Image.Image
     question: str
 
 
@@ -110,7 +108,7 @@ class Page:
         )
         self.message = gr.Markdown(elem_id="message", elem_classes="message")
         self.gallery = gr.Gallery(
-            [open_picture(each.picture) for each in self.examples],
+            [each.picture for each in self.examples],
             label="Held-out pictures",
             columns=4,
             height="auto",
@@ -227,8 +225,7 @@ class Page:
     def pick(self, budget: float, event: gr.SelectData) -> dict[Any, Any]:
         """One of the examples was chosen."""
         example = self.examples[event.index]
-        picture = open_picture(example.picture)
-        return {**self._begun(picture, budget), self.picture: picture, self.question: example.question}
+        return {**self._begun(example.picture, budget), self.picture: example.picture, self.question: example.question}
 
     def clear(self) -> dict[Any, Any]:
         """The picture was taken away."""

@@ -9,6 +9,7 @@ from dataclasses import asdict
 import pytest
 
 import vzip
+from data.pictures import open_picture
 from scripts.demo import free_port, held_out_examples, open_rows
 from scripts.demo_rows import Conversation, Rows, Turn
 from scripts.demo_show import as_figures, as_messages, describe, open_upload
@@ -166,11 +167,21 @@ def test_a_busy_port_is_refused():
         free_port("127.0.0.1", 99_999)
 
 
-def test_examples_are_the_runs_held_out_pictures_that_are_still_there(run, tmp_path):
+def test_examples_are_the_runs_held_out_pictures_that_can_be_opened(run, tmp_path, monkeypatch):
     assert held_out_examples(run) == []
+    monkeypatch.setenv("HOME", str(tmp_path))
     tiny.picture().save(tmp_path / "a.png")
-    given = [("a.png", "<image>\nwhat?"), ("a.png", "why?"), ("gone.png", "where?")]
+    for name in ("damaged.png", "clip.mp4"):
+        (tmp_path / name).write_text("no picture")
+    given = [
+        ("a.png", "<image>\nwhat?"),
+        ("a.png", "why?"),
+        ("gone.png", "?"),
+        ("damaged.png", "?"),
+        ("clip.mp4", "?"),
+        ("", "?"),
+    ]
     (run / "answers_full.json").write_text(json.dumps([{"image": name, "question": question} for name, question in given]))
-    (run / "config.yaml").write_text(f"data:\n  image_folder: {tmp_path}\n")
+    (run / "config.yaml").write_text("data:\n  image_folder: '~'\n")
     (example,) = held_out_examples(run)
-    assert (example.picture, example.question) == (tmp_path / "a.png", "what?")
+    assert (example.picture, example.question) == (open_picture(tmp_path / "a.png"), "what?")
