@@ -193,6 +193,7 @@ def main() -> None:
         model |= {"budget": subject.rows[0].budget} if subject.rows[0].budget else {}
         model |= {name: value for name in ("device", "dtype", "base") if (value := getattr(arguments, name))}
         job = {"arguments": model, "limit": arguments.limit, "include_path": questions and str(questions), "cells": missing}
+        job |= {"template": subject.template}
         code = run_harness(job, processes=processes, online=online)
     earlier = sorted({path.stem for path in subject.folder.glob("*/*.json")} - {TASK, *tasks})
     done = [(cell, found) for cell in cells_of_tasks([*tasks, *earlier]) if (found := finished(cell)) is not None]

@@ -24,8 +24,10 @@ from scripts.eval_tasks import FAILED, TASK
 from scripts.measure import where
 from train.config import teach
 from vzip import UserError
+from vzip.chat_template import chat_template
 from vzip.integrations.lmms_eval import NAME, Vzip
 from vzip.io import budget_of
+from vzip.templates import Template
 
 
 def _answers(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -89,6 +91,9 @@ def main() -> None:
     job = json.loads(path.read_text())
     manager = tasks_of({cell["task"] for cell in job["cells"]}, include_path=job["include_path"])
     model, failed = Vzip(**job["arguments"]), False
+    if job["template"]:
+        processor = model.answerer.comparison.processor
+        processor.chat_template = chat_template(Template(**job["template"]), processor.tokenizer)
     for number, cell in enumerate(job["cells"], start=1):
         if model.rank == 0:
             print(f"[{number}/{len(job['cells'])}] {cell['name']}, {cell['task']}", flush=True)

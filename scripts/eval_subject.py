@@ -3,12 +3,14 @@
 import argparse
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from scripts.measure import ROOT
+from train import config
 from vzip import UserError
 from vzip.io import ADAPTER, META, WEIGHTS, is_export, locate, read_finished, read_meta, reducers_of
 from vzip.reducers.identity import Identity
@@ -66,6 +68,18 @@ class Subject:
     """What other weights would change: a digest of the files; a hub id as it is."""
     names: list[str | None]
     """By which the paper's rows of the same model are found."""
+    template: dict[str, Any] | None = None
+    """That a base model is asked in; None where it has its own."""
+
+
+def recipe_template(model: str) -> dict[str, Any] | None:
+    """The template of the recipe for a model, by its id: a run of it is asked so, and so is what it is compared with."""
+    config.register()
+    for path in sorted((ROOT / "configs" / "model").glob("*.yaml")):
+        own = OmegaConf.load(path).model
+        if own.id == model:
+            return asdict(config.build(own.template))
+    return None
 
 
 def _of_model(arguments: argparse.Namespace, export: Path | None) -> Subject:
@@ -86,7 +100,8 @@ def _of_model(arguments: argparse.Namespace, export: Path | None) -> Subject:
         path for path in sorted(Path(source).glob("*")) if path.suffix in (".json", ".jinja", ".model", ".safetensors", ".bin")
     )
     model = digest(files) if Path(source).is_dir() else source
-    return Subject(rows, folder, None, arguments.batch_size or BATCH, model, names)
+    template = recipe_template(source) if export is None else None
+    return Subject(rows, folder, None, arguments.batch_size or BATCH, model, names, template)
 
 
 def subject_of(arguments: argparse.Namespace) -> Subject:

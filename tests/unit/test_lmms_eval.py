@@ -319,6 +319,13 @@ def test_an_export_has_the_row_tuned_and_is_the_papers_model(run, tmp_path):
         subject(tmp_path / "export", tmp_path, budget=[6])
 
 
+def test_a_base_model_with_a_recipe_is_asked_in_the_recipes_template(run, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert subject("llava-hf/llava-1.5-7b-hf", tmp_path, budget=[64]).template == asdict(vicuna())
+    assert subject(tiny_folder, tmp_path, budget=[6]).template is None
+    assert subject(run, tmp_path).template is None  # it has its own
+
+
 def test_a_run_that_was_stopped_before_its_results_is_refused(run, tmp_path):
     stopped = shutil.copytree(run, tmp_path / "run")
     (stopped / "config.yaml").write_text("name: x\n")
