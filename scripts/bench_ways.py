@@ -143,11 +143,12 @@ def fitting_tokens(family: Family, reducer: Reducer, device: torch.device) -> in
     return sizes[fitting - 1]
 
 
-def kept_bytes(model: Any, batch: PackedBatch, prefix: Sequence[int], device: torch.device) -> int:
-    """Bytes that the fast path's language model keeps for the backward pass of a micro batch, its weights apart."""
-    language, width = PackedLanguage(model, recompute=False), model.config.hidden_size
-    segments = Segments(batch.lengths, language.prefixes(prefix, device))
-    embeddings = torch.randn(sum(batch.lengths), width, device=device, dtype=model.dtype, requires_grad=True)
+def kept_bytes(language: PackedLanguage, lengths: Sequence[int], prefix: Sequence[int] = ()) -> int:
+    """Bytes that the fast path's language model keeps for the backward pass of rows of some lengths, its weights apart."""
+    model: Any = language.model
+    segments = Segments(lengths, language.prefixes(prefix, model.device))
+    width, settings = model.config.hidden_size, {"device": model.device, "dtype": model.dtype}
+    embeddings = torch.randn(sum(lengths), width, requires_grad=True, **settings)
     weights, kept = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -155,7 +156,7 @@ def kept_bytes(model: Any, batch: PackedBatch, prefix: Sequence[int], device: to
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        language(embeddings, segments, batch.at_labels.to(device))
+        language(embeddings, segments, torch.tensor([0], device=model.device))
     return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
 
 
@@ -168,5 +169,5 @@ def kept_widths(family: Family, batch: PackedBatch, prefix: Sequence[int], devic
         shape = type(config).from_dict(config.to_dict() | {"num_hidden_layers": num_layers})
         with torch.device(device):
             model = type(family.language_model)._from_config(shape, dtype=torch.bfloat16).requires_grad_(False)
-        found.append(kept_bytes(model, batch, prefix, device))
+        found.append(kept_bytes(PackedLanguage(model), batch.lengths, prefix))
     return (found[1] - found[0]) / sum(batch.lengths) / config.hidden_size

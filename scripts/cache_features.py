@@ -18,6 +18,7 @@ from data.make_features import FeatureMaker, rows_a_shard, write_features
 from data.media import Processed
 from data.prepare import prepare
 from train import config
+from train.checks import check
 from train.models import load_model
 from vzip.io import fingerprint
 
@@ -45,7 +46,7 @@ def cache_features(cfg: DictConfig) -> Path:
 @hydra.main(config_path="../configs", config_name="tune", version_base="1.3")
 @config.teach
 def main(cfg: DictConfig) -> None:
-    config.check(OmegaConf.merge(cfg, {"data": {"cache": True}}))
+    check(OmegaConf.merge(cfg, {"data": {"cache": True}}))
     start = time.perf_counter()
     folder = cache_features(cfg)
     size = sum(path.stat().st_size for path in folder.iterdir())

@@ -16,13 +16,14 @@ from data.preflight import check_files, measure, refuse_faults, report
 from data.preflight_show import draw_report, print_report
 from data.prepare import prepare
 from train import config
+from train.checks import check
 from train.models import count_model, load_processor
 
 
 @hydra.main(config_path="../configs", config_name="tune", version_base="1.3")
 @config.teach
 def main(cfg: DictConfig) -> None:
-    config.check(cfg)
+    check(cfg)
     family, reducer = count_model(cfg).without_weights(), config.build_reducer(cfg)
     family.refuse_unfit(reducer)
     subset = prepare(config.selection(cfg))

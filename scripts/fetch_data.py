@@ -19,6 +19,7 @@ from data.download import Client, Gone, Unreachable, fetch_file
 from data.places import open_places
 from data.prepare import MANIFEST, Subset, prepare
 from train import config
+from train.checks import check
 from vzip import UserError
 
 
@@ -58,7 +59,7 @@ def print_report(subset: Subset) -> None:
 @hydra.main(config_path="../configs", config_name="tune", version_base="1.3")
 @config.teach
 def main(cfg: DictConfig) -> None:
-    config.check(cfg)
+    check(cfg)
     path, client = Path(cfg.data.path).expanduser(), Client()
     if not path.exists() and cfg.data.address:
         fetch_instructions(cfg.data.address, path)

@@ -8,7 +8,6 @@ import errno
 import functools
 import hashlib
 import json
-import math
 import os
 import sys
 import time
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec
 
+import torch
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
@@ -25,7 +25,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from data.dataset import BatchPlan
 from data.paths import data_dir
 from data.prepare import Selection
-from train.budgets import budgets_of, check_budgets
+from train.budgets import budgets_of
 from vzip import UserError
 from vzip.reducers import Reducer
 
@@ -179,6 +179,11 @@ def teach(command: Callable[P, None]) -> Callable[P, None]:
             message = str(error)
         except KeyboardInterrupt:
             code, message = 130, "stopped; the same command goes on from there"  # what shells give for Ctrl-C
+        except torch.OutOfMemoryError as error:
+            message = (
+                f"the GPU's memory ran out ({str(error).splitlines()[0]}); make batch.tokens smaller, or evaluate.batch where "
+                f"it was answering"
+            )
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -201,63 +206,18 @@ def register() -> None:
     OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
 
 
-def _check_data(cfg: DictConfig) -> None:
-    if not isinstance(cfg.data.fraction, int | float) or not 0 < cfg.data.fraction <= 1:
-        raise UserError(f"data.fraction={cfg.data.fraction} must be a number in (0, 1]; 0.1 is a tenth")
-    if cfg.data.sources is not None and (not OmegaConf.is_list(cfg.data.sources) or not cfg.data.sources):
-        raise UserError(f"data.sources={cfg.data.sources} must be a list of sources, e.g. [coco, gqa], or null for all")
-    for name, least in {"data.max_tokens": 1, "data.num_workers": 0}.items():
-        value = OmegaConf.select(cfg, name)
-        if not isinstance(value, int) or value < least:
-            raise UserError(f"{name}={value} must be a whole number, at least {least}")
-    for name in ("data.cache", "data.text_rows", "data.replace_unreachable"):
-        if not isinstance(OmegaConf.select(cfg, name), bool):
-            raise UserError(f"{name}={OmegaConf.select(cfg, name)} must be true or false")
-
-
-def _check_inexact(cfg: DictConfig) -> None:
-    if cfg.inexact not in (None, "nf4", "int8"):
-        raise UserError(f"inexact={cfg.inexact} must be one of: nf4, int8; or null, for exact gradients")
-    if cfg.inexact and cfg.deepspeed.zero_optimization.stage == 3:
-        raise UserError(f"inexact={cfg.inexact} does not go with ZeRO 3, which can't share quantised weights: deepspeed=zero0")
-
-
-def check(cfg: DictConfig) -> None:
-    """Raises UserError for values that no run can have."""
-    positive = (
-        "batch.size",
-        "batch.micro",
-        "batch.tokens",
-        "memory_gb",
-        "save_every",
-        "optim.epochs",
-        "optim.lr",
-        "optim.max_steps",
-        "evaluate.batch",
-    )
-    for name in (*positive, "model.num_frames"):
-        value = OmegaConf.select(cfg, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{name}={value} must be positive")
-    if not 0 <= cfg.optim.warmup < 1:
-        raise UserError(f"optim.warmup={cfg.optim.warmup} must lie in [0, 1): the share of steps that warm up")
-    _check_data(cfg)
-    choices = {
-        "engine": ("fast", "reference"),
-        "weights": ("pretrained", "random"),
-        "model.dtype": ("float32", "bfloat16", "float16"),
-    }
-    for name, allowed in choices.items():
-        if OmegaConf.select(cfg, name) not in allowed:
-            raise UserError(f"{name}={OmegaConf.select(cfg, name)} must be one of: {', '.join(allowed)}")
-    _check_inexact(cfg)
-    check_budgets(cfg)
-
-
 def batch_plan(cfg: DictConfig, *, num_rows: int, world_size: int) -> BatchPlan:
     """Steps, and how each global batch is cut. Raises UserError if it can't be cut that way."""
     if not num_rows:
-        raise UserError(f"data.path={cfg.data.path} holds no rows; give a LLaVA-format JSON file with some")
+        raise UserError(
+            f"no row of data.path={cfg.data.path} has an answer to learn from within data.max_tokens={cfg.data.max_tokens}; "
+            f"give a LLaVA-format JSON file with some, or allow more tokens"
+        )
+    if cfg.batch.size > num_rows:
+        raise UserError(
+            f"batch.size={cfg.batch.size} is more than the {num_rows} rows that there are; choose at most as many, or a larger "
+            f"data.fraction (now {cfg.data.fraction})"
+        )
     if cfg.engine == "reference" and cfg.batch.size % (cfg.batch.micro * world_size):
         fits = [micro for micro in range(1, cfg.batch.size + 1) if cfg.batch.size % (micro * world_size) == 0]
         advice = (

@@ -22,6 +22,7 @@ from train.config import asks_questions
 from train.engine import Engine, to_device
 from train.examples import held_out_rows
 from train.losses import media_inputs
+from train.memory import fitting_questions
 from train.ranks import gather, say
 from vzip import attach
 from vzip.io import budget_of
@@ -119,7 +120,10 @@ class Evaluator:
     def _ask(self, collate: Collator, *, title: str) -> list[dict[str, Any]]:
         """Greedy answers to all questions, in order, on every rank."""
         torch.manual_seed(self.cfg.seed)
-        rank, world_size, size = self.engine.rank, self.engine.world_size, self.cfg.evaluate.batch
+        rank, world_size = self.engine.rank, self.engine.world_size
+        longest = int(collate.lengths([question.example for question in self.questions]).max())
+        held = {"num_trainable": self.engine.trainable.num_parameters, "world_size": world_size}
+        size = fitting_questions(self.cfg, self.engine.family, longest=longest + self.cfg.evaluate.max_new_tokens, **held)
         mine = list(range(rank, len(self.questions), world_size)) or [0]
         mine += mine[-1:] * (-(-len(self.questions) // world_size) - len(mine))  # as many calls on every rank, for ZeRO 3
         parts = [mine[start : start + size] for start in range(0, len(mine), size)]

@@ -58,7 +58,7 @@ def training_collators(
     """
     num_frames, media = cfg.model.get("num_frames", 1), None
     if cfg.data.cache:
-        (reducer,) = reducers  # `config.check` refuses several
+        (reducer,) = reducers  # `train.checks` refuses several
         settings = cache_settings(
             family,
             reducer,

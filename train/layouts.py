@@ -16,6 +16,7 @@ from train.ranks import say
 from train.trainable import Trainable
 from vzip import UserError
 from vzip.families import Family
+from vzip.fast.fused import refuse_uncompiled
 from vzip.fast.language import refuse_unfit
 
 
@@ -39,7 +40,9 @@ def _fast(
         say("  to save memory, the MLPs are run again in the backward pass")
     if not_run := int((~taught).sum()):
         say(f"  {not_run:,} rows without a picture are counted, but not run: their gradient is zero")
-    reducers, compiled = [each.reducer for each in collators], torch.cuda.is_available() if cfg.compile is None else cfg.compile
+    reducers, on_gpu = [each.reducer for each in collators], torch.cuda.is_available()
+    if compiled := on_gpu if cfg.compile is None else cfg.compile:
+        refuse_uncompiled(torch.device("cuda" if on_gpu else "cpu"), getattr(torch, cfg.model.dtype))
     return layout, FastLoss(family, reducers, prefix=prefix, recompute=packing.recompute, compiled=compiled)
 
 

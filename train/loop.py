@@ -12,6 +12,7 @@ from data.progress import progress
 from train.checkpoint import RunFolder
 from train.engine import Engine
 from train.track import Tracker, memory_gb
+from vzip import UserError
 
 
 def learning_rate(step: int, *, num_steps: int, peak: float, warmup: float) -> float:
@@ -59,6 +60,6 @@ def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, 
             f"loss {loss:.3f}, {num_tokens / seconds:,.0f} tokens/s, {metrics['train/memory_gb']:.1f} GB", refresh=False
         )
         if not math.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss} at step {step}; lower optim.lr={cfg.optim.lr}")
+            raise UserError(f"the loss is {loss} at step {step}; lower optim.lr={cfg.optim.lr}, and start over with fresh=true")
         if (step + 1) % cfg.save_every == 0 and step + 1 < batches.plan.num_steps:
             run.save_state(engine, step + 1)

@@ -18,7 +18,7 @@ from train.budgets import budgets_of
 from train.config import build_reducers
 from train.ranks import gather, say
 from vzip import UserError
-from vzip.cost import blocked_memory, head_width, packed_memory, weight_memory
+from vzip.cost import blocked_memory, generation_memory, head_width, packed_memory, weight_memory
 from vzip.families import Family
 from vzip.fast.attention import has_flash
 
@@ -193,3 +193,24 @@ def choose_packing(cfg: DictConfig, family: Family, *, num_trainable: int, lengt
     if needed > card.memory:
         say(f"batch.tokens={packing.tokens} is reckoned to need {needed / 1e9:.1f} GB, more than {card.name}")
     return packing
+
+
+def fitting_questions(cfg: DictConfig, family: Family, *, longest: int, num_trainable: int, world_size: int) -> int:
+    """The questions of one generate call: `evaluate.batch`, or as many as the smallest rank's memory holds.
+
+    Called by all ranks.
+
+    Args:
+        cfg: the run's settings.
+        family: around the model.
+        longest: tokens of the longest question, with its answer.
+        num_trainable: tuned parameters.
+        world_size: ranks.
+    """
+    card = min(gather([card_of(cfg)]), key=lambda card: card.memory)
+    resident = resident_memory(cfg, family, num_trainable=num_trainable, world_size=world_size)
+    room = int(card.memory * (1 - SPARE)) - resident
+    fitting = max(1, room // generation_memory(family, num_tokens=longest))
+    if fitting < cfg.evaluate.batch:
+        say(f"{fitting} questions of up to {longest} tokens at once, and not evaluate.batch={cfg.evaluate.batch}: {card.name}")
+    return int(min(fitting, cfg.evaluate.batch))

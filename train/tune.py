@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from train import config
 from train.checkpoint import RunFolder
+from train.checks import check
 from train.control import control_row
 from train.engine import Engine
 from train.evaluate import Evaluator, print_results
@@ -78,7 +79,7 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
 @config.teach
 def main(cfg: DictConfig) -> None:
     init_distributed()
-    config.check(cfg)
+    check(cfg)
     if cfg.dry_run:
         say(print_plan, cfg, world_size=deepspeed.comm.get_world_size())
     else:

@@ -102,6 +102,14 @@ def kept_memory(config: Any, *, itemsize: int, recompute: bool = False, inexact:
     return int(itemsize * values + 4 * inputs)
 
 
+def _picture_memory(family: Family) -> int:
+    """Bytes that a picture, or a tile, takes in the tower: about 16 numbers of its width a patch in the layer that runs, and
+    the pixels, as bytes and as numbers.
+    """
+    itemsize, width = next(family.language_model.parameters()).element_size(), family.model.config.vision_config.hidden_size
+    return int(16 * itemsize * family.num_patches * width + 3 * (5 + itemsize) * family.tile_side**2)
+
+
 def packed_memory(
     family: Family, reducer: Reducer, *, num_tokens: int, num_prefix: int, recompute: bool = False, inexact: str | None = None
 ) -> int:
@@ -122,14 +130,24 @@ def packed_memory(
 
     num_rows = math.ceil(num_tokens / (family.budget_tiles * family.num_tile_tokens(reducer) + SHORT_TEXT))
     prefix = num_prefix * 2 * itemsize * head_width(text) * text.num_key_value_heads * text.num_hidden_layers
-    # In a layer of the tower about 16 numbers of its width for a patch; and the pixels, as bytes and as numbers.
-    tower = 16 * itemsize * family.num_patches * vision.hidden_size + 3 * (5 + itemsize) * family.tile_side**2
-    return int(num_tokens * (language + ends) + logits + num_rows * (prefix + family.budget_tiles * tower))
+    pictures = family.budget_tiles * _picture_memory(family)
+    return int(num_tokens * (language + ends) + logits + num_rows * (prefix + pictures))
 
 
 def blocked_memory(config: Any, *, longest: int, num_prefix: int) -> int:
     """Bytes that attention takes where it runs in blocks of rows, of up to `longest` tokens behind the prefix."""
     return int(SCORE_BYTES * config.num_attention_heads * max(longest, MAX_BLOCK) * (longest + num_prefix))
+
+
+def generation_memory(family: Family, *, num_tokens: int) -> int:
+    """Bytes beside the weights that answering a question of `num_tokens` tokens takes, padding and the answer counted: keys and
+    values of all layers, what the layer that runs makes, and a picture.
+    """
+    text = family.model.config.text_config
+    itemsize = next(family.language_model.parameters()).element_size()
+    cached = 2 * itemsize * head_width(text) * text.num_key_value_heads * text.num_hidden_layers
+    running = 3 * kept_memory(text, itemsize=itemsize) // 2
+    return int(num_tokens * (cached + running) + family.budget_tiles * _picture_memory(family))
 
 
 def padded_memory(family: Family, *, num_tokens: int) -> int:

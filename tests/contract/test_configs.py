@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from data.paths import data_dir
 from tests.conftest import ROOT
 from train import config
+from train.checks import check
 from train.engine import deepspeed_config
 from train.models import count_model
 from train.trainable import make_trainable
@@ -98,7 +99,7 @@ def test_every_file_is_the_defaults_or_a_group_member():
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent != CONFIGS], ids=override_of)
 def test_a_file_composes_resolves_and_builds(path):
     cfg = composed(override_of(path))
-    config.check(cfg)
+    check(cfg)
     settings = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
     assert "???" not in json.dumps(settings)

@@ -15,6 +15,7 @@ from tests import tiny
 from tests.conftest import ROOT
 from tests.unit.rows import IMAGE_ROWS, examples_of
 from train import config
+from train.checks import check
 from train.evaluate import gap_closed, print_results
 from train.losses import FastLoss, ReferenceLoss
 from train.plan import print_plan
@@ -39,7 +40,7 @@ def settings_of(*overrides):
 @pytest.mark.parametrize("setting", ["reducer.budget", "model.budget"])
 def test_a_list_makes_one_reducer_a_budget_in_its_order(setting):
     cfg = settings_of("model=llava-7b", f"{setting}=[128,64,192]")
-    config.check(cfg)
+    check(cfg)
     assert config.build_reducers(cfg) == [VisionZip(budget=budget) for budget in (128, 64, 192)]
     assert config.build_reducer(cfg) == VisionZip(budget=192)  # the largest
     assert "-visionzip-128-64-192-projector-" in config.run_name(cfg)
@@ -65,7 +66,7 @@ def test_a_single_reducer_is_the_only_one(reducer):
 
 @pytest.mark.parametrize("given", ["[]", "[64,64]", "[64,12.5]", "[0,64]", "[true,64]", "[64,null]", "[many]"])
 def test_a_list_that_is_none_of_budgets_is_refused(given):
-    for call in (config.check, config.build_reducers):
+    for call in (check, config.build_reducers):
         with pytest.raises(UserError, match=r"^reducer\.budget=\[.*\] must be .* list of different ones, .* \[64, 128, 192\]"):
             call(settings_of("model=llava-7b", f"reducer.budget={given}"))
 
@@ -82,10 +83,10 @@ def test_a_list_that_is_none_of_budgets_is_refused(given):
 )
 def test_what_only_one_budget_can_have_is_refused_with_the_way_out(override, advice):
     with pytest.raises(UserError) as error:
-        config.check(settings_of("reducer.budget=[4,8]", override))
+        check(settings_of("reducer.budget=[4,8]", override))
     assert all(word in str(error.value) for word in ("reducer.budget=[4, 8]", override, advice, "single budget"))
     if "reducer" not in override:
-        config.check(settings_of(override))
+        check(settings_of(override))
 
 
 def test_the_plan_names_all_budgets_and_counts_the_largest(capsys, monkeypatch):
@@ -119,6 +120,10 @@ def examples(tmp_path_factory):
 @pytest.fixture(scope="module")
 def laid_out(family, examples):
     """(layout, each rank's micro batches, the shared prefix) of 2 ranks, some micro batches a step."""
+    return lay_out(family, examples)
+
+
+def lay_out(family, examples):
     prefix = shared_prefix(examples, [family.placeholder_id("image")])
     collators = [Collator(tiny.processor(), family, reducer) for reducer in REDUCERS]
     packers = [Packer(collate, num_prefix=len(prefix), reducer=number) for number, collate in enumerate(collators)]
@@ -159,11 +164,11 @@ def test_a_steps_gradient_is_the_sum_of_what_each_budgets_rows_give_alone(family
     assert all(gradient.any() for gradient in alone)
 
 
-def test_a_resumed_run_draws_the_same_budgets(laid_out):
-    _, ranks, _ = laid_out
-    for batches in ranks:
+def test_a_resumed_run_draws_the_same_budgets(family, examples, laid_out):
+    torch.manual_seed(7)  # another process
+    for batches, again in zip(laid_out[1], lay_out(family, examples)[1], strict=True):
         whole = [part.reducer for part in loader(batches, first=0, num_workers=0)]
-        resumed = [part.reducer for part in loader(batches, first=3, num_workers=0)]
+        resumed = [part.reducer for part in loader(again, first=3, num_workers=0)]
         assert resumed == whole[batches.num_before(3) :] and set(whole) == {0, 1}
 
 

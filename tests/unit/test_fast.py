@@ -105,6 +105,15 @@ def test_gradients_of_norm_and_mlp():
         assert_close(*(torch.autograd.grad((x * weight).sum(), hidden)[0] for x in (ours, plain)))
 
 
+def test_a_machine_that_can_not_compile_is_told(monkeypatch):
+    def compiled(_):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nmore")
+
+    monkeypatch.setattr(fused, "_compiled", compiled)
+    with pytest.raises(UserError, match=r"no kernels here \(InvalidCxxCompiler: No .* found\); set compile=false"):
+        fused.refuse_uncompiled(torch.device("cpu"), torch.float32)
+
+
 @pytest.mark.integration
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
 def test_compiled_kernels_are_the_plain_ones():
@@ -119,39 +128,6 @@ def test_compiled_kernels_are_the_plain_ones():
         assert_close(compiled, plain, tolerance=1e-6)
         weight = torch.randn_like(plain)
         assert_close(*(torch.autograd.grad((x * weight).sum(), hidden)[0] for x in (compiled, plain)), tolerance=1e-5)
-
-
-def saved_bytes(model, work):
-    """Bytes that the backward pass of `work()` will find, the model's weights apart."""
-    weights, seen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = work()
-    assert result.requires_grad
-    return sum(size for size, _ in seen.values())
-
-
-@pytest.mark.parametrize("recompute, least", [(False, 20.8), (True, 12.0)])
-def test_what_a_layer_keeps(recompute, least):
-    """In units of the width, in bytes a token of bf16, with an MLP of the proportions of LLaMA 7B."""
-    width, num_tokens = 128, 512
-    shape = SHAPE | {"hidden_size": width, "intermediate_size": 344, "num_attention_heads": 4, "num_key_value_heads": 4}
-
-    def kept(num_layers):
-        model = LlamaModel(LlamaConfig(**shape | {"num_hidden_layers": num_layers})).bfloat16().requires_grad_(False)
-        language = PackedLanguage(model, recompute=recompute)
-        hidden = torch.randn(num_tokens, width, dtype=torch.bfloat16, requires_grad=True)
-        segments = Segments([num_tokens // 4] * 4, language.prefixes([1, 2, 3], hidden.device))
-        return saved_bytes(model, lambda: language(hidden, segments, torch.tensor([5, 200])).sum())
-
-    a_layer = (kept(4) - kept(3)) / num_tokens / width
-    assert a_layer == pytest.approx(least, abs=0.2)
 
 
 @settings(max_examples=20, deadline=None)

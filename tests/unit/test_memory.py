@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
+from scripts.bench_ways import kept_bytes
 from tests import tiny
 from tests.contract.test_configs import composed, counted
 from train import memory
-from train.config import build_reducer, check
-from train.memory import Card, Lengths, Packing, card_of, fit_packing, micro_batch_memory, resident_memory
+from train.checks import check
+from train.config import build_reducer
+from train.memory import Card, Lengths, Packing, card_of, fit_packing, fitting_questions, micro_batch_memory, resident_memory
 from train.models import load_model, quantise
 from train.plan import print_plan
 from train.trainable import make_trainable
@@ -23,7 +25,6 @@ from vzip import UserError
 from vzip.cost import kept_memory, packed_memory, row_cost, weight_memory
 from vzip.families import families, family_of
 from vzip.fast.language import PackedLanguage
-from vzip.fast.segments import Segments
 from vzip.io import fingerprint
 
 PROJECTOR = {"llava-7b": 20_979_712, "llava-13b": 31_467_520, "next-7b": 20_979_712}
@@ -47,25 +48,6 @@ def needed(cfg, packing, *, longest=300, prefix=40, world_size=1):
 # Bytes of a token
 
 
-def saved_bytes(model, *, num_tokens, recompute):
-    """Bytes that the packed forward keeps for the backward pass, each storage once, the weights not counted."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and tensor.is_floating_point():
-            storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept alive, or an address could come again
-        return tensor
-
-    language = PackedLanguage(model, recompute=recompute)
-    embeddings = torch.randn(num_tokens, model.config.hidden_size, dtype=model.dtype, requires_grad=True)
-    segments = Segments([num_tokens], language.prefixes([], torch.device("cpu")))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        language(embeddings, segments, torch.tensor([0]))
-    return sum(size for size, _ in storages.values())
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [(LlamaConfig, LlamaModel, 4), (Qwen2Config, Qwen2Model, 2)], ids=["llama", "qwen2"])
@@ -76,7 +58,7 @@ def test_a_layer_keeps_as_much_as_is_reckoned(kind, dtype, recompute):
     for num_layers in (3, 5):
         config = make_config(**shape, num_hidden_layers=num_layers, vocab_size=32)
         model = make_model(config).to(dtype).requires_grad_(False).eval()
-        sizes.append(saved_bytes(model, num_tokens=num_tokens, recompute=recompute))
+        sizes.append(kept_bytes(PackedLanguage(model, recompute=recompute), [num_tokens]))
     measured = (sizes[1] - sizes[0]) / 2 / num_tokens
     expected = kept_memory(config, itemsize=dtype.itemsize, recompute=recompute)
     attended = dtype.itemsize * 64  # FlashAttention keeps its output, attention on a CPU does not
@@ -214,6 +196,27 @@ def test_a_cpu_shares_half_of_its_memory_and_no_more_than_its_group_has(monkeypa
 def test_memory_is_positive():
     with pytest.raises(UserError, match="memory_gb=0"):
         check(composed("memory_gb=0"))
+
+
+# Answers
+
+
+def test_as_many_questions_at_once_as_the_card_holds(monkeypatch):
+    """Of 7B, whose tokens keep half a megabyte each."""
+    said = []
+    monkeypatch.setattr(memory, "gather", list)
+    monkeypatch.setattr(memory, "say", said.append)
+
+    def questions(longest, *overrides):
+        cfg = composed("model=llava-7b", *overrides)
+        held = {"num_trainable": PROJECTOR["llava-7b"], "world_size": 1}
+        return fitting_questions(cfg, counted("llava-7b"), longest=longest, **held)
+
+    assert questions(640, "hardware=80gb") == 32 and not said
+    fewer = questions(640, "hardware=24gb")
+    assert 8 <= fewer < 32 and f"{fewer} questions of up to 640 tokens at once, and not evaluate.batch=32" in said[0]
+    assert questions(64, "hardware=24gb") == 32
+    assert questions(90_000, "hardware=24gb") == 1
 
 
 # The plan

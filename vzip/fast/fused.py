@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vzip.errors import UserError
+
 
 def _high(tensor: Tensor) -> Tensor:
     """In float32; float64 stays."""
@@ -49,6 +51,19 @@ def swiglu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor,
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)
+
+
+def refuse_uncompiled(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError where torch.compile can make no kernel."""
+    gate, up = torch.ones(2, 8, 8, device=device, dtype=dtype).unbind()
+    try:
+        _compiled(swiglu_forward)(gate, up)
+    except Exception as error:  # of many kinds: no compiler, no Triton, a GPU that is too old for it
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"torch.compile can make no kernels here ({reason}); set compile=false, or install a C++ compiler (and for a GPU "
+            f"Triton)"
+        ) from error
 
 
 def _kernel(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:

@@ -22,8 +22,15 @@ def one_of(setting: str, value: object, allowed: Sequence[object]) -> None:
         raise UserError(f"{setting}={value!r} does not exist; choose one of: {', '.join(map(str, allowed))}")
 
 
+def refuse_no_count(setting: str, value: Any, least: int) -> None:
+    """Raises UserError for anything but a whole number, at least `least`."""
+    if type(value) is not int or value < least:
+        raise UserError(f"{setting}={value} must be a whole number, at least {least}")
+
+
 def budget_of_a_tile(budget: int, tiles: int) -> int:
-    """The share of one tile in a budget that is the total of `tiles`. Raises UserError if it can't be shared."""
+    """The share of one tile in a budget that is the total of `tiles`. Raises UserError if it is none, or can't be shared."""
+    refuse_no_count("reducer.budget", budget, 1)
     if budget % tiles:
         below, above = budget // tiles * tiles, -(-budget // tiles) * tiles
         raise UserError(

@@ -28,8 +28,6 @@ class Random:
 
     def __init__(self, *, budget: int, tiles: int = 1, anyres: str = "released") -> None:
         one_of("reducer.anyres", anyres, ANYRES)
-        if budget < 1:
-            raise UserError(f"reducer.budget={budget} must be at least 1")
         self.budget, self.anyres = budget_of_a_tile(budget, tiles), anyres
 
     def __repr__(self) -> str:

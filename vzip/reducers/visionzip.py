@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vzip.errors import UserError
-from vzip.reducers.base import ANYRES, Reduction, VisionTokens, budget_of_a_tile, one_of
+from vzip.reducers.base import ANYRES, Reduction, VisionTokens, budget_of_a_tile, one_of, refuse_no_count
 
 MERGES = ("sum", "average")
 
@@ -116,11 +116,11 @@ class VisionZip:
                 f"give reducer.budget, or both reducer.dominant and reducer.contextual "
                 f"(got budget={budget}, dominant={self.dominant}, contextual={self.contextual})"
             )
+        refuse_no_count("reducer.dominant", self.dominant, 0)
+        refuse_no_count("reducer.contextual", self.contextual, 0)
         total = self.dominant + self.contextual
-        if self.dominant < 0 or self.contextual < 0 or total < 1:
-            raise UserError(
-                f"reducer.dominant={self.dominant} and reducer.contextual={self.contextual} must be >= 0 and sum to >= 1"
-            )
+        if not total:
+            raise UserError("reducer.dominant=0 and reducer.contextual=0 keep nothing; one of them must be at least 1")
         if share is not None and share != total:
             of_tiles = f" of each of {tiles} tiles" if tiles > 1 else ""
             raise UserError(

@@ -1,0 +1,101 @@
+"""What no run can have: settings are refused by name before any work."""
+
+import math
+from collections.abc import Sequence
+
+from omegaconf import DictConfig, OmegaConf
+
+from train.budgets import check_budgets
+from vzip import UserError
+
+POSITIVE = (
+    "batch.size",
+    "batch.micro",
+    "batch.tokens",
+    "memory_gb",
+    "save_every",
+    "optim.epochs",
+    "optim.lr",
+    "optim.max_steps",
+    "evaluate.batch",
+    "evaluate.max_new_tokens",
+    "model.num_frames",
+)
+NOT_NEGATIVE = ("optim.weight_decay", "optim.max_grad_norm", "evaluate.questions")
+WHOLE = {"data.max_tokens": 1, "data.num_workers": 0}
+"""The least of each. Groups have no schema, so that their types are looked at too."""
+SWITCHES = ("data.cache", "data.text_rows", "data.replace_unreachable", "tune.projector")
+CHOICES = {
+    "engine": ("fast", "reference"),
+    "weights": ("pretrained", "random"),
+    "model.dtype": ("float32", "bfloat16", "float64"),  # float16's gradients, of a loss in the mean over a step, fade
+}
+
+
+def _refuse_other(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name}={value} must be one of: {', '.join(map(str, allowed))}")
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check_optim(cfg: DictConfig) -> None:
+    if not 0 <= cfg.optim.warmup < 1:
+        raise UserError(f"optim.warmup={cfg.optim.warmup} must lie in [0, 1): the share of steps that warm up")
+    if len(cfg.optim.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optim.betas):
+        raise UserError(f"optim.betas={cfg.optim.betas} must be two numbers in [0, 1), e.g. [0.9,0.999]")
+
+
+def _check_data(cfg: DictConfig) -> None:
+    fraction, sources = cfg.data.fraction, cfg.data.sources
+    if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        raise UserError(f"data.fraction={fraction} must be a number in (0, 1]; 0.1 is a tenth")
+    if sources is not None and (not OmegaConf.is_list(sources) or not sources):
+        raise UserError(f"data.sources={sources} must be a list of sources, e.g. [coco, gqa], or null for all")
+
+
+def _check_tune(cfg: DictConfig) -> None:
+    lora = cfg.tune.lora
+    if lora is None:
+        if not cfg.tune.projector:
+            raise UserError("tune.projector=false and tune.lora=null tune nothing; use tune=projector or tune=projector_lora")
+        return
+    if not OmegaConf.is_dict(lora):
+        raise UserError(f"tune.lora={lora} must be null or a mapping; use tune=projector_lora or tune=language_lora")
+    _refuse_other("tune.lora.target", lora.target, ("projector", "language_model"))
+    if not _is_whole(lora.r, 1):
+        raise UserError(f"tune.lora.r={lora.r} must be a whole number, at least 1")
+
+
+def _check_inexact(cfg: DictConfig) -> None:
+    if cfg.inexact not in (None, "nf4", "int8"):
+        raise UserError(f"inexact={cfg.inexact} must be one of: nf4, int8; or null, for exact gradients")
+    if cfg.inexact and cfg.deepspeed.zero_optimization.stage == 3:
+        raise UserError(f"inexact={cfg.inexact} does not go with ZeRO 3, which can't share quantised weights: deepspeed=zero0")
+
+
+def _check_numbers(cfg: DictConfig) -> None:
+    for name in POSITIVE:
+        value = OmegaConf.select(cfg, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name}={value} must be positive")
+    for name in NOT_NEGATIVE:
+        if not 0 <= (value := OmegaConf.select(cfg, name)) < math.inf:
+            raise UserError(f"{name}={value} must be at least 0")
+    for name, least in WHOLE.items():
+        if not _is_whole(value := OmegaConf.select(cfg, name), least):
+            raise UserError(f"{name}={value} must be a whole number, at least {least}")
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises UserError for values that no run can have."""
+    _check_numbers(cfg)
+    for name in SWITCHES:
+        if not isinstance(value := OmegaConf.select(cfg, name), bool):
+            raise UserError(f"{name}={value} must be true or false")
+    for name, allowed in CHOICES.items():
+        _refuse_other(name, OmegaConf.select(cfg, name), allowed)
+    for part in (_check_optim, _check_data, _check_tune, _check_inexact, check_budgets):
+        part(cfg)
