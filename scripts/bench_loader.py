@@ -38,6 +38,7 @@ from data.dataset import BatchPlan, MicroBatches, PackedLayout, PaddedLayout, ha
 from data.packing import shared_prefix
 from data.pictures import open_picture
 from data.tokens import SCHEMA, Examples
+from train.hardware import device_name
 from vzip.families import families
 from vzip.media import pixels_of
 from vzip.reducers.visionzip import VisionZip
@@ -199,14 +200,8 @@ def padding(batches: MicroBatches, collate: Collator) -> dict[str, float]:
 
 def hardware() -> dict[str, Any]:
     """What the figures hold for."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.is_file()
-        else []
-    )
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": device_name(torch.device("cpu")),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "pillow": pillow_version,

@@ -18,6 +18,7 @@ import wandb_workspaces.workspaces as ws
 from wandb.errors import Error
 
 from data.paths import write_json
+from scripts.measure import output
 from train.config import teach
 from vzip import UserError
 
@@ -120,7 +121,8 @@ def main() -> None:
     entity = arguments.entity or ("ENTITY" if arguments.dry_run else own_entity())
     workspace, report = make_workspace(entity, arguments.project), make_report(entity, arguments.project)
     if arguments.dry_run:
-        write_json(arguments.out, specification(workspace, report))
+        with output("--out", arguments.out):
+            write_json(arguments.out, specification(workspace, report))
         print(f"{arguments.out}: a workspace of {len(workspace.sections)} sections, a report of {len(report.blocks)} blocks")
         return
     try:

@@ -27,12 +27,12 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from data.paths import written_whole
+from data.paths import write_json, written_whole
 from scripts import charts
 from scripts.analyses import num_holding, softmax_gradient, top_shares
 from scripts.finished import Score, comparable_scores, same_but_budget, score_of, without_a_part
 from scripts.held_out import free_row
-from scripts.measure import count, write_json
+from scripts.measure import count, output
 from scripts.subject import Subject, make_subject
 from train import config
 from vzip import UserError
@@ -171,11 +171,11 @@ FIGURES: dict[str, Callable[[Subject], tuple[Figure, dict[str, Any]]]] = {
 def draw(subject: Subject, name: str) -> Path:
     """Write NAME.png and NAME.json, each whole or not at all: the path of the PNG. Raises UserError as the figure does."""
     figure, numbers = FIGURES[name](subject)
-    subject.folder.mkdir(parents=True, exist_ok=True)
     path = subject.folder / f"{name}.png"
-    with written_whole(path) as scratch:
-        figure.savefig(scratch, format="png", dpi=120)
-    write_json(path.with_suffix(".json"), numbers)
+    with output("--out", path):
+        with written_whole(path) as scratch:
+            figure.savefig(scratch, format="png", dpi=120)
+        write_json(path.with_suffix(".json"), numbers)
     return path
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks share: works timed in turns, peak memory, and the machine that the figures hold for."""
+"""What scripts share: works timed in turns, peak memory, the machine that figures hold for, and their files."""
 
 import argparse
 import ctypes
@@ -11,13 +11,16 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.paths import written_whole
+from train.hardware import device_name
+from vzip import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "A100": 312e12}
@@ -105,12 +108,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return 2 * size**3 / min(seconds), f"best of 5 products of {size} x {size} matrices in {str(dtype).removeprefix('torch.')}"
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.is_file() else None
-    return found[1] if found else platform.processor()
-
-
 def _commit() -> str:
     """The repository's commit, with "-dirty" where files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
@@ -123,7 +120,7 @@ def _commit() -> str:
 def where(device: torch.device) -> dict[str, Any]:
     """What figures hold for: device, CPU cores and torch's threads, versions, commit, date."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -131,6 +128,16 @@ def where(device: torch.device) -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+@contextmanager
+def output(option: str, target: Path) -> Iterator[None]:
+    """Around the writing of a file that an option names: makes its folder. Raises UserError where it can't be written."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"{option}={target} can't be written: {error}; free some space, or give another path") from error
 
 
 def write_json(path: Path, figures: Mapping[str, Any]) -> None:

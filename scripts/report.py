@@ -23,8 +23,9 @@ import yaml
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from data.paths import written_whole
 from scripts.dashboard import CURVES, SPEED
-from scripts.measure import ROOT
+from scripts.measure import ROOT, output
 from train.config import teach
 from vzip import UserError
 
@@ -46,7 +47,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises OSError, ValueError or KeyError for a folder that is no run of this version."""
+    """Raises OSError, ValueError, KeyError, TypeError or YAMLError for a folder that is no run of this version."""
     result, whole = folder / "result.json", [line for line in (folder / "metrics.jsonl").open() if line.endswith("\n")]
     run = Run(
         name=folder.name,
@@ -68,7 +69,7 @@ def read_runs(folder: Path) -> list[Run]:
     for path in sorted(path.parent for path in folder.glob("*/config.yaml")):
         try:
             runs.append(read_run(path))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
             unread.append(path)
             print(f"{path} was left out: {type(error).__name__} {error}")
     if unread:
@@ -147,8 +148,8 @@ def draw_curves(runs: Sequence[Run], target: Path) -> None:
         axis.grid(alpha=0.3)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=120)
+    with output("--curves", target), written_whole(target) as scratch:
+        figure.savefig(scratch, format="png", dpi=120)
     pyplot.close(figure)
 
 
@@ -162,9 +163,9 @@ def main() -> None:
     runs = read_runs(arguments.runs)
     blocks = {run.name: block(run) for run in runs if run.result is not None}
     text = arguments.results.read_text() if arguments.results.is_file() else "# Results\n"
-    temporary = arguments.results.with_name(arguments.results.name + ".tmp")
-    temporary.write_text(update(text, blocks))
-    temporary.replace(arguments.results)
+    text = update(text, blocks)
+    with output("--results", arguments.results), written_whole(arguments.results) as scratch:
+        scratch.write_text(text)
     curves = arguments.curves or arguments.runs / "report.png"
     started = [run for run in runs if run.metrics]
     draw_curves(started, curves)

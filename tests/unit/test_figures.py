@@ -338,5 +338,7 @@ def test_bad_input_is_refused_with_what_to_do(runs, tmp_path, tiny_folder, monke
     refused(figures.draw, subject, "recovery", words=["only a finished run"])
     refused(figures.draw, subject, "kept-tokens", words=["reducer.budget=99", "larger than"])
     assert not subject.folder.exists()  # nothing half-written
+    subject = subject_of(tiny_folder, tmp_path, out=tmp_path / "text.png" / "x")
+    refused(figures.draw, subject, "attention-maps", words=["--out=", "text.png/x", "can't be written"])
     monkeypatch.setattr(sys, "argv", ["figures.py", str(tiny_folder), "--figures", "histogram"])
     refused(figures.main.__wrapped__, words=["--figures histogram", "attention-maps", "recovery"])

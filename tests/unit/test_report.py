@@ -1,12 +1,14 @@
 """Runs compared without wandb, and what wandb is told to show."""
 
 import json
+import sys
 
 import pytest
 import yaml
+from matplotlib import pyplot
 
 from scripts.dashboard import CURVES, SPEED, make_report, make_workspace, specification
-from scripts.report import BEGIN, END, block, draw_curves, read_runs, update
+from scripts.report import BEGIN, END, block, draw_curves, main, read_runs, update
 from vzip import UserError
 
 METRICS = [*CURVES, *SPEED]
@@ -77,18 +79,46 @@ def test_folders_that_cannot_be_read_are_said_and_survived(tmp_path, capsys):
     save_run(tmp_path, "good")
     (save_run(tmp_path, "damaged") / "env.json").write_text("{")
     (save_run(tmp_path, "older") / "env.json").write_text("{}")
+    (save_run(tmp_path, "cut") / "config.yaml").write_text("model: {name: smol")
+    (save_run(tmp_path, "empty") / "config.yaml").write_text("")
     (tmp_path / "something else").mkdir()
     assert [run.name for run in read_runs(tmp_path)] == ["good"]
     shown = capsys.readouterr().out
-    assert "damaged was left out" in shown and "older was left out" in shown and "2 of 3 folders" in shown
+    assert all(f"{name} was left out" in shown for name in ("damaged", "older", "cut", "empty")) and "4 of 5 folders" in shown
     with pytest.raises(UserError, match="holds no run"):
         read_runs(tmp_path / "something else")
 
 
-def test_the_curves_are_drawn(tmp_path):
-    save_run(tmp_path, "one", finished=False)
+def test_the_curves_are_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    for name in ("one", "two"):
+        save_run(tmp_path, name, finished=False)
     draw_curves(read_runs(tmp_path), tmp_path / "made" / "report.png")
     assert (tmp_path / "made" / "report.png").read_bytes().startswith(b"\x89PNG")
+    (figure,) = drawn
+    monkeypatch.undo()
+    pyplot.close(figure)
+    assert [axis.get_title() for axis in figure.axes] == [*CURVES.values(), *SPEED.values()]
+    for axis in figure.axes:
+        assert [(line.get_label(), line.get_xydata().tolist()) for line in axis.lines] == [
+            (name, [[0, 1.5], [1, 0.5]]) for name in ("one", "two")
+        ]
+
+
+def test_what_is_asked_for_is_written_whole_into_new_folders_or_refused(tmp_path, monkeypatch):
+    save_run(tmp_path / "runs", "one")
+    results = tmp_path / "new" / "RESULTS.md"
+    monkeypatch.setattr(sys, "argv", ["report.py", "--runs", str(tmp_path / "runs"), "--results", str(results)])
+    main.__wrapped__()
+    assert "### one" in results.read_text() and (tmp_path / "runs" / "report.png").is_file()
+    assert [path.name for path in results.parent.iterdir()] == ["RESULTS.md"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--curves", str(results / "report.png")])
+    with pytest.raises(UserError, match=r"--curves=.*RESULTS.md/report.png can't be written: .*File exists"):
+        main.__wrapped__()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--results", str(results / "x")])
+    with pytest.raises(UserError, match=r"--results=.*RESULTS.md/x can't be written"):
+        main.__wrapped__()
 
 
 def test_the_dashboard_is_specified_without_a_network():
