@@ -8,7 +8,6 @@ import datetime
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -19,11 +18,14 @@ from typing import Any
 
 import deepspeed
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from data.paths import write_json
+from data.paths import write_json, written_whole
 from train.config import ROOT, identity, run_name
 from train.engine import Engine
+from train.hardware import device_name
 from train.ranks import from_main
 from vzip import UserError
 from vzip.io import ADAPTER, save_checkpoint
@@ -39,13 +41,12 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.rstrip() if done.returncode == 0 else None
 
 
-def _device() -> str:
-    """The GPU's name, or the processor's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-    return found[1] if found else platform.processor()
+def _command() -> list[str]:
+    """What starts this run alone again, also where it is one of a sweep."""
+    job = HydraConfig.get() if HydraConfig.initialized() else None
+    if job is None or job.mode is not RunMode.MULTIRUN:
+        return sys.argv
+    return [sys.argv[0], *job.overrides.task, "hydra.mode=RUN"]  # RUN: also where it is an experiment that makes it a sweep
 
 
 def environment(cfg: DictConfig, *, world_size: int) -> dict[str, Any]:
@@ -54,11 +55,11 @@ def environment(cfg: DictConfig, *, world_size: int) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "commit": _git("rev-parse", "HEAD"),
         "modified_files": (_git("status", "--porcelain") or "").splitlines(),
-        "command": sys.argv,
+        "command": _command(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "hardware": {
-            "device": _device(),
+            "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
             "num_cpus": os.cpu_count(),
             "world_size": world_size,
         },
@@ -112,7 +113,8 @@ class RunFolder:
                 f"{self.path} has {free / 1e6:,.0f} MB free, a run needs {needed / 1e6:,.0f} MB; free some, or set runs=... "
                 f"to a folder on another disk"
             )
-        (self.path / "config.yaml").write_text(OmegaConf.to_yaml(self.cfg, resolve=True))
+        with written_whole(self.path / "config.yaml") as scratch:
+            scratch.write_text(OmegaConf.to_yaml(self.cfg, resolve=True))
         write_json(self.path / "env.json", environment(self.cfg, world_size=world_size))
         write_json(self.path / "manifest.json", manifest)
 
