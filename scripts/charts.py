@@ -28,6 +28,11 @@ def _per_cent(value: float) -> str:
     return f"{100 * value:.0f} %" if value >= 0.01 or value == 0 else f"{100 * value:.1g} %"
 
 
+def _attention(numbers: Mapping[str, Any]) -> str:
+    """What patches hold shares of: CLS attends to itself too, which is no part of it."""
+    return "what CLS gives to the patches" if numbers["has_cls"] else "the attention that patches receive"
+
+
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -63,9 +68,8 @@ def attention_maps(numbers: Mapping[str, Any], drawn: Sequence[tuple[Image.Image
         title = f"half on {found['holding_half']}, on one {_per_cent(found['most'])}"
         _show_picture(grid[row, 2 * column + 1], attention, title)
     half = _range([found["holding_half"] for found in numbers["pictures"]])
-    kind = "the attention of CLS" if numbers["has_cls"] else "the attention that tokens receive"
     figure.suptitle(
-        f"{half} of {numbers['num_patches']} patches hold half of {kind}\n"
+        f"{half} of {numbers['num_patches']} patches hold half of {_attention(numbers)}\n"
         f"layer {numbers['layer']} of {numbers['num_layers']}; violet: none, yellow: the picture's most, scale of square roots",
         fontsize="medium",
     )
@@ -103,7 +107,7 @@ def top_share(numbers: Mapping[str, Any]) -> Figure:
     axes.set_ylim(0, 100)
     axes.set_xlim(0.5, numbers["num_layers"] * 1.12)
     axes.set_xticks([layer for layer in layers if numbers["num_layers"] <= 14 or layer % 2 == numbers["num_layers"] % 2])
-    _plain(axes, x="layer of the vision tower", y=f"attention of the top k of {numbers['num_patches']} patches, %")
+    _plain(axes, x="layer of the vision tower", y=f"top k of {numbers['num_patches']} patches, % of {_attention(numbers)}")
     titled = numbers["lines"][numbers["titled"]]
     figure.suptitle(
         f"{layers_seen(titled['shares'])}\nin brackets: the share of the top {titled['top']}; dotted lines: if all patches had "
@@ -151,11 +155,11 @@ def kept_tokens(numbers: Mapping[str, Any], drawn: Sequence[Sequence[Image.Image
     grid[0, 0].set_title("as the tower sees it", fontsize="small")
     for axes, budget in zip(grid[0, 1:], budgets, strict=True):
         parts = f"{budget['dominant']} dominant + {budget['contextual']} contextual"
-        share = f"dominant: {_per_cent(budget['attention'])} of the attention"
+        share = f"dominant: {_per_cent(budget['attention'])} of the patches' attention"
         axes.set_title(f"budget {budget['budget']}\n{parts}\n{share}", fontsize="small")
     least, most = budgets[0], budgets[-1]
     figure.suptitle(
-        f"Dominant tokens hold {_per_cent(least['attention'])} of the attention at a budget of {least['budget']}, "
+        f"Dominant tokens hold {_per_cent(least['attention'])} of {_attention(numbers)} at a budget of {least['budget']}, "
         f"{_per_cent(most['attention'])} at {most['budget']}\n"
         f"of {numbers['num_patches']} patches; orange: dominant, blue: contextual, into which the dark ones are merged",
         fontsize="medium",
@@ -212,10 +216,16 @@ def recovery(numbers: Mapping[str, Any]) -> Figure:
         axes.set_xlim(counts[0] / 1.5, counts[-1] * 1.5)
         axes.set_ylim(0, 105)
         _plain(axes, x="visual tokens of a question (log scale)")
-        axes.set_title(f"{kind}: {_seen_in_recovery(full, points)}", fontsize="medium")
+        axes.set_title(": ".join(filter(None, (kind, _seen_in_recovery(full, points)))), fontsize="medium")
     grid[0].set_ylabel(f"correct of {numbers['num_questions']} held-out questions, %")
     grid[0].legend(loc="lower right", frameon=False, fontsize="small")
     return figure
+
+
+def change_seen(before: float, after: float) -> str:
+    """What a per cent does, as it is shown: rounded."""
+    shown, then = f"{before:.0f}", f"{after:.0f}"
+    return f"stays at {shown} %" if shown == then else f"{'falls' if after < before else 'rises'} from {shown} to {then} %"
 
 
 def without_dominant(numbers: Mapping[str, Any]) -> Figure:
@@ -238,8 +248,7 @@ def without_dominant(numbers: Mapping[str, Any]) -> Figure:
         axes.set_xlim(-0.5, len(variants) - 0.5)
         _plain(axes)
         both, without = (100 * variants[place]["free"][kind] for place in (0, 1))
-        change = "falls" if without < both else "rises" if without > both else "stays"
-        axes.set_title(f"{kind}: without dominant tokens free {change} from {both:.0f} to {without:.0f} %", fontsize="medium")
+        axes.set_title(f"{kind}: without dominant tokens free {change_seen(both, without)}", fontsize="medium")
     grid[0].set_ylim(0, 105)
     grid[0].set_ylabel(f"correct of {numbers['num_questions']} held-out questions, %")
     grid[-1].legend(loc="upper right", frameon=False, fontsize="small")

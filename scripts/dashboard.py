@@ -33,6 +33,8 @@ SPEED = {
     "train/memory_gb": "Peak memory, GB",
 }
 ROWS = ("full", "free", "tuned", "random")
+BUDGETS = (4, 8, 16, 64, 128, 160, 192, 320, 640)
+"""Of runs for several budgets, each a row of its own: those of `+exp=elastic`, and the paper's."""
 TITLE = "Full, free and tuned"
 
 
@@ -46,6 +48,10 @@ def results() -> list[Any]:
     tuned = wr.SummaryMetric("eval/tuned_all")
     return [
         wr.BarPlot(title="Correct answers, share of all", metrics=[f"eval/{row}_all" for row in ROWS]),
+        wr.BarPlot(
+            title="Correct answers of runs for several budgets, share of all",
+            metrics=[f"eval/{row}-{budget}_all" for row in ("free", "tuned") for budget in BUDGETS],
+        ),
         wr.ScatterPlot(title="Tuned, over the budget", x=wr.Config("reducer.budget"), y=tuned),
         wr.ParallelCoordinatesPlot(
             title="Learning rate, budget, score",

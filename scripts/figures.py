@@ -1,7 +1,7 @@
 """Draw the paper's analyses from a finished run, or from any supported model: PNG files, and the numbers beside each as JSON.
 
 attention-maps    where the attention of the tapped layer is, in pictures
-top-share         how much of the attention the most attended patches hold, by layer
+top-share         how much of the attention to patches the most attended of them hold, by layer
 softmax-gradient  the gradient of the softmax against the attention weight, in the tapped layer
 kept-tokens       which tokens stay, at several budgets
 recovery          full, free, tuned and random over budgets: of the run, and of runs like it beside it or in --runs
@@ -94,7 +94,7 @@ def _kept_tokens(subject: Subject) -> tuple[Figure, dict[str, Any]]:
             held.append(float(tile.saliency.flatten()[tile.dominant].sum() / tile.saliency.sum()))
         parts = {"dominant": reducer.dominant, "contextual": reducer.contextual}
         budgets.append({"budget": budget, **parts, "attention": statistics.mean(held)})
-    numbers = {"num_patches": family.num_patches, "budgets": budgets}
+    numbers = {"num_patches": family.num_patches, "has_cls": family.has_cls, "budgets": budgets}
     return charts.kept_tokens(numbers, drawn), numbers
 
 

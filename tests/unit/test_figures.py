@@ -124,6 +124,33 @@ def test_a_title_says_what_is_seen(shares, words):
     assert ("last" in title) == (shares[-1] < max(shares) / charts.CLEARLY)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (0, 0, "stays at 0 %"),
+        (45.4, 44.6, "stays at 45 %"),
+        (45.4, 44.4, "falls from 45 to 44 %"),
+        (44.4, 45.4, "rises from 44 to 45 %"),
+    ],
+)
+def test_a_change_is_the_one_that_its_figures_show(before, after, words):
+    assert charts.change_seen(before, after) == words
+
+
+@pytest.mark.parametrize(
+    ("has_cls", "whose"), [(True, "what CLS gives to the patches"), (False, "the attention that patches receive")]
+)
+def test_shares_are_of_what_patches_get(has_cls, whose):
+    about = {"num_patches": 4, "num_layers": 1, "layer": 1, "has_cls": has_cls, "num_pictures": 1, "titled": 0}
+    picture = tiny.picture()
+    maps = charts.attention_maps(about | {"pictures": [{"holding_half": 2, "most": 0.3}]}, [(picture, picture)])
+    top = charts.top_share(about | {"lines": [{"top": 1, "uniform": 0.25, "shares": [0.3]}]})
+    budget = {"budget": 2, "dominant": 1, "contextual": 1, "attention": 0.3}
+    kept = charts.kept_tokens(about | {"budgets": [budget]}, [[picture, picture]])
+    said = [maps.get_suptitle(), top.axes[0].get_ylabel(), kept.get_suptitle()]
+    assert all(whose in text for text in said), said
+
+
 SCORES = {"full": 0.9, "free": 0.5, "tuned": 0.8, "random": 0.6}
 
 

@@ -126,4 +126,14 @@ def test_the_dashboard_is_specified_without_a_network():
     assert json.loads(json.dumps(made)) == made
     for text in map(json.dumps, made.values()):
         assert all(f'"{name}"' in text for name in METRICS)
-        assert all(name in text for name in ("eval/tuned_all", "eval/scores", "eval/answers", "eval/kept_tokens"))
+        assert all(
+            name in text
+            for name in (
+                "eval/tuned_all",
+                "eval/free-4_all",
+                "eval/tuned-64_all",
+                "eval/scores",
+                "eval/answers",
+                "eval/kept_tokens",
+            )
+        )
