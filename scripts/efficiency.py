@@ -2,7 +2,8 @@
 
 Prefill and the time to the first token are those of the first question, prefilled BATCH times; all questions are answered from
 their files to the last token, with the same number of tokens in each row. Rows take turns, the device is waited for, and
-medians are shown. "by FLOPs" is the ratio that the paper's cost formula gives (`vzip.cost`). The questions are the run's
+medians are shown. "by FLOPs" is the ratio of what is computed (`vzip.cost`: causal attention, SwiGLU, the head, and, from the
+pixels, the tower), "paper" the one that the paper's formula of a language model's prefill gives. The questions are the run's
 held-out ones, with one picture each; a model, or a run without them, is asked about noise. LoRA, if there is, takes part in
 every prefill.
 
@@ -26,12 +27,14 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from data.paths import write_json
 from data.pictures import open_picture
 from scripts.bench_prefill import Prefill, Settings, measure
-from scripts.held_out import held_out_with_pictures, settings_of
-from scripts.measure import alternating, best_device, count, peak_memory, where, write_json
+from scripts.held_out import with_pictures
+from scripts.measure import alternating, best_device, count, output, peak_memory, where
 from train import config
 from vzip import Comparison
+from vzip.cost import weight_memory
 from vzip.families import Family
 from vzip.templates import IMAGE
 
@@ -51,8 +54,8 @@ class Question:
 
 
 def held_out_questions(run: Path, limit: int) -> list[Question]:
-    """The first question of each of the first held-out rows. Raises UserError if the run's data is gone."""
-    rows = held_out_with_pictures(run)[:limit]
+    """The first question of each of the first held-out rows with a picture. Raises UserError if the run's data is gone."""
+    rows = with_pictures(run)[:limit]
     return [Question(row.turns[0][0].replace(IMAGE, "").strip(), picture) for row, picture in rows]
 
 
@@ -118,6 +121,16 @@ class Row:
         return answers
 
 
+def paper_flops(config: Any, num_tokens: int) -> int:
+    """FLOPs of a language model's prefill, T (4 n d^2 + 2 n^2 d + 2 n d m), of n tokens in T layers of width d, inner width m.
+
+    Source: arXiv 2412.04467, section 4.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    a_layer = 4 * num_tokens * width**2 + 2 * num_tokens**2 * width + 2 * num_tokens * width * inner
+    return int(config.num_hidden_layers * a_layer)
+
+
 def measure_rows(
     rows: Mapping[str, Row], questions: Sequence[Question], *, batch: int, settings: Settings
 ) -> dict[str, dict[str, Any]]:
@@ -129,46 +142,54 @@ def measure_rows(
     }
     seconds = alternating(asking, rounds=settings.rounds, device=settings.device)
     for name, case in cases.items():
-        parameters = case.family.model.parameters()
+        tokens = found[name]["num_visual_tokens"] + found[name]["num_text_tokens"]
+        weights, peak = weight_memory(case.family), peak_memory(case.whole, settings.device)
         found[name] |= {
             "reducer": str(case.reducer),
-            "weight_bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-            "peak_bytes": peak_memory(case.whole, settings.device),
+            "paper_flops": paper_flops(case.family.language_model.config, tokens),
+            "weight_bytes": weights,
+            "peak_bytes": peak,
+            "total_bytes": None if peak is None else weights + peak,
             "questions": {"seconds": seconds[name], "median_s": statistics.median(seconds[name])},
         }
     return found
 
 
 TIMES = {
-    "language": ("prefill, language model alone, ms", 1000, "language_flops"),
-    "whole": ("time to first token, from the pixels, ms", 1000, "whole_flops"),
-    "token": ("each token after it, ms", 1000, None),
-    "questions": ("all questions, s", 1, None),
+    "language": ("prefill, language model alone, ms", 1000),
+    "whole": ("time to first token, from the pixels, ms", 1000),
+    "token": ("each token after it, ms", 1000),
+    "questions": ("all questions, s", 1),
 }
-"""Labels, units, and the formula of what was timed."""
+"""Labels and units of what was timed."""
+FORMULAS = {"by FLOPs": {"language": "language_flops", "whole": "whole_flops"}, "paper": {"language": "paper_flops"}}
+"""Columns, and the figure whose ratio they show for what was timed."""
 SIZES = {
     "num_visual_tokens": ("visual tokens", 1),
     "kv_bytes": ("KV cache after prefill, MiB", MEBIBYTE),
+    "weight_bytes": ("weights, MiB", MEBIBYTE),
     "peak_bytes": ("peak memory above the weights, MiB", MEBIBYTE),
+    "total_bytes": ("weights and peak memory, MiB", MEBIBYTE),
 }
 """Labels and units of what was counted."""
 
 
 def _time_cells(found: Mapping[str, Any], reduced: Mapping[str, Any], part: str) -> list[str]:
-    """A time; how many times the reduced one it is, with the range over rounds; and that by FLOPs."""
-    _, unit, flops = TIMES[part]
+    """A time; how many times the reduced one it is, with the range over rounds; and that by each formula."""
+    _, unit = TIMES[part]
     ratios = [time / least for time, least in zip(found[part]["seconds"], reduced[part]["seconds"], strict=True)]
     middle = found[part]["median_s"] / reduced[part]["median_s"]
-    formula = f"{found[flops] / reduced[flops]:.2f}" if flops else ""
-    return [f"{unit * found[part]['median_s']:,.4g}", f"{middle:.2f} ({min(ratios):.2f} to {max(ratios):.2f})", formula]
+    by = [f"{found[flops[part]] / reduced[flops[part]]:.2f}" if part in flops else "" for flops in FORMULAS.values()]
+    return [f"{unit * found[part]['median_s']:,.4g}", f"{middle:.2f} ({min(ratios):.2f} to {max(ratios):.2f})", *by]
 
 
 def _size_cells(found: Mapping[str, Any], reduced: Mapping[str, Any], name: str) -> list[str]:
     """A size, where it is known, and how many times the reduced one it is."""
+    none = [""] * len(FORMULAS)
     if found[name] is None:
-        return ["", "", ""]
+        return ["", "", *none]
     ratio = f"{found[name] / reduced[name]:.2f}" if reduced[name] > 0 else ""
-    return [f"{found[name] / SIZES[name][1]:,.4g}", ratio, ""]
+    return [f"{found[name] / SIZES[name][1]:,.4g}", ratio, *none]
 
 
 def show(figures: Mapping[str, Any]) -> None:
@@ -178,7 +199,7 @@ def show(figures: Mapping[str, Any]) -> None:
     asked = f"{figures['num_questions']} questions, {figures['new_tokens']} new tokens each"
     table = Table(title=f"{figures['source']}, batch {figures['batch']}, {asked}", title_justify="left")
     table.add_column(f"median of {figures['rounds']} rounds", no_wrap=True)
-    for column in (name, *(part for other in others for part in (other, f"/ {name} (of rounds)", "by FLOPs"))):
+    for column in (name, *(part for other in others for part in (other, f"/ {name} (of rounds)", *FORMULAS))):
         table.add_column(column, justify="right")
     for size, (label, _) in SIZES.items():
         cells = [cell for found in others.values() for cell in _size_cells(found, reduced, size)]
@@ -186,7 +207,7 @@ def show(figures: Mapping[str, Any]) -> None:
     for part, (label, *_) in TIMES.items():
         cells = [cell for found in others.values() for cell in _time_cells(found, reduced, part)]
         table.add_row(label, _time_cells(reduced, reduced, part)[0], *cells)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def parse() -> argparse.Namespace:
@@ -208,10 +229,9 @@ def main() -> None:
     arguments, device = parse(), best_device()
     source = Path(arguments.source)
     is_run = (source / "config.yaml").is_file()
-    has_questions = is_run and config.asks_questions(settings_of(source))
-    questions = held_out_questions(source, arguments.questions) if has_questions else []
+    own = held_out_questions(source, arguments.questions) if is_run else []
     comparison = Comparison.open(arguments.source)
-    questions = questions or made_up_questions(comparison.family, arguments.questions)
+    questions = own or made_up_questions(comparison.family, arguments.questions)
     reduced = "tuned" if "tuned" in comparison.rows else "free"
     rows = {name: Row(comparison, name, budget=arguments.budget if name != "full" else None) for name in ("full", reduced)}
     if arguments.against:
@@ -224,16 +244,17 @@ def main() -> None:
         "batch": arguments.batch,
         "rounds": arguments.rounds,
         "num_questions": len(questions),
-        "made_up_questions": not has_questions,
+        "made_up_questions": not own,
         "new_tokens": arguments.new_tokens,
         "rows": measure_rows(rows, questions, batch=arguments.batch, settings=settings),
     }
     print(", ".join(f"{name} {value}" for name, value in figures["where"].items()))
-    print("questions about noise" if not has_questions else "the run's held-out questions")
+    print("the run's held-out questions" if own else "questions about noise")
     show(figures)
     target = arguments.json or (source / "efficiency.json" if is_run else None)
     if target is not None:
-        write_json(target, figures)
+        with output("--json", target):
+            write_json(target, figures)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,22 @@ def settings_of(run: Path) -> DictConfig:
     return cfg
 
 
+def with_pictures(run: Path) -> list[tuple[Row, Path]]:
+    """The held-out rows of a run that have a picture, each with the path of its first one; none where it asks no questions.
+
+    Raises:
+        UserError: a run whose data is no longer there.
+    """
+    cfg = settings_of(run)
+    if not config.asks_questions(cfg):
+        return []
+    init_distributed()
+    folder = Path(cfg.data.image_folder).expanduser()
+    return [(row, folder / row.images[0]) for row in held_out_rows(cfg) if row.images]
+
+
 def held_out_with_pictures(run: Path) -> list[tuple[Row, Path]]:
-    """The held-out rows of a run that have a picture, each with the path of its first one.
+    """`with_pictures`, of which there are some.
 
     Raises:
         UserError: a run without such questions, or whose data is no longer there.
@@ -43,10 +57,7 @@ def held_out_with_pictures(run: Path) -> list[tuple[Row, Path]]:
     cfg = settings_of(run)
     if not config.asks_questions(cfg):
         raise UserError(f"{run} has no held-out questions: data.held_out was not set, or evaluate.questions was 0")
-    init_distributed()
-    folder = Path(cfg.data.image_folder).expanduser()
-    found = [(row, folder / row.images[0]) for row in held_out_rows(cfg) if row.images]
-    if not found:
+    if not (found := with_pictures(run)):
         raise UserError(f"{run}: no held-out question has a picture, in data.held_out={cfg.data.held_out}")
     return found
 

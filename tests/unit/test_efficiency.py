@@ -2,12 +2,13 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from scripts import efficiency
-from scripts.efficiency import Question, Row, made_up_questions
+from scripts.efficiency import Question, Row, made_up_questions, paper_flops
 from tests import tiny
 from tests.unit.test_io import attached, refused, save_run, tune
 from vzip import Comparison
@@ -23,7 +24,9 @@ LABELS = (
     "all questions",
     "3 questions, 2 new tokens each",
     "KV cache after prefill",
+    "weights, MiB",
     "peak memory above the weights",
+    "weights and peak memory",
 )
 KV_BYTES_OF_A_TOKEN = 2 * 2 * 2 * 12 * 4
 """Layers, keys and values, heads, width, float32."""
@@ -53,15 +56,31 @@ def test_a_run_is_compared_with_itself_and_with_another_model(run, tmp_path, mon
         tokens = row["num_visual_tokens"] + row["num_text_tokens"]
         assert row["kv_bytes"] == 2 * tokens * KV_BYTES_OF_A_TOKEN * element // 4
         assert all(len(row[part]["seconds"]) == 2 for part in ("language", "whole", "token", "questions"))
-        assert row["weight_bytes"] > 100_000
+        assert row["weight_bytes"] > 100_000 and row["total_bytes"] == row["weight_bytes"] + row["peak_bytes"]
     full, tuned, small = found["rows"].values()
     assert full["num_text_tokens"] == tuned["num_text_tokens"] and full["language_flops"] > tuned["language_flops"]
-    for base, formula in ((full, "language_flops"), (full, "whole_flops"), (small, "language_flops")):
+    for base, formula in ((full, "language_flops"), (full, "whole_flops"), (full, "paper_flops"), (small, "paper_flops")):
         assert f"{base[formula] / tuned[formula]:.2f}" in printed
     ratios = [a / b for a, b in zip(full["whole"]["seconds"], tuned["whole"]["seconds"], strict=True)]
     middle = full["whole"]["median_s"] / tuned["whole"]["median_s"]
     assert f"{middle:.2f} ({min(ratios):.2f} to {max(ratios):.2f})" in printed
     assert f"{16 / 6:.2f}" in printed
+
+
+def test_the_papers_formula():
+    vicuna = SimpleNamespace(num_hidden_layers=32, hidden_size=4096, intermediate_size=11008)
+    assert paper_flops(vicuna, 640) == 32 * (4 * 640 * 4096**2 + 2 * 640**2 * 4096 + 2 * 640 * 4096 * 11008)
+
+
+def test_a_run_whose_questions_have_no_picture_is_asked_about_noise(run, tmp_path, monkeypatch, capsys):
+    rows = [{"id": "1", "conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a"}]}]
+    (tmp_path / "questions.json").write_text(json.dumps(rows))
+    monkeypatch.setenv("VZIP_DATA", str(tmp_path / "data"))
+    cfg = {"data": {"held_out": str(tmp_path / "questions.json"), "image_folder": str(tmp_path)}, "evaluate": {"questions": 8}}
+    (run / "config.yaml").write_text(json.dumps(cfg))
+    (run / "result.json").write_text("{}")
+    printed = command(monkeypatch, capsys, run, "--questions", 1, "--new-tokens", 1, "--rounds", 1)
+    assert "questions about noise" in printed and json.loads((run / "efficiency.json").read_text())["made_up_questions"]
 
 
 @pytest.mark.parametrize("kind", ["next", "mini-gemini", "video", "onevision"])
