@@ -12,6 +12,13 @@ TUNE := $(if $(MODEL),model=$(MODEL)) $(if $(BUDGET),reducer.budget=$(BUDGET)) $
 
 export OMP_WAIT_POLICY ?= PASSIVE # threads that spin while others work stall a busy machine
 
+# A mistyped setting would tune or measure something else. Names in capitals may be the environment's.
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+WRONG := $(filter-out %_proxy,$(shell printf '%s\n' $(GIVEN) | grep '[a-z]'))
+$(if $(WRONG),$(error $(WRONG): not a variable here; the model is MODEL=..., other settings go into ARGS="$(firstword $(WRONG))=..."))
+OTHERS := $(if $(filter MODEL BUDGET,$(GIVEN)),$(filter-out setup data data-check cache tune,$(MAKECMDGOALS)))
+$(if $(OTHERS),$(error MODEL and BUDGET are for data, data-check, cache and tune; `make $(firstword $(OTHERS))` takes RUN=... or ARGS="..."))
+
 .DEFAULT_GOAL := help
 .PHONY: help setup data data-check cache tune eval export demo figures efficiency report dashboard
 .PHONY: bench bench-tower bench-prefill bench-loader test check format clean

@@ -1,11 +1,15 @@
 """What no run can have: settings are refused by name before any work."""
 
+import difflib
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import fields
 
 from omegaconf import DictConfig, OmegaConf
 
 from train.budgets import check_budgets
+from train.config import ROOT, Batch, Config, Evaluate, Optim
 from vzip import UserError
 
 POSITIVE = (
@@ -25,6 +29,7 @@ NOT_NEGATIVE = ("optim.weight_decay", "optim.max_grad_norm", "evaluate.questions
 WHOLE = {"data.max_tokens": 1, "data.num_workers": 0}
 """The least of each. Groups have no schema, so that their types are looked at too."""
 SWITCHES = ("data.cache", "data.text_rows", "data.replace_unreachable", "tune.projector")
+GROUPS = {"optim": Optim, "batch": Batch, "evaluate": Evaluate}
 CHOICES = {
     "engine": ("fast", "reference"),
     "weights": ("pretrained", "random"),
@@ -35,6 +40,25 @@ CHOICES = {
 def _refuse_other(name: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         raise UserError(f"{name}={value} must be one of: {', '.join(map(str, allowed))}")
+
+
+def _refuse_unknown(cfg: DictConfig) -> None:
+    """Hydra adds whatever stands behind a plus, as its own advice about a mistyped setting has it."""
+    known = {f"{group}.": [field.name for field in fields(of)] for group, of in GROUPS.items()}
+    known |= {"": [field.name for field in fields(Config)], "data.": list(OmegaConf.load(ROOT / "configs/data/own.yaml"))}
+    names = {name: prefix + name for prefix, group in known.items() for name in group}
+    for prefix, group in known.items():
+        for key in cfg[prefix[:-1]] if prefix else cfg:
+            if key not in group:
+                near = [f"; did you mean {names[name]}?" for name in difflib.get_close_matches(str(key), names, 1)]
+                raise UserError(f"{prefix}{key} is no setting{''.join(near)}")
+
+
+def _check_name(cfg: DictConfig) -> None:
+    if cfg.name is not None and not re.fullmatch(r"[\w-][\w.-]*", cfg.name):
+        raise UserError(
+            f"name={cfg.name} must be the name of a folder below runs={cfg.runs}: letters, digits, '-', '_' and '.'"
+        )
 
 
 def _is_whole(value: object, least: int) -> bool:
@@ -91,11 +115,12 @@ def _check_numbers(cfg: DictConfig) -> None:
 
 def check(cfg: DictConfig) -> None:
     """Raises UserError for values that no run can have."""
+    _refuse_unknown(cfg)
     _check_numbers(cfg)
     for name in SWITCHES:
         if not isinstance(value := OmegaConf.select(cfg, name), bool):
             raise UserError(f"{name}={value} must be true or false")
     for name, allowed in CHOICES.items():
         _refuse_other(name, OmegaConf.select(cfg, name), allowed)
-    for part in (_check_optim, _check_data, _check_tune, _check_inexact, check_budgets):
+    for part in (_check_name, _check_optim, _check_data, _check_tune, _check_inexact, check_budgets):
         part(cfg)

@@ -63,6 +63,23 @@ def test_the_two_commands_are_there():
     assert COMMANDS[:2] == ["make tune", "make test"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tune", "model=llava-7b"], "the model is MODEL=..."),
+        (["tune", "optim.lr=1e-4"], 'other settings go into ARGS="optim.lr=..."'),
+        (["bench", "MODEL=llava-7b"], "`make bench` takes RUN=... or ARGS"),
+    ],
+)
+def test_what_make_would_pass_over_is_refused(arguments, words):
+    done = start(["make", "--dry-run", *arguments])
+    assert done.returncode == 2 and words in done.stderr and not done.stdout
+
+
+def test_variables_of_the_environment_are_taken_by_make():
+    assert start(["make", "--dry-run", "help", "VZIP_DATA=/tmp", "http_proxy="]).returncode == 0
+
+
 def test_make_help_lists_every_target():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.M))
