@@ -3,6 +3,7 @@
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
@@ -66,6 +67,7 @@ class _Engine:
     """What the evaluation needs of an engine, where nothing is trained: a model on one device."""
 
     rank, world_size, stage = 0, 1, 0
+    trainable = SimpleNamespace(num_parameters=0)
 
     def __init__(self, family: Family) -> None:
         self.family, self.device = family, family.model.device
