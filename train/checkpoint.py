@@ -67,6 +67,18 @@ def environment(cfg: DictConfig, *, world_size: int) -> dict[str, Any]:
     }
 
 
+def _differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
+    """The settings that differ, as "optim.lr=1e-05 there, 2e-05 now"."""
+    found = []
+    for key in dict.fromkeys([*before, *now]):
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += _differences(one, other, f"{path}{key}.")
+        elif one != other:
+            found.append(f"{path}{key}={one} there, {other} now")
+    return found
+
+
 class RunFolder:
     """The folder of one run. Rank 0 writes; all ranks call the same methods.
 
@@ -78,28 +90,38 @@ class RunFolder:
         self.cfg, self.main = cfg, rank == 0
         self.path = Path(cfg.runs) / run_name(cfg)
         self.state = self.path / "state"
-        if self.main and cfg.fresh and self.path.exists():
-            shutil.rmtree(self.path)
-        deepspeed.comm.barrier()
         self._refuse_other_run()
 
     def _refuse_other_run(self) -> None:
         config = self.path / "config.yaml"
-        if config.is_file() and identity(OmegaConf.load(config)) != identity(self.cfg):
+        if not config.is_file():
+            if self.cfg.fresh and self.path.is_dir() and any(self.path.iterdir()):  # it would be deleted
+                raise UserError(f"fresh=true: {self.path} is there and holds no run; choose another name=...")
+            return
+        if not self.cfg.fresh and (changed := _differences(identity(OmegaConf.load(config)), identity(self.cfg))):
             raise UserError(
-                f"{self.path} holds a run with other settings; choose another name=..., or start over with fresh=true"
+                f"{self.path} holds a run with other settings ({', '.join(changed)}); choose another name=..., or start over "
+                f"with fresh=true"
             )
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """result.json of a finished run."""
+        """result.json of a finished run; None if it will be started over."""
         path = self.path / "result.json"
-        return from_main(json.loads(path.read_text()) if path.is_file() else None)
+        return from_main(json.loads(path.read_text()) if path.is_file() and not self.cfg.fresh else None)
 
     def begin(self, manifest: dict[str, Any], *, num_trainable: int, world_size: int) -> None:
-        """Write what the run is, before it trains. Raises UserError if the disk has no room for its states."""
-        if not self.main:
-            return
+        """Write what the run is, before it trains; with `fresh` what was there is deleted only now, where all else is right.
+
+        Raises UserError if the disk has no room for its states, or the rows are others than before.
+        """
+        if self.main:
+            self._begin(manifest, num_trainable=num_trainable, world_size=world_size)
+        deepspeed.comm.barrier()
+
+    def _begin(self, manifest: dict[str, Any], *, num_trainable: int, world_size: int) -> None:
+        if self.cfg.fresh and self.path.exists():
+            shutil.rmtree(self.path)
         recorded = self.path / "manifest.json"
         if recorded.is_file() and (before := json.loads(recorded.read_text())["hash"]) != manifest["hash"]:
             raise UserError(

@@ -78,7 +78,7 @@ class Evaluator:
         self.questions: list[Question] = []
         self.samples: list[dict[str, Any]] = []
         if asks_questions(cfg):
-            folder, limit = Path(cfg.data.image_folder), cfg.evaluate.questions
+            folder, limit = Path(cfg.data.image_folder).expanduser(), cfg.evaluate.questions
             self.questions = questions_of(held_out_rows(cfg), template, processor.tokenizer, folder, limit=limit)
         else:
             say("no evaluation: data.held_out is not set, or evaluate.questions is 0")
@@ -219,6 +219,7 @@ def gap_closed(rows: Sequence[dict[str, Any]], kind: str, *, suffix: str = "") -
 def print_results(rows: Sequence[dict[str, Any]], *, title: str) -> None:
     """The table: score by kind of question, and in brackets the per cent of `full`."""
     if not rows:
+        print(f"{title}: tuned; no question was asked, `make eval RUN={title}` asks lmms-eval's")
         return
     full = next((row["metrics"] for row in rows if row["name"] == "full"), {})
     kinds = list(rows[0]["metrics"])

@@ -85,6 +85,9 @@ class Tracker:
         if self.main and cfg.track.wandb:
             self.wandb = _begin(folder, cfg)
 
+    def __str__(self) -> str:
+        return f"wandb {self.wandb.url or 'offline'}" if self.wandb else "no wandb"
+
     def forget_from(self, step: int) -> None:
         """Drop the metrics of steps that will be run again."""
         if self.main and self.path.is_file():

@@ -23,6 +23,7 @@ from train.control import control_row
 from train.engine import Engine
 from train.evaluate import Evaluator, print_results
 from train.examples import training_collators, training_examples, training_subset
+from train.hardware import device_name
 from train.layouts import lay_out
 from train.loop import fit
 from train.models import load_model, quantise
@@ -62,6 +63,7 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
 
     engine = Engine(loss, trainable, cfg)
     tracker = Tracker(run.path, cfg, rank=rank)
+    say(f"{run.path}: {world_size} rank(s) on {device_name(engine.device)}, {tracker}")
     evaluator = Evaluator(cfg, engine, run, processor, template)
     rows = evaluator.baselines(reducers)
     fit(engine, batches, cfg, run, tracker)

@@ -170,6 +170,23 @@ def test_a_disk_without_room_is_refused_before_training(cfg, tmp_path, monkeypat
         run.begin({}, num_trainable=1000, world_size=1)
 
 
+def test_starting_over_deletes_a_run_where_it_begins_and_nothing_else(cfg, tmp_path):
+    here = OmegaConf.merge(cfg, {"runs": str(tmp_path), "name": "mine"})
+    over = OmegaConf.merge(here, {"fresh": True})
+    RunFolder(here, rank=0).begin({"hash": "a"}, num_trainable=1, world_size=1)
+    (tmp_path / "mine" / "result.json").write_text("{}")
+    run = RunFolder(over, rank=0)
+    assert run.result is None and (tmp_path / "mine" / "result.json").is_file()
+    run.begin({"hash": "b"}, num_trainable=1, world_size=1)
+    assert not (tmp_path / "mine" / "result.json").exists()
+    assert json.loads((tmp_path / "mine" / "manifest.json").read_text()) == {"hash": "b"}
+
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("It was")
+    with pytest.raises(vzip.UserError, match=r"fresh=true: .*thesis is there and holds no run"):
+        RunFolder(OmegaConf.merge(over, {"name": "thesis"}), rank=0)
+
+
 def test_a_run_does_not_go_on_with_other_rows(cfg, tmp_path):
     here = OmegaConf.merge(cfg, {"runs": str(tmp_path), "name": "mine"})
     RunFolder(here, rank=0).begin({"hash": "a" * 64}, num_trainable=1, world_size=1)
