@@ -1,4 +1,4 @@
-"""From the model's settings to a model with its starting projector in at least float32, and its processor."""
+"""From the model's settings to a model with its starting projector in float32, and its processor."""
 
 import importlib.util
 import logging
@@ -52,7 +52,7 @@ def load_model(cfg: DictConfig) -> tuple[Family, Any]:
     else:
         model = _found(cls.load_model, cfg, dtype=dtype)
     family = cls(model)
-    family.projector.to(torch.promote_types(dtype, torch.float32))
+    family.projector.float()
     if cfg.model.projector and cfg.weights == "pretrained":
         load_weights(family, cfg.model.projector)
     return family, processor
@@ -88,5 +88,5 @@ def count_model(cfg: DictConfig) -> Family:
         architecture = OmegaConf.to_container(cfg.model.architecture, resolve=True)
         dtype = getattr(torch, cfg.model.dtype)
         family: Family = cls(cls.from_architecture(architecture, dtype=dtype))
-        family.projector.to(torch.promote_types(dtype, torch.float32))
+        family.projector.float()
     return family
