@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from scripts.held_out import settings_of
 from train.config import identity
@@ -18,7 +18,10 @@ from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
 
 VARIED = ("seed", "reducer", "evaluate", "control")
-"""Settings in which runs of one figure may differ."""
+"""Settings in which runs of one figure differ."""
+UNFELT = ("engine", "compile", "memory_gb", "save_every", "deepspeed")
+UNFELT_PARTS = ("batch.tokens", "batch.recompute", "batch.micro", "data.cache")
+"""Settings that change no gradient, in which they may differ."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,15 @@ class _Finished:
     scores: list[Score]
 
 
+def _recipe(cfg: DictConfig) -> dict[str, Any]:
+    found = {name: value for name, value in identity(cfg).items() if name not in VARIED + UNFELT}
+    groups = {name: value for name, value in found.items() if isinstance(value, dict)}
+    return found | {
+        name: {part: value for part, value in group.items() if f"{name}.{part}" not in UNFELT_PARTS}
+        for name, group in groups.items()
+    }
+
+
 def _finished(run: Path) -> _Finished:
     """Raises UserError for what is no finished run, or can't be read."""
     try:
@@ -75,7 +87,7 @@ def _finished(run: Path) -> _Finished:
         questions = (OmegaConf.select(cfg, name) for name in ("data.held_out", "evaluate.questions"))
         return _Finished(
             measured_on=(meta["base"]["fingerprint"], meta["base"].get("projector"), *questions),
-            recipe={name: value for name, value in identity(cfg).items() if name not in VARIED},
+            recipe=_recipe(cfg),
             scores=_scores(run, meta, result),
         )
     except UserError:

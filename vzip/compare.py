@@ -32,7 +32,7 @@ ROWS = ("full", "free", "tuned")
 """All tokens and the projector of the base model; reduced, with the same projector; reduced, with the tuned projector."""
 
 
-_ELSEWHERE = "Pass base=... with its folder or hub id"
+_ELSEWHERE = "Pass base=... (for a command --base) with its folder or hub id"
 
 
 def _load_base(cls: type[Family], source: str, *, dtype: torch.dtype, way_out: str = _ELSEWHERE) -> tuple[Family, Any]:

@@ -89,8 +89,9 @@ def locate(source: str | Path) -> Path | None:
     """
     folder = Path(source)
     is_path = folder.is_absolute() or str(source).startswith(".") or any(folder.parent.glob("*/config.yaml"))
-    if is_path and not folder.exists():
-        raise UserError(f"{source} does not exist; give a run folder, e.g. runs/my-run, or the folder or hub id of a model")
+    if (is_path or len(folder.parts) == 1) and not folder.exists():
+        name = folder.name or "my-run"
+        raise UserError(f"{source} does not exist; give a run folder, e.g. runs/{name}, or the folder or hub id of a model")
     if folder.is_dir() and not (folder / CONFIG).is_file():
         return folder
     try:

@@ -333,7 +333,7 @@ def test_only_a_path_is_refused_without_asking_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "me").mkdir()
     assert locate("me/model") is None  # which may be on the hub
-    for path in ("./me/model", str(tmp_path / "gone" / "run")):
+    for path in ("my-run", "./me/model", str(tmp_path / "gone" / "run")):
         refused(locate, path, words=[path, "does not exist"])
     (tmp_path / "me" / "run").mkdir()
     (tmp_path / "me" / "run" / "config.yaml").write_text("name: run\n")
