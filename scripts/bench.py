@@ -35,9 +35,10 @@ from rich.table import Table
 from torch import Tensor
 
 from data.collate import PackedBatch
+from data.paths import write_json
 from scripts.bench_rows import Shape, make_family, make_steps, necessary_flops, necessary_tokens, shape_of
 from scripts.bench_ways import Way, fitting_tokens, kept_widths, make_fast, make_reference
-from scripts.measure import alternating, best_device, count, peak_flops, peak_memory, synchronise, where, write_json
+from scripts.measure import alternating, best_device, count, peak_flops, peak_memory, synchronise, where, writable
 from train.losses import ReferenceLoss
 from vzip import UserError
 from vzip.cost import weight_memory
@@ -253,7 +254,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro", type=count, help="rows of a micro batch of the reference; by default 16, with tiny 8")
     parser.add_argument("--tokens", type=count, help="of a micro batch of the fast path; by default at most 16,384, as fit")
     parser.add_argument("--rounds", type=count, default=5, help="of which the median is shown")
-    parser.add_argument("--json", type=Path, help="file to write all figures to")
+    parser.add_argument("--json", type=writable, help="file to write all figures to")
     arguments = parser.parse_args(given)
     if best_device().type != "cuda" and (large := [name for name in arguments.shape if name != "tiny"]):
         parser.error(f"--shape {large[0]} needs a GPU, and there is none; `--shape tiny` is for a CPU")

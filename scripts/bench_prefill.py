@@ -26,7 +26,8 @@ from rich.table import Table
 from torch import Tensor
 
 import vzip
-from scripts.measure import ROOT, alternating, best_device, count, where, write_json
+from data.paths import write_json
+from scripts.measure import ROOT, alternating, best_device, count, where, writable
 from vzip.cost import attention_flops, linear_flops, row_cost
 from vzip.families import Family
 from vzip.media import model_inputs, pixels_of
@@ -224,7 +225,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=count, default=[1, 8])
     parser.add_argument("--rounds", type=count, default=5, help="of which the median is shown")
     parser.add_argument("--new-tokens", type=count, default=8, help="generated tokens that are timed")
-    parser.add_argument("--json", type=Path, help="file to write all figures to")
+    parser.add_argument("--json", type=writable, help="file to write all figures to")
     arguments = parser.parse_args()
     if arguments.shape != "tiny" and not torch.cuda.is_available():
         parser.error(f"--shape {arguments.shape} needs a GPU, and there is none; `--shape tiny` is for a CPU")

@@ -22,7 +22,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from scripts.measure import alternating, best_device, count, peak_memory, where, write_json
+from data.paths import write_json
+from scripts.measure import alternating, best_device, count, peak_memory, where, writable
 from scripts.released import LAYER, eager_copy, released_tokens
 from vzip.reducers.base import Reduction
 from vzip.reducers.visionzip import VisionZip
@@ -34,7 +35,7 @@ REDUCER = VisionZip(dominant=54, contextual=10)
 
 
 def make_tower(architecture: dict[str, int], *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A CLIP tower with random weights; the 54 most salient of ViT-L's 576 patches have 59 % of the attention of CLS."""
+    """A CLIP tower with random weights; the 54 most salient of ViT-L's 576 patches have 59 % of what CLS gives to patches."""
     torch.manual_seed(0)
     with torch.device(device):
         tower: nn.Module = CLIPVisionModel._from_config(CLIPVisionConfig(**architecture), dtype=dtype)
@@ -131,7 +132,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--batch", nargs="+", type=count, default=[1, 16] if device.type == "cuda" else [1, 2], help="pictures")
     parser.add_argument("--rounds", type=count, default=5, help="of which the median is shown")
-    parser.add_argument("--json", type=Path, help="file to write all figures to")
+    parser.add_argument("--json", type=writable, help="file to write all figures to")
     arguments = parser.parse_args()
     machine, rows = where(device), []
     print(", ".join(f"{name} {value}" for name, value in machine.items()))

@@ -19,19 +19,10 @@ from wandb.errors import Error
 
 from data.paths import write_json
 from scripts.measure import output
+from scripts.report import CURVES, SPEED
 from train.config import teach
 from vzip import UserError
 
-CURVES = {
-    "train/loss": "Loss, mean over label tokens",
-    "train/lr": "Learning rate",
-    "train/grad_norm": "Norm of the projector's gradient, before clipping",
-}
-SPEED = {
-    "train/tokens_per_s": "Tokens a second",
-    "train/step_s": "Seconds a step",
-    "train/memory_gb": "Peak memory, GB",
-}
 ROWS = ("full", "free", "tuned", "random")
 BUDGETS = (4, 8, 16, 64, 128, 160, 192, 320, 640)
 """Of runs for several budgets, each a row of its own: those of `+exp=elastic`, and the paper's."""

@@ -4,7 +4,6 @@ import argparse
 import ctypes
 import datetime
 import gc
-import json
 import os
 import platform
 import re
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 
-from data.paths import written_whole
 from train.hardware import device_name
 from vzip import UserError
 
@@ -140,11 +138,14 @@ def output(option: str, target: Path) -> Iterator[None]:
         raise UserError(f"{option}={target} can't be written: {error}; free some space, or give another path") from error
 
 
-def write_json(path: Path, figures: Mapping[str, Any]) -> None:
-    """Write figures to a file, whole or not at all; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as scratch:
-        scratch.write_text(json.dumps(figures, indent=2) + "\n")
+def writable(text: str) -> Path:
+    """A command's file to write, whose folder is made. Raises ArgumentTypeError where it can't be."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} can't be written: {error}") from error
+    return path
 
 
 def count(text: str) -> int:

@@ -24,10 +24,20 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from data.paths import written_whole
-from scripts.dashboard import CURVES, SPEED
 from scripts.measure import ROOT, output
 from train.config import teach
 from vzip import UserError
+
+CURVES = {
+    "train/loss": "Loss, mean over label tokens",
+    "train/lr": "Learning rate",
+    "train/grad_norm": "Norm of the projector's gradient, before clipping",
+}
+SPEED = {
+    "train/tokens_per_s": "Tokens a second",
+    "train/step_s": "Seconds a step",
+    "train/memory_gb": "Peak memory, GB",
+}
 
 BEGIN, END = "<!-- runs: written by `make report` -->", "<!-- end of runs -->"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")  # Okabe and Ito's

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 
 import vzip
-from scripts.dashboard import CURVES, SPEED
+from scripts.report import CURVES, SPEED
 from tests import tiny
 from tests.conftest import ROOT
 from tests.integration.commands import assert_same_run, command, environment, metrics, start, tune
@@ -74,6 +74,15 @@ def test_zero_stages_agree_also_where_a_rank_has_no_image(settings, runs, plain,
     # Micro batches of one row: the two text-only rows leave a rank without an image. Packed, an odd part is of nothing.
     tune([*settings, f"name={zero}", f"deepspeed={zero}", *cut.split()], ranks=2)
     assert_same_run(runs / zero, plain)
+
+
+def test_zero_stages_agree_in_the_precision_of_real_models(settings, runs):
+    """bf16's own mode of DeepSpeed would keep master weights in some stages and not in others."""
+    found = {}
+    for zero in ("zero0", "zero2"):
+        tune([*settings, f"name=bf16-{zero}", f"deepspeed={zero}", "model.dtype=bfloat16", "evaluate.questions=0"], ranks=2)
+        found[zero] = [loss for _, loss, _ in metrics(runs / f"bf16-{zero}")]
+    assert found["zero2"] == pytest.approx(found["zero0"], rel=2e-3) and len(set(found["zero0"])) == 3
 
 
 def test_killed_run_resumes_to_the_same_bits(settings, runs):

@@ -3,6 +3,7 @@
 import gc
 import json
 import sys
+from argparse import ArgumentTypeError
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scripts import bench_prefill, bench_tower
 from scripts.bench_prefill import FRACTIONS, SHAPES, Prefill, build, made_up_inputs
-from scripts.measure import alternating, peak_flops, peak_memory, sheet_peak, where, write_json
+from scripts.measure import alternating, peak_flops, peak_memory, sheet_peak, where, writable
 from scripts.released import eager_copy, released_tokens
 from tests import tiny
 from vzip.cost import attention_flops, linear_flops
@@ -92,10 +93,16 @@ def test_another_devices_peak_is_measured_and_says_so():
     assert peak > 1e8 and "product" in source and "float32" in source
 
 
-def test_figures_are_written_with_what_they_hold_for(tmp_path):
-    write_json(tmp_path / "new" / "figures.json", {"where": where(CPU)})
-    read = json.loads((tmp_path / "new" / "figures.json").read_text())["where"]
-    assert read["device"] and read["cores"] >= 1 and read["commit"] and read["torch"] == torch.__version__
+def test_figures_say_what_they_hold_for():
+    machine = where(CPU)
+    assert machine["device"] and machine["cores"] >= 1 and machine["commit"] and machine["torch"] == torch.__version__
+
+
+def test_a_place_that_can_not_be_written_is_refused_before_anything_is_measured(tmp_path):
+    path = str(tmp_path / "new" / "figures.json")
+    assert str(writable(path)) == path and (tmp_path / "new").is_dir()
+    with pytest.raises(ArgumentTypeError, match="can't be written"):
+        writable("/proc/nowhere/figures.json")
 
 
 def relative_error(one, other):

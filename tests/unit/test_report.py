@@ -7,8 +7,8 @@ import pytest
 import yaml
 from matplotlib import pyplot
 
-from scripts.dashboard import CURVES, SPEED, make_report, make_workspace, specification
-from scripts.report import BEGIN, END, block, draw_curves, main, read_runs, update
+from scripts.dashboard import make_report, make_workspace, specification
+from scripts.report import BEGIN, CURVES, END, SPEED, block, draw_curves, main, read_runs, update
 from vzip import UserError
 
 METRICS = [*CURVES, *SPEED]
