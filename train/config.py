@@ -26,6 +26,7 @@ from data.dataset import BatchPlan
 from data.paths import data_dir
 from data.prepare import Selection
 from train.budgets import budgets_of
+from train.hardware import native_dtype
 from vzip import UserError
 from vzip.reducers import Reducer
 
@@ -200,10 +201,11 @@ def teach(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def register() -> None:
-    """Make the schema and the resolver `${data_dir:}` known to Hydra."""
+    """Make the schema and the resolvers `${data_dir:}`, `${root:}` and `${native_dtype:}` known to Hydra."""
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("data_dir", lambda: str(data_dir()), replace=True)
     OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
+    OmegaConf.register_new_resolver("native_dtype", native_dtype, replace=True)
 
 
 def batch_plan(cfg: DictConfig, *, num_rows: int, world_size: int) -> BatchPlan:

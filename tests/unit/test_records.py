@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 
 from tests.conftest import ROOT
-from train import config
+from train import config, hardware
 from train.checkpoint import RunFolder, environment
 from train.hardware import device_name
 
@@ -57,3 +57,22 @@ def test_a_processor_has_a_name(monkeypatch):
     assert device_name(torch.device("cpu")) == "A Processor"
     monkeypatch.setattr(Path, "is_file", lambda path: False)
     assert device_name(torch.device("cpu")) == platform.processor()
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ("avx512f avx512_bf16", "bfloat16"),
+        ("fp asimd bf16 i8mm", "bfloat16"),
+        ("avx512f avx512_vnni", "float32"),
+        ("", "float32"),
+    ],
+)
+def test_a_processor_without_bf16_computes_in_float32(tmp_path, monkeypatch, flags, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
+    assert hardware.native_dtype() == "float32"
+    (tmp_path / "cpuinfo").write_text(f"model name\t: A Processor\nflags\t\t: fpu {flags}\n")
+    assert hardware.native_dtype() == dtype
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert hardware.native_dtype() == "bfloat16"
