@@ -59,7 +59,7 @@ def refuse_uncompiled(device: torch.device, dtype: torch.dtype) -> None:
     try:
         _compiled(swiglu_forward)(gate, up)
     except Exception as error:  # of many kinds: no compiler, no Triton, a GPU that is too old for it
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"torch.compile can make no kernels here ({reason}); set compile=false, or install a C++ compiler (and for a GPU "
             f"Triton)"
