@@ -66,10 +66,10 @@ def step_difference(fast: Way, reference: Way, dtype: str, tolerance: float) -> 
     """Of both ways' gradients of a whole step. In bf16 both have the fast path's tower: rounding draws the least salient kept
     patch there, and a gradient of random weights hangs on which it is.
     """
-    loss = reference.loss
+    plain = reference
     if dtype != "float32":
-        loss = ReferenceLoss(fast.loss.family, loss.reducer, learns_text=False)
-    plain = Way(loss, reference.steps, reference.device)
+        loss = ReferenceLoss(fast.loss.family, reference.loss.reducer, learns_text=False)
+        plain = Way(loss, reference.steps, reference.device)
     return compare(fast.gradient(fast.batches[0]), plain.gradient(reference.batches[0]), dtype, tolerance)
 
 

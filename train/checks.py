@@ -3,7 +3,6 @@
 import difflib
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import fields
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from train.budgets import check_budgets
 from train.config import ROOT, Batch, Config, Evaluate, Optim
 from vzip import UserError
+from vzip.errors import one_of, refuse_no_count
 
 POSITIVE = (
     "batch.size",
@@ -37,11 +37,6 @@ CHOICES = {
 }
 
 
-def _refuse_other(name: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name}={value} must be one of: {', '.join(map(str, allowed))}")
-
-
 def _refuse_unknown(cfg: DictConfig) -> None:
     """Hydra adds whatever stands behind a plus, as its own advice about a mistyped setting has it."""
     known = {f"{group}.": [field.name for field in fields(of)] for group, of in GROUPS.items()}
@@ -59,10 +54,6 @@ def _check_name(cfg: DictConfig) -> None:
         raise UserError(
             f"name={cfg.name} must be the name of a folder below runs={cfg.runs}: letters, digits, '-', '_' and '.'"
         )
-
-
-def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _check_optim(cfg: DictConfig) -> None:
@@ -88,9 +79,8 @@ def _check_tune(cfg: DictConfig) -> None:
         return
     if not OmegaConf.is_dict(lora):
         raise UserError(f"tune.lora={lora} must be null or a mapping; use tune=projector_lora or tune=language_lora")
-    _refuse_other("tune.lora.target", lora.target, ("projector", "language_model"))
-    if not _is_whole(lora.r, 1):
-        raise UserError(f"tune.lora.r={lora.r} must be a whole number, at least 1")
+    one_of("tune.lora.target", lora.target, ("projector", "language_model"))
+    refuse_no_count("tune.lora.r", lora.r, 1)
 
 
 def _check_inexact(cfg: DictConfig) -> None:
@@ -109,8 +99,7 @@ def _check_numbers(cfg: DictConfig) -> None:
         if not 0 <= (value := OmegaConf.select(cfg, name)) < math.inf:
             raise UserError(f"{name}={value} must be at least 0")
     for name, least in WHOLE.items():
-        if not _is_whole(value := OmegaConf.select(cfg, name), least):
-            raise UserError(f"{name}={value} must be a whole number, at least {least}")
+        refuse_no_count(name, OmegaConf.select(cfg, name), least)
 
 
 def check(cfg: DictConfig) -> None:
@@ -121,6 +110,6 @@ def check(cfg: DictConfig) -> None:
         if not isinstance(value := OmegaConf.select(cfg, name), bool):
             raise UserError(f"{name}={value} must be true or false")
     for name, allowed in CHOICES.items():
-        _refuse_other(name, OmegaConf.select(cfg, name), allowed)
+        one_of(name, OmegaConf.select(cfg, name), allowed)
     for part in (_check_name, _check_optim, _check_data, _check_tune, _check_inexact, check_budgets):
         part(cfg)

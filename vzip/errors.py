@@ -1,4 +1,7 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, and the plainest reasons for it."""
+
+from collections.abc import Sequence
+from typing import Any
 
 
 class UserError(ValueError):
@@ -6,3 +9,15 @@ class UserError(ValueError):
 
     Commands print it without a traceback and exit with code 2; the library raises it before any work is spent.
     """
+
+
+def one_of(setting: str, value: object, allowed: Sequence[object]) -> None:
+    """Raises UserError, naming the setting, for a value that does not exist."""
+    if value not in allowed:
+        raise UserError(f"{setting}={value!r} does not exist; choose one of: {', '.join(map(str, allowed))}")
+
+
+def refuse_no_count(setting: str, value: Any, least: int) -> None:
+    """Raises UserError for anything but a whole number, at least `least`."""
+    if type(value) is not int or value < least:
+        raise UserError(f"{setting}={value} must be a whole number, at least {least}")

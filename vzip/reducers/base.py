@@ -4,28 +4,15 @@ Legend of shapes: B images (or tiles), N vision tokens (CLS first, where there i
 T tokens that leave the reducer.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from vzip.errors import UserError
+from vzip.errors import UserError, refuse_no_count
 
 ANYRES = ("released", "spatial")
 """Orders of the tokens of several tiles that a reducer can choose."""
-
-
-def one_of(setting: str, value: object, allowed: Sequence[object]) -> None:
-    """Raises UserError, naming the setting, for a value that does not exist."""
-    if value not in allowed:
-        raise UserError(f"{setting}={value!r} does not exist; choose one of: {', '.join(map(str, allowed))}")
-
-
-def refuse_no_count(setting: str, value: Any, least: int) -> None:
-    """Raises UserError for anything but a whole number, at least `least`."""
-    if type(value) is not int or value < least:
-        raise UserError(f"{setting}={value} must be a whole number, at least {least}")
 
 
 def budget_of_a_tile(budget: int, tiles: int) -> int:

@@ -4,8 +4,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from vzip.errors import UserError
-from vzip.reducers.base import ANYRES, Reduction, VisionTokens, budget_of_a_tile, one_of
+from vzip.errors import UserError, one_of
+from vzip.reducers.base import ANYRES, Reduction, VisionTokens, budget_of_a_tile
 from vzip.reducers.visionzip import take
 
 

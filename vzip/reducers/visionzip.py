@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vzip.errors import UserError
-from vzip.reducers.base import ANYRES, Reduction, VisionTokens, budget_of_a_tile, one_of, refuse_no_count
+from vzip.errors import UserError, one_of, refuse_no_count
+from vzip.reducers.base import ANYRES, Reduction, VisionTokens, budget_of_a_tile
 
 MERGES = ("sum", "average")
 
