@@ -24,7 +24,7 @@ $(if $(OTHERS),$(error MODEL and BUDGET are for data, data-check, cache and tune
 .PHONY: bench bench-tower bench-prefill bench-loader test check format clean
 
 # The embedded default is only prepared where it, or a tiny model with its pictures, is what is meant.
-PREPARE := $(if $(filter-out smol %-tiny,$(MODEL)),,$(BIN)/python scripts/prepare_smol.py)
+PREPARE := $(if $(filter-out smol %-tiny,$(MODEL)),,$(BIN)/python -m scripts.prepare.smol)
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -38,55 +38,55 @@ setup: .venv/.done ## make .venv and install the pinned dependencies, once
 
 data: setup ## fetch MODEL's data: the subset and its pictures, resumable; without MODEL the embedded default itself
 	$(PREPARE)
-	$(BIN)/python scripts/fetch_data.py $(TUNE)
+	$(BIN)/python -m scripts.prepare.fetch $(TUNE)
 
 data-check: setup ## check MODEL's subset before a GPU is taken: pictures, labels, lengths; a table and a picture
 	$(PREPARE)
-	$(BIN)/python scripts/check_data.py $(TUNE)
+	$(BIN)/python -m scripts.prepare.check $(TUNE)
 
 cache: setup ## compute the reducer's output for MODEL's subset once, to tune from with data.cache=true
 	$(PREPARE)
-	$(BIN)/python scripts/cache_features.py $(TUNE)
+	$(BIN)/python -m scripts.prepare.cache $(TUNE)
 
 tune: setup ## tune: MODEL=llava-7b BUDGET=64 ARGS="optim.lr=2e-5"
 	$(PREPARE)
 	$(BIN)/deepspeed --log_level warning --master_port $(PORT) train/tune.py $(TUNE)
 
 eval: setup ## lmms-eval: full, free and tuned; RUN=runs/NAME (by default the newest), or a model with ARGS="--budget 64"
-	$(BIN)/python scripts/eval.py $(THE_RUN) $(ARGS)
+	$(BIN)/python -m scripts.evaluate.main $(THE_RUN) $(ARGS)
 
 export: setup ## write RUN as TO=hf (a model for transformers), llava (mm_projector.bin) or peft (an adapter)
-	$(BIN)/python scripts/export.py $(THE_RUN) $(TO) $(ARGS)
+	$(BIN)/python -m scripts.export.main $(THE_RUN) $(TO) $(ARGS)
 
 demo: setup ## a page to chat with RUN: kept tokens, and the answers of full, free and tuned side by side
-	$(BIN)/python scripts/demo.py $(THE_RUN) $(ARGS)
+	$(BIN)/python -m scripts.demo.main $(THE_RUN) $(ARGS)
 
 figures: setup ## the paper's analyses of RUN, as pictures with the numbers beside them
-	$(BIN)/python scripts/figures.py $(THE_RUN) $(ARGS)
+	$(BIN)/python -m scripts.figures.main $(THE_RUN) $(ARGS)
 
 efficiency: setup ## what RUN saves: prefill, time to first token, KV cache, memory; ARGS="--against OTHER"
-	$(BIN)/python scripts/efficiency.py $(THE_RUN) $(ARGS)
+	$(BIN)/python -m scripts.efficiency $(THE_RUN) $(ARGS)
 
 report: setup ## compare all runs without wandb: their curves, and their part of RESULTS.md
-	$(BIN)/python scripts/report.py $(ARGS)
+	$(BIN)/python -m scripts.report $(ARGS)
 
 dashboard: setup ## make the team's wandb workspace and report; ARGS="--entity TEAM", or ARGS=--dry-run
-	$(BIN)/python scripts/dashboard.py $(ARGS)
+	$(BIN)/python -m scripts.dashboard $(ARGS)
 
 bench: setup ## the fast path against the reference: steps/s, FLOPs, memory; ARGS="--shape llava-7b" on a GPU
-	$(BIN)/python scripts/bench.py $(ARGS)
+	$(BIN)/python -m scripts.bench.step $(ARGS)
 
 bench-tower: setup ## vision tower and reducer at CLIP-L/336 shape, against the released code's way
-	$(BIN)/python scripts/bench_tower.py $(ARGS)
+	$(BIN)/python -m scripts.bench.tower $(ARGS)
 
 bench-prefill: setup ## prefill and time a token against the number of visual tokens; 13B reduced against 7B full
-	$(BIN)/python scripts/bench_prefill.py $(ARGS)
+	$(BIN)/python -m scripts.bench.prefill $(ARGS)
 
 bench-loader: setup ## pictures a second that a loader's worker makes ready, and the time until the first batch
-	$(BIN)/python scripts/bench_loader.py $(ARGS)
+	$(BIN)/python -m scripts.bench.loader $(ARGS)
 
 test: setup ## all tests, in two processes of one thread each
-	$(BIN)/python scripts/prepare_smol.py
+	$(BIN)/python -m scripts.prepare.smol
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup ## format, lint, types and the fast tests

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vzip.templates import IMAGE, VIDEO
+from vzip.templates.encode import IMAGE, VIDEO
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,13 @@
 """Build the team's wandb workspace, and a report that compares its runs.
 
-python scripts/dashboard.py --entity MYTEAM              make both, in the project that runs are tracked in
-python scripts/dashboard.py --dry-run                    write what would be made to dashboard.json, without a network
+python -m scripts.dashboard --entity MYTEAM              make both, in the project that runs are tracked in
+python -m scripts.dashboard --dry-run                    write what would be made to dashboard.json, without a network
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
-
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, from wherever this file is started
 
 import wandb
 import wandb_workspaces.reports.v2 as wr
@@ -18,7 +15,7 @@ import wandb_workspaces.workspaces as ws
 from wandb.errors import Error
 
 from data.paths import write_json
-from scripts.measure import output
+from scripts.common.timing import output
 from scripts.report import CURVES, SPEED
 from train.config import teach
 from vzip import UserError

@@ -7,8 +7,8 @@ pixels, the tower), "paper" the one that the paper's formula of a language model
 held-out ones, with one picture each; a model, or a run without them, is asked about noise. LoRA, if there is, takes part in
 every prefill.
 
-python scripts/efficiency.py runs/my-run --batch 1 --questions 50
-python scripts/efficiency.py runs/llava-13b --against llava-hf/llava-1.5-7b-hf    # the large model reduced, the small one full
+python -m scripts.efficiency runs/my-run --batch 1 --questions 50
+python -m scripts.efficiency runs/llava-13b --against llava-hf/llava-1.5-7b-hf    # the large model reduced, the small one full
 """
 
 import argparse
@@ -19,24 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, from wherever this file is started
-
 import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from data.fetch.pictures import open_picture
 from data.paths import write_json
-from data.pictures import open_picture
-from scripts.bench_prefill import Prefill, Settings, measure
-from scripts.held_out import with_pictures
-from scripts.measure import alternating, best_device, count, output, peak_memory, where
+from scripts.bench.prefill import Prefill, Settings, measure
+from scripts.common.held_out import with_pictures
+from scripts.common.timing import alternating, best_device, count, output, peak_memory, where
 from train import config
 from vzip import Comparison
 from vzip.cost import weight_memory
 from vzip.families import Family
-from vzip.templates import IMAGE
+from vzip.templates.encode import IMAGE
 
 MEBIBYTE = 2**20
 
@@ -134,7 +132,7 @@ def paper_flops(config: Any, num_tokens: int) -> int:
 def measure_rows(
     rows: Mapping[str, Row], questions: Sequence[Question], *, batch: int, settings: Settings
 ) -> dict[str, dict[str, Any]]:
-    """The figures of each row: those of `scripts.bench_prefill.measure`, peak memory, and seconds for all questions."""
+    """The figures of each row: those of `scripts.bench.prefill.measure`, peak memory, and seconds for all questions."""
     cases = {name: row.prefill(questions[0], batch=batch) for name, row in rows.items()}
     found = measure(cases, settings)
     asking = {

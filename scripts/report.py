@@ -3,19 +3,16 @@
 Of a finished run RESULTS.md gets a block: what was run, when, on what, and its rows. A block of a run that is no longer in the
 folder stays as it is; everything outside the marked part of RESULTS.md is left alone.
 
-python scripts/report.py --runs runs --results RESULTS.md
+python -m scripts.report --runs runs --results RESULTS.md
 """
 
 import argparse
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, from wherever this file is started
 
 import matplotlib
 import yaml
@@ -24,7 +21,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from data.paths import written_whole
-from scripts.measure import ROOT, output
+from scripts.common.timing import ROOT, output
 from train.config import teach
 from vzip import UserError
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.paths import data_dir
-from tests import tiny
+from tests.helpers import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"

@@ -28,8 +28,8 @@ from train.engine import Engine
 from train.hardware import device_name
 from train.ranks import from_main
 from vzip import UserError
-from vzip.io import ADAPTER, save_checkpoint
-from vzip.templates import Template
+from vzip.runs.projector import ADAPTER, save_checkpoint
+from vzip.templates.encode import Template
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "hydra-core", "wandb", "safetensors")
 BYTES_PER_PARAMETER = 28

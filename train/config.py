@@ -22,9 +22,9 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from data.dataset import BatchPlan
+from data.batches.dataset import BatchPlan
+from data.examples.prepare import Selection
 from data.paths import data_dir
-from data.prepare import Selection
 from train.budgets import budgets_of
 from train.hardware import native_dtype
 from vzip import UserError

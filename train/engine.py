@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from data.collate import MicroBatch
+from data.batches.collate import MicroBatch
 from train.losses import FastLoss, ReferenceLoss
 from train.trainable import Trainable
 from vzip import UserError

@@ -13,10 +13,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from data.collate import Collator
+from data.batches.collate import Collator
 from data.conversations import Row
+from data.examples.tokens import Example, example_of, kinds_of
 from data.progress import progress
-from data.tokens import Example, example_of, kinds_of
 from train.checkpoint import RunFolder
 from train.config import asks_questions
 from train.engine import Engine, to_device
@@ -25,10 +25,10 @@ from train.losses import media_inputs
 from train.memory import fitting_questions
 from train.ranks import gather, say
 from vzip import attach
-from vzip.io import budget_of
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
-from vzip.templates import Template, encode
+from vzip.runs.projector import budget_of
+from vzip.templates.encode import Template, encode
 
 NUM_SAMPLES = 4
 """Answers and pictures that the tracker shows of each row."""

@@ -5,17 +5,17 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from data.collate import Collator
+from data.batches.collate import Collator
+from data.cache.features import cache_settings, open_cache, rows_of
 from data.conversations import Row
-from data.features import cache_settings, open_cache, rows_of
-from data.prepare import Subset, prepare
-from data.tokens import Examples
+from data.examples.prepare import Subset, prepare
+from data.examples.tokens import Examples
 from train.config import asks_questions, held_out, selection
 from train.ranks import gather, in_turn, say
 from vzip import UserError
 from vzip.families import Family
 from vzip.reducers import Reducer
-from vzip.templates import Template
+from vzip.templates.encode import Template
 
 
 def _report(subset: Subset) -> None:

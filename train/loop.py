@@ -7,7 +7,7 @@ from itertools import islice
 import torch
 from omegaconf import DictConfig
 
-from data.dataset import MicroBatches, explain_workers, loader
+from data.batches.dataset import MicroBatches, explain_workers, loader
 from data.progress import progress
 from train.checkpoint import RunFolder
 from train.engine import Engine

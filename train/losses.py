@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data.collate import MicroBatch, PackedBatch, PaddedBatch
+from data.batches.collate import MicroBatch, PackedBatch, PaddedBatch
 from vzip.families import Family
 from vzip.fast.language import PackedLanguage
 from vzip.fast.loss import cross_entropy
@@ -19,7 +19,7 @@ from vzip.fast.segments import Prefix, Segments
 from vzip.media import normalised
 from vzip.patch import replaced_forwards
 from vzip.reducers import Reducer
-from vzip.templates import IGNORED
+from vzip.templates.encode import IGNORED
 
 
 def media_inputs(batch: MicroBatch, kind: str, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from train.ranks import say
 from vzip import UserError
 from vzip.cost import frozen_linears
 from vzip.families import Family
-from vzip.io import load_weights
+from vzip.runs.projector import load_weights
 
 PREPARE = "run `make data` to prepare the embedded default and the tiny models"
 OUTLIERS = 6.0

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.pictures import open_picture
+from data.fetch.pictures import open_picture
 from train.ranks import is_main
 from vzip import Handle
 from vzip.overlay import kept_tokens, look

@@ -15,9 +15,9 @@ from train.trainable import make_trainable, print_table
 from vzip import UserError
 from vzip.cost import padded_memory, row_cost, weight_memory
 from vzip.families import Family
-from vzip.io import budget_of
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
+from vzip.runs.projector import budget_of
 
 H100_PEAK, MFU = 989e12, 0.4
 """bf16 FLOP/s of an H100 SXM, and the share of a device's peak that the estimate counts on."""

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data.paths import written_whole
-from vzip.io import META, WEIGHTS, read_meta
+from vzip.runs.projector import META, WEIGHTS, read_meta
 
 INIT_TIMEOUT, FINISH_TIMEOUT = 20, 300
 """Seconds that wandb may take to begin a run, and to send what is left at its end."""

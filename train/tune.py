@@ -17,6 +17,7 @@ import hydra
 from omegaconf import DictConfig
 
 from train import config
+from train.batches import lay_out
 from train.checkpoint import RunFolder
 from train.checks import check
 from train.control import control_row
@@ -24,7 +25,6 @@ from train.engine import Engine
 from train.evaluate import Evaluator, print_results
 from train.examples import training_collators, training_examples, training_subset
 from train.hardware import device_name
-from train.layouts import lay_out
 from train.loop import fit
 from train.models import load_model, quantise
 from train.overlay import draw_examples
@@ -33,7 +33,7 @@ from train.ranks import init_distributed, leave_distributed, say
 from train.track import Tracker
 from train.trainable import make_trainable, print_table
 from vzip import attach
-from vzip.io import describe, fingerprint
+from vzip.runs.projector import describe, fingerprint
 
 
 def tune(cfg: DictConfig) -> list[dict[str, Any]]:

@@ -103,7 +103,7 @@ def attach(
             models of other tiles, or of videos, tokens of one tile or frame.
         dominant: dominant tokens of a tile, CLS counted.
         contextual: merged tokens of a tile.
-        anyres: order of the tokens of several tiles, "released" or "spatial", see `vzip.anyres`.
+        anyres: order of the tokens of several tiles, "released" or "spatial", see `vzip.families.anyres`.
         reducer: any other reducer, e.g. `vzip.reducers.identity.Identity()`.
 
     Raises:

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
 
-from vzip.chat_template import end_ids
 from vzip.errors import UserError
 from vzip.families import family_of
+from vzip.templates.jinja import end_ids
 
 
 @dataclass(frozen=True)

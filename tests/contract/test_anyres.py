@@ -10,7 +10,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 import vzip
-from tests import tiny
+from tests.helpers import tiny
 from vzip import UserError
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random

@@ -22,7 +22,7 @@ from train.trainable import make_trainable
 from vzip.families import Family, families
 from vzip.reducers import names
 from vzip.reducers.identity import Identity
-from vzip.templates import Template
+from vzip.templates.encode import Template
 
 CONFIGS = ROOT / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))

@@ -7,16 +7,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.collate import Collator, Packer
-from data.dataset import BatchPlan, MicroBatches, PackedLayout, PaddedLayout, has_media
-from data.packing import shared_prefix
-from data.tokens import Example
-from tests import tiny
+from data.batches.collate import Collator, Packer
+from data.batches.dataset import BatchPlan, MicroBatches, PackedLayout, PaddedLayout, has_media
+from data.batches.packing import shared_prefix
+from data.examples.tokens import Example
+from tests.helpers import tiny
 from train.losses import FastLoss, ReferenceLoss
 from vzip.families import families, family_of
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
-from vzip.templates import IGNORED
+from vzip.templates.encode import IGNORED
 
 IMAGE, VIDEO = (tiny.SPECIAL.index(token) for token in ("<image>", "<video>"))
 SIZES = [(tiny.SIDE, tiny.SIDE), (40, 90), (150, 60)]

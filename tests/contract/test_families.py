@@ -13,7 +13,7 @@ from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vzip
-from tests import tiny
+from tests.helpers import tiny
 from vzip import UserError
 from vzip.families import Family
 from vzip.families.base import Family as Base
@@ -608,7 +608,7 @@ def test_every_family_on_disk_is_one(name, module):
         assert not [name for name in ("model_type", "model_class") if not overrides(cls, Base)[name]]
         assert all(hasattr(inner_class(cls), seam) for seam in cls(None).seams)
         assert vzip.families.families()[cls.model_type] is cls
-        assert cls.model_type in {kind for kind, *_ in tiny.KINDS.values()}, "tests/tiny.py has no model of this family"
+        assert cls.model_type in {kind for kind, *_ in tiny.KINDS.values()}, "tests/helpers/tiny.py has no model of this family"
 
 
 def test_no_two_families_take_the_same_model():

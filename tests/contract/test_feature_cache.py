@@ -6,20 +6,20 @@ import pytest
 import torch
 
 import vzip
-from data.collate import Collator, Packer
-from data.features import Cached, Layout, cache_settings
-from data.make_features import FeatureMaker, write_features
-from data.media import Processed
-from data.tokens import kinds_of
-from tests import tiny
-from tests.unit.rows import IMAGE_ROWS, NUM_FRAMES, examples_of, rows_of
+from data.batches.collate import Collator, Packer
+from data.batches.media import Processed
+from data.cache.features import Cached, Layout, cache_settings
+from data.cache.make_features import FeatureMaker, write_features
+from data.examples.tokens import kinds_of
+from tests.helpers import tiny
+from tests.helpers.rows import IMAGE_ROWS, NUM_FRAMES, examples_of, rows_of
 from train.losses import FastLoss, ReferenceLoss, media_inputs
 from vzip import UserError
 from vzip.families import family_of
-from vzip.io import fingerprint
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
+from vzip.runs.projector import fingerprint
 
 ENGINES = ("reference", "fast")
 REDUCERS = {

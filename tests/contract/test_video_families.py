@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import vzip
-from tests import tiny
+from tests.helpers import tiny
 from vzip import UserError
 from vzip.families import families
 from vzip.media import FrameProcessor, model_inputs

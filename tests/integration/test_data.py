@@ -9,10 +9,10 @@ import time
 import pytest
 
 from data.paths import data_dir
-from tests import mix
 from tests.conftest import ROOT
-from tests.integration.commands import assert_same_metrics, environment, metrics, start, tune
-from tests.server import Server, seeded
+from tests.helpers import mix
+from tests.helpers.commands import assert_same_metrics, environment, metrics, start, tune
+from tests.helpers.server import Server, seeded
 
 pytestmark = pytest.mark.integration
 
@@ -20,7 +20,7 @@ FAULTS = ("drop", "truncate", "short", "429", "503", "302", "404")
 
 
 def script(name, *overrides):
-    return [sys.executable, f"scripts/{name}.py", *overrides]
+    return [sys.executable, "-m", f"scripts.prepare.{name}", *overrides]
 
 
 def run(name, *overrides):
@@ -54,7 +54,7 @@ def manifests():
 def fetched(mine, settings):
     """The manifest of the subset, fetched by a command that was killed and started again; and the server."""
     with Server(mine / "published", seeded(FAULTS, 0.2), delay_s=0.3) as server:
-        command = script("fetch_data", "model=llava-7b", *mix.settings(server.url, mine))
+        command = script("fetch", "model=llava-7b", *mix.settings(server.url, mine))
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -94,7 +94,7 @@ def test_a_quiet_server_gives_the_same_subset_but_for_the_dead_links(fetched, mi
     monkeypatch.setenv("VZIP_DATA", str(tmp_path / "vzip"))
     with Server(mine / "published") as server:
         here = [item.replace(f"{mine}/mine", f"{tmp_path}/mine") for item in mix.settings(server.url, mine)]
-        run("fetch_data", "model=llava-7b", *here)
+        run("fetch", "model=llava-7b", *here)
     (other,) = manifests()
     dead = {row["id"] for row in manifest["bad_rows"]}
     assert [name for name in other["ids"] if name not in dead] == [name for name in manifest["ids"] if name in other["ids"]]
@@ -102,7 +102,7 @@ def test_a_quiet_server_gives_the_same_subset_but_for_the_dead_links(fetched, mi
 
 
 def test_the_check_prints_a_table_and_leaves_a_picture(fetched, settings):
-    done = run("check_data", *settings)
+    done = run("check", *settings)
     assert all(word in done.stdout for word in ("coco", "textvqa", "text tokens", "label", "p90"))
     (report,) = (data_dir() / "prepared").glob("mix-*/check.json")
     assert json.loads(report.read_text()) and report.with_suffix(".png").stat().st_size > 10_000
@@ -113,7 +113,7 @@ def test_features_of_a_cache_train_as_pictures_do(fetched, settings, tmp_path):
     tune([*here, "name=pictures"])
     early = start([sys.executable, "train/tune.py", *here, "name=early", "data.cache=true"])
     assert early.returncode == 2 and "make cache" in early.stderr and "Traceback" not in early.stderr
-    done = run("cache_features", *settings)
+    done = run("cache", *settings)
     assert "data.cache=true" in done.stdout
     tune([*here, "name=cached", "data.cache=true"])
     assert_same_metrics(tmp_path / "cached", tmp_path / "pictures")
@@ -121,7 +121,7 @@ def test_features_of_a_cache_train_as_pictures_do(fetched, settings, tmp_path):
 
 def test_questions_a_control_and_lora_beside_a_cache(fetched, settings, mine, tmp_path):
     """The control has another reducer, and no cache; questions need the towers; LoRA renames weights."""
-    run("cache_features", *settings)
+    run("cache", *settings)
     rows = json.loads((mine / "mine" / "mix.json").read_text())
     known = [row for row in rows if row["id"] in fetched[0]["ids"] and "image" in row][:3]
     (tmp_path / "asked.json").write_text(json.dumps(known))
@@ -139,14 +139,14 @@ def test_a_wrong_address_ends_with_the_settings_name(mine, tmp_path):
     with Server(mine / "published") as server:
         wrong = [item for item in mix.settings(server.url, mine) if "image_folder" not in item]
         wrong += [f"data.image_folder={tmp_path}/images", f"data.pictures.coco=[{server.url}/nowhere/]", "data.fraction=0.9"]
-        done = start(script("fetch_data", "model=llava-7b", *wrong))
-    assert done.returncode == 2 and "data.pictures.coco" in done.stderr and "Traceback" not in done.stderr
+        done = start(script("fetch", "model=llava-7b", *wrong))
+    assert done.returncode == 2 and "data.fetch.pictures.coco" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_an_address_without_the_file_is_said_in_a_line(mine, tmp_path):
     with Server(mine / "published") as server:
         address = f"data.address={server.url}/nowhere.json"
-        done = start(script("fetch_data", "model=llava-7b", f"data.path={tmp_path}/mix.json", address))
+        done = start(script("fetch", "model=llava-7b", f"data.path={tmp_path}/mix.json", address))
     assert done.returncode == 2 and address in done.stderr and "404" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-from tests import tiny
 from tests.conftest import ROOT
-from tests.integration.commands import environment
+from tests.helpers import tiny
+from tests.helpers.commands import environment
 from tests.unit.test_io import attached, save_run, tune
-from vzip.templates import vicuna
+from vzip.templates.encode import vicuna
 
 pytestmark = pytest.mark.integration
 
@@ -34,7 +34,7 @@ def run(tmp_path_factory, tiny_folder):
 
 def demo(run, port):
     """The command, on a machine with a proxy, which is not there."""
-    command = [sys.executable, "scripts/demo.py", str(run), "--port", str(port), "--max-new-tokens", "8"]
+    command = [sys.executable, "-m", "scripts.demo.main", str(run), "--port", str(port), "--max-new-tokens", "8"]
     proxied = environment(OMP_NUM_THREADS="1", HTTP_PROXY="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9")
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": proxied}
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore, and what they start

@@ -11,8 +11,8 @@ from email.utils import formatdate
 
 import pytest
 
-from data.download import Client, Gone, Unreachable, fetch_file
-from tests.server import Server, client
+from data.fetch.http import Client, Gone, Unreachable, fetch_file
+from tests.helpers.server import Server, client
 from vzip import UserError
 
 pytestmark = pytest.mark.integration

@@ -9,9 +9,9 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
 import vzip
-from tests import tiny
 from tests.conftest import ROOT
-from tests.integration.commands import metrics, tune
+from tests.helpers import tiny
+from tests.helpers.commands import metrics, tune
 from train import config
 from train.checkpoint import RunFolder
 from train.ranks import init_distributed

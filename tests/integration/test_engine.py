@@ -12,20 +12,20 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import vzip
-from data.collate import Collator
-from data.dataset import BatchPlan, has_media
-from data.prepare import Selection, prepare
-from tests import tiny
+from data.batches.collate import Collator
+from data.batches.dataset import BatchPlan, has_media
+from data.examples.prepare import Selection, prepare
 from tests.conftest import ROOT
+from tests.helpers import tiny
 from train import config
+from train.batches import lay_out
 from train.checkpoint import RunFolder
 from train.engine import Engine
-from train.layouts import lay_out
 from train.losses import media_inputs
 from train.ranks import init_distributed
 from train.trainable import make_trainable
 from vzip.families import family_of
-from vzip.templates import vicuna
+from vzip.templates.encode import vicuna
 
 pytestmark = pytest.mark.integration
 

@@ -7,12 +7,12 @@ import textwrap
 import datasets
 import pytest
 
-from scripts import eval as evaluation
-from scripts.eval_environment import environment
-from scripts.eval_questions import questions_of
-from scripts.eval_tasks import TASK
-from tests import tiny
-from tests.integration.commands import start, tune
+from scripts.evaluate import main as evaluation
+from scripts.evaluate.environment import environment
+from scripts.evaluate.questions import questions_of
+from scripts.evaluate.tasks import TASK
+from tests.helpers import tiny
+from tests.helpers.commands import start, tune
 from vzip import UserError
 
 pytestmark = pytest.mark.integration
@@ -37,7 +37,7 @@ def run(overrides, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluated(run, python):
-    done = start([sys.executable, "scripts/eval.py", str(run)], HF_HUB_OFFLINE="1")
+    done = start([sys.executable, "-m", "scripts.evaluate.main", str(run)], HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -68,7 +68,7 @@ def test_the_scores_are_those_of_the_run(evaluated, run):
 
 
 def command(monkeypatch, *arguments):
-    """scripts/eval.py in this process; it must succeed."""
+    """scripts/evaluate/main.py in this process; it must succeed."""
     monkeypatch.setattr(sys, "argv", ["eval.py", *arguments])
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(evaluation.constants, "HF_HUB_OFFLINE", True)
@@ -137,8 +137,8 @@ SCRIPT = """
 
     # The paper's tasks are lmms-eval's, and measure what the table shows.
     import openpyxl  # with which MMBench writes the answers for its server
-    from scripts.eval_harness import run_cell, tasks_of
-    from scripts.eval_tasks import PAPER
+    from scripts.evaluate.harness import run_cell, tasks_of
+    from scripts.evaluate.tasks import PAPER
     manager = tasks_of({task.name for task in PAPER}, include_path=questions)
     for task in PAPER:
         config = load_yaml_config(manager.task_index[task.name]["yaml_path"], mode="full")

@@ -8,15 +8,15 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import vzip
-from scripts import export as command
-from tests import tiny
-from tests.integration.commands import start
+from scripts.export import main as command
+from tests.helpers import tiny
+from tests.helpers.commands import start
 from tests.integration.test_llava_checkpoint import save_original
 from tests.unit.test_export import arguments, attached, logits
 from tests.unit.test_io import save_run, tune
 from tests.unit.test_mini_gemini import build, save_public
-from vzip.checkpoints.renaming import read_projector
-from vzip.io import WEIGHTS
+from vzip.checkpoints.original.renaming import read_projector
+from vzip.runs.projector import WEIGHTS
 
 pytestmark = pytest.mark.integration
 
@@ -62,6 +62,6 @@ def test_the_command_ends_with_what_there_is_or_what_to_do(run, tmp_path, monkey
     monkeypatch.setattr(sys, "argv", ["export.py", str(run), "llava", "--out", str(tmp_path / "llava")])
     command.main()
     assert "mm_projector.bin" in capsys.readouterr().out
-    done = start([sys.executable, "scripts/export.py", str(tmp_path), "hf"])
+    done = start([sys.executable, "-m", "scripts.export.main", str(tmp_path), "hf"])
     assert done.returncode == 2 and f"error: {tmp_path} is not a run folder" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "export").exists()

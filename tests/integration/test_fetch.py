@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.fetch import Checked, Ledger, bring
-from data.pictures import open_picture
-from data.places import open_places, place_of
-from tests import tiny
-from tests.server import Server, client, seeded
+from data.fetch.media import Checked, Ledger, bring
+from data.fetch.pictures import open_picture
+from data.fetch.sources import open_places, place_of
+from tests.helpers import tiny
+from tests.helpers.server import Server, client, seeded
 from vzip import UserError
 
 pytestmark = pytest.mark.integration

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.integration.commands import start, tune
+from tests.helpers.commands import start, tune
 
 pytestmark = pytest.mark.integration
 
@@ -25,7 +25,7 @@ def test_all_figures_are_drawn_from_a_run(run, tmp_path):
     result = json.loads((run / "result.json").read_text())
     rows = {row["name"]: row for row in result["rows"]}
     (copied / "result.json").write_text(json.dumps(result | {"rows": [rows["full"], rows["tuned"]]}))
-    done = start([sys.executable, "scripts/figures.py", str(copied), "--budgets", "6", "9"])
+    done = start([sys.executable, "-m", "scripts.figures.main", str(copied), "--budgets", "6", "9"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "left out" not in done.stdout
     names = ("attention-maps", "top-share", "softmax-gradient", "kept-tokens", "recovery", "without-dominant")
@@ -45,7 +45,7 @@ def test_all_figures_are_drawn_from_a_run(run, tmp_path):
 
 
 def test_the_efficiency_of_a_run_is_measured_on_its_questions(run):
-    done = start([sys.executable, "scripts/efficiency.py", str(run), "--questions", "3", "--rounds", "1"])
+    done = start([sys.executable, "-m", "scripts.efficiency", str(run), "--questions", "3", "--rounds", "1"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the run's held-out questions" in done.stdout and "time to first token" in done.stdout
     found = json.loads((run / "efficiency.json").read_text())

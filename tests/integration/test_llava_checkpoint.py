@@ -21,11 +21,12 @@ from transformers import (
 )
 
 import vzip
-from tests import tiny
+from tests.helpers import tiny
 from vzip import UserError
-from vzip.checkpoints import llava as original
-from vzip.checkpoints import renaming, sentencepieces, shards, towers
-from vzip.io import WEIGHTS, load_weights
+from vzip.checkpoints import shards
+from vzip.checkpoints.original import llava as original
+from vzip.checkpoints.original import renaming, sentencepieces, towers
+from vzip.runs.projector import WEIGHTS, load_weights
 
 pytestmark = pytest.mark.integration
 

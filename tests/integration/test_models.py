@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 
 import vzip
 from data.paths import data_dir
-from tests import tiny
-from tests.integration.commands import assert_same_run, metrics, tune
+from tests.helpers import tiny
+from tests.helpers.commands import assert_same_run, metrics, tune
 from tests.integration.test_llava_checkpoint import save_original
 from vzip.families import families
 

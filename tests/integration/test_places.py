@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.download import Gone, Unreachable
-from data.places import Archive, open_places, place_of
-from tests.server import Server, client
+from data.fetch.http import Gone, Unreachable
+from data.fetch.sources import Archive, open_places, place_of
+from tests.helpers.server import Server, client
 from vzip import UserError
 
 pytestmark = pytest.mark.integration
@@ -105,7 +105,7 @@ def test_of_a_zip_file_at_an_address_only_the_wanted_members_come(tmp_path, meth
 def test_a_directory_that_is_longer_than_what_is_read_first(tmp_path, monkeypatch):
     names = [f"images/{number:060}.jpg" for number in range(3000)]
     contents = save_zip(tmp_path / "a.zip", names, num_bytes=10)
-    monkeypatch.setattr("data.places.BLOCK", 50_000)
+    monkeypatch.setattr("data.fetch.sources.BLOCK", 50_000)
     with Server(tmp_path) as server:
         place = place_of(f"{server.url}/a.zip", QUICK)
         assert place.read(f"gqa/{names[7]}") == contents[names[7]]

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.integration.commands import BIN, assert_same_metrics, environment, metrics, tune
+from tests.helpers.commands import BIN, assert_same_metrics, environment, metrics, tune
 
 pytestmark = pytest.mark.integration
 

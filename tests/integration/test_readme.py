@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from tests.conftest import ROOT
-from tests.integration.commands import start, tune
+from tests.helpers.commands import start, tune
 
 pytestmark = pytest.mark.integration
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from data.examples.table import open_table
+from data.fetch.pictures import open_picture
 from data.paths import data_dir
-from data.pictures import open_picture
-from data.table import open_table
 from tests.conftest import ROOT
-from tests.integration.commands import start, tune
+from tests.helpers.commands import start, tune
 from vzip.families import family_of
-from vzip.io import load_weights
-from vzip.templates import chatml, encode
+from vzip.runs.projector import load_weights
+from vzip.templates.encode import chatml, encode
 
 pytestmark = pytest.mark.integration
 

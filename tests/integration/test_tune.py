@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 import vzip
 from scripts.report import CURVES, SPEED
-from tests import tiny
 from tests.conftest import ROOT
-from tests.integration.commands import assert_same_run, command, environment, metrics, start, tune
-from tests.wandb_file import records
+from tests.helpers import tiny
+from tests.helpers.commands import assert_same_run, command, environment, metrics, start, tune
+from tests.helpers.wandb_file import records
 
 pytestmark = pytest.mark.integration
 

@@ -10,11 +10,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts import bench_prefill, bench_tower
-from scripts.bench_prefill import FRACTIONS, SHAPES, Prefill, build, made_up_inputs
-from scripts.measure import alternating, peak_flops, peak_memory, sheet_peak, where, writable
-from scripts.released import eager_copy, released_tokens
-from tests import tiny
+from scripts.bench import prefill as bench_prefill
+from scripts.bench import tower as bench_tower
+from scripts.bench.prefill import FRACTIONS, SHAPES, Prefill, build, made_up_inputs
+from scripts.bench.released import eager_copy, released_tokens
+from scripts.common.timing import alternating, peak_flops, peak_memory, sheet_peak, where, writable
+from tests.helpers import tiny
 from vzip.cost import attention_flops, linear_flops
 from vzip.families import family_of
 from vzip.reducers.base import Reduction

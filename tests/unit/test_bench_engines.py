@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from data.packing import shared_prefix
-from scripts import bench
-from scripts.bench_rows import LENGTHS, NUM_PREFIX, Shape, make_collator, make_family, make_steps, necessary_flops, shape_of
-from scripts.bench_ways import make_fast, make_reference
-from tests import tiny
+from data.batches.packing import shared_prefix
+from scripts.bench import step as bench
+from scripts.bench.paths import make_fast, make_reference
+from scripts.bench.shapes import LENGTHS, NUM_PREFIX, Shape, make_collator, make_family, make_steps, necessary_flops, shape_of
+from tests.helpers import tiny
 from vzip.cost import row_cost
 from vzip.families.llava import Llava
 from vzip.families.llava_next import LlavaNext
-from vzip.templates import IGNORED
+from vzip.templates.encode import IGNORED
 
 CPU = torch.device("cpu")
 SMALL = Shape("small", Llava, tiny.architecture("clip"), budget=7, rows=10, micro=4)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import vzip
-from tests import tiny
+from tests.helpers import tiny
 from vzip import UserError
 from vzip.chat import Chat
-from vzip.chat_template import chat_template
-from vzip.templates import chatml, vicuna
+from vzip.templates.encode import chatml, vicuna
+from vzip.templates.jinja import chat_template
 
 REDUCERS = {"full": {"reducer": vzip.reducers.identity.Identity()}, "reduced": {"dominant": 4, "contextual": 3}}
 QUESTIONS = ("what is it?", "and where?", "why so?")

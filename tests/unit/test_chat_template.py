@@ -4,10 +4,10 @@ import pytest
 from jinja2.exceptions import TemplateError
 from transformers import LlamaTokenizer
 
-from tests import tiny
+from tests.helpers import tiny
 from vzip import UserError
-from vzip.chat_template import chat_template
-from vzip.templates import chatml, encode, mistral, plain, vicuna
+from vzip.templates.encode import chatml, encode, mistral, plain, vicuna
+from vzip.templates.jinja import chat_template
 
 TEMPLATES = {"vicuna": vicuna(), "mistral": mistral(), "chatml": chatml("You're \\ 's \n {{ x }}")}
 TURNS = [("<image>\n<image>\nwhich {% is %} it's?", 'a "cat"'), ("and\nnow?", "it's {{ two }}"), ("why?", None)]

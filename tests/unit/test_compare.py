@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import vzip
-from tests import tiny
+from tests.helpers import tiny
 from tests.unit.test_io import attached, save_run, tune
 from vzip import Comparison, UserError
-from vzip.io import META
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
+from vzip.runs.projector import META
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 
 from data.conversations import Row, parse_row
 from tests.conftest import ROOT
-from tests.unit.broken import JSON, good, good_video, messages, mutated
+from tests.helpers.broken import JSON, good, good_video, messages, mutated
 
 
 def test_one_image_several_and_none():

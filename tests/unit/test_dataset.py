@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vzip
-from data.collate import Collator
+from data.batches.collate import Collator
+from data.batches.dataset import loader
 from data.conversations import parse_row
-from data.dataset import loader
-from data.pictures import open_picture
-from data.tokens import Example, kinds_of
-from tests import tiny
-from tests.unit.rows import (
+from data.examples.tokens import Example, kinds_of
+from data.fetch.pictures import open_picture
+from tests.helpers import tiny
+from tests.helpers.rows import (
     IMAGE_ROWS,
     NUM_FRAMES,
     NUM_LABELS,
@@ -35,7 +35,7 @@ from vzip.media import model_inputs, normalised, pixels_of
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
-from vzip.templates import IGNORED, chatml, encode, vicuna
+from vzip.templates.encode import IGNORED, chatml, encode, vicuna
 
 IMAGE_ID, VIDEO_ID, PAD_ID = (tiny.SPECIAL.index(token) for token in ("<image>", "<video>", "<unk>"))
 PROCESSOR = tiny.processor()

@@ -9,16 +9,16 @@ from dataclasses import asdict
 import pytest
 
 import vzip
-from data.pictures import open_picture
-from scripts.demo import free_port, held_out_examples, open_rows
-from scripts.demo_rows import Conversation, Rows, Turn
-from scripts.demo_show import as_figures, as_messages, describe, open_upload
-from tests import tiny
+from data.fetch.pictures import open_picture
+from scripts.demo.main import free_port, held_out_examples, open_rows
+from scripts.demo.sessions import Conversation, Rows, Turn
+from scripts.demo.show import as_figures, as_messages, describe, open_upload
+from tests.helpers import tiny
 from tests.unit.test_io import attached, save_run, tune
 from vzip import Comparison, UserError
 from vzip.chat import Chat
-from vzip.chat_template import chat_template
-from vzip.templates import vicuna
+from vzip.templates.encode import vicuna
+from vzip.templates.jinja import chat_template
 
 TEMPLATE = asdict(vicuna("s "))
 

@@ -9,12 +9,12 @@ import torch
 
 from scripts import efficiency
 from scripts.efficiency import Question, Row, made_up_questions, paper_flops
-from tests import tiny
+from tests.helpers import tiny
 from tests.unit.test_io import attached, refused, save_run, tune
 from vzip import Comparison
-from vzip.chat_template import chat_template
 from vzip.families import family_of
-from vzip.templates import chatml
+from vzip.templates.encode import chatml
+from vzip.templates.jinja import chat_template
 
 LABELS = (
     "visual tokens",

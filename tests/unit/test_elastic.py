@@ -8,12 +8,12 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import vzip
-from data.collate import Collator, Packer
-from data.dataset import BatchPlan, MicroBatches, PackedLayout, has_media, loader
-from data.packing import shared_prefix
-from tests import tiny
+from data.batches.collate import Collator, Packer
+from data.batches.dataset import BatchPlan, MicroBatches, PackedLayout, has_media, loader
+from data.batches.packing import shared_prefix
 from tests.conftest import ROOT
-from tests.unit.rows import IMAGE_ROWS, examples_of
+from tests.helpers import tiny
+from tests.helpers.rows import IMAGE_ROWS, examples_of
 from train import config
 from train.checks import check
 from train.evaluate import gap_closed, print_results
@@ -21,9 +21,9 @@ from train.losses import FastLoss, ReferenceLoss
 from train.plan import print_plan
 from vzip import UserError
 from vzip.families import families, family_of
-from vzip.io import META, describe, fingerprint, load_projector, reducers_of, save_checkpoint
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
+from vzip.runs.projector import META, describe, fingerprint, load_projector, reducers_of, save_checkpoint
 
 
 @cache

@@ -20,20 +20,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaConfig
 
 import vzip
-from scripts import export as command
 from scripts import push
-from tests import tiny
+from scripts.export import main as command
+from tests.helpers import tiny
 from tests.unit.test_io import edit_meta, save_run, tune
 from tests.unit.test_train_parts import settings_of
 from train.trainable import make_trainable
 from vzip import Comparison, UserError
-from vzip.checkpoints.llava import _llava_config, _refuse_unfit
-from vzip.checkpoints.renaming import read_projector
-from vzip.export import _original_config, llava_config, write_hf, write_llava, write_peft
+from vzip.checkpoints.original.llava import _llava_config, _refuse_unfit
+from vzip.checkpoints.original.renaming import read_projector
 from vzip.families import families
-from vzip.io import ADAPTER, WEIGHTS, describe, fingerprint, save_checkpoint
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
+from vzip.runs.export import _original_config, llava_config, write_hf, write_llava, write_peft
+from vzip.runs.projector import ADAPTER, WEIGHTS, describe, fingerprint, save_checkpoint
 
 IN_TRANSFORMERS = [kind for kind in tiny.KINDS if kind != "mini-gemini"]
 LORA = {"projector": "projector_lora", "language_model": "language_lora"}

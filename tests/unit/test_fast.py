@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralModel, Qwen2Config, Qwen2Model
 
-from tests import tiny
+from tests.helpers import tiny
 from vzip import UserError
 from vzip.fast import fused
 from vzip.fast.attention import packed_attention

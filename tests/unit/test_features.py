@@ -9,21 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import make_features
-from data.collate import Collator
-from data.dataset import loader
-from data.features import Cached, Layout, cache_settings, folder_of, shard_path
-from data.make_features import FeatureMaker, rows_a_shard, write_features
-from data.media import Processed
-from tests import tiny
-from tests.unit.rows import IMAGE_ROWS, NUM_FRAMES, VIDEO_ROWS, examples_of, padded, rows_of
+from data.batches.collate import Collator
+from data.batches.dataset import loader
+from data.batches.media import Processed
+from data.cache import make_features
+from data.cache.features import Cached, Layout, cache_settings, folder_of, shard_path
+from data.cache.make_features import FeatureMaker, rows_a_shard, write_features
+from tests.helpers import tiny
+from tests.helpers.rows import IMAGE_ROWS, NUM_FRAMES, VIDEO_ROWS, examples_of, padded, rows_of
 from vzip import UserError
 from vzip.families import family_of
-from vzip.io import fingerprint
+from vzip.families.features import Reduced
 from vzip.media import normalised
-from vzip.reduced import Reduced
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
+from vzip.runs.projector import fingerprint
 
 TEXTS = [*IMAGE_ROWS, "five <image>", "no more", "seven <image>", "<image>eight"]
 REDUCER = VisionZip(dominant=4, contextual=2)

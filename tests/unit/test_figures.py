@@ -11,8 +11,9 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from scripts import charts, figures
-from scripts.analyses import (
+from scripts.figures import charts
+from scripts.figures import main as figures
+from scripts.figures.attention import (
     SMALLEST,
     LayerAttention,
     attention_of_layers,
@@ -20,14 +21,14 @@ from scripts.analyses import (
     softmax_gradient,
     top_shares,
 )
-from scripts.finished import comparable_scores, same_but_budget, without_a_part
-from tests import tiny
+from scripts.figures.scores import comparable_scores, same_but_budget, without_a_part
+from tests.helpers import tiny
 from tests.unit.test_io import attached, refused, save_run
 from vzip.families import family_of
-from vzip.io import describe, fingerprint
 from vzip.overlay import first_tile
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip, split_budget
+from vzip.runs.projector import describe, fingerprint
 from vzip.tap import MAX_SCORES
 
 

@@ -9,9 +9,19 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 import vzip
-from tests import tiny
+from tests.helpers import tiny
 from vzip import UserError
-from vzip.io import META, WEIGHTS, describe, fingerprint, load_projector, locate, read_meta, reducers_of, save_checkpoint
+from vzip.runs.projector import (
+    META,
+    WEIGHTS,
+    describe,
+    fingerprint,
+    load_projector,
+    locate,
+    read_meta,
+    reducers_of,
+    save_checkpoint,
+)
 
 BUDGET = {"dominant": 4, "contextual": 2}
 

@@ -16,28 +16,28 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import vzip
-from data.videos import read_frames
-from scripts import eval as evaluation
-from scripts import eval_subject
-from scripts.eval_environment import environment
-from scripts.eval_questions import questions_of
-from scripts.eval_subject import digest, rows_of_run
-from scripts.eval_table import print_table, table_of
-from scripts.eval_tasks import PAPER, TASK, published_rows, scores_of
-from scripts.lmms_tasks import held_out
-from tests import tiny
+from data.fetch.videos import read_frames
+from scripts.evaluate import main as evaluation
+from scripts.evaluate import target as eval_subject
+from scripts.evaluate.environment import environment
+from scripts.evaluate.held_out_task import held_out
+from scripts.evaluate.questions import questions_of
+from scripts.evaluate.table import print_table, table_of
+from scripts.evaluate.target import digest, rows_of_run
+from scripts.evaluate.tasks import PAPER, TASK, published_rows, scores_of
 from tests.conftest import ROOT
-from tests.server import Server
+from tests.helpers import tiny
+from tests.helpers.server import Server
 from tests.unit.test_io import attached, edit_meta, save_run, tune
 from tests.unit.test_videos import numbers_of, write_video
 from train import config
 from train.evaluate import _normal
 from vzip import UserError
-from vzip.chat_template import chat_template
-from vzip.export import write_hf
 from vzip.integrations.answering import Answerer, Settings, _frames, cut
-from vzip.io import ADAPTER, read_meta
-from vzip.templates import chatml, encode, vicuna
+from vzip.runs.export import write_hf
+from vzip.runs.projector import ADAPTER, read_meta
+from vzip.templates.encode import chatml, encode, vicuna
+from vzip.templates.jinja import chat_template
 
 GREEDY = {"max_new_tokens": 5, "temperature": 0.7, "do_sample": False, "image_aspect_ratio": "original"}
 

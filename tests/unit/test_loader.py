@@ -19,11 +19,21 @@ from transformers import (
     VideoLlavaImageProcessor,
 )
 
-from data.collate import Collator
-from data.dataset import explain_workers, loader
-from data.tokens import Example
-from tests import tiny
-from tests.unit.rows import IMAGE_ROWS, NUM_FRAMES, VIDEO_ROWS, Ready, examples_of, padded, rows_of, tokenized, without_padding
+from data.batches.collate import Collator
+from data.batches.dataset import explain_workers, loader
+from data.examples.tokens import Example
+from tests.helpers import tiny
+from tests.helpers.rows import (
+    IMAGE_ROWS,
+    NUM_FRAMES,
+    VIDEO_ROWS,
+    Ready,
+    examples_of,
+    padded,
+    rows_of,
+    tokenized,
+    without_padding,
+)
 from tests.unit.test_dataset import IMAGE_ID, PROCESSOR, SPLITS, family, talk
 from train.engine import to_device
 from train.losses import media_inputs
@@ -31,7 +41,7 @@ from vzip import UserError
 from vzip.media import LEVELS, FrameProcessor, levels_of, model_inputs, normalised, pixels_of
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
-from vzip.templates import IGNORED, vicuna
+from vzip.templates.encode import IGNORED, vicuna
 
 SIDE = tiny.SIDE
 SQUARE = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
-from scripts.bench_ways import kept_bytes
-from tests import tiny
+from scripts.bench.paths import kept_bytes
 from tests.contract.test_configs import composed, counted
+from tests.helpers import tiny
 from train import memory
 from train.checks import check
 from train.config import build_reducer
@@ -25,7 +25,7 @@ from vzip import UserError
 from vzip.cost import kept_memory, packed_memory, row_cost, weight_memory
 from vzip.families import families, family_of
 from vzip.fast.language import PackedLanguage
-from vzip.io import fingerprint
+from vzip.runs.projector import fingerprint
 
 PROJECTOR = {"llava-7b": 20_979_712, "llava-13b": 31_467_520, "next-7b": 20_979_712}
 

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
 
-from tests import tiny
+from tests.helpers import tiny
 from vzip import UserError
-from vzip.checkpoints.mini_gemini import convnext_weights, is_original, load_model, load_processor
+from vzip.checkpoints.original.mini_gemini import convnext_weights, is_original, load_model, load_processor
 from vzip.checkpoints.shards import read_config
-from vzip.mini_gemini import HighResolutionTower, MiniGeminiConfig, MiniGeminiForConditionalGeneration, make_processor
+from vzip.models.mini_gemini import HighResolutionTower, MiniGeminiConfig, MiniGeminiForConditionalGeneration, make_processor
 
 SIDE = 64
 WIDTHS = [8, 12, 16, 20]

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import vzip
-from tests import tiny
+from tests.helpers import tiny
 from vzip.overlay import CONTEXTUAL, DOMINANT, RAMP, attention_map, kept_tokens, look, merged_tokens
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random

@@ -8,16 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import arrow
-from data.collate import Collator, Packer
-from data.dataset import BatchPlan, MicroBatches, PackedLayout, has_media, loader
-from data.packing import num_tail_tokens, pack, shared_prefix
-from data.tokens import SCHEMA, Example, Examples
-from tests.unit.rows import Ready, padded
+from data.batches.collate import Collator, Packer
+from data.batches.dataset import BatchPlan, MicroBatches, PackedLayout, has_media, loader
+from data.batches.packing import num_tail_tokens, pack, shared_prefix
+from data.examples import arrow
+from data.examples.tokens import SCHEMA, Example, Examples
+from tests.helpers.rows import Ready, padded
 from tests.unit.test_dataset import IMAGE_ID, PAD_ID, PROCESSOR, equal, family
 from train.engine import to_device
 from vzip.reducers.random import Random
-from vzip.templates import IGNORED
+from vzip.templates.encode import IGNORED
 
 STARTS = [[1, 40, 41, 42], [1, 40, 41], [1, 40, 41, 42, 43], [1, 40, 9, 42]]
 """Of rows: mostly alike."""

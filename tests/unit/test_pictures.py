@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
 
 from data.conversations import BadRow
-from data.pictures import open_picture, refuse_if_too_bad
-from tests import tiny
+from data.fetch.pictures import open_picture, refuse_if_too_bad
+from tests.helpers import tiny
 from vzip import UserError
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)

@@ -10,18 +10,18 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from data.collate import Collator
+from data.batches.collate import Collator
 from data.conversations import BadRow, parse_row
+from data.examples.tokens import Examples, write_tokens
 from data.paths import write_json
-from data.preflight import check_files, measure, refuse_faults, report
-from data.preflight_show import MAX_PANELS, MAX_TURNS, draw_report, print_report
-from data.tokens import Examples, write_tokens
-from tests import tiny
+from data.preflight.check import check_files, measure, refuse_faults, report
+from data.preflight.show import MAX_PANELS, MAX_TURNS, draw_report, print_report
+from tests.helpers import tiny
 from vzip import UserError
 from vzip.families import family_of
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
-from vzip.templates import encode, vicuna
+from vzip.templates.encode import encode, vicuna
 
 TOKENIZER, TEMPLATE = tiny.tokenizer(), vicuna("")
 SIZES = {"coco/1.png": (tiny.SIDE, tiny.SIDE), "coco/2.png": (40, 90), "vg/3.png": (150, 60)}
@@ -221,7 +221,7 @@ def test_a_broken_video_is_found(folder, fault):
 
 
 def test_the_tables_show_every_source_and_the_cut(folder, capsys, monkeypatch):
-    monkeypatch.setattr("data.preflight_show.Console", lambda: Console(width=160))
+    monkeypatch.setattr("data.preflight.show.Console", lambda: Console(width=160))
     talk = [text for turn in range(MAX_TURNS + 2) for text in (f"question {turn}", f"answer {turn}")]
     rows = [*ROWS, *(row(turn, *talk[: 2 * turn], "q" * 600, "a") for turn in range(1, MAX_TURNS + 2))]
     print_report(reported(measured(rows, folder, max_tokens=600), max_tokens=600))

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.download import Client
-from data.hf_folder import HfFolder
-from data.pictures import open_picture
-from data.places import place_of
-from data.prepare import Selection, prepare
-from tests import tiny
-from tests.unit.broken import JSON, mutated, pictures
+from data.examples.hf_folder import HfFolder
+from data.examples.prepare import Selection, prepare
+from data.fetch.http import Client
+from data.fetch.pictures import open_picture
+from data.fetch.sources import place_of
+from tests.helpers import tiny
+from tests.helpers.broken import JSON, mutated, pictures
 from vzip import UserError
-from vzip.templates import vicuna
+from vzip.templates.encode import vicuna
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.subset import draw
-from data.table import open_table
+from data.examples.subset import draw
+from data.examples.table import open_table
 from tests.conftest import ROOT
 from vzip import UserError
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import json_stream
 from data.conversations import Row
-from data.json_stream import read_list
-from data.table import open_table
+from data.examples import json_stream
+from data.examples.json_stream import read_list
+from data.examples.table import open_table
 from tests.conftest import ROOT
 from vzip import UserError
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vzip
-from tests import tiny
+from tests.helpers import tiny
 from vzip import UserError
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random

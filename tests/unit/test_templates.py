@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from tests import tiny
+from tests.helpers import tiny
 from vzip import UserError
-from vzip.templates import IGNORED, IMAGE, VICUNA_SYSTEM, VIDEO, chatml, encode, mistral, place_media, plain, vicuna
+from vzip.templates.encode import IGNORED, IMAGE, VICUNA_SYSTEM, VIDEO, chatml, encode, mistral, place_media, plain, vicuna
 
 
 @pytest.fixture(scope="module")

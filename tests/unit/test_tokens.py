@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from data.conversations import parse_row
-from data.tokens import Examples, example_of, kinds_of, tokens_key, write_tokens
-from tests import tiny
+from data.examples.tokens import Examples, example_of, kinds_of, tokens_key, write_tokens
+from tests.helpers import tiny
 from vzip import UserError
-from vzip.templates import chatml, encode, plain, vicuna
+from vzip.templates.encode import chatml, encode, plain, vicuna
 
 TOKENIZER = tiny.tokenizer()
 

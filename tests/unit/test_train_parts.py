@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import vzip
-from data.collate import Collator, Packer
-from data.dataset import BatchPlan, MicroBatches, PaddedLayout, has_media
-from data.packing import shared_prefix
-from data.tokens import Example, kinds_of
-from tests import tiny
+from data.batches.collate import Collator, Packer
+from data.batches.dataset import BatchPlan, MicroBatches, PaddedLayout, has_media
+from data.batches.packing import shared_prefix
+from data.examples.tokens import Example, kinds_of
 from tests.conftest import ROOT
-from tests.unit.rows import IMAGE_ROWS, NUM_FRAMES, NUM_LABELS, VIDEO_ROWS, examples_of, processed, rows_of
+from tests.helpers import tiny
+from tests.helpers.rows import IMAGE_ROWS, NUM_FRAMES, NUM_LABELS, VIDEO_ROWS, examples_of, processed, rows_of
 from train import config
 from train.checkpoint import write_json
 from train.checks import check

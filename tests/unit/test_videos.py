@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.pictures import open_picture
-from data.videos import check_video, read_frames, sample
-from tests import tiny
+from data.fetch.pictures import open_picture
+from data.fetch.videos import check_video, read_frames, sample
+from tests.helpers import tiny
 from vzip import UserError
 
 NUM_FRAMES, SIDE = 75, 64  # 3 s

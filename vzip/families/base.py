@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vzip.checkpoints import whole
+from vzip.checkpoints import hf as whole
 from vzip.checkpoints.shards import read_config
 from vzip.errors import UserError
-from vzip.reduced import Reduced
+from vzip.families.features import Reduced
 from vzip.reducers.base import Reducer, Reduction, VisionTokens
 from vzip.tap import layer_index, run_tower, tower_layout
 

@@ -1,6 +1,6 @@
 """LLaVA-1.5 and every other `LlavaForConditionalGeneration`: one square picture, one tower, a two-layer projector.
 
-Folders in the layout of LLaVA's own code load into the same class, see `vzip.checkpoints.llava`.
+Folders in the layout of LLaVA's own code load into the same class, see `vzip.checkpoints.original.llava`.
 """
 
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from transformers import LlavaForConditionalGeneration
 
-from vzip.checkpoints import llava as original
+from vzip.checkpoints.original import llava as original
 from vzip.families.base import Family, num_dropped
 from vzip.reducers.base import Reducer
 

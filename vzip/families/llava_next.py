@@ -1,6 +1,6 @@
 """LLaVA-NeXT (LLaVA-1.6): an image becomes a base tile and up to four more, each behind the reducer with a budget of its own.
 
-Where the tokens of the tiles then stand: `vzip.anyres`.
+Where the tokens of the tiles then stand: `vzip.families.anyres`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import LlavaNextForConditionalGeneration
 from transformers.image_processing_utils import select_best_resolution
 
-from vzip.anyres import Grid, released_order, spatial_order
 from vzip.errors import UserError
+from vzip.families.anyres import Grid, released_order, spatial_order
 from vzip.families.base import Family, num_dropped, project
-from vzip.reduced import Reduced
+from vzip.families.features import Reduced
 from vzip.reducers.base import Reducer, VisionTokens
 
 

@@ -15,12 +15,12 @@ from packaging import version
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor
 
-from vzip.anyres import Grid
 from vzip.errors import UserError
+from vzip.families.anyres import Grid
 from vzip.families.base import project
+from vzip.families.features import Reduced
 from vzip.families.llava_next import LlavaNext
 from vzip.media import load_video_processor, refuse_empty, stack_frames
-from vzip.reduced import Reduced
 from vzip.reducers.base import Reducer
 
 TAKES_VIDEOS = version.parse(transformers.__version__) >= version.parse("5.18")

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vzip.checkpoints import mini_gemini as original
+from vzip.checkpoints.original import mini_gemini as original
 from vzip.families.base import Family
-from vzip.mini_gemini import MiniGeminiForConditionalGeneration
+from vzip.models.mini_gemini import MiniGeminiForConditionalGeneration
 from vzip.reducers.base import Reducer, VisionTokens
 
 
 class MiniGemini(Family):
-    """Adapter of `vzip.mini_gemini.MiniGeminiForConditionalGeneration`; loads the public checkpoints as they are."""
+    """Adapter of `vzip.models.mini_gemini.MiniGeminiForConditionalGeneration`; loads the public checkpoints as they are."""
 
     model_type: ClassVar[str] = "mini_gemini"
     model_class: ClassVar[type] = MiniGeminiForConditionalGeneration

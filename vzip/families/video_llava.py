@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 from transformers import VideoLlavaForConditionalGeneration, VideoLlavaProcessor
 
 from vzip.families.base import Family, encode
+from vzip.families.features import Reduced
 from vzip.media import load_video_processor, refuse_empty, stack_frames
-from vzip.reduced import Reduced
 from vzip.reducers.base import Reducer
 
 

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from transformers.video_utils import load_video
 
-from vzip.chat_template import end_ids
-from vzip.compare import Comparison
 from vzip.errors import UserError
+from vzip.runs.compare import Comparison
+from vzip.templates.jinja import end_ids
 
 FULL = "full"
 DTYPES = ("bfloat16", "float16", "float32")

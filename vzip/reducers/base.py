@@ -70,7 +70,7 @@ class Reducer(Protocol):
     layer: int | None
     """The hidden state whose layer's attention is read, as LLaVA's `vision_feature_layer`; None: the one of the features."""
     anyres: str
-    """Order of the tokens of several tiles, see `vzip.anyres`: "released", "spatial", or "model" (the model's own)."""
+    """Order of the tokens of several tiles, see `vzip.families.anyres`: "released", "spatial", or "model" (the model's own)."""
 
     def num_tokens(self, num_patches: int, *, has_cls: bool, num_dropped: int) -> int:
         """T for an image of `num_patches` patches. Raises UserError if the image has too few."""

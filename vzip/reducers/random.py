@@ -15,7 +15,7 @@ class Random:
     Args:
         budget: patches kept of `tiles` tiles.
         tiles: how many tiles the budget is the total of.
-        anyres: order of the tokens of several tiles, see `vzip.anyres`.
+        anyres: order of the tokens of several tiles, see `vzip.families.anyres`.
 
     Raises:
         UserError: a budget below 1 a tile, or one that the tiles can't share.

@@ -101,7 +101,7 @@ class VisionZip:
     layer: int | None = None
     """The hidden state whose layer's attention and keys are read; None: the one of the features, as the paper does."""
     anyres: str = "released"
-    """Order of the tokens of several tiles, see `vzip.anyres`."""
+    """Order of the tokens of several tiles, see `vzip.families.anyres`."""
 
     def __post_init__(self, budget: int | None, tiles: int) -> None:
         self._tiles = 1 if budget is None else tiles  # what an error speaks of

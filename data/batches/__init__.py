@@ -1,0 +1,1 @@
+"""Micro batches: examples packed, collated and handed out to the ranks."""

@@ -1,0 +1,1 @@
+"""The reducer's output, computed once and read from disk."""

@@ -1,0 +1,1 @@
+"""Benchmarks, each of them ratios measured side by side."""

@@ -1,0 +1,155 @@
+"""What scripts share: works timed in turns, peak memory, the machine that figures hold for, and their files."""
+
+import argparse
+import ctypes
+import datetime
+import gc
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.hardware import device_name
+from vzip import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "A100": 312e12}
+"""Dense bf16 FLOP/s of NVIDIA's data sheets, by a part of the device's name; the first that fits counts."""
+
+
+def best_device() -> torch.device:
+    """The GPU, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def alternating(works: Mapping[str, Callable[[], Any]], *, rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each work in each round.
+
+    The works of a round run one after the other, so that a machine that slows down slows all of them, and each round starts
+    with another one. Each work runs once before the first round.
+    """
+    for work in works.values():
+        work()
+    names, seconds = list(works), {name: [] for name in works}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            synchronise(device)
+            start = time.perf_counter()
+            works[name]()
+            synchronise(device)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _resident(entry: str) -> int:
+    """Bytes of this process: "VmRSS", now, or "VmHWM", at most."""
+    found = re.search(rf"^{entry}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def peak_memory(work: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes that `work` takes at most, above what was there before.
+
+    On a GPU those of torch's allocator; on the CPU of Linux those of the process, which also has what libraries take when they
+    first run: let the work run once before. None elsewhere.
+    """
+    gc.collect()  # what is garbage now would hide as much of the work's
+    if device.type == "cuda":
+        synchronise(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        synchronise(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if sys.platform != "linux":
+        work()
+        return None
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc keeps freed memory, which the work would take without a trace
+        trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+    before = _resident("VmRSS")
+    work()
+    return _resident("VmHWM") - before
+
+
+def sheet_peak(name: str) -> float | None:
+    """Dense bf16 FLOP/s by the data sheet of the GPU with this name; None for one that is not in `PEAKS`."""
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """(FLOP/s, where the figure is from): in bf16 a known GPU's data sheet, else a measured matrix product."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        if (peak := sheet_peak(name)) is not None:
+            return peak, f"data sheet of {name}"
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
+    seconds = alternating({"product": lambda: a @ b}, rounds=5, device=device)["product"]
+    return 2 * size**3 / min(seconds), f"best of 5 products of {size} x {size} matrices in {str(dtype).removeprefix('torch.')}"
+
+
+def _commit() -> str:
+    """The repository's commit, with "-dirty" where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # a copy without its history, or a machine without git
+        return "unknown"
+
+
+def where(device: torch.device) -> dict[str, Any]:
+    """What figures hold for: device, CPU cores and torch's threads, versions, commit, date."""
+    return {
+        "device": device_name(device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+@contextmanager
+def output(option: str, target: Path) -> Iterator[None]:
+    """Around the writing of a file that an option names: makes its folder. Raises UserError where it can't be written."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"{option}={target} can't be written: {error}; free some space, or give another path") from error
+
+
+def writable(text: str) -> Path:
+    """A command's file to write, whose folder is made. Raises ArgumentTypeError where it can't be."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} can't be written: {error}") from error
+    return path
+
+
+def count(text: str) -> int:
+    """A command's whole number of at least 1. Raises ArgumentTypeError for anything else."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
+    return int(text)

@@ -1,0 +1,1 @@
+"""A page to chat with a run."""

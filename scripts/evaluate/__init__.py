@@ -1,0 +1,1 @@
+"""Score a run with lmms-eval."""

@@ -1,0 +1,1 @@
+"""Export a run for other tools."""

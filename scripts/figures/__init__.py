@@ -1,0 +1,1 @@
+"""The paper's analyses of a run, as pictures."""

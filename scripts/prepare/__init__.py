@@ -1,0 +1,1 @@
+"""Prepare models and data before tuning."""

@@ -1,0 +1,81 @@
+"""The two ways from a run's rows to the gradient: how they are laid out in micro batches, and the loss that takes these."""
+
+from collections.abc import Sequence
+
+import deepspeed
+import torch
+from omegaconf import DictConfig
+
+from data.batches.collate import Collator, Packer
+from data.batches.dataset import BatchPlan, MicroBatches, PackedLayout, PaddedLayout, has_media
+from data.batches.packing import shared_prefix
+from data.examples.tokens import Examples
+from train.losses import FastLoss, ReferenceLoss
+from train.memory import Lengths, choose_packing, flash_runs
+from train.ranks import say
+from train.trainable import Trainable
+from vzip import UserError
+from vzip.families import Family
+from vzip.fast.fused import refuse_uncompiled
+from vzip.fast.language import refuse_unfit
+
+
+def _fast(
+    cfg: DictConfig, family: Family, trainable: Trainable, collators: Sequence[Collator], examples: Examples, plan: BatchPlan
+) -> tuple[PackedLayout, FastLoss]:
+    """Packed. Rows without a picture, and the prefix of the others, are left out where only a projector learns."""
+    placeholders = [family.placeholder_id(kind) for kind in collators[0].kinds]
+    prefix = [] if trainable.in_language else shared_prefix(examples, placeholders)
+    packers = [Packer(collate, num_prefix=len(prefix), reducer=number) for number, collate in enumerate(collators)]
+    taught = has_media(examples) | trainable.in_language
+    num_run = torch.stack([packer.lengths(examples) for packer in packers])
+    longest = int(num_run[:, taught].max())
+    refuse_unfit(family.model.config.get_text_config(), longest=len(prefix) + longest)
+    lengths = Lengths(longest, prefix=len(prefix))
+    packing = choose_packing(cfg, family, num_trainable=trainable.num_parameters, lengths=lengths)
+    layout = PackedLayout(packers, examples, plan, num_run=num_run, taught=taught, tokens=packing.tokens)
+    attention = "FlashAttention" if flash_runs(cfg, family) else "attention in blocks of rows of like length"
+    say(f"fast path: {layout}, behind a shared prefix of {len(prefix)}; {attention}")
+    if packing.recompute:
+        say("  to save memory, the MLPs are run again in the backward pass")
+    if not_run := int((~taught).sum()):
+        say(f"  {not_run:,} rows without a picture are counted, but not run: their gradient is zero")
+    reducers, on_gpu = [each.reducer for each in collators], torch.cuda.is_available()
+    if compiled := on_gpu if cfg.compile is None else cfg.compile:
+        refuse_uncompiled(torch.device("cuda" if on_gpu else "cpu"), getattr(torch, cfg.model.dtype))
+    return layout, FastLoss(family, reducers, prefix=prefix, recompute=packing.recompute, compiled=compiled)
+
+
+def _reference(
+    cfg: DictConfig, family: Family, trainable: Trainable, collators: Sequence[Collator], examples: Examples, plan: BatchPlan
+) -> tuple[PaddedLayout, ReferenceLoss]:
+    """Padded, all rows."""
+    layout = PaddedLayout(collators[0], examples, plan, micro=cfg.batch.micro)
+    say(f"reference path: {layout}")
+    return layout, ReferenceLoss(family, collators[0].reducer, learns_text=trainable.in_language)
+
+
+WAYS = {"fast": _fast, "reference": _reference}
+
+
+def lay_out(
+    cfg: DictConfig, family: Family, trainable: Trainable, collators: Sequence[Collator], examples: Examples, plan: BatchPlan
+) -> tuple[MicroBatches, FastLoss | ReferenceLoss]:
+    """(this rank's micro batches, their loss) of `engine=fast` or `engine=reference`, whose gradients are the same.
+
+    Args:
+        cfg: the run's settings.
+        family: around the model.
+        trainable: what is tuned.
+        collators: one a reducer.
+        examples: the rows of the run.
+        plan: its steps.
+
+    Raises:
+        UserError: nothing to learn from, a language model that the fast path does not take, or a row that the memory does not.
+    """
+    taught = has_media(examples) | trainable.in_language
+    if not taught.any():
+        raise UserError(f"no row of data.path={cfg.data.path} has an image or a video: the projector can learn nothing")
+    layout, loss = WAYS[cfg.engine](cfg, family, trainable, collators, examples, plan)
+    return MicroBatches(layout, plan, rank=deepspeed.comm.get_rank(), taught=taught), loss
