@@ -57,7 +57,9 @@ def _speaker(message: Any) -> Any:
 
 def _turns(conversation: Any) -> tuple[tuple[str, str], ...]:
     if isinstance(conversation, list) and conversation and _speaker(conversation[0]) == "gpt":
-        conversation = conversation[1:]  # ShareGPT's pieces of long talks start with an answer, which LLaVA skips too
+        conversation = conversation[
+            1:
+        ]  # ShareGPT's pieces of long talks start with an answer, which LLaVA skips too
     if not isinstance(conversation, list) or not conversation or len(conversation) % 2:
         raise ValueError("conversations is not a list of question-answer pairs")
     texts = []

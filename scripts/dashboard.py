@@ -50,7 +50,9 @@ def results() -> list[Any]:
         ),
         wr.WeavePanelSummaryTable(table_name="eval/scores"),
         wr.WeavePanelSummaryTable(table_name="eval/answers"),
-        wr.MediaBrowser(title="Kept tokens: dominant orange, contextual blue", media_keys=["eval/kept_tokens"]),
+        wr.MediaBrowser(
+            title="Kept tokens: dominant orange, contextual blue", media_keys=["eval/kept_tokens"]
+        ),
     ]
 
 
@@ -91,7 +93,10 @@ def make_report(entity: str, project: str) -> wr.Report:
 def specification(workspace: ws.Workspace, report: wr.Report) -> dict[str, Any]:
     """What would be sent, as JSON; the package has no public way to it."""
     made = {"workspace": workspace._to_model(), "report": report._to_model()}
-    return {name: json.loads(model.model_dump_json(by_alias=True, exclude_none=True)) for name, model in made.items()}
+    return {
+        name: json.loads(model.model_dump_json(by_alias=True, exclude_none=True))
+        for name, model in made.items()
+    }
 
 
 def own_entity() -> str:
@@ -106,7 +111,9 @@ def own_entity() -> str:
 
 @teach
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--entity", help="wandb team or user; by default your own")
     parser.add_argument("--project", default="vzip", help="track.project of the runs")
     parser.add_argument("--dry-run", action="store_true", help="write the specification, and send nothing")
@@ -117,14 +124,18 @@ def main() -> None:
     if arguments.dry_run:
         with output("--out", arguments.out):
             write_json(arguments.out, specification(workspace, report))
-        print(f"{arguments.out}: a workspace of {len(workspace.sections)} sections, a report of {len(report.blocks)} blocks")
+        print(
+            f"{arguments.out}: a workspace of {len(workspace.sections)} sections, a report of {len(report.blocks)} blocks"
+        )
         return
     try:
         for made in (workspace, report):
             made.save()
             print(made.url)
     except (Error, OSError) as error:
-        raise UserError(f"wandb did not take it: {error}\nCheck --entity={entity} and --project={arguments.project}") from error
+        raise UserError(
+            f"wandb did not take it: {error}\nCheck --entity={entity} and --project={arguments.project}"
+        ) from error
 
 
 if __name__ == "__main__":

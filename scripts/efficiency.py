@@ -61,7 +61,10 @@ def made_up_questions(family: Family, limit: int) -> list[Question]:
     """About noise, square, and large enough to be cut into tiles by a model that does so."""
     generator, side = np.random.default_rng(0), 2 * family.tile_side
     pixels = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
-    return [Question(f"What do you see in picture {number}?", Image.fromarray(pixels)) for number in range(1, limit + 1)]
+    return [
+        Question(f"What do you see in picture {number}?", Image.fromarray(pixels))
+        for number in range(1, limit + 1)
+    ]
 
 
 def prompts(processor: Any, questions: Sequence[Question]) -> list[str]:
@@ -70,7 +73,9 @@ def prompts(processor: Any, questions: Sequence[Question]) -> list[str]:
         return [f"{processor.image_token}\n{question.text}" for question in questions]
     contents = [[{"type": "image"}, {"type": "text", "text": question.text}] for question in questions]
     return [
-        processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
         for content in contents
     ]
 
@@ -95,9 +100,9 @@ class Row:
         """The model's arguments for the questions, padded on the left."""
         images = [question.image() for question in questions]
         padding = {"padding": True, "padding_side": "left"}
-        return processor(text=prompts(processor, questions), images=images, return_tensors="pt", **padding).to(
-            model.device, model.dtype
-        )
+        return processor(
+            text=prompts(processor, questions), images=images, return_tensors="pt", **padding
+        ).to(model.device, model.dtype)
 
     def prefill(self, question: Question, *, batch: int) -> Prefill:
         """The question, `batch` times."""
@@ -136,7 +141,8 @@ def measure_rows(
     cases = {name: row.prefill(questions[0], batch=batch) for name, row in rows.items()}
     found = measure(cases, settings)
     asking = {
-        name: lambda row=row: row.answer(questions, batch=batch, new_tokens=settings.new_tokens) for name, row in rows.items()
+        name: lambda row=row: row.answer(questions, batch=batch, new_tokens=settings.new_tokens)
+        for name, row in rows.items()
     }
     seconds = alternating(asking, rounds=settings.rounds, device=settings.device)
     for name, case in cases.items():
@@ -160,7 +166,10 @@ TIMES = {
     "questions": ("all questions, s", 1),
 }
 """Labels and units of what was timed."""
-FORMULAS = {"by FLOPs": {"language": "language_flops", "whole": "whole_flops"}, "paper": {"language": "paper_flops"}}
+FORMULAS = {
+    "by FLOPs": {"language": "language_flops", "whole": "whole_flops"},
+    "paper": {"language": "paper_flops"},
+}
 """Columns, and the figure whose ratio they show for what was timed."""
 SIZES = {
     "num_visual_tokens": ("visual tokens", 1),
@@ -175,10 +184,19 @@ SIZES = {
 def _time_cells(found: Mapping[str, Any], reduced: Mapping[str, Any], part: str) -> list[str]:
     """A time; how many times the reduced one it is, with the range over rounds; and that by each formula."""
     _, unit = TIMES[part]
-    ratios = [time / least for time, least in zip(found[part]["seconds"], reduced[part]["seconds"], strict=True)]
+    ratios = [
+        time / least for time, least in zip(found[part]["seconds"], reduced[part]["seconds"], strict=True)
+    ]
     middle = found[part]["median_s"] / reduced[part]["median_s"]
-    by = [f"{found[flops[part]] / reduced[flops[part]]:.2f}" if part in flops else "" for flops in FORMULAS.values()]
-    return [f"{unit * found[part]['median_s']:,.4g}", f"{middle:.2f} ({min(ratios):.2f} to {max(ratios):.2f})", *by]
+    by = [
+        f"{found[flops[part]] / reduced[flops[part]]:.2f}" if part in flops else ""
+        for flops in FORMULAS.values()
+    ]
+    return [
+        f"{unit * found[part]['median_s']:,.4g}",
+        f"{middle:.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+        *by,
+    ]
 
 
 def _size_cells(found: Mapping[str, Any], reduced: Mapping[str, Any], name: str) -> list[str]:
@@ -209,7 +227,9 @@ def show(figures: Mapping[str, Any]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", help="folder of a finished run; or folder or hub id of a model")
     parser.add_argument("--against", help="another run or model, whose row `full` is measured too")
     parser.add_argument("--budget", type=count, help="by default the run's first; a model needs one")
@@ -231,9 +251,14 @@ def main() -> None:
     comparison = Comparison.open(arguments.source)
     questions = own or made_up_questions(comparison.family, arguments.questions)
     reduced = "tuned" if "tuned" in comparison.rows else "free"
-    rows = {name: Row(comparison, name, budget=arguments.budget if name != "full" else None) for name in ("full", reduced)}
+    rows = {
+        name: Row(comparison, name, budget=arguments.budget if name != "full" else None)
+        for name in ("full", reduced)
+    }
     if arguments.against:
-        rows[f"full of {Path(arguments.against).name}"] = Row(Comparison.open(arguments.against), "full", budget=None)
+        rows[f"full of {Path(arguments.against).name}"] = Row(
+            Comparison.open(arguments.against), "full", budget=None
+        )
     settings = Settings(new_tokens=arguments.new_tokens, rounds=arguments.rounds, device=device)
     figures = {
         "where": where(device),

@@ -29,7 +29,9 @@ def files_of(folder: Path) -> list[Path]:
         raise UserError(f"{folder} is not an export; make one with `make export RUN=... TO=hf`")
     files = sorted(path for path in folder.rglob("*") if not path.is_dir())
     if gone := [path.name for path in files if not path.is_file()]:
-        raise UserError(f"{folder}: {', '.join(gone)} link to files of the base model that are gone; export again with --copy")
+        raise UserError(
+            f"{folder}: {', '.join(gone)} link to files of the base model that are gone; export again with --copy"
+        )
     return files
 
 
@@ -46,11 +48,15 @@ def print_files(folder: Path, files: list[Path]) -> None:
 def push(folder: Path, repo: str, *, private: bool) -> str:
     """Send the files in one commit: its address. Raises UserError without a token, or where the hub refuses."""
     if get_token() is None:
-        raise UserError("there is no token for the hub; run `hf auth login`, or set HF_TOKEN, with one that may write")
+        raise UserError(
+            "there is no token for the hub; run `hf auth login`, or set HF_TOKEN, with one that may write"
+        )
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export of vzip").commit_url)
+        return str(
+            api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export of vzip").commit_url
+        )
     except REFUSED as error:
         raise UserError(
             f"--repo {repo} could not be sent: {error}\nCheck the network, and that the token may write there"
@@ -59,9 +65,13 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
 
 @config.teach
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="what `make export` wrote")
-    parser.add_argument("--repo", required=True, help="its name on the hub, e.g. me/my-model; made where there is none")
+    parser.add_argument(
+        "--repo", required=True, help="its name on the hub, e.g. me/my-model; made where there is none"
+    )
     parser.add_argument("--private", action="store_true", help="make the repository a private one")
     parser.add_argument("--dry-run", action="store_true", help="list what would be sent, and ask no network")
     args = parser.parse_args()

@@ -37,7 +37,16 @@ SPEED = {
 }
 
 BEGIN, END = "<!-- runs: written by `make report` -->", "<!-- end of runs -->"
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")  # Okabe and Ito's
+COLOURS = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#000000",
+    "#F0E442",
+)  # Okabe and Ito's
 STYLES = ("-", "--", ":", "-.")
 
 
@@ -55,7 +64,10 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Raises OSError, ValueError, KeyError, TypeError or YAMLError for a folder that is no run of this version."""
-    result, whole = folder / "result.json", [line for line in (folder / "metrics.jsonl").open() if line.endswith("\n")]
+    result, whole = (
+        folder / "result.json",
+        [line for line in (folder / "metrics.jsonl").open() if line.endswith("\n")],
+    )
     run = Run(
         name=folder.name,
         config=yaml.safe_load((folder / "config.yaml").read_text()),
@@ -113,7 +125,11 @@ def block(run: Run) -> str:
     seconds = sum(line["train/step_s"] for line in run.metrics)
     changed = " and changed files" if env["modified_files"] else ""
     questions = f" {rows[0]['num_questions']:,} questions." if rows else " No questions were asked."
-    losses = f", loss {run.metrics[0]['train/loss']:.3f} to {run.metrics[-1]['train/loss']:.3f}" if run.metrics else ""
+    losses = (
+        f", loss {run.metrics[0]['train/loss']:.3f} to {run.metrics[-1]['train/loss']:.3f}"
+        if run.metrics
+        else ""
+    )
     lines = [
         f"### {run.name}",
         "",
@@ -136,8 +152,13 @@ def update(text: str, blocks: Mapping[str, str]) -> str:
         before, rest = f"{text.rstrip()}\n\n## Runs\n\n", f"\n{END}\n"
     inside, end, after = rest.partition(END)
     if not end:
-        raise UserError(f"the results file has {BEGIN!r}, but not {END!r} behind it; put that line where the runs end")
-    old = {part.split("\n", 1)[0]: f"### {part.strip()}" for part in re.split(r"^### ", inside, flags=re.MULTILINE)[1:]}
+        raise UserError(
+            f"the results file has {BEGIN!r}, but not {END!r} behind it; put that line where the runs end"
+        )
+    old = {
+        part.split("\n", 1)[0]: f"### {part.strip()}"
+        for part in re.split(r"^### ", inside, flags=re.MULTILINE)[1:]
+    }
     merged = dict(sorted((old | dict(blocks)).items()))
     return "\n\n".join([before + BEGIN, *merged.values(), END + after])
 
@@ -150,7 +171,12 @@ def draw_curves(runs: Sequence[Run], target: Path) -> None:
         for index, run in enumerate(runs):
             points = [(line["step"], line[name]) for line in run.metrics if name in line]
             style = STYLES[index // len(COLOURS) % len(STYLES)]
-            axis.plot(*zip(*points, strict=True), color=COLOURS[index % len(COLOURS)], linestyle=style, label=run.name)
+            axis.plot(
+                *zip(*points, strict=True),
+                color=COLOURS[index % len(COLOURS)],
+                linestyle=style,
+                label=run.name,
+            )
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
     handles, labels = axes.flat[0].get_legend_handles_labels()
@@ -162,10 +188,16 @@ def draw_curves(runs: Sequence[Run], target: Path) -> None:
 
 @teach
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of run folders")
-    parser.add_argument("--results", type=Path, default=ROOT / "RESULTS.md", help="file whose marked part is written anew")
-    parser.add_argument("--curves", type=Path, help="the picture, by default report.png in the folder of runs")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "RESULTS.md", help="file whose marked part is written anew"
+    )
+    parser.add_argument(
+        "--curves", type=Path, help="the picture, by default report.png in the folder of runs"
+    )
     arguments = parser.parse_args()
     runs = read_runs(arguments.runs)
     blocks = {run.name: block(run) for run in runs if run.result is not None}

@@ -41,7 +41,17 @@ def sentencepiece_folder(tmp_path_factory):
     It is read from the wheel: installed without its dependencies, the package would break transformers' imports.
     """
     folder = tmp_path_factory.mktemp("sentencepiece")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), MISTRAL[0]]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        MISTRAL[0],
+    ]
     if (done := subprocess.run(command, capture_output=True, text=True, check=False)).returncode:
         pytest.skip(f"no package index has {MISTRAL[0]}: {done.stderr[-200:]}")
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:

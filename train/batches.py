@@ -21,12 +21,19 @@ from vzip.fast.language import refuse_unfit
 
 
 def _fast(
-    cfg: DictConfig, family: Family, trainable: Trainable, collators: Sequence[Collator], examples: Examples, plan: BatchPlan
+    cfg: DictConfig,
+    family: Family,
+    trainable: Trainable,
+    collators: Sequence[Collator],
+    examples: Examples,
+    plan: BatchPlan,
 ) -> tuple[PackedLayout, FastLoss]:
     """Packed. Rows without a picture, and the prefix of the others, are left out where only a projector learns."""
     placeholders = [family.placeholder_id(kind) for kind in collators[0].kinds]
     prefix = [] if trainable.in_language else shared_prefix(examples, placeholders)
-    packers = [Packer(collate, num_prefix=len(prefix), reducer=number) for number, collate in enumerate(collators)]
+    packers = [
+        Packer(collate, num_prefix=len(prefix), reducer=number) for number, collate in enumerate(collators)
+    ]
     taught = has_media(examples) | trainable.in_language
     num_run = torch.stack([packer.lengths(examples) for packer in packers])
     longest = int(num_run[:, taught].max())
@@ -47,7 +54,12 @@ def _fast(
 
 
 def _reference(
-    cfg: DictConfig, family: Family, trainable: Trainable, collators: Sequence[Collator], examples: Examples, plan: BatchPlan
+    cfg: DictConfig,
+    family: Family,
+    trainable: Trainable,
+    collators: Sequence[Collator],
+    examples: Examples,
+    plan: BatchPlan,
 ) -> tuple[PaddedLayout, ReferenceLoss]:
     """Padded, all rows."""
     layout = PaddedLayout(collators[0], examples, plan, micro=cfg.batch.micro)
@@ -59,7 +71,12 @@ WAYS = {"fast": _fast, "reference": _reference}
 
 
 def lay_out(
-    cfg: DictConfig, family: Family, trainable: Trainable, collators: Sequence[Collator], examples: Examples, plan: BatchPlan
+    cfg: DictConfig,
+    family: Family,
+    trainable: Trainable,
+    collators: Sequence[Collator],
+    examples: Examples,
+    plan: BatchPlan,
 ) -> tuple[MicroBatches, FastLoss | ReferenceLoss]:
     """(this rank's micro batches, their loss) of `engine=fast` or `engine=reference`, whose gradients are the same.
 
@@ -76,6 +93,8 @@ def lay_out(
     """
     taught = has_media(examples) | trainable.in_language
     if not taught.any():
-        raise UserError(f"no row of data.path={cfg.data.path} has an image or a video: the projector can learn nothing")
+        raise UserError(
+            f"no row of data.path={cfg.data.path} has an image or a video: the projector can learn nothing"
+        )
     layout, loss = WAYS[cfg.engine](cfg, family, trainable, collators, examples, plan)
     return MicroBatches(layout, plan, rank=deepspeed.comm.get_rank(), taught=taught), loss

@@ -46,7 +46,11 @@ def _command() -> list[str]:
     job = HydraConfig.get() if HydraConfig.initialized() else None
     if job is None or job.mode is not RunMode.MULTIRUN:
         return sys.argv
-    return [sys.argv[0], *job.overrides.task, "hydra.mode=RUN"]  # RUN: also where it is an experiment that makes it a sweep
+    return [
+        sys.argv[0],
+        *job.overrides.task,
+        "hydra.mode=RUN",
+    ]  # RUN: also where it is an experiment that makes it a sweep
 
 
 def environment(cfg: DictConfig, *, world_size: int) -> dict[str, Any]:
@@ -98,7 +102,9 @@ class RunFolder:
             if self.cfg.fresh and self.path.is_dir() and any(self.path.iterdir()):  # it would be deleted
                 raise UserError(f"fresh=true: {self.path} is there and holds no run; choose another name=...")
             return
-        if not self.cfg.fresh and (changed := _differences(identity(OmegaConf.load(config)), identity(self.cfg))):
+        if not self.cfg.fresh and (
+            changed := _differences(identity(OmegaConf.load(config)), identity(self.cfg))
+        ):
             raise UserError(
                 f"{self.path} holds a run with other settings ({', '.join(changed)}); choose another name=..., or start over "
                 f"with fresh=true"

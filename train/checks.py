@@ -33,19 +33,28 @@ GROUPS = {"optim": Optim, "batch": Batch, "evaluate": Evaluate}
 CHOICES = {
     "engine": ("fast", "reference"),
     "weights": ("pretrained", "random"),
-    "model.dtype": ("float32", "bfloat16", "float64"),  # float16's gradients, of a loss in the mean over a step, fade
+    "model.dtype": (
+        "float32",
+        "bfloat16",
+        "float64",
+    ),  # float16's gradients, of a loss in the mean over a step, fade
 }
 
 
 def _refuse_unknown(cfg: DictConfig) -> None:
     """Hydra adds whatever stands behind a plus, as its own advice about a mistyped setting has it."""
     known = {f"{group}.": [field.name for field in fields(of)] for group, of in GROUPS.items()}
-    known |= {"": [field.name for field in fields(Config)], "data.": list(OmegaConf.load(ROOT / "configs/data/own.yaml"))}
+    known |= {
+        "": [field.name for field in fields(Config)],
+        "data.": list(OmegaConf.load(ROOT / "configs/data/own.yaml")),
+    }
     names = {name: prefix + name for prefix, group in known.items() for name in group}
     for prefix, group in known.items():
         for key in cfg[prefix[:-1]] if prefix else cfg:
             if key not in group:
-                near = [f"; did you mean {names[name]}?" for name in difflib.get_close_matches(str(key), names, 1)]
+                near = [
+                    f"; did you mean {names[name]}?" for name in difflib.get_close_matches(str(key), names, 1)
+                ]
                 raise UserError(f"{prefix}{key} is no setting{''.join(near)}")
 
 
@@ -58,7 +67,9 @@ def _check_name(cfg: DictConfig) -> None:
 
 def _check_optim(cfg: DictConfig) -> None:
     if not 0 <= cfg.optim.warmup < 1:
-        raise UserError(f"optim.warmup={cfg.optim.warmup} must lie in [0, 1): the share of steps that warm up")
+        raise UserError(
+            f"optim.warmup={cfg.optim.warmup} must lie in [0, 1): the share of steps that warm up"
+        )
     if len(cfg.optim.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optim.betas):
         raise UserError(f"optim.betas={cfg.optim.betas} must be two numbers in [0, 1), e.g. [0.9,0.999]")
 
@@ -68,17 +79,23 @@ def _check_data(cfg: DictConfig) -> None:
     if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
         raise UserError(f"data.fraction={fraction} must be a number in (0, 1]; 0.1 is a tenth")
     if sources is not None and (not OmegaConf.is_list(sources) or not sources):
-        raise UserError(f"data.sources={sources} must be a list of sources, e.g. [coco, gqa], or null for all")
+        raise UserError(
+            f"data.sources={sources} must be a list of sources, e.g. [coco, gqa], or null for all"
+        )
 
 
 def _check_tune(cfg: DictConfig) -> None:
     lora = cfg.tune.lora
     if lora is None:
         if not cfg.tune.projector:
-            raise UserError("tune.projector=false and tune.lora=null tune nothing; use tune=projector or tune=projector_lora")
+            raise UserError(
+                "tune.projector=false and tune.lora=null tune nothing; use tune=projector or tune=projector_lora"
+            )
         return
     if not OmegaConf.is_dict(lora):
-        raise UserError(f"tune.lora={lora} must be null or a mapping; use tune=projector_lora or tune=language_lora")
+        raise UserError(
+            f"tune.lora={lora} must be null or a mapping; use tune=projector_lora or tune=language_lora"
+        )
     one_of("tune.lora.target", lora.target, ("projector", "language_model"))
     refuse_no_count("tune.lora.r", lora.r, 1)
 
@@ -87,7 +104,9 @@ def _check_inexact(cfg: DictConfig) -> None:
     if cfg.inexact not in (None, "nf4", "int8"):
         raise UserError(f"inexact={cfg.inexact} must be one of: nf4, int8; or null, for exact gradients")
     if cfg.inexact and cfg.deepspeed.zero_optimization.stage == 3:
-        raise UserError(f"inexact={cfg.inexact} does not go with ZeRO 3, which can't share quantised weights: deepspeed=zero0")
+        raise UserError(
+            f"inexact={cfg.inexact} does not go with ZeRO 3, which can't share quantised weights: deepspeed=zero0"
+        )
 
 
 def _check_numbers(cfg: DictConfig) -> None:

@@ -127,7 +127,9 @@ def build(node: DictConfig, **more: Any) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        raise UserError(f"{node['_target_']} can't be made with {OmegaConf.to_container(node)}: {error.__cause__}") from error
+        raise UserError(
+            f"{node['_target_']} can't be made with {OmegaConf.to_container(node)}: {error.__cause__}"
+        ) from error
 
 
 def build_reducers(cfg: DictConfig) -> list[Reducer]:
@@ -188,7 +190,9 @@ def teach(command: Callable[P, None]) -> Callable[P, None]:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            message = f"the disk is full ({error}); free some space and run the same command again: it resumes"
+            message = (
+                f"the disk is full ({error}); free some space and run the same command again: it resumes"
+            )
         else:
             return
         if os.environ.get("RANK", "0") != "0":
@@ -223,7 +227,9 @@ def batch_plan(cfg: DictConfig, *, num_rows: int, world_size: int) -> BatchPlan:
     if cfg.engine == "reference" and cfg.batch.size % (cfg.batch.micro * world_size):
         fits = [micro for micro in range(1, cfg.batch.size + 1) if cfg.batch.size % (micro * world_size) == 0]
         advice = (
-            f"batch.micro can be {', '.join(map(str, fits))}" if fits else f"choose a multiple of {world_size}, or engine=fast"
+            f"batch.micro can be {', '.join(map(str, fits))}"
+            if fits
+            else f"choose a multiple of {world_size}, or engine=fast"
         )
         raise UserError(
             f"batch.size={cfg.batch.size} is not a multiple of batch.micro={cfg.batch.micro} x {world_size} ranks; {advice}"
@@ -242,7 +248,9 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
     kept = {str(key): value for key, value in settings.items() if key not in NOT_PART_OF_A_RUN}
-    return kept | {"data": {key: value for key, value in settings["data"].items() if key not in NOT_PART_OF_DATA}}
+    return kept | {
+        "data": {key: value for key, value in settings["data"].items() if key not in NOT_PART_OF_DATA}
+    }
 
 
 def run_name(cfg: DictConfig) -> str:

@@ -17,7 +17,9 @@ def control_row(cfg: DictConfig, tune: Callable[[DictConfig], list[dict[str, Any
         return []
     reducer = build_reducer(cfg)
     if not isinstance(reducer, VisionZip):
-        raise UserError(f"control=true compares with reducer=visionzip, not with {cfg.reducer['_target_']}; leave control out")
+        raise UserError(
+            f"control=true compares with reducer=visionzip, not with {cfg.reducer['_target_']}; leave control out"
+        )
     budget = (reducer.dominant + reducer.contextual) * get_class(cfg.model["_target_"]).budget_tiles
     changes = {
         "reducer": {"_target_": "vzip.reducers.random.Random", "budget": budget, "anyres": reducer.anyres},

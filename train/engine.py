@@ -50,12 +50,19 @@ class Engine:
     def __init__(self, loss: ReferenceLoss | FastLoss, trainable: Trainable, cfg: DictConfig) -> None:
         self.family, self.trainable = loss.family, trainable
         optimizer = torch.optim.AdamW(
-            trainable.parameters.values(), lr=cfg.optim.lr, betas=tuple(cfg.optim.betas), weight_decay=cfg.optim.weight_decay
+            trainable.parameters.values(),
+            lr=cfg.optim.lr,
+            betas=tuple(cfg.optim.betas),
+            weight_decay=cfg.optim.weight_decay,
         )
         settings = deepspeed_config(cfg)
-        if cfg.deepspeed.zero_optimization.stage == 3:  # shared out one by one, before all of them would go to the device
+        if (
+            cfg.deepspeed.zero_optimization.stage == 3
+        ):  # shared out one by one, before all of them would go to the device
             deepspeed.zero.Init(module=loss, config_dict_or_path=settings)
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=loss, optimizer=optimizer, config=settings)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=loss, optimizer=optimizer, config=settings
+        )
         self.rank, self.world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
         self.device = torch.device(self.deepspeed.device)
         self.stage = self.deepspeed.zero_optimization_stage()
@@ -63,7 +70,9 @@ class Engine:
     def whole_model(self) -> AbstractContextManager[None]:
         """For calls of parts of the model: gathers, under ZeRO 3, what no part's hook would (LLaVA-NeXT's image_newline)."""
         loose = list(self.family.model.model.parameters(recurse=False))
-        gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(loose, enabled=self.stage == 3)
+        gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
+            loose, enabled=self.stage == 3
+        )
         return gathered
 
     def step(
@@ -79,7 +88,9 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        scale = self.world_size / max(num_labels, 1)  # DeepSpeed averages over ranks; this makes it a global token mean
+        scale = self.world_size / max(
+            num_labels, 1
+        )  # DeepSpeed averages over ranks; this makes it a global token mean
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, part in enumerate(micro_batches, start=1):
             self.deepspeed.set_gradient_accumulation_boundary(number == len(micro_batches))
@@ -122,7 +133,11 @@ class Engine:
         The projector is there whether it was tuned itself or carries LoRA: it need not be the base model's own.
         """
         family = self.family
-        kept = {n: p for n, p in family.model.named_parameters() if n.startswith(family.projector_name) or "lora_" in n}
+        kept = {
+            n: p
+            for n, p in family.model.named_parameters()
+            if n.startswith(family.projector_name) or "lora_" in n
+        }
         with deepspeed.zero.GatheredParameters(list(kept.values()), enabled=self.stage == 3):
             copies = {name: value.detach().to("cpu", copy=True) for name, value in kept.items()}
         projector = {n.replace(".base_layer", ""): value for n, value in copies.items() if "lora_" not in n}

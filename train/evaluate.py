@@ -45,7 +45,9 @@ class Question:
     image: str
 
 
-def questions_of(rows: Sequence[Row], template: Template, tokenizer: Any, folder: Path, *, limit: int) -> list[Question]:
+def questions_of(
+    rows: Sequence[Row], template: Template, tokenizer: Any, folder: Path, *, limit: int
+) -> list[Question]:
     """The first `limit` questions of the rows, each with the turns before it and their true answers."""
     questions = []
     for row in rows:
@@ -73,13 +75,17 @@ class Evaluator:
         template: the model's training format.
     """
 
-    def __init__(self, cfg: DictConfig, engine: Engine, run: RunFolder, processor: Any, template: Template) -> None:
+    def __init__(
+        self, cfg: DictConfig, engine: Engine, run: RunFolder, processor: Any, template: Template
+    ) -> None:
         self.cfg, self.engine, self.run, self.processor, self.template = cfg, engine, run, processor, template
         self.questions: list[Question] = []
         self.samples: list[dict[str, Any]] = []
         if asks_questions(cfg):
             folder, limit = Path(cfg.data.image_folder).expanduser(), cfg.evaluate.questions
-            self.questions = questions_of(held_out_rows(cfg), template, processor.tokenizer, folder, limit=limit)
+            self.questions = questions_of(
+                held_out_rows(cfg), template, processor.tokenizer, folder, limit=limit
+            )
         else:
             say("no evaluation: data.held_out is not set, or evaluate.questions is 0")
 
@@ -110,7 +116,9 @@ class Evaluator:
             with attach(self.engine.family.model, reducer=reducer):
                 kinds = kinds_of([question.example for question in self.questions])
                 num_frames = self.cfg.model.get("num_frames", 1)
-                collate = Collator(self.processor, self.engine.family, reducer, kinds=kinds, num_frames=num_frames)
+                collate = Collator(
+                    self.processor, self.engine.family, reducer, kinds=kinds, num_frames=num_frames
+                )
                 answers = self._ask(collate, title=f"evaluate {name}")
             self.run.save_answers(name, answers)
         self.samples += [{"row": name, **given} for given in answers[:NUM_SAMPLES]]
@@ -123,9 +131,13 @@ class Evaluator:
         rank, world_size = self.engine.rank, self.engine.world_size
         longest = int(collate.lengths([question.example for question in self.questions]).max())
         held = {"num_trainable": self.engine.trainable.num_parameters, "world_size": world_size}
-        size = fitting_questions(self.cfg, self.engine.family, longest=longest + self.cfg.evaluate.max_new_tokens, **held)
+        size = fitting_questions(
+            self.cfg, self.engine.family, longest=longest + self.cfg.evaluate.max_new_tokens, **held
+        )
         mine = list(range(rank, len(self.questions), world_size)) or [0]
-        mine += mine[-1:] * (-(-len(self.questions) // world_size) - len(mine))  # as many calls on every rank, for ZeRO 3
+        mine += mine[-1:] * (
+            -(-len(self.questions) // world_size) - len(mine)
+        )  # as many calls on every rank, for ZeRO 3
         parts = [mine[start : start + size] for start in range(0, len(mine), size)]
         found = []
         for part in progress(parts, total=len(parts), title=title, unit="batch", shown=rank == 0):
@@ -156,7 +168,9 @@ class Evaluator:
             if count:
                 media |= inputs
             elif sharded:
-                self.engine.family.media_features(collate.reducer, kind, inputs)  # every rank runs the same modules
+                self.engine.family.media_features(
+                    collate.reducer, kind, inputs
+                )  # every rank runs the same modules
         output = model.generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -167,7 +181,9 @@ class Evaluator:
             pad_token_id=collate.pad_id,
             synced_gpus=sharded,
         )
-        texts: list[str] = tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+        texts: list[str] = tokenizer.batch_decode(
+            output[:, batch.input_ids.shape[1] :], skip_special_tokens=True
+        )
         placeholders = torch.tensor([self.engine.family.placeholder_id(kind) for kind in batch.media])
         counts: list[int] = torch.isin(batch.input_ids.cpu(), placeholders).sum(dim=1).tolist()
         return list(zip(texts, counts, strict=True))
@@ -193,7 +209,8 @@ def score(name: str, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if given["kind"] != "all":
             by_kind["all"].append(given["correct"])
     metrics = {
-        kind: sum(correct) / len(correct) for kind, correct in sorted(by_kind.items(), key=lambda item: item[0] == "all")
+        kind: sum(correct) / len(correct)
+        for kind, correct in sorted(by_kind.items(), key=lambda item: item[0] == "all")
     }
     mean = round(sum(given["num_visual_tokens"] for given in answers) / len(answers), 1)
     return {

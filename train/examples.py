@@ -22,12 +22,16 @@ def _report(subset: Subset) -> None:
     """Say what was left out, on rank 0. Raises UserError if the hosts hold different data."""
     manifest = subset.manifest
     if len(set(gather([manifest["hash"] + manifest["media_hash"]]))) > 1:
-        raise UserError(f"the hosts' copies of {manifest['data']['name']} or its pictures differ; make them the same")
+        raise UserError(
+            f"the hosts' copies of {manifest['data']['name']} or its pictures differ; make them the same"
+        )
     for line in subset.left_out:
         say(line)
     if manifest["bad_rows"]:
         replaced = sum(row.get("replaced", False) for row in manifest["bad_rows"])
-        say(f"  {len(manifest['bad_rows'])} rows left out in all, {replaced} replaced; `make data` looks at them again")
+        say(
+            f"  {len(manifest['bad_rows'])} rows left out in all, {replaced} replaced; `make data` looks at them again"
+        )
 
 
 def training_subset(cfg: DictConfig) -> Subset:
@@ -48,7 +52,13 @@ def held_out_rows(cfg: DictConfig) -> list[Row]:
 
 
 def training_collators(
-    cfg: DictConfig, processor: Any, family: Family, reducers: Sequence[Reducer], examples: Examples, *, base_fingerprint: str
+    cfg: DictConfig,
+    processor: Any,
+    family: Family,
+    reducers: Sequence[Reducer],
+    examples: Examples,
+    *,
+    base_fingerprint: str,
 ) -> list[Collator]:
     """The collators of the run's micro batches, one a reducer: of files, or, with `data.cache`, of features that `make cache`
     made.
@@ -71,7 +81,8 @@ def training_collators(
         if not asks_questions(cfg):
             family.drop_towers()
     return [
-        Collator(processor, family, reducer, kinds=examples.kinds, num_frames=num_frames, media=media) for reducer in reducers
+        Collator(processor, family, reducer, kinds=examples.kinds, num_frames=num_frames, media=media)
+        for reducer in reducers
     ]
 
 

@@ -23,4 +23,8 @@ def device_name(device: torch.device) -> str:
 
 def native_dtype() -> str:
     """ "bfloat16", or "float32" on a processor without instructions for bf16, which it takes several times as long for."""
-    return "bfloat16" if torch.cuda.is_available() or _in_cpuinfo(r"\b(avx512_bf16|amx_bf16|bf16)\b") else "float32"
+    return (
+        "bfloat16"
+        if torch.cuda.is_available() or _in_cpuinfo(r"\b(avx512_bf16|amx_bf16|bf16)\b")
+        else "float32"
+    )

@@ -39,11 +39,16 @@ def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, 
     )
     for step in bar:
         start = time.perf_counter()
-        torch.manual_seed(cfg.seed * 1_000_003 + step * engine.world_size + engine.rank)  # resuming needs no saved RNG
+        torch.manual_seed(
+            cfg.seed * 1_000_003 + step * engine.world_size + engine.rank
+        )  # resuming needs no saved RNG
         parts = list(islice(micro_batches, batches.num_parts(step)))
         lr = learning_rate(step, num_steps=batches.plan.num_steps, peak=cfg.optim.lr, warmup=cfg.optim.warmup)
         loss, grad_norm = engine.step(
-            parts, lr=lr, num_labels=batches.num_labels(step), num_taught_labels=batches.num_taught_labels(step)
+            parts,
+            lr=lr,
+            num_labels=batches.num_labels(step),
+            num_taught_labels=batches.num_taught_labels(step),
         )
         seconds = time.perf_counter() - start
         num_tokens = batches.num_tokens(step)
@@ -57,9 +62,12 @@ def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, 
         }
         tracker.log(step, metrics)
         bar.set_postfix_str(
-            f"loss {loss:.3f}, {num_tokens / seconds:,.0f} tokens/s, {metrics['train/memory_gb']:.1f} GB", refresh=False
+            f"loss {loss:.3f}, {num_tokens / seconds:,.0f} tokens/s, {metrics['train/memory_gb']:.1f} GB",
+            refresh=False,
         )
         if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {step}; lower optim.lr={cfg.optim.lr}, and start over with fresh=true")
+            raise UserError(
+                f"the loss is {loss} at step {step}; lower optim.lr={cfg.optim.lr}, and start over with fresh=true"
+            )
         if (step + 1) % cfg.save_every == 0 and step + 1 < batches.plan.num_steps:
             run.save_state(engine, step + 1)

@@ -31,7 +31,9 @@ def embed(family: Family, reducer: Reducer, batch: MicroBatch) -> Tensor:
     """float[..., d_llm] of the ids int64[...]: what the language model receives."""
     dtype = family.model.dtype
     # Pictures first, whatever the rows hold, so that every rank runs the same modules in the same order.
-    features = {kind: family.media_features(reducer, kind, media_inputs(batch, kind, dtype)) for kind in batch.media}
+    features = {
+        kind: family.media_features(reducer, kind, media_inputs(batch, kind, dtype)) for kind in batch.media
+    }
     embeddings: Tensor = family.model.get_input_embeddings()(batch.input_ids)
     for kind, found in features.items():
         if count := batch.num_placeholders[kind]:
@@ -61,15 +63,21 @@ class ReferenceLoss(nn.Module):
     def forward(self, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
         """(sum of the cross entropy over all label tokens, the same of the rows that teach)."""
         embeddings, language = embed(self.family, self.reducer, batch), self.family.language_model
-        checkpointed = {layer: partial(checkpoint, layer.forward, use_reentrant=False) for layer in language.layers}
+        checkpointed = {
+            layer: partial(checkpoint, layer.forward, use_reentrant=False) for layer in language.layers
+        }
         with replaced_forwards(checkpointed):
             output = language(inputs_embeds=embeddings, attention_mask=batch.attention_mask, use_cache=False)
         logits: Tensor = self.model.lm_head(output.last_hidden_state)[:, :-1]
         high = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = batch.labels[:, 1:]
-        losses = F.cross_entropy(high.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+        losses = F.cross_entropy(
+            high.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
         losses = losses.view_as(targets).sum(dim=1)
-        placeholders = torch.tensor([self.family.placeholder_id(kind) for kind in batch.media], device=losses.device)
+        placeholders = torch.tensor(
+            [self.family.placeholder_id(kind) for kind in batch.media], device=losses.device
+        )
         teaches = torch.isin(batch.input_ids, placeholders).any(dim=1) | self.learns_text
         return losses.sum(), losses.detach()[teaches].sum()
 
@@ -84,7 +92,9 @@ class FastLoss(nn.Module):
         settings: of `PackedLanguage`.
     """
 
-    def __init__(self, family: Family, reducers: Sequence[Reducer], *, prefix: Sequence[int], **settings: bool) -> None:
+    def __init__(
+        self, family: Family, reducers: Sequence[Reducer], *, prefix: Sequence[int], **settings: bool
+    ) -> None:
         super().__init__()
         self.family, self.model, self.reducers, self.prefix = family, family.model, reducers, prefix
         self.language = PackedLanguage(family.language_model, **settings)

@@ -82,11 +82,16 @@ def card_of(cfg: DictConfig) -> Card:
         return Card(int(cfg.memory_gb * 1e9), f"memory_gb={cfg.memory_gb:g}")
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(torch.cuda.current_device())
-        return Card(device.total_memory, f"the {device.total_memory / 1e9:.1f} GB of {device.name} (memory_gb=null)")
+        return Card(
+            device.total_memory, f"the {device.total_memory / 1e9:.1f} GB of {device.name} (memory_gb=null)"
+        )
     machine = min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_cgroup_limits()])
     num_ranks = int(os.environ.get("LOCAL_SIZE", "1"))
     share = machine // 2 // num_ranks
-    return Card(share, f"the {share / 1e9:.1f} GB that each rank has of half of this machine's memory (memory_gb=null)")
+    return Card(
+        share,
+        f"the {share / 1e9:.1f} GB that each rank has of half of this machine's memory (memory_gb=null)",
+    )
 
 
 def resident_memory(cfg: DictConfig, family: Family, *, num_trainable: int, world_size: int) -> int:
@@ -163,7 +168,9 @@ def fit_packing(
         num_fitting = bisect_right(sizes, room, key=partial(micro_batch, recompute=way))
         found.append(Packing(sizes[num_fitting - 1] if num_fitting else 0, recompute=way))
     packing = found[0] if found[0].tokens >= LEAST else found[-1]
-    if len(budgets_of(cfg)) > 1:  # a budget is drawn for each micro batch: many, and the same ones on another machine
+    if (
+        len(budgets_of(cfg)) > 1
+    ):  # a budget is drawn for each micro batch: many, and the same ones on another machine
         packing = replace(packing, tokens=min(packing.tokens, max(LEAST, least)))
     if not packing.tokens:
         needed = resident + micro_batch(least, packing.recompute)
@@ -195,7 +202,9 @@ def choose_packing(cfg: DictConfig, family: Family, *, num_trainable: int, lengt
     return packing
 
 
-def fitting_questions(cfg: DictConfig, family: Family, *, longest: int, num_trainable: int, world_size: int) -> int:
+def fitting_questions(
+    cfg: DictConfig, family: Family, *, longest: int, num_trainable: int, world_size: int
+) -> int:
     """The questions of one generate call: `evaluate.batch`, or as many as the smallest rank's memory holds.
 
     Called by all ranks.
@@ -212,5 +221,7 @@ def fitting_questions(cfg: DictConfig, family: Family, *, longest: int, num_trai
     room = int(card.memory * (1 - SPARE)) - resident
     fitting = max(1, room // generation_memory(family, num_tokens=longest))
     if fitting < cfg.evaluate.batch:
-        say(f"{fitting} questions of up to {longest} tokens at once, and not evaluate.batch={cfg.evaluate.batch}: {card.name}")
+        say(
+            f"{fitting} questions of up to {longest} tokens at once, and not evaluate.batch={cfg.evaluate.batch}: {card.name}"
+        )
     return int(min(fitting, cfg.evaluate.batch))

@@ -28,7 +28,9 @@ def _found(load: Callable[..., Any], cfg: DictConfig, **settings: Any) -> Any:
         return load(cfg.model.id, **settings)
     except OSError as error:
         hint = PREPARE if str(cfg.model.id).startswith(str(data_dir())) else CONNECT
-        raise UserError(f"nothing to load at model.id={cfg.model.id}: {hint}\n({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"nothing to load at model.id={cfg.model.id}: {hint}\n({str(error).splitlines()[0]})"
+        ) from error
 
 
 def load_processor(cfg: DictConfig) -> Any:
@@ -43,12 +45,16 @@ def load_model(cfg: DictConfig) -> tuple[Family, Any]:
         UserError: no weights at `model.id`, a `model.projector` that does not fit, or no package for `inexact`.
     """
     if cfg.inexact and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"inexact={cfg.inexact} needs a package that is not there; `pip install bitsandbytes`, or inexact=null")
+        raise UserError(
+            f"inexact={cfg.inexact} needs a package that is not there; `pip install bitsandbytes`, or inexact=null"
+        )
     cls, dtype = get_class(cfg.model["_target_"]), getattr(torch, cfg.model.dtype)
     processor = load_processor(cfg)
     if cfg.weights == "random":
         torch.manual_seed(cfg.seed)
-        model = cls.from_architecture(OmegaConf.to_container(cfg.model.architecture, resolve=True), dtype=dtype)
+        model = cls.from_architecture(
+            OmegaConf.to_container(cfg.model.architecture, resolve=True), dtype=dtype
+        )
     else:
         model = _found(cls.load_model, cfg, dtype=dtype)
     family = cls(model)
@@ -67,18 +73,33 @@ def quantise(family: Family, inexact: str | None) -> None:
         return
     import bitsandbytes
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at each product that int8 goes through float16
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it warns at each product that int8 goes through float16
     for name, layer in list(frozen_linears(family)):
-        shape, settings = (layer.in_features, layer.out_features), {"bias": layer.bias is not None, "device": "meta"}
+        shape, settings = (
+            (layer.in_features, layer.out_features),
+            {"bias": layer.bias is not None, "device": "meta"},
+        )
         if inexact == "nf4":
-            held = bitsandbytes.nn.Linear4bit(*shape, compute_dtype=layer.weight.dtype, quant_type="nf4", **settings)
-            held.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=held)
+            held = bitsandbytes.nn.Linear4bit(
+                *shape, compute_dtype=layer.weight.dtype, quant_type="nf4", **settings
+            )
+            held.weight = bitsandbytes.nn.Params4bit(
+                layer.weight.data, requires_grad=False, quant_type="nf4", module=held
+            )
         else:
-            held = bitsandbytes.nn.Linear8bitLt(*shape, has_fp16_weights=False, threshold=OUTLIERS, **settings)
-            held.weight = bitsandbytes.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+            held = bitsandbytes.nn.Linear8bitLt(
+                *shape, has_fp16_weights=False, threshold=OUTLIERS, **settings
+            )
+            held.weight = bitsandbytes.nn.Int8Params(
+                layer.weight.data, requires_grad=False, has_fp16_weights=False
+            )
         held.bias = layer.bias
         family.language_model.set_submodule(name, held.to("cuda" if torch.cuda.is_available() else "cpu"))
-    say(f"inexact={inexact}: the language model is quantised, and gradients are no longer those of the exact model")
+    say(
+        f"inexact={inexact}: the language model is quantised, and gradients are no longer those of the exact model"
+    )
 
 
 def count_model(cfg: DictConfig) -> Family:

@@ -70,7 +70,9 @@ def _token_rows(family: Family, cfg: DictConfig, reducer: Reducer) -> dict[str, 
     for num_tiles, size in shown:
         before, after = family.num_image_tokens(full, size), family.num_image_tokens(reducer, size)
         name = "tokens an image" if len(by_tiles) == 1 else f"image of {num_tiles} tiles"
-        rows[name] = f"{before:,} before, {after:,} after" + (f" ({size[0]} x {size[1]} px)" if len(by_tiles) > 1 else "")
+        rows[name] = f"{before:,} before, {after:,} after" + (
+            f" ({size[0]} x {size[1]} px)" if len(by_tiles) > 1 else ""
+        )
     if family.budget_tiles > 1 and "budget" in cfg.reducer and cfg.reducer.budget is not None:
         more = "; row ends come on top" if reducer.anyres == "spatial" else ""
         rows["budget"] = (
@@ -83,7 +85,9 @@ def _token_rows(family: Family, cfg: DictConfig, reducer: Reducer) -> dict[str, 
     return rows
 
 
-def _memory_rows(cfg: DictConfig, family: Family, *, num_trainable: int, num_visual: int, world_size: int) -> dict[str, str]:
+def _memory_rows(
+    cfg: DictConfig, family: Family, *, num_trainable: int, num_visual: int, world_size: int
+) -> dict[str, str]:
     """The micro batch of one rank, and the memory that it takes, at `num_visual` visual tokens a row; or why none fits."""
     if cfg.data.cache and not asks_questions(cfg):
         family.drop_towers()
@@ -91,12 +95,16 @@ def _memory_rows(cfg: DictConfig, family: Family, *, num_trainable: int, num_vis
     memory = resident_memory(cfg, family, num_trainable=num_trainable, world_size=world_size)
     if cfg.engine == "reference":
         micro = f"{cfg.batch.micro} rows, padded, layers checkpointed"
-        memory += padded_memory(family, num_tokens=cfg.batch.micro * (num_visual + cfg.data.expected.text_tokens))
+        memory += padded_memory(
+            family, num_tokens=cfg.batch.micro * (num_visual + cfg.data.expected.text_tokens)
+        )
     else:
         try:
             longest = num_visual + min(cfg.data.expected.longest, cfg.data.max_tokens)
             lengths = Lengths(longest, NUM_PREFIX)
-            packing = fit_packing(cfg, family, card, num_trainable=num_trainable, lengths=lengths, world_size=world_size)
+            packing = fit_packing(
+                cfg, family, card, num_trainable=num_trainable, lengths=lengths, world_size=world_size
+            )
         except UserError as error:
             return {"a micro batch": f"none: {error}"}
         how = "MLPs computed again in the backward pass" if packing.recompute else "nothing computed twice"
@@ -123,7 +131,11 @@ def print_plan(cfg: DictConfig, *, world_size: int) -> None:
     batches = batch_plan(cfg, num_rows=num_rows, world_size=world_size)
     num_tiles, num_visual_tokens = _visual(family, cfg, reducer)
     cost = row_cost(
-        family, reducer, num_tiles=num_tiles, num_visual_tokens=num_visual_tokens, num_text_tokens=expected.text_tokens
+        family,
+        reducer,
+        num_tiles=num_tiles,
+        num_visual_tokens=num_visual_tokens,
+        num_text_tokens=expected.text_tokens,
     )
     flops = cost.total * cfg.batch.size * batches.num_steps
     memory_rows = _memory_rows(
@@ -137,7 +149,8 @@ def print_plan(cfg: DictConfig, *, world_size: int) -> None:
     table = Table(show_header=False, title="plan", title_justify="left")
     for name, value in {
         "model": f"{cfg.model.name} ({cfg.model.id}, weights={cfg.weights})",
-        "reducer": "; ".join(map(repr, reducers)) + ("; the plan is of the largest" if len(reducers) > 1 else ""),
+        "reducer": "; ".join(map(repr, reducers))
+        + ("; the plan is of the largest" if len(reducers) > 1 else ""),
         **_token_rows(family, cfg, reducer),
         "rows": f"{num_rows:,} = {cfg.data.fraction:g} of {expected.rows:,}, at {expected.text_tokens} text tokens (estimated)",
         "batches": str(batches),

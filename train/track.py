@@ -104,7 +104,9 @@ class Tracker:
         if self.wandb:
             self.wandb.log(metrics, step=step)
 
-    def log_results(self, rows: list[dict[str, Any]], answers: list[dict[str, Any]], pictures: list[Path]) -> None:
+    def log_results(
+        self, rows: list[dict[str, Any]], answers: list[dict[str, Any]], pictures: list[Path]
+    ) -> None:
         """To wandb, what on disk are files of their own: scores, sample answers, pictures of kept tokens, and the projector."""
         if not self.wandb:
             return
@@ -116,7 +118,9 @@ class Tracker:
         kinds = list(rows[0]["metrics"]) if rows else []
         scores = wandb.Table(columns=["row", "visual_tokens", "questions", *kinds])
         for row in rows:
-            scores.add_data(row["name"], row["num_visual_tokens"], row["num_questions"], *row["metrics"].values())
+            scores.add_data(
+                row["name"], row["num_visual_tokens"], row["num_questions"], *row["metrics"].values()
+            )
         columns = ["row", "image", "question", "expected", "answer"]
         samples = wandb.Table(columns=columns, data=[[answer[key] for key in columns] for answer in answers])
         shown = {"eval/scores": scores, "eval/answers": samples}
@@ -138,4 +142,6 @@ class Tracker:
         try:
             self.wandb.finish()
         except TimeoutError:
-            print(f"wandb has not got all of the run in {FINISH_TIMEOUT} s; `wandb sync {kept}` sends the rest")
+            print(
+                f"wandb has not got all of the run in {FINISH_TIMEOUT} s; `wandb sync {kept}` sends the rest"
+            )

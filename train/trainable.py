@@ -53,7 +53,9 @@ def make_trainable(family: Family, tune: DictConfig) -> Trainable:
     for name, parameter in family.model.named_parameters():
         if "lora_" in name or (tune.projector and name.startswith(family.projector_name)):
             parameter.requires_grad_(True)
-            parameter.data = parameter.data.float()  # whatever the model's precision: DeepSpeed takes nothing higher
+            parameter.data = (
+                parameter.data.float()
+            )  # whatever the model's precision: DeepSpeed takes nothing higher
             opened[name] = parameter
     assert opened and all(p.requires_grad == (name in opened) for name, p in family.model.named_parameters())
     in_language = any(parameter.requires_grad for parameter in family.language_model.parameters())

@@ -8,9 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, from wherever this file is started
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on CPU: threads that spin while others work stall a busy machine
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # on GPU: packed lengths differ each time
+sys.path[0] = str(
+    Path(__file__).resolve().parent.parent
+)  # the repository, from wherever this file is started
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # on CPU: threads that spin while others work stall a busy machine
+os.environ.setdefault(
+    "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+)  # on GPU: packed lengths differ each time
 
 import deepspeed
 import hydra
@@ -50,14 +56,22 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
     family, processor = load_model(cfg)
     for reducer in reducers:
         family.refuse_unfit(reducer)
-    meta = describe(family, *reducers, base=cfg.model.id, base_fingerprint=fingerprint(family), projector=cfg.model.projector)
+    meta = describe(
+        family,
+        *reducers,
+        base=cfg.model.id,
+        base_fingerprint=fingerprint(family),
+        projector=cfg.model.projector,
+    )
     trainable = make_trainable(family, cfg.tune)
     say(print_table, family, trainable)
     quantise(family, cfg.inexact)
 
     examples = training_examples(cfg, subset, template, processor.tokenizer)
     plan = config.batch_plan(cfg, num_rows=len(examples), world_size=world_size)
-    collators = training_collators(cfg, processor, family, reducers, examples, base_fingerprint=meta["base"]["fingerprint"])
+    collators = training_collators(
+        cfg, processor, family, reducers, examples, base_fingerprint=meta["base"]["fingerprint"]
+    )
     batches, loss = lay_out(cfg, family, trainable, collators, examples, plan)
     run.begin(subset.manifest, num_trainable=trainable.num_parameters, world_size=world_size)
 
@@ -67,11 +81,16 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
     evaluator = Evaluator(cfg, engine, run, processor, template)
     rows = evaluator.baselines(reducers)
     fit(engine, batches, cfg, run, tracker)
-    run.save_trained(engine, meta | run.trained_meta(engine, template, subset.manifest, family.num_image_tokens(reducers[0])))
+    run.save_trained(
+        engine,
+        meta | run.trained_meta(engine, template, subset.manifest, family.num_image_tokens(reducers[0])),
+    )
     with attach(family.model, reducer=config.build_reducer(cfg)) as handle:
         pictures = draw_examples(handle, processor.image_processor, evaluator.pictures, run.path)
     rows += evaluator.rows("tuned", reducers) + control
-    run.finish({"rows": rows, "num_steps": plan.num_steps, "manifest": subset.manifest["hash"], "seed": cfg.seed})
+    run.finish(
+        {"rows": rows, "num_steps": plan.num_steps, "manifest": subset.manifest["hash"], "seed": cfg.seed}
+    )
     tracker.log_results(rows, evaluator.samples, pictures)
     tracker.finish()
     return rows
@@ -89,7 +108,9 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank")]  # from the launcher
+    sys.argv = [
+        argument for argument in sys.argv if not argument.startswith("--local_rank")
+    ]  # from the launcher
     config.register()
     main()
     leave_distributed()

@@ -57,12 +57,16 @@ class Handle:
             return token * self.family.num_processed_tokens(self.reducer, "video", video_inputs, video_idx)
 
         def get_num_multimodal_tokens(image_sizes: Any = None, video_sizes: Any = None, **kwargs: Any) -> Any:
-            sizes = {"image_sizes": image_sizes} | ({} if video_sizes is None else {"video_sizes": video_sizes})
+            sizes = {"image_sizes": image_sizes} | (
+                {} if video_sizes is None else {"video_sizes": video_sizes}
+            )
             counts = processor._get_num_multimodal_tokens(**sizes, **kwargs)
             if image_sizes is not None:
                 counts.num_image_tokens = [self.num_image_tokens(tuple(size)) for size in image_sizes]
             if video_sizes is not None:
-                counts.num_video_tokens = [self.num_video_tokens(num_frames) for num_frames, *_ in video_sizes]
+                counts.num_video_tokens = [
+                    self.num_video_tokens(num_frames) for num_frames, *_ in video_sizes
+                ]
             return counts
 
         reduced.replace_image_token = replace_image_token
@@ -79,7 +83,9 @@ class Handle:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.detach()
 
 

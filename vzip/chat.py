@@ -64,7 +64,9 @@ class Chat:
         UserError: a processor without a chat template.
     """
 
-    def __init__(self, model: Any, processor: Any, picture: Image.Image, *, max_new_tokens: int = 128) -> None:
+    def __init__(
+        self, model: Any, processor: Any, picture: Image.Image, *, max_new_tokens: int = 128
+    ) -> None:
         if processor.chat_template is None:
             raise UserError(
                 "this model's processor has no chat template, so that how to ask it is unknown; set processor.chat_template, "
@@ -78,7 +80,10 @@ class Chat:
         self._forget()
 
     def _forget(self) -> None:
-        self._cache, self._ids = DynamicCache(), list[int]()  # the cache holds the keys and values of these ids
+        self._cache, self._ids = (
+            DynamicCache(),
+            list[int](),
+        )  # the cache holds the keys and values of these ids
 
     def _inputs(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
         """The model's arguments for a whole conversation, the last turn of which is a question."""
@@ -171,7 +176,9 @@ class Chat:
             yield answer
             if len(made) == self.max_new_tokens:
                 break
-            begun = time.perf_counter()  # not before the yield: what the caller does with a part is no time of the model's
+            begun = (
+                time.perf_counter()
+            )  # not before the yield: what the caller does with a part is no time of the model's
             token = self._run([token])
             seconds += time.perf_counter() - begun
             answer = replace(answer, tokens_per_second=len(made) / seconds)

@@ -50,16 +50,21 @@ class RowCost:
         return self.tower + self.projector + self.language
 
 
-def row_cost(family: Family, reducer: Reducer, *, num_tiles: int, num_visual_tokens: int, num_text_tokens: int) -> RowCost:
+def row_cost(
+    family: Family, reducer: Reducer, *, num_tiles: int, num_visual_tokens: int, num_text_tokens: int
+) -> RowCost:
     """The cost of tuning on one row: `num_tiles` pictures (images, tiles or frames), what they are reduced to, and text."""
     vision: Any = family.tower.config
     text: Any = family.language_model.config
-    tower = num_tiles * (family.num_patches * linear_flops(family.tower) + attention_flops(vision, family.num_patches))
+    tower = num_tiles * (
+        family.num_patches * linear_flops(family.tower) + attention_flops(vision, family.num_patches)
+    )
     tokens = num_visual_tokens + num_text_tokens
     language = tokens * (linear_flops(family.language_model) + linear_flops(family.lm_head))
     language += attention_flops(text, tokens) // 2  # causal: half of it
     return RowCost(
-        tower=tower * family.num_layers_run(reducer) // vision.num_hidden_layers + num_tiles * family.other_flops,
+        tower=tower * family.num_layers_run(reducer) // vision.num_hidden_layers
+        + num_tiles * family.other_flops,
         projector=2 * num_visual_tokens * linear_flops(family.projector),
         language=2 * language,
     )
@@ -85,7 +90,9 @@ def head_width(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def kept_memory(config: Any, *, itemsize: int, recompute: bool = False, inexact: str | None = None, lora: bool = False) -> int:
+def kept_memory(
+    config: Any, *, itemsize: int, recompute: bool = False, inexact: str | None = None, lora: bool = False
+) -> int:
     """Bytes that one layer of the language model keeps for the backward pass, for one token of the fast path.
 
     A frozen linear layer needs no input. What is kept: both norms' inputs; queries, keys and values, and what attention makes
@@ -98,7 +105,9 @@ def kept_memory(config: Any, *, itemsize: int, recompute: bool = False, inexact:
     values += width if recompute else 2 * inner
     if inexact == "int8":
         values += width if recompute else 2 * width + inner
-    inputs = 3 * width + head * config.num_attention_heads + (0 if recompute else 2 * width + inner) if lora else 0
+    inputs = (
+        3 * width + head * config.num_attention_heads + (0 if recompute else 2 * width + inner) if lora else 0
+    )
     return int(itemsize * values + 4 * inputs)
 
 
@@ -106,12 +115,21 @@ def _picture_memory(family: Family) -> int:
     """Bytes that a picture, or a tile, takes in the tower: about 16 numbers of its width a patch in the layer that runs, and
     the pixels, as bytes and as numbers.
     """
-    itemsize, width = next(family.language_model.parameters()).element_size(), family.model.config.vision_config.hidden_size
+    itemsize, width = (
+        next(family.language_model.parameters()).element_size(),
+        family.model.config.vision_config.hidden_size,
+    )
     return int(16 * itemsize * family.num_patches * width + 3 * (5 + itemsize) * family.tile_side**2)
 
 
 def packed_memory(
-    family: Family, reducer: Reducer, *, num_tokens: int, num_prefix: int, recompute: bool = False, inexact: str | None = None
+    family: Family,
+    reducer: Reducer,
+    *,
+    num_tokens: int,
+    num_prefix: int,
+    recompute: bool = False,
+    inexact: str | None = None,
 ) -> int:
     """Bytes beside the weights that a micro batch of `num_tokens` packed tokens takes in the fast path, at the most.
 
@@ -125,7 +143,9 @@ def packed_memory(
     kept = partial(kept_memory, text, itemsize=itemsize, inexact=inexact, lora=lora)
     # The layer that runs has products and gradients of its own, about one and a half times what it keeps.
     language = text.num_hidden_layers * kept(recompute=recompute) + 3 * kept() // 2
-    ends = 4 * (vision.hidden_size + 3 * text.hidden_size) + 3 * itemsize * text.hidden_size  # projector and embeddings
+    ends = (
+        4 * (vision.hidden_size + 3 * text.hidden_size) + 3 * itemsize * text.hidden_size
+    )  # projector and embeddings
     logits = 12 * min(num_tokens * text.vocab_size, MAX_LOGITS)
 
     num_rows = math.ceil(num_tokens / (family.budget_tiles * family.num_tile_tokens(reducer) + SHORT_TEXT))

@@ -51,7 +51,9 @@ def levels_of(kind: str, processor: Any) -> Tensor:
         return tiles[0]
 
     untouched = made(do_rescale=False, do_normalize=False)
-    assert torch.equal(untouched, ramp.view(256, 3).T), f"{type(processor).__name__} changes pixels where it should not"
+    assert torch.equal(untouched, ramp.view(256, 3).T), (
+        f"{type(processor).__name__} changes pixels where it should not"
+    )
     return made().float()
 
 
@@ -71,13 +73,17 @@ def normalised(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Te
         channel = torch.arange(3, dtype=torch.int32, device=pixels.device).view(3, 1, 1)
         index = (pixels.int() + 256 * channel).flatten()
         arguments[name] = levels.to(dtype).flatten().index_select(0, index).view(pixels.shape)
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in arguments.items()}
+    return {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in arguments.items()
+    }
 
 
 def refuse_empty(num_frames: int) -> None:
     """Raises UserError for a video without frames."""
     if num_frames < 1:
-        raise UserError(f"a video of {num_frames} frames can't be shown to the model; give one of at least 1 frame")
+        raise UserError(
+            f"a video of {num_frames} frames can't be shown to the model; give one of at least 1 frame"
+        )
 
 
 def stack_frames(pixel_values_videos: Tensor) -> Tensor:
@@ -160,11 +166,15 @@ class FrameProcessor:
             made.append(pixel_values[:, 0] if self.has_tiles else pixel_values)
         if len({len(video) for video in made}) > 1:
             counts = [len(video) for video in made]
-            raise UserError(f"videos of {counts} frames can't share a batch; take the same number of frames of each")
+            raise UserError(
+                f"videos of {counts} frames can't share a batch; take the same number of frames of each"
+            )
         return BatchFeature({"pixel_values_videos": torch.stack(made)})
 
 
-def build_processor(processor_class: Any, image_processor: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
+def build_processor(
+    processor_class: Any, image_processor: Any, tokenizer: Any, settings: dict[str, Any]
+) -> Any:
     """A processor of images and videos without torchvision: frames go through a `FrameProcessor`."""
 
     class WithoutTorchvision(processor_class):  # type: ignore[misc]
@@ -182,7 +192,9 @@ def build_processor(processor_class: Any, image_processor: Any, tokenizer: Any, 
 
     WithoutTorchvision.__name__ = processor_class.__name__  # which saved tokenizers record
     video_processor = FrameProcessor(image_processor)
-    return WithoutTorchvision(image_processor=image_processor, tokenizer=tokenizer, video_processor=video_processor, **settings)
+    return WithoutTorchvision(
+        image_processor=image_processor, tokenizer=tokenizer, video_processor=video_processor, **settings
+    )
 
 
 def load_video_processor(processor_class: Any, path: str) -> Any:
@@ -192,4 +204,6 @@ def load_video_processor(processor_class: Any, path: str) -> Any:
     settings, _ = processor_class.get_processor_dict(path)
     parts = {"processor_class", *processor_class.get_attributes()}
     kept = {name: value for name, value in settings.items() if name not in parts}
-    return build_processor(processor_class, AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path), kept)
+    return build_processor(
+        processor_class, AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path), kept
+    )

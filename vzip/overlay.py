@@ -60,7 +60,9 @@ class TileTokens:
 
 def first_tile(family: Family, image_processor: Any, picture: Image.Image) -> Tensor:
     """float[1, 3, height, width]: a picture as the tower gets it; where it is cut into tiles, the first, which is all of it."""
-    pixels: Tensor = pixels_of(model_inputs("image", image_processor([[picture]], return_tensors="pt"))).flatten(0, -4)[:1]
+    pixels: Tensor = pixels_of(
+        model_inputs("image", image_processor([[picture]], return_tensors="pt"))
+    ).flatten(0, -4)[:1]
     weight = next(family.tower.parameters())
     return pixels.to(weight.device, weight.dtype)
 
@@ -144,7 +146,13 @@ class _Canvas:
         middle = left + self.cell / 2, top + self.cell / 2
         pen = ImageDraw.Draw(self.image)
         pen.text(
-            middle, text, font_size=size, anchor="mm", fill="white", stroke_width=max(1, int(size / 9)), stroke_fill="black"
+            middle,
+            text,
+            font_size=size,
+            anchor="mm",
+            fill="white",
+            stroke_width=max(1, int(size / 9)),
+            stroke_fill="black",
         )
 
 
@@ -187,7 +195,9 @@ def attention_map(tile: TileTokens, *, side: int = SIDE) -> Image.Image:
     canvas = _Canvas(replace(tile, picture=tile.picture.convert("L").convert("RGB")), side)
     scaled = (tile.saliency / tile.saliency.max().clamp(min=1e-12)).sqrt().flatten().numpy()
     steps = np.linspace(0, 1, len(RAMP))
-    colours = np.stack([np.interp(scaled, steps, [colour[channel] for colour in RAMP]) for channel in range(3)], axis=1)
+    colours = np.stack(
+        [np.interp(scaled, steps, [colour[channel] for colour in RAMP]) for channel in range(3)], axis=1
+    )
     for patch, colour in enumerate(colours.round().astype(int).tolist()):
         canvas.tint(patch, tuple(colour), 0.75)
     return canvas.image

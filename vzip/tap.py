@@ -38,7 +38,11 @@ class TowerLayout:
 def _layouts() -> dict[str, TowerLayout]:
     q, k = "self_attn.q_proj", "self_attn.k_proj"
     old = version.parse(transformers.__version__) < version.parse("5.18")
-    dinov2 = ("attention.attention.query", "attention.attention.key") if old else ("attention.q_proj", "attention.k_proj")
+    dinov2 = (
+        ("attention.attention.query", "attention.attention.key")
+        if old
+        else ("attention.q_proj", "attention.k_proj")
+    )
     return {
         "clip_vision_model": TowerLayout(layers="encoder.layers", queries=q, keys=k, has_cls=True),
         "dinov2": TowerLayout(layers="encoder.layer", queries=dinov2[0], keys=dinov2[1], has_cls=True),
@@ -53,7 +57,9 @@ def tower_layout(config: Any) -> TowerLayout:
     """The layout of the vision tower with this config. Raises UserError for a kind that is not in `TOWER_LAYOUTS`."""
     kind = config.model_type
     if kind not in TOWER_LAYOUTS:
-        raise UserError(f"vision tower of type {kind!r} is not supported; supported are: {', '.join(sorted(TOWER_LAYOUTS))}")
+        raise UserError(
+            f"vision tower of type {kind!r} is not supported; supported are: {', '.join(sorted(TOWER_LAYOUTS))}"
+        )
     return TOWER_LAYOUTS[kind]
 
 
@@ -95,7 +101,9 @@ def received_attention(queries: Tensor, keys: Tensor, max_scores: int = MAX_SCOR
     num_images, num_heads, num_tokens, _ = keys.shape
     total = queries.new_zeros(num_images, num_tokens)
     for rows in torch.split(queries, max(1, max_scores // (num_images * num_heads * num_tokens)), dim=2):
-        scores = (rows @ keys.transpose(2, 3)).mul_(queries.shape[-1] ** -0.5)  # in place: a third copy would stand beside
+        scores = (rows @ keys.transpose(2, 3)).mul_(
+            queries.shape[-1] ** -0.5
+        )  # in place: a third copy would stand beside
         total += scores.softmax(dim=-1).mean(dim=1).sum(dim=1)
     return total / queries.shape[2]
 
@@ -134,7 +142,13 @@ def refuse_wrong_pictures(pixel_values: Tensor) -> None:
 
 
 def run_tower(
-    tower: nn.Module, pixel_values: Tensor, *, feature_layer: int, num_dropped: int, attention_layer: int | None, **kwargs: Any
+    tower: nn.Module,
+    pixel_values: Tensor,
+    *,
+    feature_layer: int,
+    num_dropped: int,
+    attention_layer: int | None,
+    **kwargs: Any,
 ) -> VisionTokens:
     """The tokens that `hidden_states[feature_layer]` of the tower holds, with the attention of one of its layers.
 

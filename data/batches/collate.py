@@ -82,7 +82,9 @@ def _shapes(examples: Sequence[Example]) -> Iterator[tuple[int, tuple[tuple[int,
     """(text tokens, sizes of images, images, videos) of each row."""
     if isinstance(examples, Examples):  # whole columns: making 66,000 rows would take seconds
         numbers = (examples.column(name).tolist() for name in ("num_tokens", "num_images", "num_videos"))
-        for (num_tokens, *counts), sides in zip(zip(*numbers, strict=True), examples.column("sizes"), strict=True):
+        for (num_tokens, *counts), sides in zip(
+            zip(*numbers, strict=True), examples.column("sizes"), strict=True
+        ):
             yield num_tokens, tuple(map(tuple, sides.reshape(-1, 2).tolist())), *counts
     else:
         for example in examples:
@@ -135,7 +137,9 @@ class Collator:
         @cache  # of 66,000 rows, many have pictures of the same size
         def num_visual(sizes: tuple[tuple[int, int] | None, ...], num_videos: int) -> int:
             images = self.family.num_row_tokens(self.reducer, sizes)
-            return images + (num_videos * self.family.num_video_tokens(self.reducer, self.num_frames) if num_videos else 0)
+            return images + (
+                num_videos * self.family.num_video_tokens(self.reducer, self.num_frames) if num_videos else 0
+            )
 
         return torch.tensor(
             [

@@ -74,21 +74,32 @@ class PaddedLayout:
         micro: rows of a micro batch.
     """
 
-    def __init__(self, collate: Collator, examples: Sequence[Example], plan: BatchPlan, *, micro: int) -> None:
+    def __init__(
+        self, collate: Collator, examples: Sequence[Example], plan: BatchPlan, *, micro: int
+    ) -> None:
         self.collates, self.examples, self.plan, self.micro = (collate,), examples, plan, micro
         self.lengths = collate.lengths(examples)[None]
 
     def parts(self, step: int, rows: Sequence[int]) -> list[Part]:
         """As `Layout.parts`."""
         order = self.lengths[0, torch.tensor(rows)].argsort(descending=True, stable=True).tolist()
-        parts = [Part([rows[place] for place in order[i : i + self.micro]]) for i in range(0, len(rows), self.micro)]
+        parts = [
+            Part([rows[place] for place in order[i : i + self.micro]])
+            for i in range(0, len(rows), self.micro)
+        ]
         rounds = [parts[i : i + self.plan.world_size] for i in range(0, len(parts), self.plan.world_size)]
         # The ranks take turns in having the longer rows, so that none has the longest of every round.
-        return [part for number, of_ranks in enumerate(rounds) for part in (of_ranks[::-1] if number % 2 else of_ranks)]
+        return [
+            part
+            for number, of_ranks in enumerate(rounds)
+            for part in (of_ranks[::-1] if number % 2 else of_ranks)
+        ]
 
     def __str__(self) -> str:
         rounds = self.plan.size // self.micro // self.plan.world_size
-        return f"{self.plan} = {self.micro} micro x {rounds} accumulation x {self.plan.world_size} ranks, padded"
+        return (
+            f"{self.plan} = {self.micro} micro x {rounds} accumulation x {self.plan.world_size} ranks, padded"
+        )
 
 
 class PackedLayout:
@@ -124,9 +135,7 @@ class PackedLayout:
 
     def __str__(self) -> str:
         drawn = f", each of one of {len(self.collates)} budgets" if len(self.collates) > 1 else ""
-        return (
-            f"{self.plan} on {self.plan.world_size} rank(s), in micro batches of at most {self.tokens:,} packed tokens{drawn}"
-        )
+        return f"{self.plan} on {self.plan.world_size} rank(s), in micro batches of at most {self.tokens:,} packed tokens{drawn}"
 
 
 class MicroBatches(Dataset[MicroBatch]):
@@ -155,7 +164,11 @@ class MicroBatches(Dataset[MicroBatch]):
 
     def _num_tokens(self, rows: Tensor, parts: Sequence[Part]) -> int:
         lengths = self.layout.lengths
-        drawn = sum(int((lengths[part.reducer][part.rows] - lengths[0][part.rows]).sum()) for part in parts if part.reducer)
+        drawn = sum(
+            int((lengths[part.reducer][part.rows] - lengths[0][part.rows]).sum())
+            for part in parts
+            if part.reducer
+        )
         return int(lengths[0, rows].sum()) + drawn
 
     def __len__(self) -> int:
@@ -194,7 +207,9 @@ def explain_workers() -> Iterator[None]:
         yield
     except (UserError, RuntimeError) as error:
         if isinstance(error, UserError):
-            message = str(error).rsplit("UserError: ", 1)[-1].strip()  # a worker's comes with its traceback in the message
+            message = (
+                str(error).rsplit("UserError: ", 1)[-1].strip()
+            )  # a worker's comes with its traceback in the message
         elif "DataLoader worker" in str(error):
             message = (
                 f"a process that loads data was ended from outside, mostly because memory ran out ({str(error).strip()}); "
@@ -203,7 +218,9 @@ def explain_workers() -> Iterator[None]:
             )
         else:
             raise
-        traceback.clear_frames(error.__traceback__)  # they hold torch's loader, which takes its workers along when it goes
+        traceback.clear_frames(
+            error.__traceback__
+        )  # they hold torch's loader, which takes its workers along when it goes
         raise UserError(message) from None
 
 

@@ -47,7 +47,10 @@ class Processed:
     """
 
     def __init__(self, processor: Any, family: Family, reducer: Reducer, *, num_frames: int) -> None:
-        self.processors = {"image": processor.image_processor, "video": getattr(processor, "video_processor", None)}
+        self.processors = {
+            "image": processor.image_processor,
+            "video": getattr(processor, "video_processor", None),
+        }
         self.family, self.reducer, self.num_frames = family, reducer, num_frames
         self.levels = {kind: levels_of(kind, self.processors[kind]) for kind in family.kinds}
 
@@ -70,7 +73,11 @@ class Processed:
 
     def load(self, kind: str, examples: Sequence[Example]) -> dict[str, Tensor]:
         """As `Media.load`: pixels uint8, beside their levels."""
-        rows = [[self._open(kind, path) for path in example.media[kind]] for example in examples if kind in example.media]
+        rows = [
+            [self._open(kind, path) for path in example.media[kind]]
+            for example in examples
+            if kind in example.media
+        ]
         return self._process(kind, rows)
 
     def blank(self, kind: str) -> dict[str, Tensor]:
@@ -78,4 +85,7 @@ class Processed:
         return self._process(kind, [[black if kind == "image" else [black]]])
 
     def counts(self, kind: str, inputs: dict[str, Tensor]) -> list[int]:
-        return [self.family.num_processed_tokens(self.reducer, kind, inputs, index) for index in range(len(pixels_of(inputs)))]
+        return [
+            self.family.num_processed_tokens(self.reducer, kind, inputs, index)
+            for index in range(len(pixels_of(inputs)))
+        ]

@@ -23,7 +23,9 @@ class Rows(NamedTuple):
         if isinstance(examples, Examples):
             return cls(*examples.flat())
         stops = np.cumsum([len(example.ids) for example in examples])
-        ids, labels = (np.concatenate([getattr(example, name) for example in examples]) for name in ("ids", "labels"))
+        ids, labels = (
+            np.concatenate([getattr(example, name) for example in examples]) for name in ("ids", "labels")
+        )
         return cls(ids, labels, np.concatenate([[0], stops[:-1]]), stops)
 
     def first(self, where: np.ndarray) -> np.ndarray:
@@ -75,7 +77,9 @@ class Part(NamedTuple):
     """By which their placeholders are counted, where there are several."""
 
 
-def pack(rows: Sequence[int], lengths: np.ndarray, *, tokens: int, world_size: int, seed: Sequence[int]) -> list[Part]:
+def pack(
+    rows: Sequence[int], lengths: np.ndarray, *, tokens: int, world_size: int, seed: Sequence[int]
+) -> list[Part]:
     """The rows in micro batches of at most `tokens` tokens and of like size, few of them, and as many on each rank.
 
     Longest first, each row goes where there are the fewest tokens. A row of more than `tokens` tokens is alone.
@@ -92,7 +96,9 @@ def pack(rows: Sequence[int], lengths: np.ndarray, *, tokens: int, world_size: i
     least = int(lengths[:, rows].min(axis=0).clip(max=tokens).sum())
     for num_rounds in count(max(1, -(-least // (tokens * world_size)))):
         num_parts = num_rounds * world_size
-        reducers = np.random.default_rng([number % 2**32 for number in seed]).integers(len(lengths), size=num_parts)
+        reducers = np.random.default_rng([number % 2**32 for number in seed]).integers(
+            len(lengths), size=num_parts
+        )
         parts, loads = [Part([], int(reducer)) for reducer in reducers], np.zeros(num_parts, dtype=np.int64)
         for row in longest_first:
             after = loads + lengths[reducers, row]

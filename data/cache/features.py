@@ -27,7 +27,12 @@ from vzip.reducers import Reducer
 
 FORMAT = 1
 META = "cache.json"
-CONFIG = ("vision_feature_layer", "vision_feature_select_strategy", "image_grid_pinpoints", "vision_aspect_ratio")
+CONFIG = (
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+    "image_grid_pinpoints",
+    "vision_aspect_ratio",
+)
 """What of a model's config, beside its weights, the reducer's output depends on."""
 
 
@@ -124,7 +129,9 @@ class Layout:
     def metadata(self, shard: int) -> dict[str, str]:
         """What a shard says of itself: one of other settings or other rows is not this one."""
         rows = self.rows(shard)
-        return {"of": f"{self.key}, rows {rows.start} to {rows.stop}"}  # one entry: safetensors writes several in any order
+        return {
+            "of": f"{self.key}, rows {rows.start} to {rows.stop}"
+        }  # one entry: safetensors writes several in any order
 
     def find(self, folder: Path, shard: int) -> Any:
         """The shard, opened; None if it is not there, of other settings or rows, or cut off."""
@@ -172,7 +179,9 @@ class Cached:
             )
         shards = [self.layout.find(folder, shard) for shard in range(self.layout.num_shards)]
         if None in shards:
-            num_there = sum(len(self.layout.rows(shard)) for shard, found in enumerate(shards) if found is not None)
+            num_there = sum(
+                len(self.layout.rows(shard)) for shard, found in enumerate(shards) if found is not None
+            )
             raise UserError(
                 f"data.cache=true: {folder} holds {num_there:,} of {self.layout.num_rows:,} rows; run `make cache` again for "
                 f"the others"
@@ -199,18 +208,25 @@ class Cached:
         begin, end = self.starts[number][kind][place : place + 2].tolist()
         names = ("counts", "order", "features")
         counts, order, features = (
-            shard.get_slice(f"{kind}.{name}")[first:last] for name, first, last in zip(names, begin, end, strict=True)
+            shard.get_slice(f"{kind}.{name}")[first:last]
+            for name, first, last in zip(names, begin, end, strict=True)
         )
         return Reduced(features, torch.where(order < 0, order, order - begin[2]), counts)
 
     def load(self, kind: str, examples: Sequence[Example]) -> dict[str, Tensor]:
         """The fields of a `Reduced` of all images, or videos, of the rows."""
-        return dict(vars(Reduced.join([self.row(kind, example.index) for example in examples if kind in example.media])))
+        return dict(
+            vars(
+                Reduced.join([self.row(kind, example.index) for example in examples if kind in example.media])
+            )
+        )
 
     def blank(self, kind: str) -> dict[str, Tensor]:
         """One token of zeros."""
         dtype = getattr(torch, self.layout.settings["dtype"])
-        return dict(vars(Reduced.as_it_is(torch.zeros(1, self.layout.settings["width"], dtype=dtype), num_media=1)))
+        return dict(
+            vars(Reduced.as_it_is(torch.zeros(1, self.layout.settings["width"], dtype=dtype), num_media=1))
+        )
 
     def counts(self, kind: str, inputs: dict[str, Tensor]) -> list[int]:
         counts: list[int] = inputs["counts"].tolist()

@@ -43,7 +43,9 @@ class FeatureMaker:
         parameter = next(family.tower.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
         none = torch.empty(0, dtype=torch.int64)
-        self.nothing = Reduced(torch.empty(0, family.model.config.vision_config.hidden_size, dtype=self.dtype), none, none)
+        self.nothing = Reduced(
+            torch.empty(0, family.model.config.vision_config.hidden_size, dtype=self.dtype), none, none
+        )
 
     @torch.no_grad()
     def reduce(self, kind: str, inputs: Mapping[str, Tensor]) -> Reduced:
@@ -66,7 +68,12 @@ class _Rows(Dataset[Batch]):
     """Item i is what the rows of batch i hold: by kind, images (or videos) of each row, and all of them loaded."""
 
     def __init__(self, examples: Sequence[Example], maker: FeatureMaker, batches: Sequence[range]) -> None:
-        self.examples, self.kinds, self.media, self.batches = examples, maker.family.kinds, maker.media, batches
+        self.examples, self.kinds, self.media, self.batches = (
+            examples,
+            maker.family.kinds,
+            maker.media,
+            batches,
+        )
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -74,7 +81,9 @@ class _Rows(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         rows = [self.examples[row] for row in self.batches[index]]
         num_media = {kind: [len(row.media.get(kind, ())) for row in rows] for kind in self.kinds}
-        return num_media, {kind: self.media.load(kind, rows) for kind, counts in num_media.items() if any(counts)}
+        return num_media, {
+            kind: self.media.load(kind, rows) for kind, counts in num_media.items() if any(counts)
+        }
 
 
 def _starts(num_media: Sequence[int], reduced: Reduced) -> Tensor:
@@ -94,12 +103,20 @@ def _tensors(parts: Sequence[Batch], nothing: Reduced) -> dict[str, Tensor]:
     for kind in parts[0][0]:
         reduced = Reduced.join([nothing, *(made[kind] for _, made in parts if kind in made)])
         tensors |= {f"{kind}.{name}": value for name, value in vars(reduced).items()}
-        tensors[f"{kind}.starts"] = _starts([count for num_media, _ in parts for count in num_media[kind]], reduced)
+        tensors[f"{kind}.starts"] = _starts(
+            [count for num_media, _ in parts for count in num_media[kind]], reduced
+        )
     return tensors
 
 
 def write_features(
-    folder: Path, layout: Layout, examples: Sequence[Example], maker: FeatureMaker, *, batch: int = 16, num_workers: int = 0
+    folder: Path,
+    layout: Layout,
+    examples: Sequence[Example],
+    maker: FeatureMaker,
+    *,
+    batch: int = 16,
+    num_workers: int = 0,
 ) -> None:
     """Make what is missing of a cache: a run that was ended goes on at the shard that it was making.
 
@@ -120,16 +137,29 @@ def write_features(
     write_json(folder / META, asdict(layout))
     missing = [shard for shard in range(layout.num_shards) if layout.find(folder, shard) is None]
     cut = {shard: layout.rows(shard) for shard in missing}
-    batches = [(shard, rows[start : start + batch]) for shard, rows in cut.items() for start in range(0, len(rows), batch)]
+    batches = [
+        (shard, rows[start : start + batch])
+        for shard, rows in cut.items()
+        for start in range(0, len(rows), batch)
+    ]
     num_done = layout.num_rows - sum(len(rows) for _, rows in batches)
-    loaded = iter(DataLoader(_Rows(examples, maker, [rows for _, rows in batches]), batch_size=None, num_workers=num_workers))
-    with explain_workers(), progress(None, total=layout.num_rows, title="cache features", unit="row", start=num_done) as bar:
+    loaded = iter(
+        DataLoader(
+            _Rows(examples, maker, [rows for _, rows in batches]), batch_size=None, num_workers=num_workers
+        )
+    )
+    with (
+        explain_workers(),
+        progress(None, total=layout.num_rows, title="cache features", unit="row", start=num_done) as bar,
+    ):
         for shard, its_batches in groupby(batches, key=lambda each: each[0]):
             parts = []
             for _, rows in its_batches:
                 num_media, inputs = next(loaded)
                 torch.manual_seed(rows.start)  # what is drawn at random is the same in a run that was resumed
-                parts.append((num_media, {kind: maker.reduce(kind, values) for kind, values in inputs.items()}))
+                parts.append(
+                    (num_media, {kind: maker.reduce(kind, values) for kind, values in inputs.items()})
+                )
                 bar.update(len(rows))
             with written_whole(shard_path(folder, shard)) as scratch:
                 scratch.write_bytes(save(_tensors(parts, maker.nothing), metadata=layout.metadata(shard)))

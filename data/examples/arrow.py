@@ -17,7 +17,11 @@ BATCH = 1000
 def write_arrow(records: Iterable[dict[str, Any]], schema: pa.Schema, target: Path) -> None:
     """Write the records, whole or not at all."""
     batch: list[dict[str, Any]] = []
-    with written_whole(target) as scratch, pa.OSFile(str(scratch), "wb") as file, ipc.new_file(file, schema) as writer:
+    with (
+        written_whole(target) as scratch,
+        pa.OSFile(str(scratch), "wb") as file,
+        ipc.new_file(file, schema) as writer,
+    ):
         for record in records:
             batch.append(record)
             if len(batch) == BATCH:
@@ -31,4 +35,6 @@ def read_arrow(path: Path) -> pa.Table:
     try:
         return ipc.open_file(pa.memory_map(str(path))).read_all()
     except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, and the same command makes it anew") from error
+        raise UserError(
+            f"{path} is damaged ({error}); delete it, and the same command makes it anew"
+        ) from error

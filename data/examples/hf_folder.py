@@ -62,12 +62,18 @@ class HfFolder:
             raise UserError(f"data.path={self.path}: `datasets` can't read this folder: {error}") from error
         if isinstance(found, dict):
             if "train" not in found:
-                raise UserError(f"data.path={self.path} has the splits {', '.join(found)}, but no 'train'; give one split")
+                raise UserError(
+                    f"data.path={self.path} has the splits {', '.join(found)}, but no 'train'; give one split"
+                )
             found = found["train"]
         if "conversations" not in found.column_names:
-            raise UserError(f"data.path={self.path} has no column 'conversations', only {', '.join(found.column_names)}")
+            raise UserError(
+                f"data.path={self.path} has no column 'conversations', only {', '.join(found.column_names)}"
+            )
         read = [name for name in (*COLUMNS, *KEPT) if name in found.column_names]
-        return found.select_columns(read).with_format("arrow")  # pictures as they are stored; decoding is not asked for
+        return found.select_columns(read).with_format(
+            "arrow"
+        )  # pictures as they are stored; decoding is not asked for
 
     def _row(self, position: int) -> dict[str, Any]:
         row: dict[str, Any] = self.rows[position : position + 1].to_pylist()[0]
@@ -80,7 +86,10 @@ class HfFolder:
             entry = {"id": str(position)} | {name: row[name] for name in KEPT if row.get(name) is not None}
             digests = [self._digest(picture) for picture in _pictures(row)]
             if digests:
-                entry["image"] = [f"{self.path.name}/{position:07}-{number}-{digest}" for number, digest in enumerate(digests)]
+                entry["image"] = [
+                    f"{self.path.name}/{position:07}-{number}-{digest}"
+                    for number, digest in enumerate(digests)
+                ]
             yield entry
 
     def _digest(self, picture: dict[str, Any]) -> str:

@@ -46,7 +46,11 @@ class _Window:
         """Step over the next character, which must be one of these."""
         found = self.mark()
         if not found or found not in allowed:
-            self.refuse(JSONDecodeError(f"expected {' or '.join(allowed)}, found {found or 'the end'!r}", self.text, self.at))
+            self.refuse(
+                JSONDecodeError(
+                    f"expected {' or '.join(allowed)}, found {found or 'the end'!r}", self.text, self.at
+                )
+            )
         self.at += 1
         return found
 
@@ -59,7 +63,10 @@ class _Window:
             except JSONDecodeError as error:
                 if last or not self.more():
                     self.refuse(error)
-            except (ValueError, RecursionError) as error:  # of numbers of thousands of digits; of lists in lists in lists
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # of numbers of thousands of digits; of lists in lists in lists
                 self.refuse(JSONDecodeError(str(error), self.text, self.at))
             else:
                 cut = self.text[end : end + 1] in _OF_NUMBERS  # "": the window ends here
@@ -69,7 +76,9 @@ class _Window:
 
     def refuse(self, error: JSONDecodeError) -> None:
         line = self.line + error.lineno - 1
-        raise UserError(f"{self.path}, line {line}, column {error.colno}: not valid JSON: {error.msg}") from error
+        raise UserError(
+            f"{self.path}, line {line}, column {error.colno}: not valid JSON: {error.msg}"
+        ) from error
 
 
 def read_list(file: TextIO, path: Path) -> Iterator[Any]:

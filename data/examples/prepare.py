@@ -90,7 +90,9 @@ def _fault(row: Row, faults: Mapping[str, str]) -> str | None:
     return next((f"{path}: {faults[path]}" for path in row.images + row.videos if path in faults), None)
 
 
-def _settle(table: Table, chosen: Draw, check: Callable[[Sequence[Row]], Mapping[str, str]]) -> tuple[list[int], list[Any]]:
+def _settle(
+    table: Table, chosen: Draw, check: Callable[[Sequence[Row]], Mapping[str, str]]
+) -> tuple[list[int], list[Any]]:
     """(positions, what was left out): every row that can't be used gives its place to the next one of its source."""
     good, left_out, pending = [], [], chosen.positions
     spare = {source: iter(rows[chosen.wanted[source] :]) for source, rows in chosen.candidates.items()}
@@ -103,13 +105,19 @@ def _settle(table: Table, chosen: Draw, check: Callable[[Sequence[Row]], Mapping
                 good.append(position)
                 continue
             other = next(spare[row.source], None)
-            left_out.append({"id": row.id, "source": row.source, "reason": fault, "replaced": other is not None})
+            left_out.append(
+                {"id": row.id, "source": row.source, "reason": fault, "replaced": other is not None}
+            )
             pending += [] if other is None else [other]
     return chosen.ordered(good), left_out
 
 
 def _manifest(
-    selection: Selection, table: Table, drawn: Sequence[int], positions: Sequence[int], left_out: Sequence[Any]
+    selection: Selection,
+    table: Table,
+    drawn: Sequence[int],
+    positions: Sequence[int],
+    left_out: Sequence[Any],
 ) -> dict[str, Any]:
     """What is recorded of a subset; the same on every machine."""
     sources, digests, ids = (table.column(name) for name in ("source", "digest", "id"))
@@ -143,7 +151,8 @@ def _refuse_lost_sources(chosen: Draw, positions: Sequence[int], left_out: Seque
             reasons = [f"  {row['id']}: {row['reason']}" for row in left_out if row["source"] == source][:5]
             raise UserError(
                 f"of {source} only {found:,} of {wanted:,} rows can be used; check data.pictures.{source} and "
-                f"data.image_folder, or leave the source out with data.sources. First ones:\n" + "\n".join(reasons)
+                f"data.image_folder, or leave the source out with data.sources. First ones:\n"
+                + "\n".join(reasons)
             )
 
 
@@ -151,15 +160,27 @@ class _Check:
     """Looks at the pictures and videos of rows, and brings those that are missing from the source's places."""
 
     def __init__(
-        self, folder: Path, ledger: Ledger, places: Mapping[str, Sequence[Place]], *, replace_unreachable: bool
+        self,
+        folder: Path,
+        ledger: Ledger,
+        places: Mapping[str, Sequence[Place]],
+        *,
+        replace_unreachable: bool,
     ) -> None:
-        self.folder, self.ledger, self.places, self.replace_unreachable = folder, ledger, places, replace_unreachable
+        self.folder, self.ledger, self.places, self.replace_unreachable = (
+            folder,
+            ledger,
+            places,
+            replace_unreachable,
+        )
         self.bad: list[BadRow] = []
         self.num_rows = 0
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, str]:
         """What is wrong, by path. Raises UserError where too much is, or servers did not answer."""
-        media = [(kind, path, row.source) for row in rows for kind, paths in row.media.items() for path in paths]
+        media = [
+            (kind, path, row.source) for row in rows for kind, paths in row.media.items() for path in paths
+        ]
         faults = bring(media, self.folder, places=self.places, ledger=self.ledger)
         reasons = {path: fault.reason for path, fault in faults.items()}
         passing = [path for path, fault in faults.items() if not fault.final]
@@ -169,7 +190,11 @@ class _Check:
                 f"not come back, data.replace_unreachable=true puts other rows of their source there. First ones:\n"
                 + "\n".join(f"  {path}: {reasons[path]}" for path in passing[:5])
             )
-        bad = [(row, fault) for row in rows if not self.places.get(row.source) and (fault := _fault(row, reasons))]
+        bad = [
+            (row, fault)
+            for row in rows
+            if not self.places.get(row.source) and (fault := _fault(row, reasons))
+        ]
         self.bad += [BadRow(row.id, row.source, fault) for row, fault in bad]
         self.num_rows = self.num_rows or len(rows)  # later calls are of rows that replace some of the first
         refuse_if_too_bad(self.bad, self.num_rows)
@@ -177,7 +202,10 @@ class _Check:
 
 
 def prepare(
-    selection: Selection, *, places: Mapping[str, Sequence[Place]] | None = None, replace_unreachable: bool = False
+    selection: Selection,
+    *,
+    places: Mapping[str, Sequence[Place]] | None = None,
+    replace_unreachable: bool = False,
 ) -> Subset:
     """The subset of a selection, made where it is not there yet; what a killed command did is not done again.
 

@@ -24,7 +24,9 @@ class Draw:
     @property
     def positions(self) -> list[int]:
         """The rows drawn, in order."""
-        return self.ordered(row for source, rows in self.candidates.items() for row in rows[: self.wanted[source]])
+        return self.ordered(
+            row for source, rows in self.candidates.items() for row in rows[: self.wanted[source]]
+        )
 
     @property
     def num_wanted(self) -> int:
@@ -36,7 +38,9 @@ class Draw:
         return sorted(positions, key=self.keys.__getitem__)
 
 
-def draw(table: Table, *, fraction: float, seed: int, sources: Sequence[str] | None = None, text_rows: bool = True) -> Draw:
+def draw(
+    table: Table, *, fraction: float, seed: int, sources: Sequence[str] | None = None, text_rows: bool = True
+) -> Draw:
     """`fraction` of the usable rows of each source (rounded up), in an order that depends on seed and content alone.
 
     Each row is sorted by the sha256 of seed and content, so adding a row elsewhere moves no other row.
@@ -56,14 +60,24 @@ def draw(table: Table, *, fraction: float, seed: int, sources: Sequence[str] | N
     names = ("source", "digest", "has_media", "fault")
     by_source: dict[str, list[int]] = defaultdict(list)
     keys = {}
-    for position, (source, digest, has_media, fault) in enumerate(zip(*map(table.column, names), strict=True)):
+    for position, (source, digest, has_media, fault) in enumerate(
+        zip(*map(table.column, names), strict=True)
+    ):
         if fault is None and (has_media or text_rows):
             keys[position] = hashlib.sha256(f"{seed}:{digest}".encode()).hexdigest()
             by_source[source].append(position)
     if unknown := set(sources or ()) - set(by_source):
-        raise UserError(f"data.sources={list(sources or ())}: the data has no {sorted(unknown)}; it has {sorted(by_source)}")
-    candidates = {source: sorted(by_source[source], key=keys.__getitem__) for source in sorted(sources or by_source)}
+        raise UserError(
+            f"data.sources={list(sources or ())}: the data has no {sorted(unknown)}; it has {sorted(by_source)}"
+        )
+    candidates = {
+        source: sorted(by_source[source], key=keys.__getitem__) for source in sorted(sources or by_source)
+    }
     if not any(candidates.values()):
-        raise UserError("no row can be drawn: the data has none that can be used, or data.text_rows=false leaves none")
+        raise UserError(
+            "no row can be drawn: the data has none that can be used, or data.text_rows=false leaves none"
+        )
     share = Fraction(str(fraction))  # 0.07 of 100 is 7, not 8
-    return Draw(candidates, {source: math.ceil(share * len(rows)) for source, rows in candidates.items()}, keys)
+    return Draw(
+        candidates, {source: math.ceil(share * len(rows)) for source, rows in candidates.items()}, keys
+    )

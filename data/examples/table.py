@@ -79,7 +79,9 @@ def _read_file(path: Path) -> Iterator[Any]:
         raw.seek(0)
         if first not in (b"[", b"{"):
             found = first.decode(errors="replace") or "nothing"
-            raise UserError(f"{path}: expected a JSON list of rows in UTF-8, or a row a line, found {found!r}")
+            raise UserError(
+                f"{path}: expected a JSON list of rows in UTF-8, or a row a line, found {found!r}"
+            )
         lines = first == b"{"
         file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="replace" if lines else "strict")
         with progress(None, total=path.stat().st_size, title=f"read {path.name}", unit="B") as bar:
@@ -118,7 +120,9 @@ def _write(path: Path, target: Path) -> None:
             digest.update((record["digest"] or record["fault"]).encode())
             yield record
 
-    for old in target.parent.glob(f"{escape(target.stem.rsplit('-', 1)[0])}-*"):  # of the file as it was before
+    for old in target.parent.glob(
+        f"{escape(target.stem.rsplit('-', 1)[0])}-*"
+    ):  # of the file as it was before
         if not old.name.startswith(target.stem):
             old.unlink(missing_ok=True)
     write_arrow(records(), SCHEMA, target)
@@ -146,7 +150,10 @@ def open_table(path: str | Path) -> Table:
         )
     folder = data_dir() / "tables"
     folder.mkdir(parents=True, exist_ok=True)
-    where, state = (hashlib.sha256(json.dumps([VERSION, what]).encode()).hexdigest()[:12] for what in (str(path), _state(path)))
+    where, state = (
+        hashlib.sha256(json.dumps([VERSION, what]).encode()).hexdigest()[:12]
+        for what in (str(path), _state(path))
+    )
     target = folder / f"{path.stem}-{where}-{state}.arrow"
     whole = target.with_suffix(".sha256")
     if not (whole.is_file() and target.is_file()):

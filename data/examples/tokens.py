@@ -86,7 +86,10 @@ class Examples(Sequence[Example]):
         self.path, self.folder = path, folder
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "folder": self.folder}  # workers that are not forked map the file themselves
+        return {
+            "path": self.path,
+            "folder": self.folder,
+        }  # workers that are not forked map the file themselves
 
     @cached_property
     def table(self) -> pa.Table:
@@ -120,12 +123,16 @@ class Examples(Sequence[Example]):
 
     def __getitem__(self, index: Any) -> Example:
         position = int(self._positions[index])
-        row = {name: self.table[name][position].values for name in ("ids", "labels", "images", "videos", "sizes")}
+        row = {
+            name: self.table[name][position].values for name in ("ids", "labels", "images", "videos", "sizes")
+        }
         media = {"image": row["images"].to_pylist(), "video": row["videos"].to_pylist()}
         return Example(
             ids=row["ids"].to_numpy().tolist(),
             labels=row["labels"].to_numpy().tolist(),
-            media={kind: tuple(self.folder / path for path in paths) for kind, paths in media.items() if paths},
+            media={
+                kind: tuple(self.folder / path for path in paths) for kind, paths in media.items() if paths
+            },
             sizes=tuple(map(tuple, row["sizes"].to_numpy().reshape(-1, 2).tolist())),
             index=int(index),
         )
@@ -171,7 +178,13 @@ def tokens_key(template: Template, tokenizer: Any, *, max_tokens: int, digest: s
 
 
 def write_tokens(
-    rows: Iterable[Row], template: Template, tokenizer: Any, target: Path, *, max_tokens: int, sizes: Mapping[str, Any]
+    rows: Iterable[Row],
+    template: Template,
+    tokenizer: Any,
+    target: Path,
+    *,
+    max_tokens: int,
+    sizes: Mapping[str, Any],
 ) -> None:
     """Write the rows' ids and labels to `target`, beside its place first.
 
@@ -193,7 +206,9 @@ def write_tokens(
         except UserError as error:
             raise UserError(f"row {row.id}: {error}") from error
         if unknown := [path for path in row.images if path not in sizes]:
-            raise UserError(f"row {row.id}: nothing is recorded of {unknown[0]}; run `make data` again, which looks at it")
+            raise UserError(
+                f"row {row.id}: nothing is recorded of {unknown[0]}; run `make data` again, which looks at it"
+            )
         return _record(row, ids, labels, tokenizer=tokenizer, max_tokens=max_tokens, sizes=sizes)
 
     write_arrow(map(record, rows), SCHEMA, target)

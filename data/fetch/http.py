@@ -28,7 +28,9 @@ MAX_WAIT_S = 60.0
 """Between two attempts, also where a server asks for more."""
 HEADERS = {"User-Agent": "vzip", "Accept-Encoding": "identity"}
 # urllib3 follows redirects; attempts are ours, because a body that breaks off has to be asked for again too.
-REDIRECTS = Retry(total=None, connect=0, read=0, redirect=5, status=0, other=0, respect_retry_after_header=False)
+REDIRECTS = Retry(
+    total=None, connect=0, read=0, redirect=5, status=0, other=0, respect_retry_after_header=False
+)
 MAX_CONNECTIONS = 64
 
 
@@ -56,7 +58,9 @@ def _manager(scheme: str) -> PoolManager:
         return PoolManager(maxsize=MAX_CONNECTIONS)
     url = parse_url(proxy if "://" in proxy else f"http://{proxy}")
     if url.scheme not in ("http", "https"):
-        raise UserError(f"{scheme}_proxy={proxy} in the environment is not an http or https proxy; set one, or unset it")
+        raise UserError(
+            f"{scheme}_proxy={proxy} in the environment is not an http or https proxy; set one, or unset it"
+        )
     login = make_headers(proxy_basic_auth=unquote(url.auth)) if url.auth else None
     return ProxyManager(url.url, proxy_headers=login, maxsize=MAX_CONNECTIONS)
 
@@ -81,7 +85,9 @@ def _refuse_status(response: BaseHTTPResponse, url: str) -> None:
 def _content_range(response: BaseHTTPResponse, url: str) -> tuple[int, int]:
     """(first byte, bytes of the whole file) of an answer to a request for a part. Raises Gone for any other answer."""
     if response.status != 206:
-        raise Gone(f"{url}: sends no parts of files (HTTP ranges); download the whole file, and give its path")
+        raise Gone(
+            f"{url}: sends no parts of files (HTTP ranges); download the whole file, and give its path"
+        )
     header = response.headers.get("Content-Range", "")
     if not (match := re.fullmatch(r"bytes (\d+)-\d+/(\d+)", header.strip())):
         raise Gone(f"{url}: sends a part of a file, but not which one (Content-Range: {header!r})")
@@ -108,7 +114,9 @@ class Client:
         self._managers = {scheme: _manager(scheme) for scheme in ("http", "https")}
 
     @contextmanager
-    def answer(self, url: str, headers: dict[str, str], *, left_s: float | None = None) -> Iterator[BaseHTTPResponse]:
+    def answer(
+        self, url: str, headers: dict[str, str], *, left_s: float | None = None
+    ) -> Iterator[BaseHTTPResponse]:
         """An answer of status 200 or 206, its body still to be read, after redirects; one attempt.
 
         Raises Gone and Unreachable, also for what goes wrong while the body is read.
@@ -120,14 +128,21 @@ class Client:
             if parts.scheme not in self._managers:
                 raise Gone(f"{url} is no address of the web (http://, https://)")
             manager = self._direct if proxy_bypass(parts.host or "") else self._managers[parts.scheme]
-            options: dict[str, Any] = {"preload_content": False, "decode_content": False, "retries": REDIRECTS}
+            options: dict[str, Any] = {
+                "preload_content": False,
+                "decode_content": False,
+                "retries": REDIRECTS,
+            }
             response = manager.request("GET", url, headers=HEADERS | headers, timeout=timeout, **options)
             try:
                 _refuse_status(response, url)
                 yield response
             finally:
                 response.close()  # one that was read to its end has given its connection back before
-        except (LocationValueError, UnicodeError) as error:  # not an address, of a scheme that is none of ours, or no host
+        except (
+            LocationValueError,
+            UnicodeError,
+        ) as error:  # not an address, of a scheme that is none of ours, or no host
             raise Gone(f"{url}: {error}") from error
         except MaxRetryError as error:
             if isinstance(error.reason, ResponseError):
@@ -157,7 +172,9 @@ class Client:
     def _body(self, response: BaseHTTPResponse, url: str, deadline: float) -> bytes:
         data = bytearray()
         if (response.length_remaining or 0) > self.max_bytes:
-            raise Gone(f"{url}: {response.length_remaining:,} bytes, and at most {self.max_bytes:,} are taken")
+            raise Gone(
+                f"{url}: {response.length_remaining:,} bytes, and at most {self.max_bytes:,} are taken"
+            )
         while chunk := response.read1(CHUNK):  # whatever has come: read() would wait for all of a chunk
             data += chunk
             if len(data) > self.max_bytes:
@@ -221,12 +238,21 @@ class _Part:
             about = json.loads(self.about.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return {}
-        usable = isinstance(about, dict) and about.get("url") == self.url and about.get("version") and self.num_bytes()
+        usable = (
+            isinstance(about, dict)
+            and about.get("url") == self.url
+            and about.get("version")
+            and self.num_bytes()
+        )
         return about if usable else {}
 
     def start(self, *, version: str, size: int | None) -> None:
-        self.path.write_bytes(b"")  # first: what is said about it must never be said of an older version's bytes
-        self.about.write_text(json.dumps({"url": self.url, "version": version, "size": size}), encoding="utf-8")
+        self.path.write_bytes(
+            b""
+        )  # first: what is said about it must never be said of an older version's bytes
+        self.about.write_text(
+            json.dumps({"url": self.url, "version": version, "size": size}), encoding="utf-8"
+        )
 
     def forget(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -250,14 +276,20 @@ def _append(client: Client, part: _Part, bar: "tqdm[Any]") -> None:
     headers = {"Range": f"bytes={have}-", "If-Range": known["version"]} if known else {}
     try:
         with client.answer(part.url, headers) as response:
-            if known and response.status == 206:  # else the whole file comes: it has changed, or parts are not sent
+            if (
+                known and response.status == 206
+            ):  # else the whole file comes: it has changed, or parts are not sent
                 same = _version(response) in ("", known["version"])  # it need not be said again
                 if _content_range(response, part.url) != (have, known["size"]) or not same:
                     part.forget()
                     raise Unreachable(f"{part.url}: the file has changed")
             else:
                 part.start(version=_version(response), size=response.length_remaining)
-            size = part.num_bytes() + response.length_remaining if response.length_remaining is not None else None
+            size = (
+                part.num_bytes() + response.length_remaining
+                if response.length_remaining is not None
+                else None
+            )
             _refuse_small_disk(part, size)
             bar.total, bar.n = size, part.num_bytes()
             with part.path.open("ab") as file:
@@ -294,7 +326,9 @@ def fetch_file(url: str, target: Path, *, title: str, client: Client | None = No
                 failures = 1 if part.num_bytes() - before >= CHUNK else failures + 1
                 if failures >= client.attempts:
                     kept = f"{part.num_bytes():,} bytes are kept"
-                    raise Unreachable(f"{error} (given up after {failures} attempts; {kept} in {part.path})") from error
+                    raise Unreachable(
+                        f"{error} (given up after {failures} attempts; {kept} in {part.path})"
+                    ) from error
                 time.sleep(client.wait_s(failures, error))
     part.path.replace(target)
     part.forget()

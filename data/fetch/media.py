@@ -29,7 +29,15 @@ MAX_FAILURES = 50
 NUM_READS = 2
 """What comes damaged from a place is asked for once more."""
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
-OF_THE_PATH = {errno.EEXIST, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
+OF_THE_PATH = {
+    errno.EEXIST,
+    errno.EILSEQ,
+    errno.EINVAL,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+}
 """Errors that no later attempt is spared."""
 LEFTOVER = re.compile(r"\.(\d+)-\d+\.vzip-part")
 
@@ -83,7 +91,9 @@ class Ledger:
             content = path.read_text(encoding="utf-8", errors="replace")
             self._whole = not content or content.endswith("\n")
             for line in content.split("\n"):
-                with suppress(AttributeError, KeyError, TypeError, ValueError):  # cut by a kill: it is found out anew
+                with suppress(
+                    AttributeError, KeyError, TypeError, ValueError
+                ):  # cut by a kill: it is found out anew
                     entry = json.loads(line)
                     self._entries[entry["path"]] = Checked(**entry | {"tried": tuple(entry.get("tried", ()))})
 
@@ -170,7 +180,9 @@ class _Bringer:
             for number in range(NUM_READS):
                 try:
                     return self._store(kind, path, place.read(path))
-                except UserError:  # it is a ValueError, but of the settings or the installation, and not of this picture
+                except (
+                    UserError
+                ):  # it is a ValueError, but of the settings or the installation, and not of this picture
                     raise
                 except (Gone, Unreachable) as error:
                     final = final and isinstance(error, Gone)
@@ -203,7 +215,9 @@ class _Bringer:
     def __call__(self, medium: Medium) -> tuple[Medium, Checked, bool]:
         """(medium, what was found, whether places were asked)."""
         kind, path, source = medium
-        assert not Path(path).is_absolute() and ".." not in Path(path).parts, path  # parse_row lets none through
+        assert not Path(path).is_absolute() and ".." not in Path(path).parts, (
+            path
+        )  # parse_row lets none through
         places = self.places.get(source, ())
         entry, replaceable = self._there(kind, path)
         asked = bool(entry.fault and replaceable and places)
@@ -280,7 +294,9 @@ def bring(
         OSError: of the disk, as when it is full.
     """
     by_path = {path: (kind, path, source) for kind, path, source in media}
-    known = {path: ledger.settled(path, folder, places.get(source, ())) for path, (_, _, source) in by_path.items()}
+    known = {
+        path: ledger.settled(path, folder, places.get(source, ())) for path, (_, _, source) in by_path.items()
+    }
     todo = [medium for path, medium in by_path.items() if known[path] is None]
     found = [entry for entry in known.values() if entry is not None]
     _clean({(folder / path).parent for _, path, _ in todo})

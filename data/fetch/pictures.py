@@ -27,14 +27,18 @@ def open_picture(picture: Path | bytes) -> Image.Image:
         ValueError: what is damaged otherwise, or a decompression bomb.
     """
     try:
-        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS) as opened:
+        with Image.open(
+            io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS
+        ) as opened:
             upright = ImageOps.exif_transpose(opened)
             if upright.mode.startswith("I;16"):  # convert() would clip 16 bits of grey to white
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype("uint8"))
             return upright.convert("RGB")
     except (OSError, ValueError, MemoryError):
         raise
-    except Exception as error:  # PIL's decoders raise anything on bytes that are damaged: SyntaxError, struct.error, ...
+    except (
+        Exception
+    ) as error:  # PIL's decoders raise anything on bytes that are damaged: SyntaxError, struct.error, ...
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
@@ -42,7 +46,9 @@ def refuse_if_too_bad(bad: Sequence[BadRow], num_rows: int) -> None:
     """Raises UserError, with counts by source and examples, if more than `MAX_BAD_SHARE` of the rows are bad."""
     if len(bad) <= MAX_BAD_SHARE * num_rows:
         return
-    counts = ", ".join(f"{source}: {count}" for source, count in sorted(Counter(row.source for row in bad).items()))
+    counts = ", ".join(
+        f"{source}: {count}" for source, count in sorted(Counter(row.source for row in bad).items())
+    )
     examples = "\n".join(f"  {row.id}: {row.reason}" for row in bad[:5])
     raise UserError(
         f"{len(bad)} of {num_rows} rows can't be used ({counts}); at most {MAX_BAD_SHARE:.0%} may be bad. First ones:\n"

@@ -47,7 +47,9 @@ class Place(Protocol):
 
 def _parts(path: str) -> tuple[str, ...]:
     parts = PurePosixPath(path).parts
-    assert parts and not PurePosixPath(path).is_absolute() and ".." not in parts, path  # parse_row lets none through
+    assert parts and not PurePosixPath(path).is_absolute() and ".." not in parts, (
+        path
+    )  # parse_row lets none through
     return parts
 
 
@@ -144,7 +146,9 @@ class _Window(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self.position = offset + (0, self.position, self.length)[whence]
         if self.position < 0:
-            raise OSError(errno.EINVAL, "a place before the start of the file")  # zipfile looks there in small files
+            raise OSError(
+                errno.EINVAL, "a place before the start of the file"
+            )  # zipfile looks there in small files
         return self.position
 
     def readinto(self, buffer: Any) -> int:
@@ -192,7 +196,9 @@ class Archive:
                 try:
                     self._directory = self._read_directory()
                 except (OSError, UserError) as error:
-                    self._directory = error  # or each of the waiting threads would find out for itself, one after the other
+                    self._directory = (
+                        error  # or each of the waiting threads would find out for itself, one after the other
+                    )
             if isinstance(self._directory, Exception):
                 raise self._directory
             return self._directory.get(name, [])
@@ -215,7 +221,9 @@ class Archive:
         best = max(rank for rank, _ in found)
         best_members = [member for rank, member in found if rank == best]
         if len(best_members) > 1:
-            raise Gone(f"{self.entry} holds {path} more than once: {', '.join(member.filename for member in best_members[:3])}")
+            raise Gone(
+                f"{self.entry} holds {path} more than once: {', '.join(member.filename for member in best_members[:3])}"
+            )
         return best_members[0]
 
     def read(self, path: str) -> bytes:
@@ -224,7 +232,9 @@ class Archive:
         if member.flag_bits & 1:
             raise Gone(f"{name} is encrypted")
         if member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
-            raise Gone(f"{name} is compressed by method {member.compress_type}; stored (0) and deflate (8) can be read")
+            raise Gone(
+                f"{name} is compressed by method {member.compress_type}; stored (0) and deflate (8) can be read"
+            )
         if max(member.file_size, member.compress_size) > MAX_MEMBER:
             raise Gone(f"{name} has {member.file_size:,} bytes, and at most {MAX_MEMBER:,} are taken")
         try:
@@ -249,7 +259,9 @@ class Archive:
         data = read(LOCAL_HEADER + len(member.orig_filename.encode()) + SLACK + member.compress_size)
         if not data.startswith(b"PK\3\4"):
             raise ValueError("it is not where the zip file's directory says")
-        start = LOCAL_HEADER + sum(struct.unpack_from("<HH", data, 26))  # the lengths of its name and of what is extra
+        start = LOCAL_HEADER + sum(
+            struct.unpack_from("<HH", data, 26)
+        )  # the lengths of its name and of what is extra
         if len(data) < start + member.compress_size:
             data = read(start + member.compress_size)
         return data[start : start + member.compress_size]

@@ -51,7 +51,11 @@ def _natural(path: Path) -> tuple[list[str | int], str]:
 
 
 def _frame_paths(folder: Path) -> list[Path]:
-    paths = [path for path in folder.iterdir() if path.suffix.lower() in FRAME_SUFFIXES and not path.name.startswith(".")]
+    paths = [
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in FRAME_SUFFIXES and not path.name.startswith(".")
+    ]
     if not paths:
         raise ValueError("no frames: the folder holds no pictures")
     return sorted(paths, key=_natural)
@@ -69,14 +73,18 @@ def _refuse_truncated(container: Any, stream: Any) -> None:
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """(container, video stream) of a file; FFmpeg's errors, also those of the `with` body, come out as ValueError."""
-    with path.open("rb"):  # Python's errors tell missing from forbidden; FFmpeg's own also use these names for other faults
+    with path.open(
+        "rb"
+    ):  # Python's errors tell missing from forbidden; FFmpeg's own also use these names for other faults
         pass
     av = _pyav()
     fault = "not a video, or its end is missing"
     try:
         with av.open(str(path), metadata_errors="ignore") as container:  # titles need not be UTF-8
             cover = av.stream.Disposition.attached_pic  # of a song: a picture that calls itself a video
-            stream = next((stream for stream in container.streams.video if not stream.disposition & cover), None)
+            stream = next(
+                (stream for stream in container.streams.video if not stream.disposition & cover), None
+            )
             if stream is None:
                 raise ValueError("no video stream")
             if stream.codec_context is None:
@@ -84,7 +92,10 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             _refuse_truncated(container, stream)
             fault = "damaged"
             yield container, stream
-    except (av.FFmpegError, IndexError) as error:  # PyAV's, of a packet that belongs to none of the streams at the start
+    except (
+        av.FFmpegError,
+        IndexError,
+    ) as error:  # PyAV's, of a packet that belongs to none of the streams at the start
         raise ValueError(f"{fault}: {getattr(error, 'strerror', error)}") from error
 
 

@@ -103,7 +103,10 @@ def measure(table: pa.Table, family: Family, reducer: Reducer, *, num_frames: in
     Raises:
         UserError: a budget that does not fit, or videos for a model that takes none.
     """
-    num_tokens, media = table["num_tokens"].to_numpy(), table["num_images"].to_numpy() + table["num_videos"].to_numpy()
+    num_tokens, media = (
+        table["num_tokens"].to_numpy(),
+        table["num_images"].to_numpy() + table["num_videos"].to_numpy(),
+    )
     cut_turns = np.zeros(len(table), dtype=np.int64)
     for row in np.flatnonzero(table["num_whole_tokens"].to_numpy() > num_tokens).tolist():
         cut_turns[row] = _cut_turn(table["labels"][row].values.to_numpy())
@@ -138,7 +141,9 @@ def _look(kind: str, path: Path, size: tuple[int, int] | None, *, decode: bool) 
         open_picture(path)
 
 
-def check_files(table: pa.Table, folder: Path, *, seed: int = 0, num_decoded: int = NUM_DECODED) -> list[BadRow]:
+def check_files(
+    table: pa.Table, folder: Path, *, seed: int = 0, num_decoded: int = NUM_DECODED
+) -> list[BadRow]:
     """What is wrong with the rows' files, each with the first row that has it: every one by its header, in threads.
 
     Args:
@@ -203,7 +208,12 @@ def _summary(lengths: Lengths, rows: np.ndarray, max_positions: int) -> dict[str
 
 
 def report(
-    lengths: Lengths, files: Sequence[BadRow], left_out: Sequence[Mapping[str, Any]], *, max_tokens: int, max_positions: int
+    lengths: Lengths,
+    files: Sequence[BadRow],
+    left_out: Sequence[Mapping[str, Any]],
+    *,
+    max_tokens: int,
+    max_positions: int,
 ) -> dict[str, Any]:
     """What was found, as check.json has it: of all rows, by source (the largest first), and the faults.
 
@@ -214,13 +224,19 @@ def report(
         max_tokens: text tokens at which rows were cut.
         max_positions: tokens that the language model takes.
     """
-    refused, broken = (Counter(sources) for sources in ([row["source"] for row in left_out], [bad.source for bad in files]))
+    refused, broken = (
+        Counter(sources) for sources in ([row["source"] for row in left_out], [bad.source for bad in files])
+    )
     counts = Counter(lengths.sources.tolist())
     sources = [source for source, _ in counts.most_common()] + sorted({*refused, *broken} - {*counts})
     more = {source: {"left_out": refused[source], "broken_files": broken[source]} for source in sources}
     too_long = np.flatnonzero(lengths.trained & (lengths.expanded > max_positions)).tolist()
     faults = list(files) + [
-        BadRow(str(lengths.ids[row]), str(lengths.sources[row]), f"{lengths.expanded[row]} tokens, more than {max_positions}")
+        BadRow(
+            str(lengths.ids[row]),
+            str(lengths.sources[row]),
+            f"{lengths.expanded[row]} tokens, more than {max_positions}",
+        )
         for row in too_long
     ]
     room = max_positions - int((lengths.visual - lengths.media)[too_long].max(initial=0))
@@ -240,9 +256,13 @@ def refuse_faults(found: Mapping[str, Any], folder: Path) -> None:
     faults = found["faults"]
     if not faults:
         return
-    counts = ", ".join(f"{source}: {count}" for source, count in sorted(Counter(fault["source"] for fault in faults).items()))
+    counts = ", ".join(
+        f"{source}: {count}" for source, count in sorted(Counter(fault["source"] for fault in faults).items())
+    )
     files, rows = found["all"]["broken_files"], found["all"]["too_long"]
-    lines = [f"{files} files of the subset can't be read and {rows} rows are too long ({counts}). First ones:"]
+    lines = [
+        f"{files} files of the subset can't be read and {rows} rows are too long ({counts}). First ones:"
+    ]
     lines += [f"  {fault['id']}: {fault['reason']}" for fault in faults[:NUM_EXAMPLES]]
     if files:
         lines.append("Put the files back; or remove them and run `make data` again, which fetches them anew.")

@@ -97,7 +97,9 @@ def draw_report(lengths: Lengths, found: Mapping[str, Any], path: Path) -> None:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axis.set_minor_formatter(NullFormatter())
-    grid[0, 0].set_title(f"Length in the language model; dashed: the {limit:,} that it takes", fontsize="medium")
+    grid[0, 0].set_title(
+        f"Length in the language model; dashed: the {limit:,} that it takes", fontsize="medium"
+    )
     grid[0, 1].set_title("Tokens that carry the loss", fontsize="medium")
     figure.suptitle(
         f"Half of the {found['all']['rows']:,} rows are at most {whole['p50']:,.0f} tokens long, nine in ten at most "

@@ -62,12 +62,16 @@ def photograph(generator: np.random.Generator, height: int, width: int) -> Image
     frequency[0, 0] = np.inf
 
     def noise() -> np.ndarray:
-        field = np.fft.irfft2(np.fft.rfft2(generator.normal(size=(height, width))) / frequency, s=(height, width))
+        field = np.fft.irfft2(
+            np.fft.rfft2(generator.normal(size=(height, width))) / frequency, s=(height, width)
+        )
         scaled: np.ndarray = field / field.std()
         return scaled
 
     light = noise()
-    channels = [128 + 50 * light + 15 * noise() + GRAIN * generator.normal(size=(height, width)) for _ in range(3)]
+    channels = [
+        128 + 50 * light + 15 * noise() + GRAIN * generator.normal(size=(height, width)) for _ in range(3)
+    ]
     return Image.fromarray(np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8))
 
 
@@ -86,7 +90,9 @@ def recorded_lengths() -> tuple[np.ndarray, np.ndarray]:
     """Text tokens of rows with and without a picture, one after the other as drawn at random."""
     generator = np.random.default_rng(0)
     with np.load(LENGTHS) as recorded:
-        return generator.permutation(recorded["text_tokens"]), generator.permutation(recorded["text_only_tokens"])
+        return generator.permutation(recorded["text_tokens"]), generator.permutation(
+            recorded["text_only_tokens"]
+        )
 
 
 def records(
@@ -120,7 +126,9 @@ def make_collator(model: str) -> Collator:
     config = config_class()
     family = families()[config.model_type](SimpleNamespace(config=config))
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2)
-    return Collator(SimpleNamespace(image_processor=processor_class(**SQUARE), tokenizer=tokenizer), family, reducer)
+    return Collator(
+        SimpleNamespace(image_processor=processor_class(**SQUARE), tokenizer=tokenizer), family, reducer
+    )
 
 
 def milliseconds(work: Callable[[Path], Any], paths: list[Path], *, rounds: int) -> float:
@@ -140,7 +148,9 @@ def stage_times(model: str, paths: list[Path], *, rounds: int) -> dict[str, floa
     return {
         "open_ms": milliseconds(open_picture, paths, rounds=rounds),
         "open_and_process_uint8_ms": milliseconds(
-            lambda path: process([open_picture(path)], do_rescale=False, do_normalize=False, return_tensors="pt"),
+            lambda path: process(
+                [open_picture(path)], do_rescale=False, do_normalize=False, return_tensors="pt"
+            ),
             paths,
             rounds=rounds,
         ),
@@ -176,7 +186,9 @@ def first_batch(tokens: Path, pictures: Path, collate: Collator) -> tuple[MicroB
     plan = BatchPlan(size=GLOBAL, world_size=1, num_steps=len(examples) // GLOBAL, seed=0)
     prefix = shared_prefix(examples, [collate.family.placeholder_id(kind) for kind in collate.kinds])
     packer, taught = Packer(collate, num_prefix=len(prefix)), has_media(examples)
-    layout = PackedLayout([packer], examples, plan, tokens=TOKENS, num_run=packer.lengths(examples)[None], taught=taught)
+    layout = PackedLayout(
+        [packer], examples, plan, tokens=TOKENS, num_run=packer.lengths(examples)[None], taught=taught
+    )
     batches = MicroBatches(layout, plan, rank=0, taught=taught)
     ordered = time.perf_counter() - start
     next(loader(batches, first=0, num_workers=1))
@@ -191,8 +203,13 @@ def padding(batches: MicroBatches, collate: Collator) -> dict[str, float]:
         lengths = layout.lengths[0, rows]
         return 1 - lengths.sum().item() / (lengths.amax(dim=1).sum().item() * MICRO)
 
-    parts = [part.rows for step, rows in enumerate(batches.rows.tolist()) for part in layout.parts(step, rows)]
-    return {"padding_drawn": share(batches.rows.view(-1, MICRO)), "padding_ordered": share(torch.tensor(parts))}
+    parts = [
+        part.rows for step, rows in enumerate(batches.rows.tolist()) for part in layout.parts(step, rows)
+    ]
+    return {
+        "padding_drawn": share(batches.rows.view(-1, MICRO)),
+        "padding_ordered": share(torch.tensor(parts)),
+    }
 
 
 def hardware() -> dict[str, Any]:
@@ -216,7 +233,9 @@ def measure(model: str, arguments: argparse.Namespace, folder: Path) -> dict[str
     num_bytes = pixels_of(some.media["image"]).numel() / num_images(some)
     return {
         "rates": {
-            num_workers: pictures_per_s(batches, num_workers=num_workers, seconds=arguments.seconds, rounds=arguments.rounds)
+            num_workers: pictures_per_s(
+                batches, num_workers=num_workers, seconds=arguments.seconds, rounds=arguments.rounds
+            )
             for num_workers in arguments.workers
         },
         **stage_times(model, [folder / name for name in sizes], rounds=arguments.rounds),
@@ -235,12 +254,21 @@ def show(model: str, found: dict[str, Any]) -> None:
     for num_workers, rates in found["rates"].items():
         middle, spread = statistics.median(rates), f"{min(rates):.0f} to {max(rates):.0f}"
         workers = f"{num_workers} worker{'s' * (num_workers > 1)}"
-        table.add_row(f"pictures/s, {workers}", f"{middle:.0f} ({spread}); {middle / num_workers:.0f} a worker")
+        table.add_row(
+            f"pictures/s, {workers}", f"{middle:.0f} ({spread}); {middle / num_workers:.0f} a worker"
+        )
     table.add_row("a picture's file", f"{found['file_kb']:.0f} KB in the mean")
     table.add_row("opened", f"{found['open_ms']:.1f} CPU ms a picture")
-    table.add_row("opened and processed to uint8", f"{found['open_and_process_uint8_ms']:.1f} CPU ms a picture")
-    table.add_row("opened and processed to float32", f"{found['open_and_process_float32_ms']:.1f} CPU ms a picture")
-    table.add_row("bytes a picture to the device", f"{found['bytes_uint8']:,.0f} (as float32 {found['bytes_float32']:,.0f})")
+    table.add_row(
+        "opened and processed to uint8", f"{found['open_and_process_uint8_ms']:.1f} CPU ms a picture"
+    )
+    table.add_row(
+        "opened and processed to float32", f"{found['open_and_process_float32_ms']:.1f} CPU ms a picture"
+    )
+    table.add_row(
+        "bytes a picture to the device",
+        f"{found['bytes_uint8']:,.0f} (as float32 {found['bytes_float32']:,.0f})",
+    )
     first = f"{found['first_batch_s']:.2f} s, of which the order {found['order_s']:.2f} s"
     table.add_row(f"first micro batch of {found['rows']:,} rows", first)
     table.add_row(
@@ -252,7 +280,9 @@ def show(model: str, found: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure, print, and write what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="numbers of workers to try")
     parser.add_argument("--seconds", type=float, default=4.0, help="of a round")

@@ -36,7 +36,9 @@ def released(family: Family) -> Family:
         tower = eager_copy(family.tower)
 
         @classmethod
-        def vision_tokens(cls, inner: Any, reducer: Reducer, pixel_values: Tensor, **kwargs: Any) -> VisionTokens:
+        def vision_tokens(
+            cls, inner: Any, reducer: Reducer, pixel_values: Tensor, **kwargs: Any
+        ) -> VisionTokens:
             return released_tokens(cls.tower, pixel_values)
 
     return Released(family.model)
@@ -51,7 +53,9 @@ class Way:
         device: where the model is.
     """
 
-    def __init__(self, loss: ReferenceLoss | FastLoss, steps: Sequence[MicroBatches], device: torch.device) -> None:
+    def __init__(
+        self, loss: ReferenceLoss | FastLoss, steps: Sequence[MicroBatches], device: torch.device
+    ) -> None:
         self.loss, self.steps, self.device = loss, steps, device
         self.parameters = list(loss.family.projector.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0)
@@ -63,7 +67,9 @@ class Way:
         made = [self.steps[number][part] for part in range(len(self.steps[number]))]
         return [batch.pin_memory() for batch in made] if self.device.type == "cuda" else made
 
-    def backward(self, number: int, batches: Sequence[MicroBatch], *, lap: Callable[[str], None] = lambda stage: None) -> None:
+    def backward(
+        self, number: int, batches: Sequence[MicroBatch], *, lap: Callable[[str], None] = lambda stage: None
+    ) -> None:
         """Add the gradient of a step's mean loss. `lap` is told of the stages that are over."""
         for batch in batches:
             total, _ = self.loss(batch.each(lambda values: values.to(self.device, non_blocking=True)))
@@ -86,7 +92,9 @@ class Way:
     def gradient(self, batches: Sequence[MicroBatch]) -> Tensor:
         """float32[numbers of the projector] of the micro batches of step 0."""
         self.backward(0, batches)
-        found = torch.cat([parameter.grad.flatten() for parameter in self.parameters if parameter.grad is not None])
+        found = torch.cat(
+            [parameter.grad.flatten() for parameter in self.parameters if parameter.grad is not None]
+        )
         self.optimizer.zero_grad()
         return found
 
@@ -96,7 +104,9 @@ class Way:
         return sum(batch.input_ids.numel() for batch in chain(*self.batches))
 
 
-def lay_out(steps: Sequence[Sequence[Example]], layout: Callable[[Sequence[Example], BatchPlan], Layout]) -> list[MicroBatches]:
+def lay_out(
+    steps: Sequence[Sequence[Example]], layout: Callable[[Sequence[Example], BatchPlan], Layout]
+) -> list[MicroBatches]:
     """Micro batches of each step's rows."""
     found = []
     for seed, examples in enumerate(steps):
@@ -136,10 +146,14 @@ def fitting_tokens(family: Family, reducer: Reducer, device: torch.device) -> in
     room = int(torch.cuda.mem_get_info(device)[1] * (1 - SPARE)) - torch.cuda.memory_allocated(device)
     sizes = range(MULTIPLE, MOST + 1, MULTIPLE)
     fitting = bisect_right(
-        sizes, room, key=lambda tokens: packed_memory(family, reducer, num_tokens=tokens, num_prefix=NUM_PREFIX)
+        sizes,
+        room,
+        key=lambda tokens: packed_memory(family, reducer, num_tokens=tokens, num_prefix=NUM_PREFIX),
     )
     if not fitting:
-        raise UserError("the GPU's memory does not hold a micro batch beside the weights; choose a smaller --shape")
+        raise UserError(
+            "the GPU's memory does not hold a micro batch beside the weights; choose a smaller --shape"
+        )
     return sizes[fitting - 1]
 
 
@@ -168,6 +182,8 @@ def kept_widths(family: Family, batch: PackedBatch, prefix: Sequence[int], devic
     for num_layers in (3, 4):
         shape = type(config).from_dict(config.to_dict() | {"num_hidden_layers": num_layers})
         with torch.device(device):
-            model = type(family.language_model)._from_config(shape, dtype=torch.bfloat16).requires_grad_(False)
+            model = (
+                type(family.language_model)._from_config(shape, dtype=torch.bfloat16).requires_grad_(False)
+            )
         found.append(kept_bytes(PackedLanguage(model), batch.lengths, prefix))
     return (found[1] - found[0]) / sum(batch.lengths) / config.hidden_size

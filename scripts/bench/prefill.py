@@ -42,7 +42,13 @@ SHAPES: dict[str, Sequence[tuple[str, ...]]] = {
 """Tables of each shape: the first model with all its tokens, against the last one with each of the paper's budgets."""
 BUDGETS = {1: (192, 128, 64), 5: (640, 320, 160)}
 """The paper's, by the number of tiles that they are the total of."""
-FRACTIONS = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 16, "projection_dim": 16, "num_hidden_layers": 8}
+FRACTIONS = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "vocab_size": 16,
+    "projection_dim": 16,
+    "num_hidden_layers": 8,
+}
 FRACTIONS |= {"num_attention_heads": 4, "num_key_value_heads": 4}
 """What the tiny models' shapes are divided by."""
 PARTS = ("language", "whole", "token")
@@ -52,7 +58,10 @@ NUM_TEXT = 40
 
 
 def _shrunk(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    made = {name: value // FRACTIONS.get(name, 1) if isinstance(value, int) else value for name, value in architecture.items()}
+    made = {
+        name: value // FRACTIONS.get(name, 1) if isinstance(value, int) else value
+        for name, value in architecture.items()
+    }
     parts = {name: _shrunk(part) for name, part in architecture.items() if isinstance(part, Mapping)}
     return made | parts
 
@@ -67,21 +76,29 @@ def build(name: str, *, tiny: bool, device: torch.device) -> Family:
         architecture = _shrunk(architecture) | {"image_token_index": image}
     torch.manual_seed(0)
     with torch.device(device):
-        made = family.from_architecture(architecture, dtype=torch.float32 if tiny else getattr(torch, model["dtype"]))
+        made = family.from_architecture(
+            architecture, dtype=torch.float32 if tiny else getattr(torch, model["dtype"])
+        )
     return family(made.requires_grad_(False))
 
 
-def made_up_inputs(family: Family, reducer: Reducer, *, batch: int, num_text: int = NUM_TEXT) -> dict[str, Tensor]:
+def made_up_inputs(
+    family: Family, reducer: Reducer, *, batch: int, num_text: int = NUM_TEXT
+) -> dict[str, Tensor]:
     """The model's arguments for one noisy picture and `num_text` tokens a row: a square, of 5 tiles where there are tiles."""
     weight = next(family.tower.parameters())
     side = family.tile_side * (2 if family.budget_tiles > 1 else 1)
     tiles = (family.num_tiles((side, side)),) if family.budget_tiles > 1 else ()
     num_visual, placeholder = family.num_image_tokens(reducer, (side, side)), family.placeholder_id("image")
-    ids = torch.randint(placeholder, (batch, num_visual + num_text), device=weight.device)  # of text: the ids below it
+    ids = torch.randint(
+        placeholder, (batch, num_visual + num_text), device=weight.device
+    )  # of text: the ids below it
     ids[:, num_text // 2 : num_text // 2 + num_visual] = placeholder
     shape = (batch, *tiles, 3, family.tile_side, family.tile_side)
     inputs = {"input_ids": ids, "pixel_values": torch.randn(shape, device=weight.device, dtype=weight.dtype)}
-    return inputs | ({"image_sizes": torch.tensor([[side, side]] * batch, device=weight.device)} if tiles else {})
+    return inputs | (
+        {"image_sizes": torch.tensor([[side, side]] * batch, device=weight.device)} if tiles else {}
+    )
 
 
 class Prefill:
@@ -131,13 +148,19 @@ class Prefill:
         family, num_tokens = self.family, self.inputs["input_ids"].shape[1]
         num_visual = int((self.inputs["input_ids"][0] == family.placeholder_id("image")).sum())
         counts = {"num_visual_tokens": num_visual, "num_text_tokens": num_tokens - num_visual}
-        num_tiles = pixels_of(model_inputs("image", self.inputs)).shape[:-3].numel() // len(self.inputs["input_ids"])
+        num_tiles = pixels_of(model_inputs("image", self.inputs)).shape[:-3].numel() // len(
+            self.inputs["input_ids"]
+        )
         cost = row_cost(family, self.reducer, num_tiles=num_tiles, **counts)
-        language = num_tokens * linear_flops(family.language_model) + linear_flops(family.lm_head)  # logits of the last one
+        language = num_tokens * linear_flops(family.language_model) + linear_flops(
+            family.lm_head
+        )  # logits of the last one
         language += attention_flops(family.language_model.config, num_tokens) // 2  # causal: half of it
         layers = prefilled.past_key_values.layers
         return counts | {
-            "kv_bytes": sum(part.numel() * part.element_size() for layer in layers for part in (layer.keys, layer.values)),
+            "kv_bytes": sum(
+                part.numel() * part.element_size() for layer in layers for part in (layer.keys, layer.values)
+            ),
             "language_flops": language,
             "whole_flops": language + cost.tower + cost.projector // 2,  # its backward pass is left out
         }
@@ -163,12 +186,18 @@ def measure(cases: Mapping[str, Prefill], settings: Settings) -> dict[str, dict[
             for name, case in cases.items()
         },
     }
-    seconds = {part: alternating(work, rounds=settings.rounds, device=settings.device) for part, work in works.items()}
+    seconds = {
+        part: alternating(work, rounds=settings.rounds, device=settings.device)
+        for part, work in works.items()
+    }
     for name in cases:
         seconds["token"][name] = [total / settings.new_tokens for total in seconds["token"][name]]
     return {
         name: case.size(prefilled[name])
-        | {part: {"seconds": seconds[part][name], "median_s": statistics.median(seconds[part][name])} for part in PARTS}
+        | {
+            part: {"seconds": seconds[part][name], "median_s": statistics.median(seconds[part][name])}
+            for part in PARTS
+        }
         for name, case in cases.items()
     }
 
@@ -177,10 +206,13 @@ def make_cases(families: Mapping[str, Family], *, batch: int) -> dict[str, Prefi
     """The first model with all tokens, and the last one with each budget."""
     (first, full), *_, (last, reduced) = [*families.items(), *families.items()]
     tiles = reduced.budget_tiles
-    budgets = {f"{last}, {budget}": (reduced, VisionZip(budget=budget, tiles=tiles)) for budget in BUDGETS[tiles]}
+    budgets = {
+        f"{last}, {budget}": (reduced, VisionZip(budget=budget, tiles=tiles)) for budget in BUDGETS[tiles]
+    }
     made: dict[str, tuple[Family, Reducer]] = {f"{first}, all": (full, Identity()), **budgets}
     return {
-        name: Prefill(family, reducer, made_up_inputs(family, reducer, batch=batch)) for name, (family, reducer) in made.items()
+        name: Prefill(family, reducer, made_up_inputs(family, reducer, batch=batch))
+        for name, (family, reducer) in made.items()
     }
 
 
@@ -199,11 +231,15 @@ def show(title: str, found: Mapping[str, Mapping[str, Any]]) -> None:
         for part in ("language", "whole"):
             formula = base[f"{part}_flops"] / row[f"{part}_flops"]
             cells += [f"{1000 * times[part]:,.1f}", ratios[part], f"{formula:.2f}"]
-        table.add_row(name, *cells, f"{1000 * times['token']:,.1f}", ratios["token"], f"{row['kv_bytes'] / 2**20:,.1f}")
+        table.add_row(
+            name, *cells, f"{1000 * times['token']:,.1f}", ratios["token"], f"{row['kv_bytes'] / 2**20:,.1f}"
+        )
     Console(width=None if sys.stdout.isatty() else 128).print(table)
 
 
-def run_series(names: Sequence[str], *, tiny: bool, batches: Sequence[int], settings: Settings) -> list[dict[str, Any]]:
+def run_series(
+    names: Sequence[str], *, tiny: bool, batches: Sequence[int], settings: Settings
+) -> list[dict[str, Any]]:
     """Figures of models in each batch size, printed as they come; the models are gone afterwards."""
     families = {name: build(name, tiny=tiny, device=settings.device) for name in names}
     made = []
@@ -217,8 +253,12 @@ def run_series(names: Sequence[str], *, tiny: bool, batches: Sequence[int], sett
 
 def main() -> None:
     """Measure, print, and write what was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="tiny", help="all but tiny need a GPU; compare one of 80 GB")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="tiny", help="all but tiny need a GPU; compare one of 80 GB"
+    )
     parser.add_argument("--batch", nargs="+", type=count, default=[1, 8])
     parser.add_argument("--rounds", type=count, default=5, help="of which the median is shown")
     parser.add_argument("--new-tokens", type=count, default=8, help="generated tokens that are timed")
@@ -233,7 +273,10 @@ def main() -> None:
     for names in SHAPES[arguments.shape]:
         series += run_series(names, tiny=tiny, batches=arguments.batch, settings=settings)
     if arguments.json is not None:
-        write_json(arguments.json, {"where": machine, "shape": arguments.shape, "num_text": NUM_TEXT, "series": series})
+        write_json(
+            arguments.json,
+            {"where": machine, "shape": arguments.shape, "num_text": NUM_TEXT, "series": series},
+        )
 
 
 if __name__ == "__main__":

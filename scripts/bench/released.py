@@ -32,7 +32,9 @@ def released_tokens(tower: Any, pixel_values: Tensor) -> VisionTokens:
     assert layout.has_cls and tower.config._attn_implementation == "eager"
     tapped = list(tower.get_submodule(layout.layers).children())[LAYER]
     caught: list[Tensor] = []
-    handle = tapped.get_submodule(layout.keys).register_forward_hook(lambda module, args, output: caught.append(output))
+    handle = tapped.get_submodule(layout.keys).register_forward_hook(
+        lambda module, args, output: caught.append(output)
+    )
     try:
         outputs = tower(pixel_values, output_hidden_states=True, output_attentions=True)
     finally:

@@ -112,7 +112,9 @@ def make_family(shape: Shape, *, device: torch.device, dtype: torch.dtype) -> Fa
     family.model.requires_grad_(False)
     width = family.model.config.vision_config.hidden_size
     for name, parameter in family.tower.named_parameters():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):  # a query or key of a normalised token: variance 2.5
+        if name.endswith(
+            ("q_proj.weight", "k_proj.weight")
+        ):  # a query or key of a normalised token: variance 2.5
             parameter.normal_(std=(2.5 / width) ** 0.5)
     family.projector.float().requires_grad_(True)
     return family
@@ -134,7 +136,10 @@ class Noise:
         generator = torch.Generator().manual_seed(0)
         shape = (NUM_PICTURES, *tiles, 3, side, side)
         self.pictures = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-        self.levels, self.num_tokens = levels_of("image", CLIPImageProcessorPil()), family.num_image_tokens(reducer, self.size)
+        self.levels, self.num_tokens = (
+            levels_of("image", CLIPImageProcessorPil()),
+            family.num_image_tokens(reducer, self.size),
+        )
 
     def _inputs(self, pictures: Tensor) -> dict[str, Tensor]:
         sizes = {"image_sizes": torch.tensor([self.size] * len(pictures))} if pictures.dim() == 5 else {}
@@ -160,7 +165,9 @@ def make_collator(family: Family, reducer: Reducer) -> Collator:
     return Collator(processor, family, reducer, media=Noise(family, reducer))
 
 
-def _row(text: np.ndarray, *, num_labels: int, image_id: int | None, index: int, size: tuple[int, int]) -> Example:
+def _row(
+    text: np.ndarray, *, num_labels: int, image_id: int | None, index: int, size: tuple[int, int]
+) -> Example:
     """A row of the ids `text`, behind whose prefix are an image, if there is one, and up to three questions with answers."""
     num_turns = min(MAX_TURNS, num_labels)
     questions = np.array_split(np.arange(len(text) - NUM_PREFIX - num_labels), num_turns)
@@ -170,7 +177,9 @@ def _row(text: np.ndarray, *, num_labels: int, image_id: int | None, index: int,
     image = [] if image_id is None else [image_id]
     ids = [*text[:NUM_PREFIX].tolist(), *image, *text[NUM_PREFIX:].tolist()]
     labels = [IGNORED] * (NUM_PREFIX + len(image)) + np.where(learned, text[NUM_PREFIX:], IGNORED).tolist()
-    return Example(ids, labels, {"image": (Path("noise"),)} if image else {}, sizes=(size,) * len(image), index=index)
+    return Example(
+        ids, labels, {"image": (Path("noise"),)} if image else {}, sizes=(size,) * len(image), index=index
+    )
 
 
 def make_steps(family: Family, *, num_steps: int, num_rows: int, seed: int = 0) -> list[list[Example]]:
@@ -180,7 +189,9 @@ def make_steps(family: Family, *, num_steps: int, num_rows: int, seed: int = 0) 
     mean of the others; theirs are not recorded.
     """
     with np.load(LENGTHS) as recorded:
-        texts, labels, alone = (recorded[name] for name in ("text_tokens", "label_tokens", "text_only_tokens"))
+        texts, labels, alone = (
+            recorded[name] for name in ("text_tokens", "label_tokens", "text_only_tokens")
+        )
     generator = np.random.default_rng(seed)
     image_id, side = family.placeholder_id("image"), TILES * family.tile_side
     ids = np.setdiff1d(np.arange(FIRST_ID, family.model.config.text_config.vocab_size), [image_id])
@@ -189,12 +200,16 @@ def make_steps(family: Family, *, num_steps: int, num_rows: int, seed: int = 0) 
     steps = []
     for _ in range(num_steps):
         places = generator.choice(len(texts), num_rows - num_alone, replace=False)
-        drawn = [(length, count, image_id) for length, count in zip(texts[places], labels[places], strict=True)]
+        drawn = [
+            (length, count, image_id) for length, count in zip(texts[places], labels[places], strict=True)
+        ]
         drawn += [(length, length // 3, None) for length in generator.choice(alone, num_alone, replace=False)]
         rows = []
         for index, (length, num_labels, image) in enumerate(drawn):
             text = np.concatenate([prefix, generator.choice(ids, length - NUM_PREFIX)])
-            rows.append(_row(text, num_labels=int(num_labels), image_id=image, index=index, size=(side, side)))
+            rows.append(
+                _row(text, num_labels=int(num_labels), image_id=image, index=index, size=(side, side))
+            )
         steps.append(rows)
     return steps
 
@@ -217,7 +232,9 @@ def necessary_flops(family: Family, reducer: Reducer, examples: Sequence[Example
     """
     size, text = (TILES * family.tile_side,) * 2, family.model.config.text_config
     num_visual, language = family.num_image_tokens(reducer, size), family.language_model
-    picture = row_cost(family, reducer, num_tiles=family.num_tiles(size), num_visual_tokens=num_visual, num_text_tokens=0)
+    picture = row_cost(
+        family, reducer, num_tiles=family.num_tiles(size), num_visual_tokens=num_visual, num_text_tokens=0
+    )
     last = language.layers[-1]
     keys = linear_flops(last.self_attn.k_proj) + linear_flops(last.self_attn.v_proj)
     labelled = linear_flops(last) - keys + linear_flops(family.lm_head)
@@ -225,7 +242,9 @@ def necessary_flops(family: Family, reducer: Reducer, examples: Sequence[Example
     total = 0
     for example in examples:
         if num_tokens := necessary_tokens(example, num_visual):
-            seen = (attention_flops(text, NUM_PREFIX + num_tokens) - attention_flops(text, NUM_PREFIX)) // 2  # causal
+            seen = (
+                attention_flops(text, NUM_PREFIX + num_tokens) - attention_flops(text, NUM_PREFIX)
+            ) // 2  # causal
             total += picture.tower + picture.projector
             total += 2 * (num_tokens * everywhere + example.num_labels * labelled + seen)
     return total

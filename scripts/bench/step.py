@@ -36,7 +36,16 @@ from data.batches.collate import PackedBatch
 from data.paths import write_json
 from scripts.bench.paths import Way, fitting_tokens, kept_widths, make_fast, make_reference
 from scripts.bench.shapes import Shape, make_family, make_steps, necessary_flops, necessary_tokens, shape_of
-from scripts.common.timing import alternating, best_device, count, peak_flops, peak_memory, synchronise, where, writable
+from scripts.common.timing import (
+    alternating,
+    best_device,
+    count,
+    peak_flops,
+    peak_memory,
+    synchronise,
+    where,
+    writable,
+)
 from train.losses import ReferenceLoss
 from vzip import UserError
 from vzip.cost import weight_memory
@@ -56,7 +65,9 @@ def compare(found: Tensor, expected: Tensor, dtype: str, tolerance: float) -> fl
     """The difference of two gradients, relative to the expected one; ends the program where it is more than rounding."""
     error = float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
     if not error <= tolerance:
-        sys.exit(f"the gradients differ by {error:.1e} in {dtype}, more than {tolerance:g}; times would say nothing")
+        sys.exit(
+            f"the gradients differ by {error:.1e} in {dtype}, more than {tolerance:g}; times would say nothing"
+        )
     return error
 
 
@@ -74,7 +85,10 @@ def step_difference(fast: Way, reference: Way, dtype: str, tolerance: float) -> 
 def few_rows_difference(shape: Shape, *, device: torch.device, dtype: str) -> float:
     """The same of a few rows in some micro batches and a language model of few layers, where rounding hides no mistake."""
     forget_kernels(device)
-    family, reducer = make_family(shape.shallow(FEW_LAYERS), device=device, dtype=getattr(torch, dtype)), shape.reducer
+    family, reducer = (
+        make_family(shape.shallow(FEW_LAYERS), device=device, dtype=getattr(torch, dtype)),
+        shape.reducer,
+    )
     steps = make_steps(family, num_steps=1, num_rows=FEW_ROWS)
     fast = make_fast(family, reducer, steps, tokens=2048, device=device)
     reference = make_reference(family, reducer, steps, micro=FEW_ROWS // 2, device=device)
@@ -134,7 +148,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def rates(amounts: Sequence[float], seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """Of each way, an amount of each round over its seconds."""
     return {
-        name: spread([amount / time for amount, time in zip(amounts, times, strict=True)]) for name, times in seconds.items()
+        name: spread([amount / time for amount, time in zip(amounts, times, strict=True)])
+        for name, times in seconds.items()
     }
 
 
@@ -159,11 +174,17 @@ def timed(fast: Way, reference: Way, *, rounds: int) -> dict[str, Any]:
 
 def measure(shape: Shape, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """All figures of a model. Exits where the gradients are not the same."""
-    dtype, num_rows, micro = getattr(torch, arguments.dtype), arguments.rows or shape.rows, arguments.micro or shape.micro
+    dtype, num_rows, micro = (
+        getattr(torch, arguments.dtype),
+        arguments.rows or shape.rows,
+        arguments.micro or shape.micro,
+    )
     family, reducer = make_family(shape, device=device, dtype=dtype), shape.reducer
     steps = make_steps(family, num_steps=arguments.rounds, num_rows=num_rows)
     tokens = arguments.tokens or fitting_tokens(family, reducer, device)
-    few = {name: few_rows_difference(shape, device=device, dtype=name) for name in {"float32", arguments.dtype}}
+    few = {
+        name: few_rows_difference(shape, device=device, dtype=name) for name in {"float32", arguments.dtype}
+    }
 
     forget_kernels(device)
     lap = Laps(device)
@@ -191,7 +212,10 @@ def measure(shape: Shape, arguments: argparse.Namespace, device: torch.device) -
         "tokens": tokens,
         "gradient_difference": difference,
         "few_rows_difference": few,
-        "slots_per_necessary": {"reference": reference.num_slots / necessary, "fast": fast.num_slots / necessary},
+        "slots_per_necessary": {
+            "reference": reference.num_slots / necessary,
+            "fast": fast.num_slots / necessary,
+        },
         "necessary_flops": statistics.mean(flops),
         "peak_flops": peak,
         "peak_flops_from": peak_from,
@@ -199,14 +223,19 @@ def measure(shape: Shape, arguments: argparse.Namespace, device: torch.device) -
         "weight_bytes": weight_memory(family),
         "kept_widths": kept_widths(family, first, fast.loss.prefix, device),
         "first_step_s": lap.seconds["first step"],
-        "tenth_minutes": {name: TENTH / num_rows * statistics.median(times) / 60 for name, times in found["seconds"].items()},
+        "tenth_minutes": {
+            name: TENTH / num_rows * statistics.median(times) / 60 for name, times in found["seconds"].items()
+        },
     }
 
 
 def show(name: str, found: dict[str, Any], *, extrapolated: bool) -> None:
     """Print the table of a model."""
     ways = ("reference", "fast")
-    table = Table(title=f"{name}, {found['reducer']}, {found['dtype']}, {found['rows']} rows a step", title_justify="left")
+    table = Table(
+        title=f"{name}, {found['reducer']}, {found['dtype']}, {found['rows']} rows a step",
+        title_justify="left",
+    )
     for column in ("", *ways):
         table.add_column(column, justify="right" if column else "left")
 
@@ -234,7 +263,9 @@ def show(name: str, found: dict[str, Any], *, extrapolated: bool) -> None:
     lines = [
         f"fast / reference: {ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f}); gradients differ by "
         f"{found['gradient_difference']:.1e} in {found['dtype']}, those of a few rows through {FEW_LAYERS} layers by "
-        + " and ".join(f"{error:.1e} in {dtype}" for dtype, error in sorted(found["few_rows_difference"].items())),
+        + " and ".join(
+            f"{error:.1e} in {dtype}" for dtype, error in sorted(found["few_rows_difference"].items())
+        ),
         f"necessary: {found['necessary_flops'] / 1e12:,.2f} TFLOP a step; peak {found['peak_flops'] / 1e12:,.2f} TFLOP/s, "
         f"{found['peak_flops_from']}",
         f"fast: first step {found['first_step_s']:.2f} s after the model is made; keeps {found['kept_widths']:.1f} d bytes a "
@@ -245,12 +276,18 @@ def show(name: str, found: dict[str, Any], *, extrapolated: bool) -> None:
 
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     """The command's arguments, by default those it was called with."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["tiny"])
     parser.add_argument("--dtype", choices=list(TOLERANCE), default="bfloat16")
     parser.add_argument("--rows", type=count, help="of a step; by default 128, with tiny 64")
-    parser.add_argument("--micro", type=count, help="rows of a micro batch of the reference; by default 16, with tiny 8")
-    parser.add_argument("--tokens", type=count, help="of a micro batch of the fast path; by default at most 16,384, as fit")
+    parser.add_argument(
+        "--micro", type=count, help="rows of a micro batch of the reference; by default 16, with tiny 8"
+    )
+    parser.add_argument(
+        "--tokens", type=count, help="of a micro batch of the fast path; by default at most 16,384, as fit"
+    )
     parser.add_argument("--rounds", type=count, default=5, help="of which the median is shown")
     parser.add_argument("--json", type=writable, help="file to write all figures to")
     arguments = parser.parse_args(given)

@@ -26,7 +26,12 @@ from vzip.reducers.base import Reduction
 from vzip.reducers.visionzip import VisionZip
 from vzip.tap import run_tower
 
-CLIP_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+CLIP_LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
 PICTURE = {"image_size": 336, "patch_size": 14}
 REDUCER = VisionZip(dominant=54, contextual=10)
 
@@ -39,7 +44,9 @@ def make_tower(architecture: dict[str, int], *, device: torch.device, dtype: tor
     width = architecture["hidden_size"]
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_(False)
-        if name.endswith(("q_proj.weight", "k_proj.weight")):  # a query or key of a normalised token: variance 2.5
+        if name.endswith(
+            ("q_proj.weight", "k_proj.weight")
+        ):  # a query or key of a normalised token: variance 2.5
             parameter.normal_(std=(2.5 / width) ** 0.5)
     return tower.eval()
 
@@ -69,7 +76,9 @@ def share_in_common(one: Reduction, other: Reduction) -> float:
 def measure(tower: nn.Module, *, batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
     """Figures of one batch size. Exits where float32 does not give the same tokens both ways."""
     config: Any = tower.config
-    pixels = torch.randn(batch, 3, config.image_size, config.image_size, device=device, dtype=next(tower.parameters()).dtype)
+    pixels = torch.randn(
+        batch, 3, config.image_size, config.image_size, device=device, dtype=next(tower.parameters()).dtype
+    )
     eager, made, peaks = eager_copy(tower), {}, {}
     works: dict[str, Callable[[], Reduction]] = {
         "released": lambda: reduce_released(eager, pixels),
@@ -115,19 +124,40 @@ def show(rows: list[dict[str, Any]]) -> None:
         table.add_column(column, justify="left" if column == "precision" else "right")
     for row in rows:
         low, high = row["ratio_range"]
-        peaks = [f"{peak / 2**20:,.0f} MiB" if peak is not None else "" for peak in row["peak_bytes"].values()]
-        same = f"all; features {row['feature_difference']:.1e}" if row["same_tokens"] else f"{row['in_common']:.1%}"
+        peaks = [
+            f"{peak / 2**20:,.0f} MiB" if peak is not None else "" for peak in row["peak_bytes"].values()
+        ]
+        same = (
+            f"all; features {row['feature_difference']:.1e}"
+            if row["same_tokens"]
+            else f"{row['in_common']:.1%}"
+        )
         times = [f"{1000 * row['median_s'][name]:,.0f} ms" for name in ("released", "ours")]
-        table.add_row(row["dtype"], str(row["batch"]), same, *times, f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})", *peaks)
+        table.add_row(
+            row["dtype"],
+            str(row["batch"]),
+            same,
+            *times,
+            f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})",
+            *peaks,
+        )
     Console(width=None if sys.stdout.isatty() else 128).print(table)
 
 
 def main() -> None:
     """Measure, print, and write what was asked for."""
     device = best_device()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
-    parser.add_argument("--batch", nargs="+", type=count, default=[1, 16] if device.type == "cuda" else [1, 2], help="pictures")
+    parser.add_argument(
+        "--batch",
+        nargs="+",
+        type=count,
+        default=[1, 16] if device.type == "cuda" else [1, 2],
+        help="pictures",
+    )
     parser.add_argument("--rounds", type=count, default=5, help="of which the median is shown")
     parser.add_argument("--json", type=writable, help="file to write all figures to")
     arguments = parser.parse_args()
@@ -135,9 +165,13 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     for dtype in arguments.dtype:
         tower = make_tower(CLIP_LARGE | PICTURE, device=device, dtype=getattr(torch, dtype))
-        first = torch.randn(1, 3, PICTURE["image_size"], PICTURE["image_size"], device=device, dtype=getattr(torch, dtype))
+        first = torch.randn(
+            1, 3, PICTURE["image_size"], PICTURE["image_size"], device=device, dtype=getattr(torch, dtype)
+        )
         reduce_released(eager_copy(tower), first)  # libraries set themselves up, which would count as memory
-        rows += [measure(tower, batch=batch, rounds=arguments.rounds, device=device) for batch in arguments.batch]
+        rows += [
+            measure(tower, batch=batch, rounds=arguments.rounds, device=device) for batch in arguments.batch
+        ]
     show(rows)
     if arguments.json is not None:
         write_json(arguments.json, {"where": machine, "rows": rows})

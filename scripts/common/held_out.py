@@ -25,7 +25,9 @@ def settings_of(run: Path) -> DictConfig:
     """The settings of a run. Raises UserError for a folder without them, or in which they can't be read."""
     path = run / "config.yaml"
     if not path.is_file():
-        raise UserError(f"{run} has no config.yaml, so its held-out questions are not known; give a folder that a run wrote")
+        raise UserError(
+            f"{run} has no config.yaml, so its held-out questions are not known; give a folder that a run wrote"
+        )
     try:
         cfg = OmegaConf.load(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -57,7 +59,9 @@ def held_out_with_pictures(run: Path) -> list[tuple[Row, Path]]:
     """
     cfg = settings_of(run)
     if not config.asks_questions(cfg):
-        raise UserError(f"{run} has no held-out questions: data.held_out was not set, or evaluate.questions was 0")
+        raise UserError(
+            f"{run} has no held-out questions: data.held_out was not set, or evaluate.questions was 0"
+        )
     if not (found := with_pictures(run)):
         raise UserError(f"{run}: no held-out question has a picture, in data.held_out={cfg.data.held_out}")
     return found
@@ -91,7 +95,9 @@ class _Answers:
         write_json(self.folder / f"answers_{row}.json", answers)
 
 
-def free_row(run: Path, comparison: Comparison, reducer: Reducer, *, name: str, folder: Path) -> dict[str, Any]:
+def free_row(
+    run: Path, comparison: Comparison, reducer: Reducer, *, name: str, folder: Path
+) -> dict[str, Any]:
     """A row of result.json of the run's base model and starting projector behind any reducer, asked as in the run.
 
     Args:
@@ -106,7 +112,9 @@ def free_row(run: Path, comparison: Comparison, reducer: Reducer, *, name: str, 
     """
     cfg = settings_of(run)
     if (run / ADAPTER).is_dir():
-        raise UserError(f"{run} was tuned with LoRA, beside which no other rows are asked; give --runs with finished runs")
+        raise UserError(
+            f"{run} was tuned with LoRA, beside which no other rows are asked; give --runs with finished runs"
+        )
     init_distributed()
     comparison.attach("full").detach()  # which leaves the starting projector in place
     evaluator = Evaluator(

@@ -21,7 +21,14 @@ from train.hardware import device_name
 from vzip import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "A100": 312e12}
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}
 """Dense bf16 FLOP/s of NVIDIA's data sheets, by a part of the device's name; the first that fits counts."""
 
 
@@ -36,7 +43,9 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def alternating(works: Mapping[str, Callable[[], Any]], *, rounds: int, device: torch.device) -> dict[str, list[float]]:
+def alternating(
+    works: Mapping[str, Callable[[], Any]], *, rounds: int, device: torch.device
+) -> dict[str, list[float]]:
     """Seconds of each work in each round.
 
     The works of a round run one after the other, so that a machine that slows down slows all of them, and each round starts
@@ -103,7 +112,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     size = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
     seconds = alternating({"product": lambda: a @ b}, rounds=5, device=device)["product"]
-    return 2 * size**3 / min(seconds), f"best of 5 products of {size} x {size} matrices in {str(dtype).removeprefix('torch.')}"
+    return 2 * size**3 / min(
+        seconds
+    ), f"best of 5 products of {size} x {size} matrices in {str(dtype).removeprefix('torch.')}"
 
 
 def _commit() -> str:
@@ -135,7 +146,9 @@ def output(option: str, target: Path) -> Iterator[None]:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise UserError(f"{option}={target} can't be written: {error}; free some space, or give another path") from error
+        raise UserError(
+            f"{option}={target} can't be written: {error}; free some space, or give another path"
+        ) from error
 
 
 def writable(text: str) -> Path:

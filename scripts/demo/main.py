@@ -71,7 +71,9 @@ def open_rows(source: str, *, base: str | None, template: str | None, max_new_to
     """Raises UserError for what is neither a finished run nor a model, or a model that nobody knows how to ask."""
     comparison = Comparison.open(source, base=base)
     if template is not None:
-        comparison.processor.chat_template = chat_template(TEMPLATES[template], comparison.processor.tokenizer)
+        comparison.processor.chat_template = chat_template(
+            TEMPLATES[template], comparison.processor.tokenizer
+        )
     if comparison.processor.chat_template is None:
         raise UserError(
             f"{source} has no chat template; say how it is to be asked: --template vicuna (LLaVA-1.5, LLaVA-NeXT with Vicuna), "
@@ -115,9 +117,13 @@ def serve(page: Page, *, host: str, port: int, share: bool) -> None:
 
 
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", help="a run folder, or the folder or hub id of a model")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 shows the page to everyone in this network")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 shows the page to everyone in this network"
+    )
     parser.add_argument("--port", type=int, default=7860, help="0: any that is free")
     parser.add_argument("--share", action="store_true", help="a public address, through Gradio's servers")
     parser.add_argument("--base", help="where a run's base model is now")
@@ -131,7 +137,9 @@ def main() -> None:
     """Open the model, then the page."""
     given = read_arguments()
     port = free_port(given.host, given.port)
-    rows = open_rows(given.source, base=given.base, template=given.template, max_new_tokens=given.max_new_tokens)
+    rows = open_rows(
+        given.source, base=given.base, template=given.template, max_new_tokens=given.max_new_tokens
+    )
     rows.warm_up()
     page = Page(rows, title=title_of(given.source, rows), examples=held_out_examples(Path(given.source)))
     serve(page, host=given.host, port=port, share=given.share)

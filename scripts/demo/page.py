@@ -53,7 +53,10 @@ class NoOtherHosts:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], (b"content-security-policy", self.POLICY)]}
+                message = {
+                    **message,
+                    "headers": [*message["headers"], (b"content-security-policy", self.POLICY)],
+                }
             await send(message)
 
         await self.app(scope, receive, send_with_policy)
@@ -104,7 +107,12 @@ class Page:
 
     def _build_input(self) -> None:
         self.picture = gr.Image(
-            label="Picture", sources=["upload", "clipboard"], type="filepath", height=240, buttons=[], elem_id="picture"
+            label="Picture",
+            sources=["upload", "clipboard"],
+            type="filepath",
+            height=240,
+            buttons=[],
+            elem_id="picture",
         )
         self.message = gr.Markdown(elem_id="message", elem_classes="message")
         self.gallery = gr.Gallery(
@@ -143,7 +151,8 @@ class Page:
             budgets[-1],
             value=self.rows.budget,
             step=family.budget_tiles,
-            label="Budget: visual tokens of " + (f"{family.budget_tiles} tiles" if family.budget_tiles > 1 else one),
+            label="Budget: visual tokens of "
+            + (f"{family.budget_tiles} tiles" if family.budget_tiles > 1 else one),
             info="Another budget is another conversation.",
             visible=len(budgets) > 1,
             buttons=[],
@@ -182,7 +191,12 @@ class Page:
         return [self.conversation, self.picture, *said, *self.drawings, *rows]
 
     def _connect(self) -> None:
-        one_at_a_time = {"outputs": self.shown, "concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
+        one_at_a_time = {
+            "outputs": self.shown,
+            "concurrency_id": "model",
+            "concurrency_limit": 1,
+            "show_progress": "minimal",
+        }
         raw = {**one_at_a_time, "preprocess": False}  # Gradio would open whatever PIL knows
         self.picture.upload(self.choose, [self.picture, self.budget], **raw)
         self.picture.clear(self.clear, None, **one_at_a_time)
@@ -225,7 +239,11 @@ class Page:
     def pick(self, budget: float, event: gr.SelectData) -> dict[Any, Any]:
         """One of the examples was chosen."""
         example = self.examples[event.index]
-        return {**self._begun(example.picture, budget), self.picture: example.picture, self.question: example.question}
+        return {
+            **self._begun(example.picture, budget),
+            self.picture: example.picture,
+            self.question: example.question,
+        }
 
     def clear(self) -> dict[Any, Any]:
         """The picture was taken away."""
@@ -243,7 +261,11 @@ class Page:
     def ask(self, conversation: Conversation | None, question: str) -> Iterator[dict[Any, Any]]:
         """Ask all rows, one after the other, so that each is timed alone."""
         if conversation is None or not question.strip():
-            yield {self.hint: "Type a question." if conversation else "Choose a picture first, then ask about it."}
+            yield {
+                self.hint: "Type a question."
+                if conversation
+                else "Choose a picture first, then ask about it."
+            }
             return
         yield {self.hint: "", self.question: ""}
         for name in conversation.open_rows:

@@ -61,8 +61,12 @@ class Rows:
         self.tuned: Sequence[int] = list(comparison.reducers)
         step = comparison.family.budget_tiles
         most = comparison.family.num_patches * step
-        self.budget = self.tuned[0] if self.tuned else max(step, most // 9 // step * step)  # 64 of 576, the paper's smallest
-        self.budgets: Sequence[int] = range(step, most + 1, step) if self._takes_any_budget(step) else sorted(self.tuned)
+        self.budget = (
+            self.tuned[0] if self.tuned else max(step, most // 9 // step * step)
+        )  # 64 of 576, the paper's smallest
+        self.budgets: Sequence[int] = (
+            range(step, most + 1, step) if self._takes_any_budget(step) else sorted(self.tuned)
+        )
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
 
     def _takes_any_budget(self, budget: int) -> bool:
@@ -115,7 +119,9 @@ class Rows:
         reducer, family = self.reducer(budget), self.comparison.family
         size = picture.height, picture.width
         return Seen(
-            tile=self.alone(lambda: look(family, reducer, self.comparison.processor.image_processor, picture)),
+            tile=self.alone(
+                lambda: look(family, reducer, self.comparison.processor.image_processor, picture)
+            ),
             num_tiles=family.num_tiles(size),
             num_tokens=family.num_image_tokens(reducer, size),
             num_full_tokens=family.num_image_tokens(Identity(), size),
@@ -171,7 +177,9 @@ class Conversation:
         def work() -> Iterator[Answer]:
             with self.rows.comparison.row(name, budget=self.budget) as (model, processor):
                 if name not in self._chats:
-                    self._chats[name] = Chat(model, processor, self.picture, max_new_tokens=self.rows.max_new_tokens)
+                    self._chats[name] = Chat(
+                        model, processor, self.picture, max_new_tokens=self.rows.max_new_tokens
+                    )
                 yield from self._chats[name].ask(question)
 
         try:

@@ -70,6 +70,8 @@ def as_figures(turns: Sequence[Turn]) -> str:
             rate = "–" if answer.tokens_per_second is None else f"{answer.tokens_per_second:.1f}"
             run = f"{answer.num_prompt_tokens - answer.num_cached_tokens:,} of {answer.num_prompt_tokens:,}"
             mebibytes = f"{answer.cache_bytes / 2**20:,.2f} MiB"
-            lines.append(f"| {number} | {answer.seconds_to_first_token:.2f} s | {rate} | {run} | {mebibytes} |")
+            lines.append(
+                f"| {number} | {answer.seconds_to_first_token:.2f} s | {rate} | {run} | {mebibytes} |"
+            )
     header = ["| turn | first token | tokens/s | prompt run | cache |", "|--:|--:|--:|--:|--:|"]
     return "\n".join(header + lines) if lines else ""

@@ -28,7 +28,9 @@ def _beneath() -> list[str]:
 
 def _wanted(requirements: Path) -> str:
     """What the environment depends on."""
-    return hashlib.sha256("\n".join([requirements.read_text(), sys.version, *_beneath()]).encode()).hexdigest()
+    return hashlib.sha256(
+        "\n".join([requirements.read_text(), sys.version, *_beneath()]).encode()
+    ).hexdigest()
 
 
 def _make(folder: Path, requirements: Path) -> None:
@@ -37,10 +39,24 @@ def _make(folder: Path, requirements: Path) -> None:
     ours = {"base": str(folder), "platbase": str(folder)}
     packages = Path(sysconfig.get_path("purelib", vars=ours))
     # Read last: what is installed in the environment itself comes first.
-    (packages / PATH_FILE).write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in _beneath()))
-    command = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", "install", "--quiet"]
+    (packages / PATH_FILE).write_text(
+        "".join(f"import site; site.addsitedir({path!r})\n" for path in _beneath())
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "--disable-pip-version-check",
+        "install",
+        "--quiet",
+    ]
     done = subprocess.run(
-        [*command, "--no-deps", "--requirement", str(requirements)], capture_output=True, text=True, check=False
+        [*command, "--no-deps", "--requirement", str(requirements)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise UserError(

@@ -31,9 +31,16 @@ from vzip.templates.jinja import chat_template
 def _answers(results: dict[str, Any]) -> list[dict[str, Any]]:
     """What was answered to each question, by task and number."""
     return [
-        {"task": task, "question": sample["doc_id"], "answer": sample["filtered_resps"], "expected": sample["target"]}
+        {
+            "task": task,
+            "question": sample["doc_id"],
+            "answer": sample["filtered_resps"],
+            "expected": sample["target"],
+        }
         for task, samples in results["samples"].items()
-        for sample in sorted(samples, key=lambda sample: sample["doc_id"])  # of several processes one comes after the other
+        for sample in sorted(
+            samples, key=lambda sample: sample["doc_id"]
+        )  # of several processes one comes after the other
     ]
 
 
@@ -44,7 +51,9 @@ def run_cell(model: Vzip, cell: dict[str, Any], manager: TaskManager, *, limit: 
     model.answerer.take(cell["row"], budget=cell["budget"])
     reducer = model.answerer.comparison.reducer(cell["row"], budget=cell["budget"])
     start = time.perf_counter()
-    asked_as = model.answerer.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "QUESTION"}]}])
+    asked_as = model.answerer.prompt(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "QUESTION"}]}]
+    )
     results = simple_evaluate(
         model=model,
         tasks=[cell["task"]],
@@ -77,9 +86,13 @@ def run_cell(model: Vzip, cell: dict[str, Any], manager: TaskManager, *, limit: 
 
 def tasks_of(names: set[str], *, include_path: str | None) -> TaskManager:
     """lmms-eval's tasks, and those of a folder. Raises UserError if one of the names is not among them."""
-    manager = TaskManager("WARNING", include_path=include_path, include_defaults=names != {TASK}, model_name=NAME)
+    manager = TaskManager(
+        "WARNING", include_path=include_path, include_defaults=names != {TASK}, model_name=NAME
+    )
     if unknown := names - set(manager.all_tasks):
-        raise UserError(f"--tasks {', '.join(sorted(unknown))}: lmms-eval has no such task; give names of its `--tasks list`")
+        raise UserError(
+            f"--tasks {', '.join(sorted(unknown))}: lmms-eval has no such task; give names of its `--tasks list`"
+        )
     return manager
 
 

@@ -73,12 +73,22 @@ def tasks_to_run(named: str | None, *, online: bool) -> tuple[list[str], list[st
                 f"--tasks {','.join(names)}: the data is on the hub, and {constants.ENDPOINT} does not answer; connect, set "
                 f"HF_HUB_OFFLINE=1 if it is in your cache, or leave --tasks out for the held-out questions alone"
             )
-        return [], [f"{constants.ENDPOINT} does not answer: left out are {', '.join(task.column for task in PAPER)}"]
-    mute = {name: BY_NAME[name].key for name in names if name in BY_NAME and BY_NAME[name].key not in {None, *os.environ}}
+        return [], [
+            f"{constants.ENDPOINT} does not answer: left out are {', '.join(task.column for task in PAPER)}"
+        ]
+    mute = {
+        name: BY_NAME[name].key
+        for name in names
+        if name in BY_NAME and BY_NAME[name].key not in {None, *os.environ}
+    }
     if mute and named:
         name, key = next(iter(mute.items()))
-        raise UserError(f"--tasks {name}: its answers are judged by a service whose key is missing; set {key}, or leave it out")
-    return [name for name in names if name not in mute], [f"{name} is left out: it needs {key}" for name, key in mute.items()]
+        raise UserError(
+            f"--tasks {name}: its answers are judged by a service whose key is missing; set {key}, or leave it out"
+        )
+    return [name for name in names if name not in mute], [
+        f"{name} is left out: it needs {key}" for name, key in mute.items()
+    ]
 
 
 def questions_to_ask(run: Path | None) -> tuple[Path | None, list[str]]:
@@ -142,17 +152,27 @@ def run_harness(job: dict[str, Any], *, processes: int, online: bool) -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", help="a run folder, or the folder or hub id of an export or a base model")
     parser.add_argument("--budget", type=count, nargs="+", help="visual tokens of a base model's free rows")
-    parser.add_argument("--tasks", help="names of lmms-eval, with commas; by default the paper's; held-out questions always")
+    parser.add_argument(
+        "--tasks", help="names of lmms-eval, with commas; by default the paper's; held-out questions always"
+    )
     parser.add_argument("--limit", type=count, help="ask only the first questions of each task")
-    parser.add_argument("--batch-size", type=count, help="questions answered at a time; by default as after tuning")
-    parser.add_argument("--processes", type=count, help="that share the questions; by default one a GPU, or one")
+    parser.add_argument(
+        "--batch-size", type=count, help="questions answered at a time; by default as after tuning"
+    )
+    parser.add_argument(
+        "--processes", type=count, help="that share the questions; by default one a GPU, or one"
+    )
     parser.add_argument("--device", help="of one process; by default a GPU, if there is one")
     parser.add_argument("--dtype", help="of the frozen weights; by default as in the run")
     parser.add_argument("--base", help="where a run's base model is now, if not where the run found it")
-    parser.add_argument("--out", type=Path, help="folder of the results, by default RUN/eval, or runs/eval/MODEL")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results, by default RUN/eval, or runs/eval/MODEL"
+    )
     parser.add_argument("--fresh", action="store_true", help="ask everything again")
     return parser.parse_args()
 
@@ -190,20 +210,31 @@ def main() -> None:
         model = {"pretrained": arguments.source, "batch_size": subject.batch_size, "row": subject.rows[0].row}
         model |= {"budget": subject.rows[0].budget} if subject.rows[0].budget else {}
         model |= {name: value for name in ("device", "dtype", "base") if (value := getattr(arguments, name))}
-        job = {"arguments": model, "limit": arguments.limit, "include_path": questions and str(questions), "cells": missing}
+        job = {
+            "arguments": model,
+            "limit": arguments.limit,
+            "include_path": questions and str(questions),
+            "cells": missing,
+        }
         job |= {"template": subject.template}
         code = run_harness(job, processes=processes, online=online)
     earlier = sorted({path.stem for path in subject.folder.glob("*/*.json")} - {TASK, *tasks})
-    done = [(cell, found) for cell in cells_of_tasks([*tasks, *earlier]) if (found := finished(cell)) is not None]
+    done = [
+        (cell, found) for cell in cells_of_tasks([*tasks, *earlier]) if (found := finished(cell)) is not None
+    ]
     if done:
         table = table_of(done, published_rows(subject.names))
-        write_json(subject.folder / "results.json", {"source": arguments.source, "limit": arguments.limit, **table})
+        write_json(
+            subject.folder / "results.json", {"source": arguments.source, "limit": arguments.limit, **table}
+        )
         part = f", the first {arguments.limit} questions of each task" if arguments.limit else ""
         print_table(table, title=arguments.source + part)
     if code == 2:  # the harness has said what to change
         sys.exit(code)
     if lacking := [f"{cell['name']}: {cell['task']}" for cell in cells if finished(cell) is None]:
-        raise UserError(f"not finished, for the reasons above: {', '.join(lacking)}\nThe same command asks only these again")
+        raise UserError(
+            f"not finished, for the reasons above: {', '.join(lacking)}\nThe same command asks only these again"
+        )
 
 
 if __name__ == "__main__":

@@ -55,7 +55,10 @@ def table_of(cells: Sequence[Cell], published: Sequence[Mapping[str, Any]]) -> d
             if theirs["row"] == row["row"] and theirs["num_visual_tokens"] == row["num_visual_tokens"]:
                 paper.append({**theirs, "name": row["name"]})
     ours = {row["name"]: row["scores"] for row in rows}
-    for each in (rows, paper):  # theirs is the mean over what we asked too: one over all of their tasks is another thing
+    for each in (
+        rows,
+        paper,
+    ):  # theirs is the mean over what we asked too: one over all of their tasks is another thing
         _of_full(each, ours)
     tables = {f"{cell['name']}, {cell['task']}": found["table"] for cell, found in cells}
     return {"rows": rows, "paper": paper, "tables": tables, "prompt": cells[-1][1]["prompt"]}
@@ -83,7 +86,9 @@ def print_table(table: Mapping[str, Any], *, title: str) -> None:
         for each in (row, *(theirs for theirs in table["paper"] if theirs["name"] == row["name"])):
             cells = [row["name"] if each is row else "  paper", str(each["num_visual_tokens"])]
             cells += [_text(each, column) for column in columns]
-            cells += ["" if each["average_percent"] is None else f"{each['average_percent']:.1f}%" for _ in averaged]
+            cells += [
+                "" if each["average_percent"] is None else f"{each['average_percent']:.1f}%" for _ in averaged
+            ]
             shown.add_row(*cells, f"{each['seconds']:.0f}" if "seconds" in each else "")
     console.print(shown)
     console.print(f"asked as {table['prompt']!r}", markup=False, highlight=False, soft_wrap=True)

@@ -13,7 +13,16 @@ from scripts.common.timing import ROOT
 from train import config
 from vzip import UserError
 from vzip.reducers.identity import Identity
-from vzip.runs.projector import ADAPTER, META, WEIGHTS, is_export, locate, read_finished, read_meta, reducers_of
+from vzip.runs.projector import (
+    ADAPTER,
+    META,
+    WEIGHTS,
+    is_export,
+    locate,
+    read_finished,
+    read_meta,
+    reducers_of,
+)
 
 BATCH = 8
 """Questions answered at a time by a model; a run's are as many as after its tuning."""
@@ -89,7 +98,10 @@ def _of_model(arguments: argparse.Namespace, export: Path | None) -> Subject:
         meta = read_meta(export)
         rows, names = _named("tuned", list(reducers_of(meta))), [meta["base"]["id"]]
     elif arguments.budget:
-        rows = [Row("full", "full", None), *(Row(f"free-{budget}", "free", budget) for budget in arguments.budget)]
+        rows = [
+            Row("full", "full", None),
+            *(Row(f"free-{budget}", "free", budget) for budget in arguments.budget),
+        ]
         names = [source]
     else:
         raise UserError(
@@ -97,7 +109,9 @@ def _of_model(arguments: argparse.Namespace, export: Path | None) -> Subject:
         )
     folder = arguments.out or ROOT / "runs" / "eval" / source.strip("/").replace("/", "--")
     files = (
-        path for path in sorted(Path(source).glob("*")) if path.suffix in (".json", ".jinja", ".model", ".safetensors", ".bin")
+        path
+        for path in sorted(Path(source).glob("*"))
+        if path.suffix in (".json", ".jinja", ".model", ".safetensors", ".bin")
     )
     model = digest(files) if Path(source).is_dir() else source
     template = recipe_template(source) if export is None else None
@@ -108,7 +122,9 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
     """Raises UserError for a folder that is neither a finished run nor a model, and for budgets that do not go with it."""
     run = locate(arguments.source)
     if run is not None and arguments.budget:
-        raise UserError(f"--budget {arguments.budget[0]}: {run} is a run or an export, which has its own; leave --budget out")
+        raise UserError(
+            f"--budget {arguments.budget[0]}: {run} is a run or an export, which has its own; leave --budget out"
+        )
     if run is None or is_export(run):
         return _of_model(arguments, run)
     rows = rows_of_run(run)

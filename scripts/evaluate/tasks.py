@@ -50,7 +50,9 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, float]:
     """lmms-eval's "metric,filter" entries of one task by metric, without standard errors and what is not a number."""
     named = ((entry.split(",")[0], value) for entry, value in results.items() if "," in entry)
     return {
-        name: float(value) for name, value in named if isinstance(value, int | float) and not name.endswith(("_stderr", "_clt"))
+        name: float(value)
+        for name, value in named
+        if isinstance(value, int | float) and not name.endswith(("_stderr", "_clt"))
     }
 
 

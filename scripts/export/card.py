@@ -86,7 +86,9 @@ def _use_llava(meta: dict[str, Any], folder: Path) -> str:
     if (folder / "config.json").is_file():
         loader = "`load_pretrained_model(FOLDER, model_base=BASE, model_name=...)` with a name that has `llava` in it"
     else:
-        loader = "with the base model's own `config.json` in LLaVA's layout, which is not known here, beside it"
+        loader = (
+            "with the base model's own `config.json` in LLaVA's layout, which is not known here, beside it"
+        )
     return (
         f"`mm_projector.bin` (float32) is read by LLaVA's own code: {loader}, or `--pretrain_mm_mlp_adapter "
         "FOLDER/mm_projector.bin`; `model.projector=FOLDER/mm_projector.bin` starts another run of `vzip` from it. "
@@ -106,7 +108,8 @@ def _use_peft(meta: dict[str, Any], name: str) -> str:
             f"handle = vzip.attach(model, budget={meta.get('budget')})  # with the settings of the reducer above",
             "```",
             "",
-            "The adapter is the projector, whole" + (", and LoRA of the language model." if meta["adapter"] else "."),
+            "The adapter is the projector, whole"
+            + (", and LoRA of the language model." if meta["adapter"] else "."),
         ]
     )
 
@@ -157,7 +160,11 @@ def _name(run: Path, base: str) -> str:
 def model_card(run: Path, folder: Path, *, to: str, base: str) -> str:
     """The card of `run` as it was exported to `folder`; `base` is the folder or hub id of its base model."""
     meta, name = read_meta(run), _name(run, base)
-    use = {"hf": lambda: _use_hf(meta), "llava": lambda: _use_llava(meta, folder), "peft": lambda: _use_peft(meta, name)}
+    use = {
+        "hf": lambda: _use_hf(meta),
+        "llava": lambda: _use_llava(meta, folder),
+        "peft": lambda: _use_peft(meta, name),
+    }
     reducers = "; ".join(f"{budget} tokens: {reducer}" for budget, reducer in reducers_of(meta).items())
     licence = base_licence(base)
     licences = (

@@ -27,9 +27,13 @@ def refuse_target(target: Path, *, force: bool) -> None:
     if not target.exists():
         return
     if not has_our_card(target):
-        raise UserError(f"--out {target} is there already and is no export, so that it is not replaced; choose another place")
+        raise UserError(
+            f"--out {target} is there already and is no export, so that it is not replaced; choose another place"
+        )
     if not force:
-        raise UserError(f"--out {target} is an export already; replace it with --force, or choose another place")
+        raise UserError(
+            f"--out {target} is an export already; replace it with --force, or choose another place"
+        )
 
 
 def _give_usual_modes(folder: Path) -> None:
@@ -82,19 +86,29 @@ def export(args: argparse.Namespace) -> Path:
                 {"llava": write_llava, "peft": write_peft}[args.to](run, folder, base=args.base)
             (folder / "README.md").write_text(model_card(run, folder, to=args.to, base=base))
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each of these, by who writes
-        raise UserError(f"{target} can't be written: {error}\nFree some space, or choose another place with --out") from error
+        raise UserError(
+            f"{target} can't be written: {error}\nFree some space, or choose another place with --out"
+        ) from error
     return target
 
 
 @config.teach
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("to", metavar="|".join(FORMATS), help="format")
     parser.add_argument("--out", type=Path, help="where to; by default RUN/export/FORMAT")
-    parser.add_argument("--base", help="folder or hub id of the base model, if it is not where the run found it")
-    parser.add_argument("--budget", type=count, help="hf: the budget that vzip.load takes by default, of a run with several")
-    parser.add_argument("--copy", action="store_true", help="hf: copy the base's files instead of linking them")
+    parser.add_argument(
+        "--base", help="folder or hub id of the base model, if it is not where the run found it"
+    )
+    parser.add_argument(
+        "--budget", type=count, help="hf: the budget that vzip.load takes by default, of a run with several"
+    )
+    parser.add_argument(
+        "--copy", action="store_true", help="hf: copy the base's files instead of linking them"
+    )
     parser.add_argument("--force", action="store_true", help="replace an export that is there already")
     target = export(parser.parse_args())
     for file in sorted(target.iterdir()):

@@ -55,7 +55,9 @@ def attention_of_layers(family: Family, pixel_values: Tensor) -> list[LayerAtten
     layout = tower_layout(tower.config)
     layers = enumerate(tower.get_submodule(layout.layers).children())
     parts = {
-        (index, part): layer.get_submodule(getattr(layout, part)) for index, layer in layers for part in ("queries", "keys")
+        (index, part): layer.get_submodule(getattr(layout, part))
+        for index, layer in layers
+        for part in ("queries", "keys")
     }
     with captured({str(name): module for name, module in parts.items()}) as outputs:
         family.vision_tokens(family.model.model, ALL_LAYERS, pixel_values)
@@ -100,8 +102,16 @@ def softmax_gradient(layers: Iterable[LayerAttention]) -> dict[str, Any]:
             top += torch.stack([values.gather(1, most).double().sum() for values in (rows, gradient)]).cpu()
             num_rows, num_tokens = num_rows + len(rows), rows.shape[1]
     bins = [
-        {"from": low, "to": high, "weights": int(count), "mean_weight": weight / count, "mean_gradient": gradient / count}
-        for low, high, (count, weight, gradient) in zip(edges[:-1].tolist(), edges[1:].tolist(), sums.T.tolist(), strict=True)
+        {
+            "from": low,
+            "to": high,
+            "weights": int(count),
+            "mean_weight": weight / count,
+            "mean_gradient": gradient / count,
+        }
+        for low, high, (count, weight, gradient) in zip(
+            edges[:-1].tolist(), edges[1:].tolist(), sums.T.tolist(), strict=True
+        )
         if count
     ]
     weight, gradient = (top / sums[1:].sum(dim=1)).tolist()

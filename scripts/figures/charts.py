@@ -12,7 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from PIL import Image
 
-ORANGE, SKY, GREEN, BLUE, RED, GREY, BLACK = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#777777", "#000000"
+ORANGE, SKY, GREEN, BLUE, RED, GREY, BLACK = (
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#777777",
+    "#000000",
+)
 SERIES = {
     "tuned": ("tuned", BLUE, "o", "-"),
     "elastic": ("tuned for several budgets at once", GREEN, "s", "-"),
@@ -99,15 +107,26 @@ def top_share(numbers: Mapping[str, Any]) -> Figure:
         values = [100 * share for share in line["shares"]]
         axes.plot(layers, values, color=colour, marker=marker, markersize=4)
         axes.axhline(100 * line["uniform"], color=colour, linewidth=0.8, linestyle=":")
-        axes.annotate(f" top {line['top']}", (layers[-1], values[-1]), color=colour, va="center", annotation_clip=False)
+        axes.annotate(
+            f" top {line['top']}", (layers[-1], values[-1]), color=colour, va="center", annotation_clip=False
+        )
     axes.axvline(numbers["layer"], color=BLACK, linewidth=0.8)
     axes.annotate(
-        " the layer that VisionZip reads", (numbers["layer"], 1.0), xycoords=("data", "axes fraction"), fontsize="small"
+        " the layer that VisionZip reads",
+        (numbers["layer"], 1.0),
+        xycoords=("data", "axes fraction"),
+        fontsize="small",
     )
     axes.set_ylim(0, 100)
     axes.set_xlim(0.5, numbers["num_layers"] * 1.12)
-    axes.set_xticks([layer for layer in layers if numbers["num_layers"] <= 14 or layer % 2 == numbers["num_layers"] % 2])
-    _plain(axes, x="layer of the vision tower", y=f"top k of {numbers['num_patches']} patches, % of {_attention(numbers)}")
+    axes.set_xticks(
+        [layer for layer in layers if numbers["num_layers"] <= 14 or layer % 2 == numbers["num_layers"] % 2]
+    )
+    _plain(
+        axes,
+        x="layer of the vision tower",
+        y=f"top k of {numbers['num_patches']} patches, % of {_attention(numbers)}",
+    )
     titled = numbers["lines"][numbers["titled"]]
     figure.suptitle(
         f"{layers_seen(titled['shares'])}\nin brackets: the share of the top {titled['top']}; dotted lines: if all patches had "
@@ -125,14 +144,22 @@ def softmax_gradient(numbers: Mapping[str, Any]) -> Figure:
     weights = [part["mean_weight"] for part in bins]
     above.plot(weights, [part["mean_gradient"] for part in bins], color=BLUE, marker="o", markersize=4)
     above.plot(weights, weights, color=GREY, linewidth=0.8, linestyle=":")
-    above.annotate("dotted: as large as the weight p", (0.02, 0.93), xycoords="axes fraction", color=GREY, fontsize="small")
+    above.annotate(
+        "dotted: as large as the weight p",
+        (0.02, 0.93),
+        xycoords="axes fraction",
+        color=GREY,
+        fontsize="small",
+    )
     above.set_xscale("log")
     above.set_yscale("log")
     _plain(above, y="gradient dp/dz of the softmax")
     total = sum(part["weights"] for part in bins)
     for part in bins:
         share, width = 100 * part["weights"] / total, part["to"] - part["from"]
-        below.bar(part["from"], share, width=width, align="edge", color=ORANGE, edgecolor="white", linewidth=0.5)
+        below.bar(
+            part["from"], share, width=width, align="edge", color=ORANGE, edgecolor="white", linewidth=0.5
+        )
     _plain(below, x="attention weight p of a token (log scale)", y="% of the weights")
     top = numbers["top_tenth"]
     figure.suptitle(
@@ -225,7 +252,11 @@ def recovery(numbers: Mapping[str, Any]) -> Figure:
 def change_seen(before: float, after: float) -> str:
     """What a per cent does, as it is shown: rounded."""
     shown, then = f"{before:.0f}", f"{after:.0f}"
-    return f"stays at {shown} %" if shown == then else f"{'falls' if after < before else 'rises'} from {shown} to {then} %"
+    return (
+        f"stays at {shown} %"
+        if shown == then
+        else f"{'falls' if after < before else 'rises'} from {shown} to {then} %"
+    )
 
 
 def without_dominant(numbers: Mapping[str, Any]) -> Figure:
@@ -238,17 +269,29 @@ def without_dominant(numbers: Mapping[str, Any]) -> Figure:
             label, colour, *_ = SERIES[name]
             known = [(place, variant[name][kind]) for place, variant in enumerate(variants) if variant[name]]
             for place, score in known:
-                axes.annotate(f"{100 * score:.0f}", (place + offset, 100 * score), ha="center", va="bottom", fontsize="small")
+                axes.annotate(
+                    f"{100 * score:.0f}",
+                    (place + offset, 100 * score),
+                    ha="center",
+                    va="bottom",
+                    fontsize="small",
+                )
             places, scores = [place + offset for place, _ in known], [100 * score for _, score in known]
             hatch = None if name == "tuned" else "//"
             if known:
-                axes.bar(places, scores, width=0.38, color=colour, label=label, hatch=hatch, edgecolor="white")
-        labels = [f"{variant['name']}\n{variant['dominant']} + {variant['contextual']}" for variant in variants]
+                axes.bar(
+                    places, scores, width=0.38, color=colour, label=label, hatch=hatch, edgecolor="white"
+                )
+        labels = [
+            f"{variant['name']}\n{variant['dominant']} + {variant['contextual']}" for variant in variants
+        ]
         axes.set_xticks(range(len(variants)), labels, fontsize="small")
         axes.set_xlim(-0.5, len(variants) - 0.5)
         _plain(axes)
         both, without = (100 * variants[place]["free"][kind] for place in (0, 1))
-        axes.set_title(f"{kind}: without dominant tokens free {change_seen(both, without)}", fontsize="medium")
+        axes.set_title(
+            f"{kind}: without dominant tokens free {change_seen(both, without)}", fontsize="medium"
+        )
     grid[0].set_ylim(0, 105)
     grid[0].set_ylabel(f"correct of {numbers['num_questions']} held-out questions, %")
     grid[-1].legend(loc="upper right", frameon=False, fontsize="small")

@@ -53,13 +53,21 @@ class Subject:
         """Of each picture: each patch's share of the attention in each layer, float32[L, P], and the tapped layer."""
         family, made = self.comparison.family, []
         for picture in self.pictures:
-            layers = attention_of_layers(family, first_tile(family, self.comparison.processor.image_processor, picture))
-            made.append((torch.cat([layer.shares() for layer in layers]).cpu(), layers[self.tapped(len(layers))]))
+            layers = attention_of_layers(
+                family, first_tile(family, self.comparison.processor.image_processor, picture)
+            )
+            made.append(
+                (torch.cat([layer.shares() for layer in layers]).cpu(), layers[self.tapped(len(layers))])
+            )
         return made
 
     def tapped(self, num_layers: int) -> int:
         """Index of the layer whose attention the reducer reads."""
-        layer = self.comparison.family.model.config.vision_feature_layer if self.reducer.layer is None else self.reducer.layer
+        layer = (
+            self.comparison.family.model.config.vision_feature_layer
+            if self.reducer.layer is None
+            else self.reducer.layer
+        )
         return layer_index(layer, num_layers)
 
     @property
@@ -91,7 +99,9 @@ class Subject:
             return sorted(self.budgets)
         tile = self.reducer.dominant + self.reducer.contextual
         family = self.comparison.family
-        shares = (share for share in (tile // 2, tile, 2 * tile, 4 * tile) if 1 <= share <= family.num_patches)
+        shares = (
+            share for share in (tile // 2, tile, 2 * tile, 4 * tile) if 1 <= share <= family.num_patches
+        )
         return [share * family.budget_tiles for share in shares]
 
 
@@ -112,8 +122,13 @@ def make_subject(arguments: argparse.Namespace) -> Subject:
     if run is not None:
         read_meta(run)
     elif not arguments.pictures or arguments.out is None:
-        raise UserError(f"{source} is not a run folder; of a model give --pictures to look at, and --out for the figures")
-    paths = arguments.pictures or list(dict.fromkeys(path for _, path in held_out_with_pictures(source)))[:NUM_PICTURES]
+        raise UserError(
+            f"{source} is not a run folder; of a model give --pictures to look at, and --out for the figures"
+        )
+    paths = (
+        arguments.pictures
+        or list(dict.fromkeys(path for _, path in held_out_with_pictures(source)))[:NUM_PICTURES]
+    )
     return Subject(
         pictures=_opened(paths),
         comparison=Comparison.open(arguments.source),

@@ -48,11 +48,18 @@ MAX_KINDS = 3
 
 def _attention_maps(subject: Subject) -> tuple[Figure, dict[str, Any]]:
     family, shown = subject.comparison.family, subject.pictures[:NUM_SHOWN]
-    tiles = [look(family, subject.reducer, subject.comparison.processor.image_processor, picture) for picture in shown]
+    tiles = [
+        look(family, subject.reducer, subject.comparison.processor.image_processor, picture)
+        for picture in shown
+    ]
     found = [layer.shares().cpu() for _, layer in subject.attention[:NUM_SHOWN]]
     numbers = subject.about | {
         "pictures": [
-            {"holding_half": num_holding(shares, 0.5)[0], "most": float(shares.max()), "attention": shares[0].tolist()}
+            {
+                "holding_half": num_holding(shares, 0.5)[0],
+                "most": float(shares.max()),
+                "attention": shares[0].tolist(),
+            }
             for shares in found
         ]
     }
@@ -100,7 +107,9 @@ def _scores(subject: Subject) -> list[Score]:
     if subject.run is None:
         raise UserError("this figure shows scores, which only a finished run has; give its folder")
     if not (scores := comparable_scores(subject.run, subject.others)):
-        raise UserError(f"{subject.run} has no scores: data.held_out was not set, or evaluate.questions was 0")
+        raise UserError(
+            f"{subject.run} has no scores: data.held_out was not set, or evaluate.questions was 0"
+        )
     return scores
 
 
@@ -128,7 +137,9 @@ def _recovery(subject: Subject) -> tuple[Figure, dict[str, Any]]:
             f"{subject.run} has no row of VisionZip, of all or of random tokens; ask `free` at some: --budgets 4 8 16"
         )
     if len({score.num_visual_tokens for score in scores if score.series != "full"}) == 1:
-        print("recovery: there is one budget alone; tune others (BUDGET=...), or ask `free` at some: --budgets 4 8 16")
+        print(
+            "recovery: there is one budget alone; tune others (BUDGET=...), or ask `free` at some: --budgets 4 8 16"
+        )
     names = ("series", "num_visual_tokens", "seed", "run", "metrics")
     points = [{name: getattr(score, name) for name in names} for score in scores]
     numbers = _of_questions(scores) | {"points": points}
@@ -149,8 +160,13 @@ def _without_dominant(subject: Subject) -> tuple[Figure, dict[str, Any]]:
         own = [score for score in scores if score.reducer == variant]
         if not any(score.series == "free" for score in own):
             own.append(_free(subject, variant))
-        found = {series: _mean(score.metrics for score in own if score.series == series) for series in ("free", "tuned")}
-        variants.append({"name": name, "dominant": variant.dominant, "contextual": variant.contextual, **found})
+        found = {
+            series: _mean(score.metrics for score in own if score.series == series)
+            for series in ("free", "tuned")
+        }
+        variants.append(
+            {"name": name, "dominant": variant.dominant, "contextual": variant.contextual, **found}
+        )
     numbers = _of_questions(scores) | {"variants": variants}
     return charts.without_dominant(numbers), numbers
 
@@ -179,12 +195,20 @@ def draw(subject: Subject, name: str) -> Path:
 @config.teach
 def main() -> None:
     """Draw what was asked for, or all that can be drawn."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", help="folder of a finished run; or folder or hub id of a model")
     parser.add_argument("--figures", nargs="+", default=[], help=", ".join(FIGURES))
-    parser.add_argument("--pictures", nargs="+", type=Path, default=[], help="by default the run's held-out ones")
-    parser.add_argument("--budgets", nargs="+", type=count, default=[], help="of kept-tokens, and of `free` in recovery")
-    parser.add_argument("--runs", nargs="+", type=Path, default=[], help="folders of other runs to compare with")
+    parser.add_argument(
+        "--pictures", nargs="+", type=Path, default=[], help="by default the run's held-out ones"
+    )
+    parser.add_argument(
+        "--budgets", nargs="+", type=count, default=[], help="of kept-tokens, and of `free` in recovery"
+    )
+    parser.add_argument(
+        "--runs", nargs="+", type=Path, default=[], help="folders of other runs to compare with"
+    )
     parser.add_argument("--out", type=Path, help="folder of the figures, by default RUN/figures")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.figures if name not in FIGURES]:

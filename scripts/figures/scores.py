@@ -43,11 +43,15 @@ class Score:
     @property
     def key(self) -> tuple[Any, ...]:
         """The same for rows that say the same, in whichever run."""
-        said = (str(value) for value in (self.reducer.settings(), self.num_visual_tokens, self.seed, self.metrics))
+        said = (
+            str(value) for value in (self.reducer.settings(), self.num_visual_tokens, self.seed, self.metrics)
+        )
         return self.series, self.reducer.name, *said
 
 
-def score_of(row: dict[str, Any], *, series: str, reducer: Reducer, run: str, seed: int | None = None) -> Score:
+def score_of(
+    row: dict[str, Any], *, series: str, reducer: Reducer, run: str, seed: int | None = None
+) -> Score:
     """The score in a row of result.json."""
     return Score(series, reducer, row["num_visual_tokens"], row["metrics"], row["num_questions"], seed, run)
 
@@ -129,7 +133,9 @@ def comparable_scores(run: Path, others: Sequence[Path] = ()) -> list[Score]:
     for other in others:
         given = _finished(other)
         if given.measured_on != mine.measured_on:
-            raise UserError(f"--runs {other} can't be compared with {run}: base model, starting projector or questions differ")
+            raise UserError(
+                f"--runs {other} can't be compared with {run}: base model, starting projector or questions differ"
+            )
         scores += given.scores
     for config in sorted(run.parent.glob("*/config.yaml")):
         beside = config.parent
@@ -152,7 +158,9 @@ def same_but_budget(scores: Iterable[Score], reducer: Reducer) -> list[Score]:
         if not isinstance(other, VisionZip) or not isinstance(reducer, VisionZip):
             return other.name in ("identity", "random")
         usual = VisionZip(budget=other.dominant + other.contextual)
-        return other == reducer or other == replace(reducer, dominant=usual.dominant, contextual=usual.contextual)
+        return other == reducer or other == replace(
+            reducer, dominant=usual.dominant, contextual=usual.contextual
+        )
 
     return [score for score in scores if fits(score.reducer)]
 

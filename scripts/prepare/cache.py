@@ -22,7 +22,11 @@ from vzip.runs.projector import fingerprint
 
 def cache_features(cfg: DictConfig) -> Path:
     """The folder of the whole cache; what a killed command made is not made again."""
-    reducer, template, num_frames = config.build_reducer(cfg), config.build(cfg.model.template), cfg.model.get("num_frames", 1)
+    reducer, template, num_frames = (
+        config.build_reducer(cfg),
+        config.build(cfg.model.template),
+        cfg.model.get("num_frames", 1),
+    )
     family, processor = load_model(cfg)
     family.refuse_unfit(reducer)
     family.refuse_uncacheable(reducer)
@@ -30,11 +34,18 @@ def cache_features(cfg: DictConfig) -> Path:
     examples = subset.examples(template, processor.tokenizer, max_tokens=cfg.data.max_tokens)
 
     settings = cache_settings(
-        family, reducer, processor, base_fingerprint=fingerprint(family), rows=rows_of(examples), num_frames=num_frames
+        family,
+        reducer,
+        processor,
+        base_fingerprint=fingerprint(family),
+        rows=rows_of(examples),
+        num_frames=num_frames,
     )
     layout = Layout(settings, len(examples), rows_a_shard(family, reducer, settings))
     family.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    maker = FeatureMaker(family, reducer, Processed(processor, family.without_weights(), reducer, num_frames=num_frames))
+    maker = FeatureMaker(
+        family, reducer, Processed(processor, family.without_weights(), reducer, num_frames=num_frames)
+    )
     folder = folder_of(subset.folder, settings)
     write_features(folder, layout, examples, maker, batch=cfg.batch.micro, num_workers=cfg.data.num_workers)
     return folder

@@ -3,7 +3,6 @@
 make data-check MODEL=llava-7b        python -m scripts.prepare.check model=llava-7b reducer.budget=128
 """
 
-
 import hydra
 from omegaconf import DictConfig
 

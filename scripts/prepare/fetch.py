@@ -44,8 +44,12 @@ def print_report(subset: Subset) -> None:
     table = Table("source", "rows", "left out", "replaced", title=subset.folder.name, title_justify="left")
     counts = manifest["num_rows_by_source"]
     for source in sorted({*counts, *left_out}):
-        table.add_row(source, *(f"{count:,}" for count in (counts.get(source, 0), left_out[source], replaced[source])))
-    table.add_row("all", *(f"{count:,}" for count in (manifest["num_rows"], left_out.total(), replaced.total())))
+        table.add_row(
+            source, *(f"{count:,}" for count in (counts.get(source, 0), left_out[source], replaced[source]))
+        )
+    table.add_row(
+        "all", *(f"{count:,}" for count in (manifest["num_rows"], left_out.total(), replaced.total()))
+    )
     console = Console()
     console.print(table)
     for line in subset.left_out:

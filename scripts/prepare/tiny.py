@@ -26,7 +26,11 @@ from vzip.models.mini_gemini import MiniGeminiConfig, make_processor
 ROOT = Path(__file__).resolve().parents[2]
 SIDE, PATCH = 112, 14
 SQUARE = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
-WITH_CLS = {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+WITH_CLS = {
+    "patch_size": PATCH,
+    "vision_feature_select_strategy": "default",
+    "num_additional_image_tokens": 1,
+}
 VIDEO_TOKEN = "<jupyter_script>"
 """An unused special token of SmolLM2's tokenizer, which becomes `<video>`."""
 
@@ -43,7 +47,9 @@ def rename_token(tokenizer: Any, old: str, new: str) -> Any:
 def build(name: str, architecture: dict[str, Any], tokenizer: Any) -> Any:
     """The processor of a tiny model."""
     if name == "next-tiny":
-        images = LlavaNextImageProcessorPil(image_grid_pinpoints=architecture["image_grid_pinpoints"], **SQUARE)
+        images = LlavaNextImageProcessorPil(
+            image_grid_pinpoints=architecture["image_grid_pinpoints"], **SQUARE
+        )
         return LlavaNextProcessor(images, tokenizer, **WITH_CLS)
     if name == "onevision-tiny":
         pinpoints, size = architecture["image_grid_pinpoints"], {"height": SIDE, "width": SIDE}

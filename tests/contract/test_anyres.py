@@ -93,7 +93,9 @@ def newlines(image):
 # How many tokens
 
 SIDES = st.one_of(st.integers(1, 2000), st.integers(1, 130))
-SIZES = st.one_of(st.tuples(SIDES, SIDES), st.sampled_from([(1, 2000), (2000, 1), (1, 1), (3, 2000), (2000, 2000)]))
+SIZES = st.one_of(
+    st.tuples(SIDES, SIDES), st.sampled_from([(1, 2000), (2000, 1), (1, 1), (3, 2000), (2000, 2000)])
+)
 
 
 @pytest.mark.parametrize("reducer", list(REDUCERS))
@@ -107,7 +109,10 @@ def test_handle_processor_and_model_agree_on_the_number_of_tokens(kind, grid, re
     inputs = pictures(model, sizes)
     with vzip.attach(model, reducer=REDUCERS[reducer]) as handle:
         counts = [handle.num_image_tokens(size) for size in sizes]
-        assert handle.processor(processor)._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens == counts
+        assert (
+            handle.processor(processor)._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
+            == counts
+        )
         assert [len(image) for image in features(model, inputs)] == counts
     if reducer == "identity":
         assert processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens == counts
@@ -223,7 +228,13 @@ def test_released_order_is_the_authors(kind, chosen):
         with vzip.attach(model, reducer=reducer) as handle, torch.no_grad():
             reduction = handle.reduce(inputs["pixel_values"][0])
             tokens = handle.family.projector(reduction.features)
-            order = released(grid_of(model, size), reduction.dominant.tolist(), tokens.shape[1], num_cls=num_cls, first=first)
+            order = released(
+                grid_of(model, size),
+                reduction.dominant.tolist(),
+                tokens.shape[1],
+                num_cls=num_cls,
+                first=first,
+            )
             (got,) = features(model, inputs)
         assert len(order) == len(set(order)) == tokens.shape[0] * tokens.shape[1], name
         assert torch.equal(got, torch.stack([tokens[place] for place in order])), name
@@ -251,17 +262,27 @@ def test_several_images_of_a_onevision_row_are_single_tiles(reducer):
     model, processor = llava("onevision"), tiny.processor("onevision")
     sizes = [[(112, 112), (30, 150)], [(80, 112)]]
     rows = [[tiny.picture(index, *size) for index, size in enumerate(row)] for row in sizes]
-    given_rows = {"images": rows, "text": ["<image>a<image>", "<image>"], "padding": True, "return_tensors": "pt"}
+    given_rows = {
+        "images": rows,
+        "text": ["<image>a<image>", "<image>"],
+        "padding": True,
+        "return_tensors": "pt",
+    }
     plain = processor(**given_rows)
     media = {key: plain[key] for key in ("pixel_values", "image_sizes", "batch_num_images")}
     whole = features(model, media)
     with vzip.attach(model, reducer=REDUCERS[reducer]) as handle, torch.no_grad():
         ids = handle.processor(processor)(**given_rows)["input_ids"]
         got = features(model, media)
-        single = handle.num_image_tokens((112, 112)) // 5 if reducer in ("released", "random") else len(got[0]) - 1
+        single = (
+            handle.num_image_tokens((112, 112)) // 5 if reducer in ("released", "random") else len(got[0]) - 1
+        )
         assert [len(got[0]), len(got[1])] == [single + 1] * 2
         assert len(got[2]) == handle.num_image_tokens((80, 112))
-        assert (ids == model.config.image_token_id).sum(dim=1).tolist() == [len(got[0]) + len(got[1]), len(got[2])]
+        assert (ids == model.config.image_token_id).sum(dim=1).tolist() == [
+            len(got[0]) + len(got[1]),
+            len(got[2]),
+        ]
         assert [newlines(image).tolist() for image in got[:2]] == [[False] * single + [True]] * 2
         if reducer == "released":
             base = handle.reduce(media["pixel_values"][:2, 0])
@@ -293,13 +314,18 @@ def slow_tile(tokens, tile, patches, reducer):
         return own
     kept = sorted(patches, key=lambda patch: -tokens.saliency[tile, patch].item())[: reducer.dominant]
     rest = [patch for patch in patches if patch not in kept]
-    targets = rest[:: max(1, len(rest) // reducer.contextual)][: reducer.contextual] if reducer.contextual else []
+    targets = (
+        rest[:: max(1, len(rest) // reducer.contextual)][: reducer.contextual] if reducer.contextual else []
+    )
     clusters = {target: [] for target in targets}
     for patch in rest:
         if targets and patch not in targets:
             nearest = max(targets, key=lambda target: cosine(keys[patch], keys[target]))
             clusters[nearest].append(own[patch])
-    merged = {target: own[target] + (sum(members) / len(members) if members else 0) for target, members in clusters.items()}
+    merged = {
+        target: own[target] + (sum(members) / len(members) if members else 0)
+        for target, members in clusters.items()
+    }
     return {patch: own[patch] for patch in kept} | merged
 
 
@@ -311,7 +337,10 @@ def stitched(size, grid):
     for line in unpad_image(places, size)[0].tolist():
         positions = [divmod(place, columns * tiny.GRID) for place in line]
         table.append(
-            [(1 + y // tiny.GRID * columns + x // tiny.GRID, y % tiny.GRID * tiny.GRID + x % tiny.GRID) for y, x in positions]
+            [
+                (1 + y // tiny.GRID * columns + x // tiny.GRID, y % tiny.GRID * tiny.GRID + x % tiny.GRID)
+                for y, x in positions
+            ]
         )
     return table
 
@@ -341,19 +370,29 @@ def check_spatial(model, size, reducer):
     inputs = pictures(model, [size])
     (whole,) = features(model, inputs)
     num_newlines = int(newlines(whole).sum())  # of the model's own packing
-    tokens = run_tower(model.model.vision_tower, inputs["pixel_values"][0], feature_layer=-2, num_dropped=0, attention_layer=-2)
+    tokens = run_tower(
+        model.model.vision_tower,
+        inputs["pixel_values"][0],
+        feature_layer=-2,
+        num_dropped=0,
+        attention_layer=-2,
+    )
     order = spatial(tokens, size, grid_of(model, size), reducer, num_newlines)
     with vzip.attach(model, reducer=reducer) as handle:
         (got,) = features(model, inputs)
         assert handle.num_image_tokens(size) == len(got) == len(order)
     assert newlines(got).tolist() == [feature is None for feature in order]
-    want = model.model.multi_modal_projector(torch.stack([feature for feature in order if feature is not None]))
+    want = model.model.multi_modal_projector(
+        torch.stack([feature for feature in order if feature is not None])
+    )
     torch.testing.assert_close(got[~newlines(got)], want, rtol=1e-5, atol=1e-5)
     assert num_newlines == newlines(got).sum()
 
 
 @pytest.mark.parametrize(
-    "chosen", [{"dominant": 5, "contextual": 3}, {"dominant": 0, "contextual": 4}, {"dominant": 6, "contextual": 0}], ids=str
+    "chosen",
+    [{"dominant": 5, "contextual": 3}, {"dominant": 0, "contextual": 4}, {"dominant": 6, "contextual": 0}],
+    ids=str,
 )
 @pytest.mark.parametrize("kind", tiny.TILED)
 @torch.no_grad()
@@ -407,7 +446,11 @@ def test_tokens_that_are_not_merged_stand_at_their_patch_in_raster_order(kind, r
         with vzip.attach(model, reducer=reducer):
             (got,) = features(model, inputs)
         tokens = run_tower(
-            model.model.vision_tower, inputs["pixel_values"][0], feature_layer=-2, num_dropped=0, attention_layer=None
+            model.model.vision_tower,
+            inputs["pixel_values"][0],
+            feature_layer=-2,
+            num_dropped=0,
+            attention_layer=None,
         )
         patches = model.model.multi_modal_projector(tokens.features[:, int(tokens.has_cls) :])
         raster = [(0, patch) for patch in range(tiny.GRID**2)] + flat(stitched(size, grid_of(model, size)))
@@ -492,7 +535,9 @@ def test_a_batch_of_mixed_tile_counts_is_its_images_one_by_one(kind, reducer):
         stacked = torch.cat(
             [
                 image[: 1 + rows * columns]
-                for image, (rows, columns) in zip(inputs["pixel_values"], (grid_of(model, size) for size in sizes), strict=True)
+                for image, (rows, columns) in zip(
+                    inputs["pixel_values"], (grid_of(model, size) for size in sizes), strict=True
+                )
             ]
         )
         for image, want in zip(features(model, {**inputs, "pixel_values": stacked}), together, strict=True):
@@ -511,7 +556,9 @@ def test_gradients_reach_the_projector_and_are_finite(kind, anyres):
     for sizes in ([(1, 2000)], [(80, 112), (168, 168), (1, 1)]):
         with vzip.attach(model, dominant=4, contextual=2, anyres=anyres):
             images = model.model.get_image_features(**pictures(model, sizes)).pooler_output
-            gradients = torch.autograd.grad(torch.cat(list(images)).square().mean(), list(projector.parameters()))
+            gradients = torch.autograd.grad(
+                torch.cat(list(images)).square().mean(), list(projector.parameters())
+            )
         assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
     projector.requires_grad_(False)
 
@@ -523,15 +570,33 @@ def test_gradients_reach_the_projector_and_are_finite(kind, anyres):
     ("change", "words"),
     [
         ({"image_sizes": None}, ["image_sizes", "processor"]),
-        ({"pixel_values": torch.zeros(1, 0, 3, tiny.SIDE, tiny.SIDE)}, ["[1, 0, 3, 56, 56]", "[5] tiles", "processor"]),
-        ({"pixel_values": torch.zeros(1, 4, 3, tiny.SIDE, tiny.SIDE)}, ["[1, 4, 3, 56, 56]", "[5] tiles", "processor"]),
-        ({"pixel_values": torch.zeros(2, 5, 3, tiny.SIDE, tiny.SIDE)}, ["[2, 5, 3, 56, 56]", "1 images", "processor"]),
+        (
+            {"pixel_values": torch.zeros(1, 0, 3, tiny.SIDE, tiny.SIDE)},
+            ["[1, 0, 3, 56, 56]", "[5] tiles", "processor"],
+        ),
+        (
+            {"pixel_values": torch.zeros(1, 4, 3, tiny.SIDE, tiny.SIDE)},
+            ["[1, 4, 3, 56, 56]", "[5] tiles", "processor"],
+        ),
+        (
+            {"pixel_values": torch.zeros(2, 5, 3, tiny.SIDE, tiny.SIDE)},
+            ["[2, 5, 3, 56, 56]", "1 images", "processor"],
+        ),
         ({"pixel_values": torch.zeros(4, 3, tiny.SIDE, tiny.SIDE)}, ["4 tiles", "[5]", "processor"]),
         ({"pixel_values": torch.zeros(1, 5, 1, tiny.SIDE, tiny.SIDE)}, ["[5, 1, 56, 56]", "no pictures"]),
         ({"pixel_values": torch.zeros(5, 1, tiny.SIDE, tiny.SIDE)}, ["[5, 1, 56, 56]", "no pictures"]),
         ({"image_sizes": torch.tensor([[0, 112]])}, ["(0, 112)", "at least 1"]),
     ],
-    ids=["no sizes", "no tiles", "few tiles", "many images", "few stacked", "grey", "grey stacked", "no height"],
+    ids=[
+        "no sizes",
+        "no tiles",
+        "few tiles",
+        "many images",
+        "few stacked",
+        "grey",
+        "grey stacked",
+        "no height",
+    ],
 )
 @pytest.mark.parametrize("reducer", ["identity", "released", "spatial"])
 @pytest.mark.parametrize("kind", tiny.TILED)
@@ -558,7 +623,11 @@ def test_a_size_without_pixels_is_named(kind, size):
         ("next", {"budget": 32}, ["reducer.budget=32", "5 tiles", "30 or 35"]),
         ("next", {"budget": 3}, ["reducer.budget=3", "choose 5"]),
         ("next", {"dominant": 16, "contextual": 2}, ["18", "17 tokens", "at most 17"]),
-        ("next", {"dominant": 15, "contextual": 2, "anyres": "spatial"}, ["17", "16 tokens", "at most 16"]),  # no CLS there
+        (
+            "next",
+            {"dominant": 15, "contextual": 2, "anyres": "spatial"},
+            ["17", "16 tokens", "at most 16"],
+        ),  # no CLS there
         ("next", {"reducer": Random(budget=17)}, ["17", "at most 16"]),
         ("next-siglip", {"dominant": 15, "contextual": 2}, ["17", "16 tokens", "at most 16"]),
         ("onevision", {"budget": 17}, ["reducer.budget=17", "16 tokens", "at most 16"]),

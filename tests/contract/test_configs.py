@@ -149,7 +149,9 @@ def test_a_models_tower_and_language_model_stay_frozen(name):
 def test_a_models_parameters_are_as_documented(name, expected):
     family = count_model(composed(f"model={name}"))
     opened = make_trainable(family, composed("tune=projector").tune).parameters
-    total = {id(p): p.numel() for part in (family.language_model, family.lm_head) for p in part.parameters()}  # may be tied
+    total = {
+        id(p): p.numel() for part in (family.language_model, family.lm_head) for p in part.parameters()
+    }  # may be tied
     before = sum(p.numel() for part in family.frozen_parts.values() for p in part.parameters())
     assert (before, sum(p.numel() for p in opened.values()), sum(total.values())) == expected
     assert len(opened) == 4
@@ -171,7 +173,9 @@ def test_budgets_of_next_are_the_papers_totals_over_five_tiles(total, share):
     cfg = composed("model=next-7b", f"reducer.budget={total}")
     reducer = config.build_reducer(cfg)
     assert (reducer.dominant, reducer.contextual) == share
-    assert [counted("next-7b").num_image_tokens(reducer, size) for size in ((672, 672), (336, 1008), (336, 672))] == [
+    assert [
+        counted("next-7b").num_image_tokens(reducer, size) for size in ((672, 672), (336, 1008), (336, 672))
+    ] == [
         total,
         total * 4 // 5,
         total * 3 // 5,
@@ -193,7 +197,12 @@ def test_tiny_models_stand_for_families(name):
 
 def test_where_pictures_come_from_makes_no_other_run():
     plain = composed("model=llava-7b")
-    mirrored = composed("model=llava-7b", "data.pictures.coco=[/sets/train2017.zip]", "data.address=null", "data.num_workers=9")
+    mirrored = composed(
+        "model=llava-7b",
+        "data.pictures.coco=[/sets/train2017.zip]",
+        "data.address=null",
+        "data.num_workers=9",
+    )
     assert config.run_name(mirrored) == config.run_name(plain)
     assert config.run_name(composed("model=llava-7b", "data.sources=[coco]")) != config.run_name(plain)
 
@@ -292,7 +301,11 @@ def experiment(folder, content):
 
 def test_a_learning_rate_without_a_point_is_a_number(tmp_path):
     assert yaml.safe_load("2e-5") == "2e-5"  # the trap that the typed schema closes
-    for cfg in (composed("optim.lr=2e-5"), experiment(tmp_path, "optim: {lr: 2e-5}"), composed("model=llava-7b")):
+    for cfg in (
+        composed("optim.lr=2e-5"),
+        experiment(tmp_path, "optim: {lr: 2e-5}"),
+        composed("model=llava-7b"),
+    ):
         assert isinstance(cfg.optim.lr, float) and cfg.optim.lr == 2e-5
 
 
@@ -317,6 +330,9 @@ def test_the_wandb_sweep_starts_runs_that_compose():
     sweep = yaml.safe_load((ROOT / "scripts" / "sweep.yaml").read_text())
     assert (ROOT / sweep["program"]).is_file() and sweep["command"][-1] == "${args_no_hyphens}"
     for last in (0, -1):
-        chosen = {name: values.get("value", values.get("values", [None])[last]) for name, values in sweep["parameters"].items()}
+        chosen = {
+            name: values.get("value", values.get("values", [None])[last])
+            for name, values in sweep["parameters"].items()
+        }
         cfg = composed(*(f"{name}={value}" for name, value in chosen.items()))
         assert all(OmegaConf.select(cfg, name) == value for name, value in chosen.items() if "." in name)

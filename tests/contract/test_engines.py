@@ -84,17 +84,23 @@ def gradients(family, loss, layout, plan, taught, step=0):
 
 def both(family, examples, *, reducer, world_size, micro, tokens, recompute):
     """(gradient, loss) of the reference path on one rank, and of the fast path on some."""
-    alone, plan = (BatchPlan(size=len(examples), world_size=ranks, num_steps=1, seed=0) for ranks in (1, world_size))
+    alone, plan = (
+        BatchPlan(size=len(examples), world_size=ranks, num_steps=1, seed=0) for ranks in (1, world_size)
+    )
     kind = next(kind for kind, (model_type, *_) in tiny.KINDS.items() if float64_family(kind) is family)
     kinds = family.kinds if any("video" in example.media for example in examples) else ("image",)
     collate = Collator(tiny.processor(kind), family, reducer, kinds=kinds, num_frames=2)
     prefix = shared_prefix(examples, [family.placeholder_id(kind) for kind in kinds])
     taught, packer = has_media(examples), Packer(collate, num_prefix=len(prefix))
     padded = PaddedLayout(collate, examples, alone, micro=micro)
-    packed = PackedLayout([packer], examples, plan, tokens=tokens, num_run=packer.lengths(examples)[None], taught=taught)
+    packed = PackedLayout(
+        [packer], examples, plan, tokens=tokens, num_run=packer.lengths(examples)[None], taught=taught
+    )
     return (
         gradients(family, ReferenceLoss(family, reducer, learns_text=False), padded, alone, taught),
-        gradients(family, FastLoss(family, [reducer], prefix=prefix, recompute=recompute), packed, plan, taught),
+        gradients(
+            family, FastLoss(family, [reducer], prefix=prefix, recompute=recompute), packed, plan, taught
+        ),
     )
 
 
@@ -135,12 +141,21 @@ def test_fifty_steps_of_both_have_the_same_losses(media):
     """Training multiplies rounding; in float64 there is next to none."""
     family = family_of(tiny.exact(tiny.llava(dtype=torch.float64)))
     family.model.requires_grad_(False)
-    start, reducer = {name: value.clone() for name, value in family.projector.state_dict().items()}, REDUCERS[0]
+    start, reducer = (
+        {name: value.clone() for name, value in family.projector.state_dict().items()},
+        REDUCERS[0],
+    )
     given = [(index % 3, ["image"] * (index % 4 > 0), [(3 + index, 4)], 1, index % 3) for index in range(8)]
     examples = [example_of(row, media, index) for index, row in enumerate(given)]
-    collate, plan, taught = Collator(tiny.processor(), family, reducer), BatchPlan(4, 1, 50, 0), has_media(examples)
+    collate, plan, taught = (
+        Collator(tiny.processor(), family, reducer),
+        BatchPlan(4, 1, 50, 0),
+        has_media(examples),
+    )
     packer = Packer(collate, num_prefix=len(PREFIX))
-    packed = PackedLayout([packer], examples, plan, tokens=60, num_run=packer.lengths(examples)[None], taught=taught)
+    packed = PackedLayout(
+        [packer], examples, plan, tokens=60, num_run=packer.lengths(examples)[None], taught=taught
+    )
     ways = {
         FastLoss(family, [reducer], prefix=PREFIX): packed,
         ReferenceLoss(family, reducer, learns_text=False): PaddedLayout(collate, examples, plan, micro=2),

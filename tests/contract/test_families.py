@@ -51,7 +51,10 @@ SIZES = [(tiny.SIDE, tiny.SIDE), (40, 90), (150, 60)]
 def batch(processor, texts=TEXTS, side="right"):
     """Rows with pictures of their own, of mixed sizes, padded."""
     numbers = iter(range(100))
-    rows = [[tiny.picture(number := next(numbers), *SIZES[number % 3]) for _ in range(text.count("<image>"))] for text in texts]
+    rows = [
+        [tiny.picture(number := next(numbers), *SIZES[number % 3]) for _ in range(text.count("<image>"))]
+        for text in texts
+    ]
     pictures = [row for row in rows if row] or None
     made = processor(images=pictures, text=texts, padding=True, padding_side=side, return_tensors="pt")
     return {name: made[name] for name in ("input_ids", "attention_mask")} | model_inputs("image", made)
@@ -63,7 +66,11 @@ def images_of(inputs, row, texts=TEXTS):
     mine = slice(sum(counts[:row]), sum(counts[: row + 1]))
     if not counts[row]:
         return {}
-    found = {name: inputs[name][mine] for name in ("pixel_values", "pixel_values_images", "image_sizes") if name in inputs}
+    found = {
+        name: inputs[name][mine]
+        for name in ("pixel_values", "pixel_values_images", "image_sizes")
+        if name in inputs
+    }
     return found | ({"batch_num_images": torch.tensor([counts[row]])} if "batch_num_images" in inputs else {})
 
 
@@ -95,7 +102,11 @@ def marks(model):
     """Every hook, and every attribute that hides one of its class."""
     found = []
     for name, part in model.named_modules():
-        found += [(name, key) for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks") for _ in vars(part)[key]]
+        found += [
+            (name, key)
+            for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+            for _ in vars(part)[key]
+        ]
         found += [(name, key) for key in vars(part) if callable(vars(part)[key]) and hasattr(type(part), key)]
     return found
 
@@ -134,7 +145,9 @@ def test_identity_is_the_plain_model_bit_for_bit(kind, shape):
 
 
 @pytest.mark.parametrize("tower", LLAVA)
-@pytest.mark.parametrize(("feature_layer", "strategy"), [(-1, "default"), (1, "default"), (-2, "full"), (3, "full")])
+@pytest.mark.parametrize(
+    ("feature_layer", "strategy"), [(-1, "default"), (1, "default"), (-2, "full"), (3, "full")]
+)
 def test_identity_follows_the_models_layer_and_selection(tower, feature_layer, strategy):
     model, processor = tiny.llava(tower), tiny.processor(tower)
     model.config.vision_feature_layer = feature_layer
@@ -336,7 +349,9 @@ def test_greedy_generation_of_a_batch_is_row_by_row(model, processor):
     for row in range(2):
         kept = inputs["attention_mask"][row].bool()
         ids = inputs["input_ids"][row : row + 1, kept]
-        alone = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **images_of(inputs, row, texts), **GREEDY)
+        alone = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **images_of(inputs, row, texts), **GREEDY
+        )
         assert torch.equal(alone[0, ids.shape[1] :], together[row])
     assert len(set(together.flatten().tolist())) > 2  # not the one token that a broken model repeats
 
@@ -361,7 +376,9 @@ def test_a_second_turn_reuses_the_cache_and_not_the_tower(model, processor):
     assert len(calls) == 1
     question = reduced.tokenizer("and now?", return_tensors="pt")["input_ids"]
     ids = torch.cat([first.sequences, question], dim=1)
-    second = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=first.past_key_values, **GREEDY)
+    second = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=first.past_key_values, **GREEDY
+    )
     assert len(calls) == 1  # still: the picture lives in the cache
     images = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
     scratch = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **images, **GREEDY)
@@ -478,13 +495,19 @@ def test_settings_that_do_not_fit_are_refused_at_attach(model, settings, words):
 
 
 def llama():
-    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
+    )
     return LlamaForCausalLM(config)
 
 
 @pytest.mark.parametrize(
     ("make", "word"),
-    [(llama, "LlamaForCausalLM"), (lambda: tiny.llava().model, "LlavaModel"), (lambda: torch.nn.Linear(2, 2), "Linear")],
+    [
+        (llama, "LlamaForCausalLM"),
+        (lambda: tiny.llava().model, "LlavaModel"),
+        (lambda: torch.nn.Linear(2, 2), "Linear"),
+    ],
     ids=["text-only", "inner-model", "no-config"],
 )
 def test_unsupported_models_are_refused(make, word):
@@ -569,7 +592,11 @@ def modules(package):
 
 
 def own_classes(module):
-    return [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
+    return [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == module.__name__
+    ]
 
 
 def inner_class(cls):
@@ -580,13 +607,19 @@ def inner_class(cls):
 
 def overrides(cls, base):
     """Public members of the protocol or base class that the class, or a parent other than the base, defines."""
-    names = [name for name in vars(base) if not name.startswith("_")] + list(vars(base).get("__annotations__", {}))
+    names = [name for name in vars(base) if not name.startswith("_")] + list(
+        vars(base).get("__annotations__", {})
+    )
     parents = [parent for parent in cls.__mro__ if parent not in (base, object)]
-    defined = set().union(*(vars(parent).keys() | inspect.get_annotations(parent).keys() for parent in parents))
+    defined = set().union(
+        *(vars(parent).keys() | inspect.get_annotations(parent).keys() for parent in parents)
+    )
     return {name: name in defined for name in names}
 
 
-@pytest.mark.parametrize(("name", "module"), modules(vzip.reducers), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "module"), modules(vzip.reducers), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_every_reducer_on_disk_is_one(name, module):
     (cls,) = [value for value in own_classes(module) if hasattr(value, "name")]
     assert cls.name == name
@@ -600,7 +633,9 @@ def test_every_reducer_on_disk_is_one(name, module):
     assert name in vzip.reducers.names()
 
 
-@pytest.mark.parametrize(("name", "module"), modules(vzip.families), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "module"), modules(vzip.families), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_every_family_on_disk_is_one(name, module):
     classes = [value for value in own_classes(module) if issubclass(value, Family)]
     assert classes, f"vzip/families/{name}.py defines no family"
@@ -608,9 +643,16 @@ def test_every_family_on_disk_is_one(name, module):
         assert not [name for name in ("model_type", "model_class") if not overrides(cls, Base)[name]]
         assert all(hasattr(inner_class(cls), seam) for seam in cls(None).seams)
         assert vzip.families.families()[cls.model_type] is cls
-        assert cls.model_type in {kind for kind, *_ in tiny.KINDS.values()}, "tests/helpers/tiny.py has no model of this family"
+        assert cls.model_type in {kind for kind, *_ in tiny.KINDS.values()}, (
+            "tests/helpers/tiny.py has no model of this family"
+        )
 
 
 def test_no_two_families_take_the_same_model():
-    kinds = [cls.model_type for _, module in modules(vzip.families) for cls in own_classes(module) if issubclass(cls, Family)]
+    kinds = [
+        cls.model_type
+        for _, module in modules(vzip.families)
+        for cls in own_classes(module)
+        if issubclass(cls, Family)
+    ]
     assert len(kinds) == len(set(kinds))

@@ -63,7 +63,9 @@ def stock_features(model, kind, inputs):
 class Runs:
     """The same rows for a model that sees pictures, and for one that has a cache and no towers."""
 
-    def __init__(self, folder, kind, reducer, *, texts=None, batch=100, rows_a_shard=100, dtype=torch.float32):
+    def __init__(
+        self, folder, kind, reducer, *, texts=None, batch=100, rows_a_shard=100, dtype=torch.float32
+    ):
         self.examples, self.reducer = examples_of(texts or rows_of(kind), folder), reducer
         self.seeing, self.blind = seeing(kind, dtype), blind(kind, dtype)
         settings = cache_settings(
@@ -77,12 +79,21 @@ class Runs:
         media = Processed(processor(kind), self.seeing.without_weights(), reducer, num_frames=NUM_FRAMES)
         layout = Layout(settings, len(self.examples), rows_a_shard)
         write_features(
-            folder / "cache", layout, self.examples, FeatureMaker(self.seeing, reducer, media), batch=batch, num_workers=0
+            folder / "cache",
+            layout,
+            self.examples,
+            FeatureMaker(self.seeing, reducer, media),
+            batch=batch,
+            num_workers=0,
         )
         self.cached = Cached(folder / "cache", settings)
         kinds = kinds_of(self.examples)
-        self.from_pictures = Collator(processor(kind), self.seeing, reducer, kinds=kinds, num_frames=NUM_FRAMES)
-        self.from_cache = Collator(processor(kind), self.blind, reducer, kinds=kinds, num_frames=NUM_FRAMES, media=self.cached)
+        self.from_pictures = Collator(
+            processor(kind), self.seeing, reducer, kinds=kinds, num_frames=NUM_FRAMES
+        )
+        self.from_cache = Collator(
+            processor(kind), self.blind, reducer, kinds=kinds, num_frames=NUM_FRAMES, media=self.cached
+        )
 
     def chosen(self, rows=None):
         return self.examples if rows is None else [self.examples[row] for row in rows]
@@ -95,13 +106,19 @@ class Runs:
         """By kind of media, projected: (of pictures, as the model itself makes them; of the cache)."""
         seen, cached = self.batches(rows)
         of_pictures, of_cache = (
-            {kind: media_inputs(batch, kind, self.seeing.model.dtype) for kind in seen.media} for batch in (seen, cached)
+            {kind: media_inputs(batch, kind, self.seeing.model.dtype) for kind in seen.media}
+            for batch in (seen, cached)
         )
         with torch.no_grad(), vzip.attach(self.seeing.model, reducer=self.reducer):
             torch.manual_seed(0)
-            want = {kind: stock_features(self.seeing.model, kind, inputs) for kind, inputs in of_pictures.items()}
+            want = {
+                kind: stock_features(self.seeing.model, kind, inputs) for kind, inputs in of_pictures.items()
+            }
         with torch.no_grad():
-            got = {kind: self.blind.media_features(self.reducer, kind, inputs) for kind, inputs in of_cache.items()}
+            got = {
+                kind: self.blind.media_features(self.reducer, kind, inputs)
+                for kind, inputs in of_cache.items()
+            }
         return want, got
 
     def losses(self, engine, rows=None):
@@ -110,7 +127,10 @@ class Runs:
         for family, collate in ((self.seeing, self.from_pictures), (self.blind, self.from_cache)):
             torch.manual_seed(0)
             if engine == "fast":
-                way, lay_out = FastLoss(family, [self.reducer], prefix=[], recompute=False), Packer(collate, num_prefix=0)
+                way, lay_out = (
+                    FastLoss(family, [self.reducer], prefix=[], recompute=False),
+                    Packer(collate, num_prefix=0),
+                )
             else:
                 way, lay_out = ReferenceLoss(family, self.reducer, learns_text=False), collate
             loss, _ = way(lay_out(examples))
@@ -128,7 +148,10 @@ def test_a_model_without_towers_learns_the_same(tmp_path, kind, name):
     runs = Runs(tmp_path, kind, REDUCERS[name])
     seen, cached = runs.batches()
     assert list(cached.media) == list(seen.media) and cached.num_placeholders == seen.num_placeholders
-    assert all(torch.equal(getattr(cached, part), getattr(seen, part)) for part in ("input_ids", "attention_mask", "labels"))
+    assert all(
+        torch.equal(getattr(cached, part), getattr(seen, part))
+        for part in ("input_ids", "attention_mask", "labels")
+    )
     want, got = runs.features()
     for media, values in want.items():  # computed in the same batch: the same bits
         assert len(values) == seen.num_placeholders[media] > 0 and torch.equal(got[media], values)

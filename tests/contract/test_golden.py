@@ -17,7 +17,10 @@ from tests.conftest import GOLDEN
 from vzip.tap import run_tower
 
 TOLERANCE = 1e-5
-LINEAR = {"0": "linear_1", "2": "linear_2"}  # the projector's layers: the authors' names, and those of `transformers`
+LINEAR = {
+    "0": "linear_1",
+    "2": "linear_2",
+}  # the projector's layers: the authors' names, and those of `transformers`
 
 
 def error(got, want):
@@ -51,7 +54,9 @@ def case(request):
         sizes = [(height, width) for width, height in settings["image_sizes_width_height"]]
         images = {"pixel_values": pictures(tiles, settings["tiles"]), "image_sizes": torch.tensor(sizes)}
     return SimpleNamespace(
-        model=lambda: AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32).eval(),
+        model=lambda: AutoModelForImageTextToText.from_pretrained(
+            folder / "model", dtype=torch.float32
+        ).eval(),
         budget={name: settings[name] for name in ("dominant", "contextual")},
         image_id=settings["image_token_id_hf"],
         want=tensors,
@@ -157,7 +162,9 @@ def test_images_may_share_a_row(case, attached):
     shared = [torch.cat(ids), torch.tensor([1, 5, 6])]
     batch = {
         "input_ids": torch.nn.utils.rnn.pad_sequence(shared, batch_first=True),
-        "attention_mask": torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in shared], batch_first=True),
+        "attention_mask": torch.nn.utils.rnn.pad_sequence(
+            [torch.ones_like(row) for row in shared], batch_first=True
+        ),
     }
     answer = attached.handle.family.model(**batch, **case.images)
     assert torch.equal(answer.image_hidden_states, attached.answer.image_hidden_states)

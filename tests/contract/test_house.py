@@ -74,8 +74,14 @@ def test_a_file_fits_its_budget(path):
 
 @pytest.mark.parametrize("path", PYTHON, ids=name)
 def test_a_function_has_at_most_60_lines(path):
-    functions = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    long = {node.name: node.end_lineno - node.lineno + 1 for node in functions if node.end_lineno - node.lineno >= 60}
+    functions = [
+        node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    long = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in functions
+        if node.end_lineno - node.lineno >= 60
+    }
     assert long == {}
 
 
@@ -103,7 +109,11 @@ def test_imports_go_one_way(folder, forbidden):
 def test_reducers_need_torch_alone():
     allowed = ("torch", "vzip.reducers", "vzip.errors", *sys.stdlib_module_names)
     for path in below("vzip/reducers"):
-        others = [module for module in imported(path) if not any(f"{module}.".startswith(f"{root}.") for root in allowed)]
+        others = [
+            module
+            for module in imported(path)
+            if not any(f"{module}.".startswith(f"{root}.") for root in allowed)
+        ]
         assert others == [], name(path)
 
 
@@ -121,7 +131,8 @@ def test_what_is_public_in_the_library_has_a_docstring(path):
     public = [
         node
         for node in module.body
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
     ]
     assert ast.get_docstring(module)
     assert [node.name for node in public if not ast.get_docstring(node)] == []

@@ -41,7 +41,9 @@ def processor(kind):
 
 def batch(processor, rows=ROWS, side="right", num_frames=3):
     """Rows with pictures and videos of their own, padded, as the processor returns them."""
-    pictures = [[tiny.picture(index, *size) for size in sizes] for index, (_, sizes, _) in enumerate(rows) if sizes]
+    pictures = [
+        [tiny.picture(index, *size) for size in sizes] for index, (_, sizes, _) in enumerate(rows) if sizes
+    ]
     videos = [tiny.video(seed, num_frames) for *_, seeds in rows for seed in seeds]
     texts = [text for text, *_ in rows]
     return processor(
@@ -103,7 +105,9 @@ def test_detach_restores_both_seams(model, processor):
     handle.detach()
     assert set(vars(model.model)) == before
     assert torch.equal(logits(model, inputs), plain)
-    with pytest.raises(ValueError, match="do not match"):  # rows of the reduced model are refused by the plain one
+    with pytest.raises(
+        ValueError, match="do not match"
+    ):  # rows of the reduced model are refused by the plain one
         logits(model, reduced)
 
 
@@ -128,12 +132,16 @@ def test_handle_processor_and_model_agree_on_the_number_of_tokens(kind, model, p
             assert features.shape[:-1].numel() == 2 * count
             assert logits(model, inputs).isfinite().all()
             if kind == "onevision":  # Video-LLaVA's processor has no such method
-                sizes = handle.processor(processor)._get_num_multimodal_tokens(video_sizes=[(num_frames, 90, 40)])
+                sizes = handle.processor(processor)._get_num_multimodal_tokens(
+                    video_sizes=[(num_frames, 90, 40)]
+                )
                 assert sizes.num_video_tokens == [count]
 
 
 @pytest.mark.parametrize(
-    "reducer", [Random(budget=5), Random(budget=5, anyres="spatial"), VisionZip(dominant=0, contextual=4)], ids=repr
+    "reducer",
+    [Random(budget=5), Random(budget=5, anyres="spatial"), VisionZip(dominant=0, contextual=4)],
+    ids=repr,
 )
 def test_other_reducers_take_videos_alike(model, processor, reducer):
     with vzip.attach(model, reducer=reducer) as handle:
@@ -149,7 +157,11 @@ def test_other_reducers_take_videos_alike(model, processor, reducer):
 @pytest.mark.parametrize("anyres", ["released", "spatial"])
 def test_a_frame_is_reduced_the_same_in_every_video(kind, model, processor, anyres):
     frames = tiny.video(0, 5)
-    videos = [[frames[0], frames[1], frames[2]], [frames[3], frames[1], frames[4]], [frames[2], frames[0], frames[0]]]
+    videos = [
+        [frames[0], frames[1], frames[2]],
+        [frames[3], frames[1], frames[4]],
+        [frames[2], frames[0], frames[0]],
+    ]
     pixels = processor.video_processor(videos)["pixel_values_videos"]
     with vzip.attach(model, dominant=4, contextual=2, anyres=anyres):
         together, newlines = frame_features(model, pixels, 6)
@@ -158,7 +170,12 @@ def test_a_frame_is_reduced_the_same_in_every_video(kind, model, processor, anyr
             torch.testing.assert_close(alone[0], together[video], rtol=1e-5, atol=1e-6)
     assert newlines.shape[1] == int(kind == "onevision")
     assert all(torch.equal(newline, model.model.image_newline) for newline in newlines.flatten(0, 1))
-    for (video, frame), (other, place) in [((0, 1), (1, 1)), ((0, 0), (2, 1)), ((0, 2), (2, 0)), ((2, 1), (2, 2))]:
+    for (video, frame), (other, place) in [
+        ((0, 1), (1, 1)),
+        ((0, 0), (2, 1)),
+        ((0, 2), (2, 0)),
+        ((2, 1), (2, 2)),
+    ]:
         torch.testing.assert_close(together[video, frame], together[other, place], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(together[0, 0], together[0, 1], atol=1e-2)
 
@@ -228,7 +245,10 @@ def test_video_rows_train_the_projector_alone(model, processor):
     model.requires_grad_(False)
     projector.requires_grad_(True)
     model.train()
-    before, start = digests(model, without=name), [parameter.detach().clone() for parameter in projector.parameters()]
+    before, start = (
+        digests(model, without=name),
+        [parameter.detach().clone() for parameter in projector.parameters()],
+    )
     inputs = batch(handle.processor(processor))
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-2)
@@ -248,7 +268,9 @@ def test_gradients_come_from_the_frames_too(model, processor):
     with vzip.attach(model, budget=6):
         pixels = processor.video_processor([tiny.video(0)])["pixel_values_videos"]
         features = model.model.get_video_features(pixels).pooler_output
-        gradients = torch.autograd.grad(features.square().mean(), list(model.model.multi_modal_projector.parameters()))
+        gradients = torch.autograd.grad(
+            features.square().mean(), list(model.model.multi_modal_projector.parameters())
+        )
     assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
 
 
@@ -301,7 +323,16 @@ def test_models_without_videos_say_so(other):
         ([np.zeros((2, 8, 8, 3), np.float32)], ["float32[8, 8, 3]", "uint8[height, width, 3]"]),
         (["clip.mp4"], ["uint8[height, width, 3]"]),
     ],
-    ids=["no videos", "an empty list", "one empty list", "an empty array", "uneven", "channels first", "floats", "a path"],
+    ids=[
+        "no videos",
+        "an empty list",
+        "one empty list",
+        "an empty array",
+        "uneven",
+        "channels first",
+        "floats",
+        "a path",
+    ],
 )
 def test_frames_that_can_not_be_shown_are_named(processor, videos, words):
     with pytest.raises(UserError) as error:
@@ -347,7 +378,10 @@ def test_frames_of_other_modes_have_their_colours(processor, mode):
     got = processor.video_processor([frames])["pixel_values_videos"]
     assert torch.equal(got[0], base_tiles(processor, frames))
     if mode == "P":
-        assert torch.equal(got, processor.video_processor([[frame.convert("RGB") for frame in frames]])["pixel_values_videos"])
+        assert torch.equal(
+            got,
+            processor.video_processor([[frame.convert("RGB") for frame in frames]])["pixel_values_videos"],
+        )
 
 
 def test_a_saved_model_and_processor_come_back(kind, model, processor, tmp_path):
@@ -359,7 +393,10 @@ def test_a_saved_model_and_processor_come_back(kind, model, processor, tmp_path)
         want = batch(reduced)
         answer = logits(model, want)
     plain = batch(processor)
-    again, loaded = family.load_processor(str(tmp_path)), family.load_model(str(tmp_path), dtype=torch.float32)
+    again, loaded = (
+        family.load_processor(str(tmp_path)),
+        family.load_model(str(tmp_path), dtype=torch.float32),
+    )
     assert isinstance(again.video_processor, FrameProcessor)
     assert all(torch.equal(batch(again)[name], plain[name]) for name in plain)
     assert again.tokenizer(texts)["input_ids"] == processor.tokenizer(texts)["input_ids"]
@@ -387,5 +424,7 @@ def test_frames_keep_the_processors_settings():
     for kind in tiny.VIDEO:
         processor = tiny.processor(kind)
         processor.image_processor.do_normalize = False
-        pixels = FrameProcessor(processor.image_processor)([[Image.new("RGB", (90, 40), "white")]])["pixel_values_videos"]
+        pixels = FrameProcessor(processor.image_processor)([[Image.new("RGB", (90, 40), "white")]])[
+            "pixel_values_videos"
+        ]
         assert torch.equal(pixels, torch.ones_like(pixels))

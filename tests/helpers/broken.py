@@ -13,21 +13,42 @@ def messages(*texts):
 
 
 def good(number=0):
-    return {"id": f"row-{number}", "image": f"coco/{number}.jpg", "conversations": messages("<image>\nwhat?", "a cat")}
+    return {
+        "id": f"row-{number}",
+        "image": f"coco/{number}.jpg",
+        "conversations": messages("<image>\nwhat?", "a cat"),
+    }
 
 
 def good_video(number=0):
-    return {"id": f"row-{number}", "video": f"valley/{number}.mp4", "conversations": messages("<video>\nwhat?", "a cat")}
+    return {
+        "id": f"row-{number}",
+        "video": f"valley/{number}.mp4",
+        "conversations": messages("<video>\nwhat?", "a cat"),
+    }
 
 
 TEXTS = st.sampled_from(
-    ["", " ", "<image>", "<image><image>\n", "<video>", "a", "\0", "\ud800", "e\u0301\u202e\U0001f600", "\ufeff"]
+    [
+        "",
+        " ",
+        "<image>",
+        "<image><image>\n",
+        "<video>",
+        "a",
+        "\0",
+        "\ud800",
+        "e\u0301\u202e\U0001f600",
+        "\ufeff",
+    ]
 )
 PATHS = st.sampled_from(
     ["", ".", "./", "..", "/", "/a.jpg", "a/../b.jpg", "~", "a.jpg", "\0", "\ud800", "ö/1.jpg", "C:\\a.jpg"]
 )
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
-JSON = st.recursive(SCALARS | PATHS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=2))
+JSON = st.recursive(
+    SCALARS | PATHS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=2)
+)
 KEYS = st.sampled_from(["id", "image", "video", "conversations", "source", "type", "extra"])
 
 
@@ -38,7 +59,9 @@ def mutated(draw):
     for _ in range(draw(st.integers(0, 3))):
         key = draw(KEYS)
         talk = row.get("conversations")
-        match draw(st.sampled_from(["drop", "replace", "image", "video", "message", "value", "speaker", "repeat"])):
+        match draw(
+            st.sampled_from(["drop", "replace", "image", "video", "message", "value", "speaker", "repeat"])
+        ):
             case "drop":
                 row.pop(key, None)
             case "replace":

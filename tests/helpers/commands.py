@@ -69,7 +69,13 @@ def start(arguments, **changes):
     if arguments[0] == sys.executable and (arguments[1] == "-m" or arguments[1].endswith(".py")):
         return _start_script(arguments[1:], variables)
     return subprocess.run(
-        arguments, cwd=ROOT, env=variables, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+        arguments,
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
     )
 
 

@@ -10,7 +10,9 @@ from PIL import Image
 
 COUNTS = {"coco": 364_100, "vg": 86_417, "ocr_vqa": 80_000, "gqa": 72_140, "textvqa": 21_953, "text": 40_688}
 """Rows of the real mix by source; "text" are those without a picture."""
-WORDS = tuple("the a red car left right two people street sign says small dog near tree what where which is on of in".split())  # noqa: SIM905
+WORDS = tuple(
+    "the a red car left right two people street sign says small dog near tree what where which is on of in".split()
+)  # noqa: SIM905
 SHORT = "\nAnswer the question using a single word or phrase."
 
 
@@ -43,7 +45,11 @@ def _row(draw, source, number):
         question = turns[0][0]
         turns[0] = (f"{question}\n<image>" if number % 5 == 0 else f"<image>\n{question}", turns[0][1])
         row = {"id": Path(path).stem, "image": path}
-    messages = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)]
+    messages = [
+        {"from": who, "value": text}
+        for turn in turns
+        for who, text in zip(("human", "gpt"), turn, strict=True)
+    ]
     if source == "text" and number % 7 == 0:
         messages.insert(0, {"from": "gpt", "value": "the end of an answer"})
     return {**row, "conversations": messages}
@@ -74,7 +80,9 @@ def save_mix(folder: Path, num_rows: int, *, seed: int = 0) -> Path:
         if "image" in row:
             source, rest = row["image"].split("/", 1)
             if source in archives:
-                archives[source].writestr(rest, _picture(draw), zipfile.ZIP_DEFLATED if source == "gqa" else zipfile.ZIP_STORED)
+                archives[source].writestr(
+                    rest, _picture(draw), zipfile.ZIP_DEFLATED if source == "gqa" else zipfile.ZIP_STORED
+                )
             else:
                 (published / source / rest).parent.mkdir(parents=True, exist_ok=True)
                 (published / source / rest).write_bytes(_picture(draw))

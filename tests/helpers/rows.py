@@ -66,8 +66,12 @@ def tokenized(rows, template, folder, *, max_tokens=2048, sizes=None):
 
 def padded(examples, collate, *, micro, num_steps, accumulation=1, world_size=1, seed=0, rank=0):
     """A rank's padded micro batches."""
-    plan = BatchPlan(size=micro * accumulation * world_size, world_size=world_size, num_steps=num_steps, seed=seed)
-    return MicroBatches(PaddedLayout(collate, examples, plan, micro=micro), plan, rank=rank, taught=has_media(examples))
+    plan = BatchPlan(
+        size=micro * accumulation * world_size, world_size=world_size, num_steps=num_steps, seed=seed
+    )
+    return MicroBatches(
+        PaddedLayout(collate, examples, plan, micro=micro), plan, rank=rank, taught=has_media(examples)
+    )
 
 
 class Ready:
@@ -89,8 +93,14 @@ class Ready:
 
 def processed(processor, texts, examples, *, side="right"):
     """What a processor makes of the texts with the pictures and videos of the examples."""
-    images = [[open_picture(path) for path in example.media["image"]] for example in examples if "image" in example.media]
-    videos = [read_frames(path, NUM_FRAMES) for example in examples for path in example.media.get("video", ())]
+    images = [
+        [open_picture(path) for path in example.media["image"]]
+        for example in examples
+        if "image" in example.media
+    ]
+    videos = [
+        read_frames(path, NUM_FRAMES) for example in examples for path in example.media.get("video", ())
+    ]
     media = {name: given for name, given in (("images", images), ("videos", videos)) if given}
     return processor(text=list(texts), padding=True, padding_side=side, return_tensors="pt", **media)
 

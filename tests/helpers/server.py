@@ -62,7 +62,12 @@ class Server:
     """
 
     def __init__(self, folder, plan=None, *, delay_s=0.0, retry_after="0", trickle_s=0.05):
-        self.folder, self.delay_s, self.retry_after, self.trickle_s = Path(folder), delay_s, retry_after, trickle_s
+        self.folder, self.delay_s, self.retry_after, self.trickle_s = (
+            Path(folder),
+            delay_s,
+            retry_after,
+            trickle_s,
+        )
         self.plan = (plan or {}).get if not callable(plan) else plan
         self.requests, self.ranges, self.sent = Counter(), [], Counter()
         self.max_concurrent, self.num_connections = 0, 0
@@ -157,7 +162,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, path, fault):
         if fault in ("404", "429", "503"):
-            return self._say(int(fault), b"no", **({} if fault == "404" else {"Retry_After": self.state.retry_after}))
+            return self._say(
+                int(fault), b"no", **({} if fault == "404" else {"Retry_After": self.state.retry_after})
+            )
         if fault == "html":
             return self._say(200, PAGE, Content_Type="text/html")
         if fault == "302":
@@ -171,9 +178,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, file, fault):
         size, changed = file.stat().st_size, file.stat().st_mtime
-        about = {"ETag": f'"{size}-{changed}"', "Last_Modified": formatdate(changed, usegmt=True), "Accept_Ranges": "bytes"}
+        about = {
+            "ETag": f'"{size}-{changed}"',
+            "Last_Modified": formatdate(changed, usegmt=True),
+            "Accept_Ranges": "bytes",
+        }
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        same = fault == "stale" or self.headers.get("If-Range", about["ETag"]) in (about["ETag"], about["Last_Modified"])
+        same = fault == "stale" or self.headers.get("If-Range", about["ETag"]) in (
+            about["ETag"],
+            about["Last_Modified"],
+        )
         first, last, status = 0, size - 1, 200
         if asked and same and fault != "whole":
             first, last, status = int(asked[1]), min(int(asked[2] or size), size - 1), 206

@@ -52,7 +52,9 @@ def tokenizer(special=tuple(SPECIAL)):
 def pinpoints(grid=GRID):
     """(height, width) that an image of several tiles is fitted into: 2 to 9 tiles behind the base tile."""
     side = grid * PATCH
-    return [[rows * side, columns * side] for rows, columns in ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (3, 3))]
+    return [
+        [rows * side, columns * side] for rows, columns in ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (3, 3))
+    ]
 
 
 KINDS = {  # a family's model_type, its vision tower, and what else its config holds
@@ -211,7 +213,10 @@ def save_data(folder: Path, num_rows=24, *, text_only=2, held_out=False, seed=0)
         turns = 1 if held_out else 1 + index % 3
         for turn in range(turns):
             prefix = "<image>\n" if "image" in row and turn == 0 else ""
-            row["conversations"] += [{"from": "human", "value": prefix + question}, {"from": "gpt", "value": answer}]
+            row["conversations"] += [
+                {"from": "human", "value": prefix + question},
+                {"from": "gpt", "value": answer},
+            ]
         if held_out:
             row["type"] = "open" if index % 2 else "yesno"
         rows.append(row)
@@ -226,7 +231,11 @@ def exact(model):
         if type(module).__name__.endswith("RMSNorm"):
 
             def forward(hidden, module=module):
-                return module.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+                return (
+                    module.weight
+                    * hidden
+                    * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+                )
 
             module.forward = forward
     return model

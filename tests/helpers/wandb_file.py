@@ -22,7 +22,10 @@ def records(path):
         _, length, kind = CHUNK.unpack_from(content, at)
         if kind == 0:
             return
-        parts = [*(parts if kind in (MIDDLE, LAST) else []), content[at + CHUNK.size : at + CHUNK.size + length]]
+        parts = [
+            *(parts if kind in (MIDDLE, LAST) else []),
+            content[at + CHUNK.size : at + CHUNK.size + length],
+        ]
         at += CHUNK.size + length
         if kind in (WHOLE, LAST):
             yield Record.FromString(b"".join(parts))

@@ -56,7 +56,12 @@ def fetched(mine, settings):
     with Server(mine / "published", seeded(FAULTS, 0.2), delay_s=0.3) as server:
         command = script("fetch", "model=llava-7b", *mix.settings(server.url, mine))
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         while process.poll() is None and len(list((mine / "mine" / "images").rglob("*.jpg"))) < 10:
             time.sleep(0.01)
@@ -76,17 +81,24 @@ def test_the_tenth_is_whole_though_links_are_dead(fetched, mine):
     assert manifest["num_rows_by_source"] == {
         source: -(-round(600 * count / total) // 10) for source, count in mix.COUNTS.items()
     }
-    assert manifest["bad_rows"] and all(row["replaced"] and "404" in row["reason"] for row in manifest["bad_rows"])
+    assert manifest["bad_rows"] and all(
+        row["replaced"] and "404" in row["reason"] for row in manifest["bad_rows"]
+    )
     assert manifest["hash"] in done.stdout and "left out" in done.stdout
     assert not [path for path in (mine / "mine").rglob(".*")]
 
 
 def test_only_the_subset_was_fetched(fetched, mine):
     manifest, server, _ = fetched
-    files = {path.relative_to(mine / "mine" / "images").as_posix() for path in (mine / "mine" / "images").rglob("*.jpg")}
+    files = {
+        path.relative_to(mine / "mine" / "images").as_posix()
+        for path in (mine / "mine" / "images").rglob("*.jpg")
+    }
     assert len(files) == manifest["num_rows"] - manifest["num_rows_by_source"]["text"]
     asked = {path.removeprefix("/moved") for path in server.requests if path.endswith(".jpg")}
-    assert len(asked) <= len([name for name in files if name.startswith(("coco", "vg"))]) + len(manifest["bad_rows"])
+    assert len(asked) <= len([name for name in files if name.startswith(("coco", "vg"))]) + len(
+        manifest["bad_rows"]
+    )
 
 
 def test_a_quiet_server_gives_the_same_subset_but_for_the_dead_links(fetched, mine, tmp_path, monkeypatch):
@@ -97,7 +109,9 @@ def test_a_quiet_server_gives_the_same_subset_but_for_the_dead_links(fetched, mi
         run("fetch", "model=llava-7b", *here)
     (other,) = manifests()
     dead = {row["id"] for row in manifest["bad_rows"]}
-    assert [name for name in other["ids"] if name not in dead] == [name for name in manifest["ids"] if name in other["ids"]]
+    assert [name for name in other["ids"] if name not in dead] == [
+        name for name in manifest["ids"] if name in other["ids"]
+    ]
     assert not other["bad_rows"] and other["drawn_hash"] == manifest["drawn_hash"]
 
 
@@ -138,20 +152,42 @@ def test_questions_a_control_and_lora_beside_a_cache(fetched, settings, mine, tm
 def test_a_wrong_address_ends_with_the_settings_name(mine, tmp_path):
     with Server(mine / "published") as server:
         wrong = [item for item in mix.settings(server.url, mine) if "image_folder" not in item]
-        wrong += [f"data.image_folder={tmp_path}/images", f"data.pictures.coco=[{server.url}/nowhere/]", "data.fraction=0.9"]
+        wrong += [
+            f"data.image_folder={tmp_path}/images",
+            f"data.pictures.coco=[{server.url}/nowhere/]",
+            "data.fraction=0.9",
+        ]
         done = start(script("fetch", "model=llava-7b", *wrong))
-    assert done.returncode == 2 and "data.fetch.pictures.coco" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and "data.fetch.pictures.coco" in done.stderr and "Traceback" not in done.stderr
+    )
 
 
 def test_an_address_without_the_file_is_said_in_a_line(mine, tmp_path):
     with Server(mine / "published") as server:
         address = f"data.address={server.url}/nowhere.json"
         done = start(script("fetch", "model=llava-7b", f"data.path={tmp_path}/mix.json", address))
-    assert done.returncode == 2 and address in done.stderr and "404" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and address in done.stderr
+        and "404" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_the_loaders_benchmark_measures_what_it_says(tmp_path):
-    short = ["--model", "llava", "--seconds", "0.1", "--rounds", "1", "--workers", "1", "--json", str(tmp_path / "found.json")]
+    short = [
+        "--model",
+        "llava",
+        "--seconds",
+        "0.1",
+        "--rounds",
+        "1",
+        "--workers",
+        "1",
+        "--json",
+        str(tmp_path / "found.json"),
+    ]
     done = run("bench_loader", *short)
     assert "pictures/s, 1 worker" in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())["llava"]

@@ -34,10 +34,23 @@ def run(tmp_path_factory, tiny_folder):
 
 def demo(run, port):
     """The command, on a machine with a proxy, which is not there."""
-    command = [sys.executable, "-m", "scripts.demo.main", str(run), "--port", str(port), "--max-new-tokens", "8"]
-    proxied = environment(OMP_NUM_THREADS="1", HTTP_PROXY="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9")
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.demo.main",
+        str(run),
+        "--port",
+        str(port),
+        "--max-new-tokens",
+        "8",
+    ]
+    proxied = environment(
+        OMP_NUM_THREADS="1", HTTP_PROXY="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9"
+    )
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": proxied}
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore, and what they start
+    heed = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # which a shell's background jobs ignore, and what they start
     return subprocess.Popen(command, cwd=ROOT, preexec_fn=heed, **settings)
 
 
@@ -86,7 +99,9 @@ def figures(page, row, turn):
     return tuple(int(count) for count in line.locator("td").nth(3).inner_text().split(" of "))
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: `apt-get install chromium` to try the page")
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="chromium is not installed: `apt-get install chromium` to try the page"
+)
 def test_a_person_uploads_a_picture_asks_twice_and_moves_the_budget(run, tmp_path):
     tiny.picture(1).save(tmp_path / "noise.png")
     (tmp_path / "text.png").write_text("no picture")
@@ -132,7 +147,9 @@ def test_a_person_uploads_a_picture_asks_twice_and_moves_the_budget(run, tmp_pat
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         page.screenshot(path=tmp_path / "phone.png", full_page=True)
 
-        assert requests and all(request.startswith((address, "data:", "blob:")) for request in requests), requests
+        assert requests and all(request.startswith((address, "data:", "blob:")) for request in requests), (
+            requests
+        )
         elsewhere = address.replace("127.0.0.1", "localhost")
         fetched = "url => fetch(url, {mode: 'no-cors'}).then(() => 'loaded', () => 'refused')"
         assert page.evaluate(fetched, address) == "loaded" and page.evaluate(fetched, elsewhere) == "refused"

@@ -84,7 +84,9 @@ def test_what_is_not_there_is_not_asked_for_again(tmp_path, fault, words):
         assert server.requests["/a.bin"] <= 7 and (fault == "loop" or server.requests["/a.bin"] == 1)
 
 
-@pytest.mark.parametrize("url", ["ftp://127.0.0.1/a", "file:///etc/hostname", "a.bin", "http://", "http://[", "http://a..b/"])
+@pytest.mark.parametrize(
+    "url", ["ftp://127.0.0.1/a", "file:///etc/hostname", "a.bin", "http://", "http://[", "http://a..b/"]
+)
 def test_what_is_no_web_address_is_gone(url):
     with pytest.raises(Gone):
         client(attempts=1).get(url)
@@ -127,7 +129,12 @@ def test_a_byte_now_and_then_is_not_waited_for_for_ever(tmp_path):
 @pytest.mark.parametrize("fault", ["429", "503"])
 @pytest.mark.parametrize("how", ["seconds", "date", "nonsense", "day"])
 def test_a_server_says_how_long_to_wait(tmp_path, fault, how):
-    asked = {"seconds": "1", "date": formatdate(time.time() + 1.9, usegmt=True), "nonsense": "soon", "day": "86400"}[how]
+    asked = {
+        "seconds": "1",
+        "date": formatdate(time.time() + 1.9, usegmt=True),
+        "nonsense": "soon",
+        "day": "86400",
+    }[how]
     with serving(tmp_path, [fault], retry_after=asked) as server:
         start = time.monotonic()
         if how == "day":  # longer than this picture may take
@@ -166,7 +173,9 @@ def fetch(server, target, **settings):
     assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
-@pytest.mark.parametrize("faults", [[], ["drop"], ["truncate", "503"], ["stall", "drop"], ["302"], ["429", "truncate"]])
+@pytest.mark.parametrize(
+    "faults", [[], ["drop"], ["truncate", "503"], ["stall", "drop"], ["302"], ["429", "truncate"]]
+)
 def test_a_file_is_fetched_and_goes_on_where_it_broke_off(tmp_path, faults):
     with serving(tmp_path, faults) as server:
         fetch(server, tmp_path / "mine" / "b.bin", **STALLED.get(faults[0] if faults else "", {}))
@@ -264,6 +273,8 @@ def test_a_command_that_is_killed_goes_on(tmp_path):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         have = part.stat().st_size  # each byte, and not only after some thousand
-        assert 300 < have < 3000 and json.loads(target.with_name("b.bin.part.json").read_text())["size"] == len(CONTENT)
+        assert 300 < have < 3000 and json.loads(target.with_name("b.bin.part.json").read_text())[
+            "size"
+        ] == len(CONTENT)
         fetch(server, target)
         assert server.ranges[-1] == (have, len(CONTENT) - 1)

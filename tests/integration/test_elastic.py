@@ -27,7 +27,11 @@ def run(overrides, tmp_path_factory):
     """A run on two ranks, which the tracker follows."""
     runs = tmp_path_factory.mktemp("runs")
     hidden = {"HOME": str(runs), "NETRC": str(runs / "none")}  # no key of wandb
-    tune([*overrides, *ELASTIC, "track=wandb", "evaluate.questions=2", f"runs={runs}", "name=elastic"], ranks=2, **hidden)
+    tune(
+        [*overrides, *ELASTIC, "track=wandb", "evaluate.questions=2", f"runs={runs}", "name=elastic"],
+        ranks=2,
+        **hidden,
+    )
     return runs / "elastic"
 
 
@@ -35,7 +39,9 @@ def test_results_have_rows_of_each_budget(run):
     rows = json.loads((run / "result.json").read_text())["rows"]
     free, tuned = ([(f"{name}-{budget}", budget) for budget in BUDGETS] for name in ("free", "tuned"))
     assert [(row["name"], row["num_visual_tokens"]) for row in rows] == [("full", 16), *free, *tuned]
-    assert {path.name for path in run.glob("answers_*.json")} == {f"answers_{row['name']}.json" for row in rows}
+    assert {path.name for path in run.glob("answers_*.json")} == {
+        f"answers_{row['name']}.json" for row in rows
+    }
     (tracked,) = run.glob("wandb/offline-run-*/*.wandb")
     assert all(f"eval/{row['name']}_all".encode() in tracked.read_bytes() for row in rows)
 
@@ -43,7 +49,9 @@ def test_results_have_rows_of_each_budget(run):
 @pytest.mark.parametrize("budget", [None, *BUDGETS])
 def test_the_run_loads_with_each_budget_and_refuses_others(run, budget):
     model, processor = vzip.load(run, budget=budget)
-    inputs = processor(images=[tiny.picture()], text="USER: <image>\nwhat is it? ASSISTANT:", return_tensors="pt")
+    inputs = processor(
+        images=[tiny.picture()], text="USER: <image>\nwhat is it? ASSISTANT:", return_tensors="pt"
+    )
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == (budget or BUDGETS[0])
     tuned = load_file(run / "projector.safetensors")
     assert all(torch.equal(model.get_parameter(name), value) for name, value in tuned.items())

@@ -40,7 +40,9 @@ def cfg(overrides):
 
 @pytest.fixture(scope="module")
 def examples(data_folder):
-    subset = prepare(Selection(path=str(data_folder / "train.json"), image_folder=str(data_folder / "images")))
+    subset = prepare(
+        Selection(path=str(data_folder / "train.json"), image_folder=str(data_folder / "images"))
+    )
     return list(subset.examples(vicuna(), tiny.tokenizer(), max_tokens=2048))
 
 
@@ -131,14 +133,18 @@ def test_loss_and_gradient_are_the_plain_models(cfg, examples, cut):
     rows = [examples[row] for row in batches.rows[step].tolist()]
     plain_loss(rows).backward()  # all rows of the batch, those of text too
     gradients = [value.grad for value in model.model.multi_modal_projector.parameters()]
-    assert loss == pytest.approx(plain_loss([row for row in rows if row.media]).item(), rel=1e-6)  # those that teach
+    assert loss == pytest.approx(
+        plain_loss([row for row in rows if row.media]).item(), rel=1e-6
+    )  # those that teach
     assert norm == pytest.approx(torch.nn.utils.get_total_norm(gradients).item(), rel=1e-5)
 
 
 @ENGINES
 def test_text_alone_is_a_step_of_zero_gradient(cfg, examples, engine):
     mixed = [example for example in examples if not example.media] + examples[-1:]
-    engine, batches, _ = engine_on(cfg, tiny.llava(), mixed, f"engine={engine}", "batch.size=1", "batch.micro=1")
+    engine, batches, _ = engine_on(
+        cfg, tiny.llava(), mixed, f"engine={engine}", "batch.size=1", "batch.micro=1"
+    )
     step = next(step for step in range(4) if not batches.num_taught_labels(step))
     assert batches[step].num_placeholders == {"image": 0} and batches.num_labels(step) > 0
     before = digests(engine.family.model, projector=True)
@@ -191,6 +197,8 @@ def test_a_run_does_not_go_on_with_other_rows(cfg, tmp_path):
     here = OmegaConf.merge(cfg, {"runs": str(tmp_path), "name": "mine"})
     RunFolder(here, rank=0).begin({"hash": "a" * 64}, num_trainable=1, world_size=1)
     RunFolder(here, rank=0).begin({"hash": "a" * 64}, num_trainable=1, world_size=1)
-    with pytest.raises(vzip.UserError, match=r"begun on other rows \(hash aaaaaaaaaaaa, now bbbbbbbbbbbb\).*fresh=true"):
+    with pytest.raises(
+        vzip.UserError, match=r"begun on other rows \(hash aaaaaaaaaaaa, now bbbbbbbbbbbb\).*fresh=true"
+    ):
         RunFolder(here, rank=0).begin({"hash": "b" * 64}, num_trainable=1, world_size=1)
     assert json.loads((tmp_path / "mine" / "manifest.json").read_text())["hash"] == "a" * 64

@@ -64,7 +64,9 @@ def test_the_scores_are_those_of_the_run(evaluated, run):
         )
         assert row["num_visual_tokens"] == own[row["name"]]["num_visual_tokens"]
     assert "left out are GQA" in evaluated
-    assert "|vzip_held_out|none" in evaluated and evaluated.count("held out") >= 3  # lmms-eval's table, and ours
+    assert (
+        "|vzip_held_out|none" in evaluated and evaluated.count("held out") >= 3
+    )  # lmms-eval's table, and ours
 
 
 def command(monkeypatch, *arguments):
@@ -79,12 +81,19 @@ def test_what_is_done_is_not_asked_again(evaluated, run, monkeypatch, capfd):
     command(monkeypatch, str(run))
     again = capfd.readouterr().out
     assert "[1/" in evaluated and "[1/" not in again  # the harness counts what it runs
-    assert again.split("full, ", 1)[1] == evaluated.split("full, ", 1)[1].split("full, ", 1)[1]  # the same tables
+    assert (
+        again.split("full, ", 1)[1] == evaluated.split("full, ", 1)[1].split("full, ", 1)[1]
+    )  # the same tables
 
 
-def test_what_is_missing_is_asked_by_several_processes_with_the_same_answers(evaluated, run, monkeypatch, capfd):
+def test_what_is_missing_is_asked_by_several_processes_with_the_same_answers(
+    evaluated, run, monkeypatch, capfd
+):
     path = run / "eval" / "tuned-9" / f"{TASK}.json"
-    before, others = json.loads(path.read_text()), {other: other.stat().st_mtime_ns for other in run.glob("eval/*/*.json")}
+    before, others = (
+        json.loads(path.read_text()),
+        {other: other.stat().st_mtime_ns for other in run.glob("eval/*/*.json")},
+    )
     path.unlink()
     command(monkeypatch, str(run), "--processes", "2")
     assert "[1/1] tuned-9, vzip_held_out" in capfd.readouterr().out
@@ -158,7 +167,12 @@ SCRIPT = """
 def save_stand_in(folder, task):
     """TextVQA as lmms-eval has it, but for its data: 4 questions, with pictures of noise, and short answers."""
     rows = [
-        {"question_id": number, "question": "which?", "answers": ["noise"] * 10, "image": tiny.picture(number)}
+        {
+            "question_id": number,
+            "question": "which?",
+            "answers": ["noise"] * 10,
+            "image": tiny.picture(number),
+        }
         for number in range(4)
     ]
     datasets.Dataset.from_list(rows).to_parquet(folder / "data.parquet")
@@ -168,7 +182,10 @@ def save_stand_in(folder, task):
 
 
 def test_the_plugin_does_what_lmms_eval_expects(run, python, tmp_path):
-    save_stand_in(tmp_path, next(python.parent.parent.glob("lib/*/site-packages/lmms_eval/tasks/textvqa/textvqa_val.yaml")))
+    save_stand_in(
+        tmp_path,
+        next(python.parent.parent.glob("lib/*/site-packages/lmms_eval/tasks/textvqa/textvqa_val.yaml")),
+    )
     command = [str(python), "-c", textwrap.dedent(SCRIPT), str(run), str(questions_of(run)), str(tmp_path)]
     done = start(command, HF_HUB_OFFLINE="1")
     assert done.returncode == 0 and "all right" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]

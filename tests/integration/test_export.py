@@ -39,7 +39,9 @@ def test_a_base_in_llavas_layout_becomes_a_whole_model(run, tmp_path):
 def test_llavas_loader_gets_the_config_of_the_base(run, tmp_path):
     target = command.export(arguments(run, "llava", out=tmp_path / "llava"))
     base = json.loads((run / "meta.json").read_text())["base"]["id"]
-    want, got = (json.loads(path.read_text()) for path in ((tmp_path / base / "config.json"), target / "config.json"))
+    want, got = (
+        json.loads(path.read_text()) for path in ((tmp_path / base / "config.json"), target / "config.json")
+    )
     assert {key: value for key, value in got.items() if key in want} == want
     assert read_projector(target / "mm_projector.bin").keys() == vzip.io.read_projector(run / WEIGHTS).keys()
     assert "`load_pretrained_model(FOLDER, model_base=BASE" in (target / "README.md").read_text()
@@ -53,7 +55,9 @@ def test_a_public_mini_gemini_becomes_a_whole_model(tmp_path):
     def said(path):
         model, processor = vzip.load(path, device="cpu")
         with torch.no_grad():
-            return model(**processor(images=[tiny.picture(1)], text=["w1 <image> w2"], return_tensors="pt")).logits
+            return model(
+                **processor(images=[tiny.picture(1)], text=["w1 <image> w2"], return_tensors="pt")
+            ).logits
 
     assert torch.equal(said(target), said(run))
 

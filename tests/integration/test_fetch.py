@@ -83,7 +83,9 @@ def test_pictures_come_from_their_places_once(tmp_path):
         assert set(server.requests.values()) == {1} and len(server.requests) == 50
         assert 4 < server.max_concurrent <= 32
         for _, path, _ in media[:50]:
-            assert (run.folder / path).read_bytes() == (tmp_path / "published" / path.removeprefix("coco/")).read_bytes()
+            assert (run.folder / path).read_bytes() == (
+                tmp_path / "published" / path.removeprefix("coco/")
+            ).read_bytes()
         assert run.files() == {path for _, path, _ in media[:50]}
 
         assert run.bring(media) == {}
@@ -108,17 +110,28 @@ def test_only_the_subset_of_a_zip_file_at_an_address_comes(tmp_path):
     with Server(tmp_path) as server:
         run = Run(tmp_path, gqa=[f"{server.url}/images.zip"])
         assert run.bring(media) == {} and len(Ledger(run.path).sizes()) == 10
-        assert server.sent["/images.zip"] < 128 * 1024 + 10 * 13_000 < (tmp_path / "images.zip").stat().st_size / 10
+        assert (
+            server.sent["/images.zip"]
+            < 128 * 1024 + 10 * 13_000
+            < (tmp_path / "images.zip").stat().st_size / 10
+        )
 
 
 def bomb():
     """A PNG file of 400 megapixels in a few bytes."""
 
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(99)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def deep():
@@ -163,13 +176,23 @@ def test_the_traps_of_real_data(tmp_path, there):
     with Server(tmp_path / "published") as server:
         run = Run(tmp_path, **({} if there else {"coco": server.url}))
         faults = run.bring(media_of(*(f"{name}.jpg" for name in [*GOOD, *BAD, "gone"])))
-        assert all(server.requests[f"/{name}.jpg"] == (0 if there else 2) for name in BAD)  # it may have broken on the way
+        assert all(
+            server.requests[f"/{name}.jpg"] == (0 if there else 2) for name in BAD
+        )  # it may have broken on the way
     assert set(faults) == {f"coco/{name}.jpg" for name in [*BAD, "gone"]}
     assert all(fault.final for fault in faults.values())
-    reasons = {path.removeprefix("coco/").removesuffix(".jpg"): fault.reason for path, fault in faults.items()}
-    assert "pixels" in reasons["bomb"] and "cannot identify" in reasons["html"] and "truncated" in reasons["truncated"]
+    reasons = {
+        path.removeprefix("coco/").removesuffix(".jpg"): fault.reason for path, fault in faults.items()
+    }
+    assert (
+        "pixels" in reasons["bomb"]
+        and "cannot identify" in reasons["html"]
+        and "truncated" in reasons["truncated"]
+    )
     assert reasons["gone"] == "missing" if there else "answered 404" in reasons["gone"]
-    assert Ledger(run.path).sizes() == {f"coco/{name}.jpg": (20, 10) if name == "sideways" else (10, 20) for name in GOOD}
+    assert Ledger(run.path).sizes() == {
+        f"coco/{name}.jpg": (20, 10) if name == "sideways" else (10, 20) for name in GOOD
+    }
     for name, content in GOOD.items():  # bytes stay as they came
         assert (run.folder / f"coco/{name}.jpg").read_bytes() == content
     assert there or run.files() == {f"coco/{name}.jpg" for name in GOOD}
@@ -203,7 +226,10 @@ def test_places_are_asked_in_turn(tmp_path):
         faults = Run(tmp_path, coco=[str(tmp_path / "near"), server.url]).bring(media)
         assert server.requests == {f"/train/{number}.jpg": 1 for number in (1, 2, 3)}
     (fault,) = faults.values()
-    assert fault.reason == f"{tmp_path}/near holds no coco/train/3.jpg; {server.url}/train/3.jpg: answered 404 Not Found"
+    assert (
+        fault.reason
+        == f"{tmp_path}/near holds no coco/train/3.jpg; {server.url}/train/3.jpg: answered 404 Not Found"
+    )
 
 
 def test_faults_that_may_pass_are_tried_by_the_next_command_and_final_ones_are_not(tmp_path):
@@ -261,7 +287,9 @@ def frozen(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "mkdir", refuse(real_mkdir))
         patch.setattr(Path, "write_bytes", refuse(real_write))
-        patch.setattr(os, "access", lambda path, mode: folder not in Path(path, "x").parents and real_access(path, mode))
+        patch.setattr(
+            os, "access", lambda path, mode: folder not in Path(path, "x").parents and real_access(path, mode)
+        )
         yield
 
 
@@ -274,7 +302,9 @@ def test_a_folder_that_is_read_only_is_enough_where_all_is_there(tmp_path):
     with frozen(run.folder):
         faults = run.bring(media[:3])
         assert set(faults) == {"coco/train/0.jpg"} and "cannot identify" in faults["coco/train/0.jpg"].reason
-        with pytest.raises(UserError, match=r"data\.image_folder: .*3\.jpg is missing, and can't be written \(Read-only"):
+        with pytest.raises(
+            UserError, match=r"data\.image_folder: .*3\.jpg is missing, and can't be written \(Read-only"
+        ):
             run.bring(media)
 
 
@@ -307,7 +337,9 @@ def test_a_wrong_address_is_not_asked_thousands_of_times(tmp_path, kind):
     with Server(tmp_path, lambda path: kind) as server:
         url = server.url if kind != "nobody" else "http://127.0.0.1:9"
         run = Run(tmp_path, coco=[url])
-        with pytest.raises(UserError, match=rf"(?s)data\.pictures\.coco: none of the first 50 pictures .*{url}.*{url}"):
+        with pytest.raises(
+            UserError, match=rf"(?s)data\.pictures\.coco: none of the first 50 pictures .*{url}.*{url}"
+        ):
             run.bring(media)
         assert len(server.requests) < 150
     assert len(run.lines()) == 50
@@ -375,7 +407,16 @@ def test_without_pyav_no_video_is_blamed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["a\0b.jpg", "a" * 300 + ".jpg", "a" * 300 + "/b.jpg", "there.jpg/b.jpg", "folder", "ü\n\u2028.jpg", "loop/1.jpg"]
+    "name",
+    [
+        "a\0b.jpg",
+        "a" * 300 + ".jpg",
+        "a" * 300 + "/b.jpg",
+        "there.jpg/b.jpg",
+        "folder",
+        "ü\n\u2028.jpg",
+        "loop/1.jpg",
+    ],
 )
 def test_paths_that_no_file_can_have_are_faults(tmp_path, name):
     save(tmp_path / "images/coco/there.jpg", encoded())
@@ -456,7 +497,13 @@ def test_an_interrupted_command_ends_at_once(tmp_path):
         places = {"coco": [place_of(server.url, client())]}
         start = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            bring(media, tmp_path / "images", places=places, ledger=Impatient(tmp_path / "checked.jsonl"), num_threads=8)
+            bring(
+                media,
+                tmp_path / "images",
+                places=places,
+                ledger=Impatient(tmp_path / "checked.jsonl"),
+                num_threads=8,
+            )
         assert time.monotonic() - start < 15  # and not the 30 that an answer is waited for
     assert len(Ledger(tmp_path / "checked.jsonl").sizes()) == 10
 
@@ -490,7 +537,9 @@ def test_a_ledger_that_was_cut_or_mangled_loses_only_those_lines(tmp_path_factor
         whole = content.count(b"\n") + (content[-1:] == b"}")
     else:
         lines = content.splitlines(keepends=True)
-        lines[0] = data.draw(st.sampled_from([b"[]\n", b"3\n", b"{}\n", b'{"path": 1}\n', b"\xff\xfe\n", b"\n", b"null\n"]))
+        lines[0] = data.draw(
+            st.sampled_from([b"[]\n", b"3\n", b"{}\n", b'{"path": 1}\n', b"\xff\xfe\n", b"\n", b"null\n"])
+        )
         content, whole = b"".join(lines), 3
     path.write_bytes(content)
     again = Ledger(path)
@@ -508,7 +557,11 @@ SEEDS = [*GOOD.values(), encoded("TIFF"), encoded("BMP", "P")]
 def test_whatever_comes_is_a_good_picture_or_a_fault(tmp_path_factory, seed, number, num_changes):
     draw, content = random.Random(number), bytearray(seed)
     for _ in range(num_changes):
-        at = draw.randrange(len(content) + 1) if draw.random() < 0.5 else draw.randrange(min(len(content), 120) + 1)
+        at = (
+            draw.randrange(len(content) + 1)
+            if draw.random() < 0.5
+            else draw.randrange(min(len(content), 120) + 1)
+        )
         new = draw.choice([b"", draw.randbytes(1), draw.randbytes(4), b"\xff\xff\xff\xff", b"\0\0\0\0"])
         content[at : at + draw.choice([0, 1, len(new)])] = new
     folder = tmp_path_factory.mktemp("mangled")
@@ -519,4 +572,7 @@ def test_whatever_comes_is_a_good_picture_or_a_fault(tmp_path_factory, seed, num
     if faults:
         assert faults["coco/1.jpg"].final and faults["coco/1.jpg"].reason and run.files() == set()
     else:
-        assert Ledger(run.path).sizes() == {"coco/1.jpg": open_picture(file).size[::-1]} and file.read_bytes() == content
+        assert (
+            Ledger(run.path).sizes() == {"coco/1.jpg": open_picture(file).size[::-1]}
+            and file.read_bytes() == content
+        )

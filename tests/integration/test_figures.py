@@ -34,7 +34,10 @@ def test_all_figures_are_drawn_from_a_run(run, tmp_path):
     maps = json.loads((figures / "attention-maps.json").read_text())
     assert maps["has_cls"] and maps["num_pictures"] == 8  # those of the held-out questions
 
-    asked = {path.stem.removeprefix("answers_"): json.loads(path.read_text()) for path in figures.glob("answers_*.json")}
+    asked = {
+        path.stem.removeprefix("answers_"): json.loads(path.read_text())
+        for path in figures.glob("answers_*.json")
+    }
     assert set(asked) == {"free-5-1", "free-8-1", "free-0-6", "free-6-0"}
     assert asked["free-5-1"] == json.loads((run / "answers_free.json").read_text())
     assert {given["num_visual_tokens"] for given in asked["free-8-1"]} == {9}

@@ -100,7 +100,9 @@ def save_config(folder, model, **changes):
         "use_mm_proj": True,
     }
     config = {key: value for key, value in text.items() if key != "rope_parameters"} | layout | changes
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value != "absent"}))
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value != "absent"})
+    )
 
 
 def save_tower(folder, model):
@@ -149,7 +151,10 @@ def ids_of(batch=3, image=IMAGE_ID, tokens=16, length=40):
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(len(tiny.SPECIAL), VOCABULARY, (batch, length), generator=generator)
     ids[:, 5 : 5 + tokens] = image
-    return {"input_ids": ids, "pixel_values": torch.randn(batch, 3, tiny.SIDE, tiny.SIDE, generator=generator)}
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(batch, 3, tiny.SIDE, tiny.SIDE, generator=generator),
+    }
 
 
 @torch.no_grad()
@@ -163,7 +168,9 @@ def assert_same(loaded, model, tokens=16):
 
 
 @pytest.mark.parametrize("tower", [False, True], ids=["tower beside", "tower inside"])
-@pytest.mark.parametrize(("form", "num_shards"), [("bin", 1), ("bin", 3), ("safetensors", 1), ("safetensors", 2)])
+@pytest.mark.parametrize(
+    ("form", "num_shards"), [("bin", 1), ("bin", 3), ("safetensors", 1), ("safetensors", 2)]
+)
 def test_the_model_is_the_same(tmp_path, form, num_shards, tower):
     model = tiny.llava()
     loaded = load(save_original(tmp_path / "llava", model, form=form, num_shards=num_shards, tower=tower))
@@ -199,7 +206,9 @@ def test_the_dtype_is_the_one_asked_for(tmp_path, dtype):
         for parameter in model.parameters():  # not model.to(): that would round the rotary frequencies too
             parameter.copy_(parameter.half())
     folder = save_original(tmp_path / "llava", model)
-    change_weights(folder, lambda tensors: tensors.update({name: value.half() for name, value in tensors.items()}), model)
+    change_weights(
+        folder, lambda tensors: tensors.update({name: value.half() for name, value in tensors.items()}), model
+    )
     loaded = load(folder, dtype)
     assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
     assert loaded.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
@@ -208,7 +217,13 @@ def test_the_dtype_is_the_one_asked_for(tmp_path, dtype):
 
 
 def test_settings_of_the_language_model_arrive(tmp_path):
-    config = {"vocab_size": 32000, "hidden_size": 64, "num_attention_heads": 4, "rms_norm_eps": 1e-5, "rope_theta": 5e4}
+    config = {
+        "vocab_size": 32000,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e4,
+    }
     config |= {
         "num_key_value_heads": 2,
         "pad_token_id": 0,
@@ -217,12 +232,22 @@ def test_settings_of_the_language_model_arrive(tmp_path):
         "use_cache": False,
     }
     text = renaming.text_config(config)
-    assert (text.vocab_size, text.rms_norm_eps, text.num_key_value_heads, text.pad_token_id) == (32064, 1e-5, 2, 0)
+    assert (text.vocab_size, text.rms_norm_eps, text.num_key_value_heads, text.pad_token_id) == (
+        32064,
+        1e-5,
+        2,
+        0,
+    )
     assert text.rope_parameters == {"rope_theta": 5e4, "rope_type": "default"}
     assert text.dtype is None and not hasattr(text, "mm_vision_tower")
     scaled = renaming.text_config(config | {"rope_scaling": {"type": "linear", "factor": 2.0}})
     assert scaled.rope_parameters["rope_type"] == "linear" and scaled.rope_parameters["factor"] == 2
-    assert [renaming.text_config({"vocab_size": size}).vocab_size for size in (63, 64, 127, 128)] == [64, 128, 128, 192]
+    assert [renaming.text_config({"vocab_size": size}).vocab_size for size in (63, 64, 127, 128)] == [
+        64,
+        128,
+        128,
+        192,
+    ]
 
 
 @pytest.mark.parametrize("size", ["absent", None, "32000", 0])
@@ -232,7 +257,9 @@ def test_a_config_without_a_vocabulary_is_refused(folder, size):
 
 
 def test_a_setting_that_llama_does_not_take_is_refused():
-    refused(renaming.text_config, {"vocab_size": 8, "hidden_size": "wide"}, words=["config.json", "hidden_size"])
+    refused(
+        renaming.text_config, {"vocab_size": 8, "hidden_size": "wide"}, words=["config.json", "hidden_size"]
+    )
 
 
 def test_a_tied_head_is_the_embedding(tmp_path):
@@ -278,7 +305,12 @@ def test_the_tower_in_the_checkpoint_wins(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "place"),
-    [("some/clip", "llava/some/clip"), ("some/clip", "clip"), ("/gone/on/this/machine/clip", "clip"), ("clip", "llava/clip")],
+    [
+        ("some/clip", "llava/some/clip"),
+        ("some/clip", "clip"),
+        ("/gone/on/this/machine/clip", "clip"),
+        ("clip", "llava/clip"),
+    ],
 )
 def test_a_tower_is_found_by_its_name_in_the_checkpoint_or_beside_it(tmp_path, name, place):
     folder = save_original(tmp_path / "llava", tiny.llava(), mm_vision_tower=name)
@@ -293,7 +325,9 @@ def test_a_tower_where_the_config_says_comes_first(tmp_path):
     far = tmp_path / "far" / "clip"
     save_tower(far, tiny.llava(seed=1))
     assert towers.find_clip(str(folder), str(far))[0] == str(far)
-    assert [str(place) for place in towers.tower_places("liuhaotian/llava-v1.5-7b", "openai/clip")] == ["openai/clip"]
+    assert [str(place) for place in towers.tower_places("liuhaotian/llava-v1.5-7b", "openai/clip")] == [
+        "openai/clip"
+    ]
 
 
 def test_a_whole_clip_is_a_tower(tmp_path):
@@ -301,10 +335,22 @@ def test_a_whole_clip_is_a_tower(tmp_path):
     model = tiny.llava()
     folder = save_original(tmp_path / "llava", model)
     vision = model.config.vision_config.to_dict()
-    text = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
-    inner = {name.removeprefix("vision_model."): name for name in clip.state_dict() if name.startswith("vision_model.")}
-    clip.load_state_dict({inner[n]: value for n, value in model.model.vision_tower.state_dict().items()}, strict=False)
+    inner = {
+        name.removeprefix("vision_model."): name
+        for name in clip.state_dict()
+        if name.startswith("vision_model.")
+    }
+    clip.load_state_dict(
+        {inner[n]: value for n, value in model.model.vision_tower.state_dict().items()}, strict=False
+    )
     shutil.rmtree(tmp_path / "some" / "clip")
     clip.save_pretrained(tmp_path / "some" / "clip")
     tensors = clip.state_dict()
@@ -330,7 +376,11 @@ def test_a_tower_that_is_no_clip_is_refused(folder):
 def test_a_tower_without_its_weights_is_refused(folder):
     weights = folder.parent / "some" / "clip" / "model.safetensors"
     tensors = {name: value.clone() for name, value in shards.read_tensors(weights).items()}
-    tensors.pop("post_layernorm.weight" if "post_layernorm.weight" in tensors else "vision_model.post_layernorm.weight")
+    tensors.pop(
+        "post_layernorm.weight"
+        if "post_layernorm.weight" in tensors
+        else "vision_model.post_layernorm.weight"
+    )
     save_file(tensors, weights, metadata={"format": "pt"})
     refused(load, folder, words=["mm_vision_tower", "lacks", "post_layernorm.weight"])
     weights.unlink()
@@ -339,7 +389,9 @@ def test_a_tower_without_its_weights_is_refused(folder):
 
 def test_a_tower_of_another_width_is_refused(folder):
     save_tower(folder.parent / "some" / "clip", tiny.llava(width=64))
-    refused(load, folder, words=["do not fit", "multi_modal_projector.linear_1.weight (48, 32), not (48, 64)"])
+    refused(
+        load, folder, words=["do not fit", "multi_modal_projector.linear_1.weight (48, 32), not (48, 64)"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -378,19 +430,40 @@ def rename(tensors, old, new):
     [
         (lambda t: t.pop("model.norm.weight"), ["missing are", "model.language_model.norm.weight"]),
         (lambda t: t.pop("lm_head.weight"), ["missing are", "lm_head.weight"]),
-        (lambda t: t.update({"model.adapter.weight": torch.zeros(2)}), ["not part of the model are", "model.adapter.weight"]),
-        (lambda t: t.update({"model.layers.7.x": torch.zeros(2)}), ["not part of", "model.language_model.layers.7.x"]),
-        (lambda t: t.update({"model.norm.weight": torch.zeros(2)}), ["another shape", "norm.weight (2,), not (48,)"]),
+        (
+            lambda t: t.update({"model.adapter.weight": torch.zeros(2)}),
+            ["not part of the model are", "model.adapter.weight"],
+        ),
+        (
+            lambda t: t.update({"model.layers.7.x": torch.zeros(2)}),
+            ["not part of", "model.language_model.layers.7.x"],
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(2)}),
+            ["another shape", "norm.weight (2,), not (48,)"],
+        ),
         (
             lambda t: t.update({"lm_head.weight": torch.zeros(99, 48)}),
             ["lm_head.weight has the shape (99, 48)", str(VOCABULARY)],
         ),
-        (lambda t: t.update({"model.embed_tokens.weight": torch.zeros(0)}), ["embed_tokens.weight has the shape (0,)"]),
-        (lambda t: t.update({"model.image_newline": torch.zeros(48)}), ["LLaVA-1.6", "llava-hf/llava-v1.6-*"]),
+        (
+            lambda t: t.update({"model.embed_tokens.weight": torch.zeros(0)}),
+            ["embed_tokens.weight has the shape (0,)"],
+        ),
+        (
+            lambda t: t.update({"model.image_newline": torch.zeros(48)}),
+            ["LLaVA-1.6", "llava-hf/llava-v1.6-*"],
+        ),
         (lambda t: t.update({"model.mm_projector.0.weight": torch.zeros(0)}), ["LLaVA#665", "ZeRO-3"]),
-        (lambda t: t.update({"model.mm_projector.4.weight": torch.zeros(48, 48)}), ["4.weight", "mlp2x_gelu"]),
+        (
+            lambda t: t.update({"model.mm_projector.4.weight": torch.zeros(48, 48)}),
+            ["4.weight", "mlp2x_gelu"],
+        ),
         (lambda t: t.pop("model.mm_projector.2.bias"), ["mm_projector.* has", "2.bias", "mlp2x_gelu"]),
-        (lambda t: t.update({"model.mm_projector.0.weight": torch.zeros(48, 9)}), ["linear_1.weight (48, 9), not (48, 32)"]),
+        (
+            lambda t: t.update({"model.mm_projector.0.weight": torch.zeros(48, 9)}),
+            ["linear_1.weight (48, 9), not (48, 32)"],
+        ),
     ],
 )
 def test_weights_that_are_not_exactly_the_model_are_refused(folder, change, words):
@@ -407,7 +480,9 @@ def test_a_checkpoint_without_a_projector_is_refused(folder):
 
 @pytest.mark.parametrize("name", ["post_layernorm.weight", "encoder.layers.3.mlp.fc1.bias"])
 def test_a_tower_in_the_checkpoint_that_is_not_whole_is_refused(folder, name):
-    change_weights(folder, lambda t: t.pop(f"model.vision_tower.vision_tower.vision_model.{name}"), tower=True)
+    change_weights(
+        folder, lambda t: t.pop(f"model.vision_tower.vision_tower.vision_model.{name}"), tower=True
+    )
     refused(load, folder, words=["missing are", name])
 
 
@@ -455,7 +530,9 @@ def bare(path):
     torch.save(torch.zeros(1), path)
 
 
-@pytest.mark.parametrize("damage", [cut, empty, fill, link, nest, number, bare], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize(
+    "damage", [cut, empty, fill, link, nest, number, bare], ids=lambda damage: damage.__name__
+)
 @pytest.mark.parametrize("form", ["bin", "safetensors"])
 def test_a_broken_shard_is_refused(tmp_path, form, damage):
     folder = save_original(tmp_path / "llava", tiny.llava(), form=form)
@@ -473,7 +550,11 @@ def test_a_broken_index_is_refused(folder, content):
 def test_a_folder_without_weights_is_refused_with_the_way_out(folder):
     for path in folder.glob("pytorch_model*"):
         path.unlink()
-    refused(load, folder, words=[str(folder), "no weights", "model.safetensors", "pytorch_model.bin", "merge_lora_weights"])
+    refused(
+        load,
+        folder,
+        words=[str(folder), "no weights", "model.safetensors", "pytorch_model.bin", "merge_lora_weights"],
+    )
 
 
 def test_what_is_not_there_is_an_oserror(tmp_path, monkeypatch):
@@ -508,7 +589,9 @@ def test_of_a_hub_id_only_the_preferred_format_is_fetched(folder, monkeypatch, f
         save_weights(folder, original_names(tiny.llava()), form)
     tensors = shards.read_weights("liuhaotian/tiny")
     assert tensors.keys() == original_names(tiny.llava()).keys()
-    assert patterns == [["model*.safetensors", "*.index.json"], ["pytorch_model*.bin", "*.index.json"]][:asked]
+    assert (
+        patterns == [["model*.safetensors", "*.index.json"], ["pytorch_model*.bin", "*.index.json"]][:asked]
+    )
 
 
 def test_a_file_in_the_format_before_pytorch_1_6_is_read(tmp_path):
@@ -542,12 +625,21 @@ def test_code_in_a_pickle_is_refused_and_does_not_run(folder, zipped):
     refused(load, folder, words=[str(shard), "can't be read", "run as code"])
     projector = folder / "mm_projector.bin"
     shutil.copy(shard, projector)
-    refused(load_weights, vzip.families.family_of(tiny.llava()), projector, words=[str(projector), "can't be read"])
+    refused(
+        load_weights,
+        vzip.families.family_of(tiny.llava()),
+        projector,
+        words=[str(projector), "can't be read"],
+    )
     assert not sprung.exists()
 
 
 def projector_of(model):
-    return {name: value for name, value in model.state_dict().items() if name.startswith("model.multi_modal_projector.")}
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if name.startswith("model.multi_modal_projector.")
+    }
 
 
 def projector_file(path, tensors, *, prefix="model.", ours=False):
@@ -556,7 +648,9 @@ def projector_file(path, tensors, *, prefix="model.", ours=False):
     if not ours:
         tensors = {name: tensors[name] for name in tensors}
         for new, old in (("linear_1", "mm_projector.0"), ("linear_2", "mm_projector.2")):
-            tensors = {n.replace(f"model.multi_modal_projector.{new}", prefix + old): v for n, v in tensors.items()}
+            tensors = {
+                n.replace(f"model.multi_modal_projector.{new}", prefix + old): v for n, v in tensors.items()
+            }
     torch.save(tensors, path) if path.suffix == ".bin" else save_file(tensors, path)
     return path
 
@@ -589,12 +683,27 @@ def test_a_starting_projector_takes_the_precision_of_the_model(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t.update(dict.fromkeys(t, torch.zeros(0))), ["size 0", "LLaVA#665: saved under ZeRO-3 without gathering"]),
+        (
+            lambda t: t.update(dict.fromkeys(t, torch.zeros(0))),
+            ["size 0", "LLaVA#665: saved under ZeRO-3 without gathering"],
+        ),
         (lambda t: t.pop("model.mm_projector.2.weight"), ["mm_projector.* has", "mlp2x_gelu"]),
-        (lambda t: [t.clear(), t.update({"model.mm_projector.weight": torch.zeros(48, 32)})], ["['weight']", "not linear"]),
-        (lambda t: t.update({"model.embed_tokens.weight": torch.zeros(9, 48)}), ["more than mm_projector", "embed_tokens"]),
-        (lambda t: t.update({"model.mm_projector.0.weight": torch.zeros(48, 64)}), ["does not fit the model", "(48, 64)"]),
-        (lambda t: [t.clear(), t.update({"lm_head.weight": torch.zeros(2)})], ["does not fit the model", "lm_head.weight"]),
+        (
+            lambda t: [t.clear(), t.update({"model.mm_projector.weight": torch.zeros(48, 32)})],
+            ["['weight']", "not linear"],
+        ),
+        (
+            lambda t: t.update({"model.embed_tokens.weight": torch.zeros(9, 48)}),
+            ["more than mm_projector", "embed_tokens"],
+        ),
+        (
+            lambda t: t.update({"model.mm_projector.0.weight": torch.zeros(48, 64)}),
+            ["does not fit the model", "(48, 64)"],
+        ),
+        (
+            lambda t: [t.clear(), t.update({"lm_head.weight": torch.zeros(2)})],
+            ["does not fit the model", "lm_head.weight"],
+        ),
     ],
 )
 def test_a_starting_projector_that_does_not_fit_is_refused(tmp_path, change, words):
@@ -607,11 +716,18 @@ def test_a_starting_projector_that_does_not_fit_is_refused(tmp_path, change, wor
     assert all(torch.equal(value, before[name]) for name, value in projector_of(model).items())
 
 
-@pytest.mark.parametrize("damage", [cut, empty, fill, link, nest, number, bare], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize(
+    "damage", [cut, empty, fill, link, nest, number, bare], ids=lambda damage: damage.__name__
+)
 def test_a_broken_starting_projector_is_refused(tmp_path, damage):
     file = projector_file(tmp_path / "mm_projector.bin", projector_of(tiny.llava()))
     damage(file)
-    refused(load_weights, vzip.families.family_of(tiny.llava()), file, words=[f"projector {file}", "can't be read"])
+    refused(
+        load_weights,
+        vzip.families.family_of(tiny.llava()),
+        file,
+        words=[f"projector {file}", "can't be read"],
+    )
 
 
 def expand_to_square(picture, colour):
@@ -627,8 +743,14 @@ def expand_to_square(picture, colour):
 def test_pictures_are_prepared_as_llava_does(tmp_path, size, ratio):
     folder = save_original(tmp_path / "llava", tiny.llava(), image_aspect_ratio=ratio)
     clip = CLIPImageProcessorPil.from_pretrained(tmp_path / "some" / "clip")
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    padded = expand_to_square(picture, tuple(int(255 * value) for value in clip.image_mean)) if ratio == "pad" else picture
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    )
+    padded = (
+        expand_to_square(picture, tuple(int(255 * value) for value in clip.image_mean))
+        if ratio == "pad"
+        else picture
+    )
     got = original.load_processor(str(folder)).image_processor(picture, return_tensors="pt")["pixel_values"]
     assert torch.equal(got, clip(padded, return_tensors="pt")["pixel_values"])
 
@@ -664,10 +786,16 @@ def test_a_padded_vocabulary_has_image_after_its_padding(folder):
     assert tokenizer.convert_tokens_to_ids("<image>") == VOCABULARY + 5
 
 
-@pytest.mark.parametrize(("size", "at"), [(VOCABULARY - 1, VOCABULARY), (VOCABULARY + 64, VOCABULARY), (9, VOCABULARY)])
+@pytest.mark.parametrize(
+    ("size", "at"), [(VOCABULARY - 1, VOCABULARY), (VOCABULARY + 64, VOCABULARY), (9, VOCABULARY)]
+)
 def test_a_tokenizer_of_another_size_is_refused(folder, size, at):
     change_config(folder, vocab_size=size)
-    refused(original.load_tokenizer, str(folder), words=[f"<image> at {at}", f"vocab_size in config.json is {size}"])
+    refused(
+        original.load_tokenizer,
+        str(folder),
+        words=[f"<image> at {at}", f"vocab_size in config.json is {size}"],
+    )
 
 
 def test_a_tokenizer_that_has_image_elsewhere_is_refused(folder):
@@ -715,10 +843,18 @@ def sentencepiece_tokenizer(folder, sentencepiece_folder, settings=LLAMA, **chan
 @pytest.mark.parametrize("kind", ["llava", "llava_llama"])
 def test_a_real_sentencepiece_model(folder, sentencepiece_folder, settings, kind):
     tokenizer, pieces = sentencepiece_tokenizer(folder, sentencepiece_folder, settings, model_type=kind)
-    for text in ("A chat between a user and an assistant.", "USER: What's  this?\nÄpfel, 苹果 🍎", "two  spaces"):
+    for text in (
+        "A chat between a user and an assistant.",
+        "USER: What's  this?\nÄpfel, 苹果 🍎",
+        "two  spaces",
+    ):
         assert tokenizer.encode(text) == [1, *pieces.encode(text)]
     ids = tokenizer.encode("USER: <image>\nwhat?")
-    assert ids.count(32000) == 1 and ids[0] == 1 and tokenizer.decode(ids[ids.index(32000) + 1 :]).strip() == "what?"
+    assert (
+        ids.count(32000) == 1
+        and ids[0] == 1
+        and tokenizer.decode(ids[ids.index(32000) + 1 :]).strip() == "what?"
+    )
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (0, 2, 32001)
 
 
@@ -727,7 +863,19 @@ def test_ids_are_those_of_sentencepiece_for_any_white_space(folder, sentencepiec
     tokenizer.save_pretrained(tmp_path / "saved")
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved", config=LlamaConfig())
     choose = random.Random(0)
-    words = ["a", "the", "cat", "What's", "indent\tfoo", "苹果", "🍎", "12345", "http://x.y/z", "...", "ASSISTANT:"]
+    words = [
+        "a",
+        "the",
+        "cat",
+        "What's",
+        "indent\tfoo",
+        "苹果",
+        "🍎",
+        "12345",
+        "http://x.y/z",
+        "...",
+        "ASSISTANT:",
+    ]
     gaps = [" ", "  ", "   ", "\n", "\n  ", "\n\n", " " * 17]
     for _ in range(200):
         text = "".join(choose.choice(words) + choose.choice(gaps) for _ in range(12))

@@ -16,7 +16,12 @@ from vzip.families import families
 
 pytestmark = pytest.mark.integration
 
-MODELS = {"next": "next-7b", "onevision": "onevision-0.5b", "video": "video-llava-7b", "mini-gemini": "mini-gemini-7b"}
+MODELS = {
+    "next": "next-7b",
+    "onevision": "onevision-0.5b",
+    "video": "video-llava-7b",
+    "mini-gemini": "mini-gemini-7b",
+}
 LONGEST_ROW = {"next": 95, "onevision": 230, "video": 85, "mini-gemini": 50}
 """Packed tokens, with a few to spare."""
 
@@ -56,10 +61,14 @@ def test_a_family_is_tuned_alike_on_one_rank_and_sharded_and_loads(tmp_path, kin
     folder = tiny.save_llava(tmp_path / "model", kind)
     tiny.save_mixed_data(tmp_path, kind)
     settings = settings_of(MODELS[kind], folder, tmp_path, tmp_path / "runs")
-    settings += ["reducer.anyres=spatial"] if kind == "next" else []  # with image_newline, which ZeRO 3 shards
+    settings += (
+        ["reducer.anyres=spatial"] if kind == "next" else []
+    )  # with image_newline, which ZeRO 3 shards
     tune([*settings, "engine=reference", "batch.micro=2", "name=plain"])
     baselines = f"evaluate.baselines={'true' if kind == 'next' else 'false'}"  # with all tokens
-    tune([*settings, f"batch.tokens={LONGEST_ROW[kind]}", "name=zero3", "deepspeed=zero3", baselines], ranks=2)
+    tune(
+        [*settings, f"batch.tokens={LONGEST_ROW[kind]}", "name=zero3", "deepspeed=zero3", baselines], ranks=2
+    )
     plain = tmp_path / "runs" / "plain"
     assert_same_run(tmp_path / "runs" / "zero3", plain)
 
@@ -69,7 +78,10 @@ def test_a_family_is_tuned_alike_on_one_rank_and_sharded_and_loads(tmp_path, kin
     texts = ["USER: <image>\nwhat? ASSISTANT:", "USER: <image>\nwhat is there? ASSISTANT:"]
     pictures = [[tiny.picture(0, 40, 90)], [tiny.picture(1)]]
     inputs = processor(images=pictures, text=texts, padding=True, padding_side="left", return_tensors="pt")
-    assert model.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+    assert (
+        model.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape[1]
+        == inputs["input_ids"].shape[1] + 3
+    )
 
 
 def test_a_folder_of_llavas_own_code_is_tuned_and_loads(tmp_path):
@@ -93,7 +105,9 @@ def test_the_papers_experiment_runs_on_a_tiny_model_and_two_ranks(prepared, tmp_
     losses = [loss for _, loss, _ in metrics(tmp_path / "next")]
     assert len(losses) == 4 and losses[-1] < losses[0]
     assert set(load_file(tmp_path / "next" / "projector.safetensors")) == {
-        f"model.multi_modal_projector.linear_{layer}.{name}" for layer in (1, 2) for name in ("weight", "bias")
+        f"model.multi_modal_projector.linear_{layer}.{name}"
+        for layer in (1, 2)
+        for name in ("weight", "bias")
     }
 
 

@@ -95,10 +95,14 @@ def test_of_a_zip_file_at_an_address_only_the_wanted_members_come(tmp_path, meth
     with Server(tmp_path, delay_s=0.002) as server:
         place = place_of(f"{server.url}/a.zip?download=true", QUICK)
         wanted = names[::60]
-        assert read_all(place, [f"gqa/{name}" for name in wanted]) == {f"gqa/{name}": contents[name] for name in wanted}
+        assert read_all(place, [f"gqa/{name}" for name in wanted]) == {
+            f"gqa/{name}": contents[name] for name in wanted
+        }
         size = (tmp_path / "a.zip").stat().st_size
         assert size > 6_000_000 and server.sent["/a.zip"] < 128 * 1024 + 10 * 22_000
-        assert server.requests["/a.zip"] == 2 + len(wanted)  # its size, its tail with the directory, and each member
+        assert server.requests["/a.zip"] == 2 + len(
+            wanted
+        )  # its size, its tail with the directory, and each member
         assert server.max_concurrent > 1
 
 
@@ -120,7 +124,11 @@ def test_zip64_and_very_many_members(tmp_path):
     with Server(tmp_path) as server:
         for entry in (str(tmp_path / "a.zip"), f"{server.url}/a.zip"):
             place = place_of(entry, QUICK)
-            assert [place.read(f"gqa/images/{number}.jpg") for number in (0, 65_535, 69_999)] == [b"0", b"65535", b"69999"]
+            assert [place.read(f"gqa/images/{number}.jpg") for number in (0, 65_535, 69_999)] == [
+                b"0",
+                b"65535",
+                b"69999",
+            ]
 
 
 def test_members_behind_four_gigabytes(tmp_path):
@@ -209,7 +217,11 @@ def damage(path, name, how):
 )
 @pytest.mark.parametrize("remote", [False, True])
 def test_members_that_can_not_be_read_are_gone(tmp_path, how, words, remote):
-    save_zip(tmp_path / "a.zip", ["images/1.jpg"], method=zipfile.ZIP_BZIP2 if how == "bzip2" else zipfile.ZIP_DEFLATED)
+    save_zip(
+        tmp_path / "a.zip",
+        ["images/1.jpg"],
+        method=zipfile.ZIP_BZIP2 if how == "bzip2" else zipfile.ZIP_DEFLATED,
+    )
     damage(tmp_path / "a.zip", "images/1.jpg", how)
     with Server(tmp_path) as server:
         place = place_of(f"{server.url}/a.zip" if remote else str(tmp_path / "a.zip"), QUICK)
@@ -241,11 +253,15 @@ def test_a_zip_file_that_is_none_is_the_users_mistake(tmp_path, content):
         for entry in (str(tmp_path / "a.zip"), f"{server.url}/a.zip"):
             (place,) = open_places({"gqa": entry}, QUICK)["gqa"]
             for _ in range(2):
-                with pytest.raises(UserError, match=r"data\.pictures\.gqa: .*a\.zip can't be read as a zip file"):
+                with pytest.raises(
+                    UserError, match=r"data\.pictures\.gqa: .*a\.zip can't be read as a zip file"
+                ):
                     place.read("gqa/images/1.jpg")
 
 
-@pytest.mark.parametrize(("fault", "words"), [("404", "answered 404"), ("whole", "sends no parts of files.*give its path")])
+@pytest.mark.parametrize(
+    ("fault", "words"), [("404", "answered 404"), ("whole", "sends no parts of files.*give its path")]
+)
 def test_a_zip_file_at_a_wrong_address_is_the_users_mistake(tmp_path, fault, words):
     save_zip(tmp_path / "a.zip", ["images/1.jpg"])
     with Server(tmp_path, {"/a.zip": fault}) as server:
@@ -282,10 +298,13 @@ def test_faults_on_the_way_are_survived(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "entry", ["", "nowhere", "nowhere.zip", "ftp://host/a/", "file:///etc/", "http://", "http://[/", "s3://a/b"]
+    "entry",
+    ["", "nowhere", "nowhere.zip", "ftp://host/a/", "file:///etc/", "http://", "http://[/", "s3://a/b"],
 )
 def test_entries_that_are_no_place_are_the_users_mistake(entry):
-    with pytest.raises(UserError, match=r"data\.pictures\.vg: .* is not a base address .*, a folder, or a zip file"):
+    with pytest.raises(
+        UserError, match=r"data\.pictures\.vg: .* is not a base address .*, a folder, or a zip file"
+    ):
         open_places({"coco": None, "vg": [entry]}, QUICK)
 
 
@@ -296,7 +315,9 @@ def test_what_is_no_list_of_places_is_the_users_mistake(entries):
 
 
 def test_places_of_all_sources(tmp_path):
-    places = open_places({"coco": ["http://host/", str(tmp_path)], "vg": "https://host/a.ZIP", "gqa": None, "text": []}, QUICK)
+    places = open_places(
+        {"coco": ["http://host/", str(tmp_path)], "vg": "https://host/a.ZIP", "gqa": None, "text": []}, QUICK
+    )
     assert {source: [str(place) for place in found] for source, found in places.items()} == {
         "coco": ["http://host/", str(tmp_path)],
         "vg": ["https://host/a.ZIP"],

@@ -12,7 +12,12 @@ from tests.helpers.commands import BIN, assert_same_metrics, environment, metric
 
 pytestmark = pytest.mark.integration
 
-JOB = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": "2", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "127.0.0.[1-2]"}
+JOB = {
+    "SLURM_JOB_ID": str(os.getpid()),
+    "SLURM_NTASKS": "2",
+    "SLURM_NNODES": "2",
+    "SLURM_JOB_NODELIST": "127.0.0.[1-2]",
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,9 @@ def plain(settings, runs):
 def finish(processes):
     """Wait for all; each must succeed."""
     outputs = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(out[-3000:] for out in outputs)
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(
+        out[-3000:] for out in outputs
+    )
 
 
 def begin(command, **changes):
@@ -57,10 +64,20 @@ def assert_same_losses(run, plain):
 
 
 def test_two_tasks_of_srun_train_as_one(settings, runs, plain):
-    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
-    step |= {"SLURM_STEP_NODELIST": "127.0.0.[1-2]", "SLURM_LAUNCH_NODE_IPADDR": "192.0.2.1"}  # the last: of nobody
+    step = {
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_NODEID": "0",
+    }
+    step |= {
+        "SLURM_STEP_NODELIST": "127.0.0.[1-2]",
+        "SLURM_LAUNCH_NODE_IPADDR": "192.0.2.1",
+    }  # the last: of nobody
     command = [sys.executable, "train/tune.py", *settings, "name=srun"]
-    finish([begin(command, **JOB, **step, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)])
+    finish(
+        [begin(command, **JOB, **step, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)]
+    )
     assert_same_losses(runs / "srun", plain)
     assert '"world_size": 2' in (runs / "srun" / "env.json").read_text()
 

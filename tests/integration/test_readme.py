@@ -11,7 +11,9 @@ from tests.helpers.commands import start, tune
 pytestmark = pytest.mark.integration
 
 README = (ROOT / "README.md").read_text()
-LINES = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+LINES = [
+    line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line
+]
 COMMANDS = list(dict.fromkeys(line.split("#")[0].strip() for line in LINES))
 SHORT = ["optim.max_steps=1", "evaluate.questions=4", "track=none"]
 

@@ -77,7 +77,9 @@ def test_full_model_answers(smol):
         picture = open_picture(SMOL / "easy_vqa" / "images" / row.images[0])
         inputs = processor(images=picture, text=prompt, return_tensors="pt").to(torch.bfloat16)
         output = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-        answer = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answer = processor.tokenizer.decode(
+            output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         correct += answer.strip() == row.turns[0][1]
     assert correct >= 9
 
@@ -99,7 +101,19 @@ def test_preparing_again_does_nothing():
 def test_a_short_run_leaves_the_prepared_model_alone(tmp_path):
     weights = SMOL / "model" / "model.safetensors"
     before = hashlib.sha256(weights.read_bytes()).hexdigest()
-    tune(["model=smol", "optim.max_steps=2", "evaluate.questions=8", "track=none", f"runs={tmp_path}", "name=short"])
+    tune(
+        [
+            "model=smol",
+            "optim.max_steps=2",
+            "evaluate.questions=8",
+            "track=none",
+            f"runs={tmp_path}",
+            "name=short",
+        ]
+    )
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == before
-    losses = [json.loads(line)["train/loss"] for line in (tmp_path / "short" / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["train/loss"]
+        for line in (tmp_path / "short" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert len(losses) == 2 and all(0 < loss < 5 for loss in losses)

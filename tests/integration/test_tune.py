@@ -39,18 +39,33 @@ def plain(settings, runs):
 
 def test_run_folder(plain, tiny_folder):
     files = {path.name for path in plain.iterdir()}
-    assert {"config.yaml", "env.json", "metrics.jsonl", "manifest.json", "projector.safetensors", "meta.json"} <= files
+    assert {
+        "config.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "manifest.json",
+        "projector.safetensors",
+        "meta.json",
+    } <= files
     assert {"result.json", "kept_tokens_0.png"} <= files and "state" not in files
     rows = json.loads((plain / "result.json").read_text())["rows"]
-    assert [(row["name"], row["num_visual_tokens"]) for row in rows] == [("full", 16), ("free", 6), ("tuned", 6)]
+    assert [(row["name"], row["num_visual_tokens"]) for row in rows] == [
+        ("full", 16),
+        ("free", 6),
+        ("tuned", 6),
+    ]
     assert all(set(row["metrics"]) == {"open", "yesno", "all"} for row in rows)
     tuned, base = load_file(plain / "projector.safetensors"), load_file(tiny_folder / "model.safetensors")
     assert len(tuned) == 4
-    assert all(not torch.equal(value, base[name.replace("model.multi_modal", "multi_modal")]) for name, value in tuned.items())
+    assert all(
+        not torch.equal(value, base[name.replace("model.multi_modal", "multi_modal")])
+        for name, value in tuned.items()
+    )
 
 
 @pytest.mark.parametrize(
-    "ranks, cut", [(1, "engine=reference batch.micro=8"), (2, "engine=reference batch.micro=2"), (2, "batch.tokens=150")]
+    "ranks, cut",
+    [(1, "engine=reference batch.micro=8"), (2, "engine=reference batch.micro=2"), (2, "batch.tokens=150")],
 )
 def test_same_losses_on_any_ranks_and_micro_batches(settings, runs, plain, ranks, cut):
     name = f"ranks{ranks}-{cut.split('=')[-1]}"
@@ -80,7 +95,16 @@ def test_zero_stages_agree_in_the_precision_of_real_models(settings, runs):
     """bf16's own mode of DeepSpeed would keep master weights in some stages and not in others."""
     found = {}
     for zero in ("zero0", "zero2"):
-        tune([*settings, f"name=bf16-{zero}", f"deepspeed={zero}", "model.dtype=bfloat16", "evaluate.questions=0"], ranks=2)
+        tune(
+            [
+                *settings,
+                f"name=bf16-{zero}",
+                f"deepspeed={zero}",
+                "model.dtype=bfloat16",
+                "evaluate.questions=0",
+            ],
+            ranks=2,
+        )
         found[zero] = [loss for _, loss, _ in metrics(runs / f"bf16-{zero}")]
     assert found["zero2"] == pytest.approx(found["zero0"], rel=2e-3) and len(set(found["zero0"])) == 3
 
@@ -90,18 +114,26 @@ def test_killed_run_resumes_to_the_same_bits(settings, runs):
     tune([*long, "name=whole"])
     run = runs / "killed"
     process = subprocess.Popen(
-        command([*long, "name=killed"]), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command([*long, "name=killed"]),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     while process.poll() is None and (not (run / "metrics.jsonl").is_file() or len(metrics(run)) < 12):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert (run / "state" / "latest").is_file() and not (run / "result.json").exists(), "the run ended before the kill"
+    assert (run / "state" / "latest").is_file() and not (run / "result.json").exists(), (
+        "the run ended before the kill"
+    )
     with pytest.raises(vzip.UserError, match="has not finished"):
         vzip.load(run)
     tune([*long, "name=killed"])
     assert metrics(run) == metrics(runs / "whole")
-    assert (run / "projector.safetensors").read_bytes() == (runs / "whole" / "projector.safetensors").read_bytes()
+    assert (run / "projector.safetensors").read_bytes() == (
+        runs / "whole" / "projector.safetensors"
+    ).read_bytes()
 
 
 def test_finished_run_does_nothing_until_fresh(settings, plain):
@@ -116,8 +148,13 @@ def test_finished_run_does_nothing_until_fresh(settings, plain):
 
 def test_load_generates_and_refuses_strangers(plain, tmp_path):
     model, processor = vzip.load(plain)
-    inputs = processor(images=[tiny.picture()], text="USER: <image>\nwhat is it? ASSISTANT:", return_tensors="pt")
-    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 3
+    inputs = processor(
+        images=[tiny.picture()], text="USER: <image>\nwhat is it? ASSISTANT:", return_tensors="pt"
+    )
+    assert (
+        model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1]
+        == inputs["input_ids"].shape[1] + 3
+    )
     tuned = load_file(plain / "projector.safetensors")
     assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in tuned.items())
 
@@ -138,8 +175,12 @@ def test_lora_is_saved_in_pefts_format_and_loads(settings, runs, plain, mode):
     model, processor = vzip.load(run)
     lora = {name: value for name, value in model.named_parameters() if "lora_B" in name}
     where = "multi_modal_projector" if mode == "projector_lora" else "language_model"
-    assert lora and all(where in name for name in lora) and any(value.abs().sum() > 0 for value in lora.values())
-    inputs = processor(images=[tiny.picture()], text="USER: <image>\nwhat is it? ASSISTANT:", return_tensors="pt")
+    assert (
+        lora and all(where in name for name in lora) and any(value.abs().sum() > 0 for value in lora.values())
+    )
+    inputs = processor(
+        images=[tiny.picture()], text="USER: <image>\nwhat is it? ASSISTANT:", return_tensors="pt"
+    )
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 1
 
 
@@ -152,10 +193,16 @@ def test_control_adds_the_random_row(settings, runs):
 
 def test_wandb_offline_holds_the_run(settings, runs, tmp_path):
     """Without a key; read back from the file that `wandb sync` sends."""
-    tune([*settings, "name=tracked", "track=wandb", "optim.max_steps=2"], HOME=str(tmp_path), NETRC=str(tmp_path / "none"))
+    tune(
+        [*settings, "name=tracked", "track=wandb", "optim.max_steps=2"],
+        HOME=str(tmp_path),
+        NETRC=str(tmp_path / "none"),
+    )
     run = runs / "tracked"
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
-    assert (run / "result.json").stat().st_mtime_ns < file.stat().st_mtime_ns  # a lost network withholds no result
+    assert (
+        run / "result.json"
+    ).stat().st_mtime_ns < file.stat().st_mtime_ns  # a lost network withholds no result
     found = list(records(file))
     history = [
         {"/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
@@ -165,7 +212,9 @@ def test_wandb_offline_holds_the_run(settings, runs, tmp_path):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert set(lines[0]) == {"step", *CURVES, *SPEED}  # what dashboard and report show
     for row, line in zip(history, lines, strict=True):
-        assert {name: row[name] for name in line if name != "step"} == {n: v for n, v in line.items() if n != "step"}
+        assert {name: row[name] for name in line if name != "step"} == {
+            n: v for n, v in line.items() if n != "step"
+        }
     assert history[-1]["eval/scores/nrows"] == 3 and history[-1]["eval/answers/nrows"] == 12
     assert len(history[-1]["eval/kept_tokens/filenames"]) == 4
     results = json.loads((run / "result.json").read_text())["rows"]
@@ -173,12 +222,25 @@ def test_wandb_offline_holds_the_run(settings, runs, tmp_path):
     for row in results:
         assert json.loads(summary[f"eval/{row['name']}_all"]) == row["metrics"]["all"]
     (projector,) = (record.artifact for record in found if record.artifact.type == "model")
-    assert {entry.path for entry in projector.manifest.contents} == {"projector.safetensors", "meta.json", "config.yaml"}
+    assert {entry.path for entry in projector.manifest.contents} == {
+        "projector.safetensors",
+        "meta.json",
+        "config.yaml",
+    }
 
 
 def test_a_sweep_is_a_run_for_each_value(settings, runs):
     values = "hydra.sweeper.params={reducer.budget:'4,5'}"
-    done = tune([*settings, "+exp=sweep-budget", values, "model.name=swept", "optim.max_steps=1", "evaluate.questions=2"])
+    done = tune(
+        [
+            *settings,
+            "+exp=sweep-budget",
+            values,
+            "model.name=swept",
+            "optim.max_steps=1",
+            "evaluate.questions=2",
+        ]
+    )
     folders = sorted(runs.glob("swept-*"))
     assert [json.loads((folder / "meta.json").read_text())["budget"] for folder in folders] == [4, 5]
     assert all(str(folder) in done.stdout for folder in folders)
@@ -233,7 +295,9 @@ def test_missing_held_out_pictures_are_refused_before_training(settings, runs, t
     held_out = tiny.save_data(tmp_path, 8, text_only=0, held_out=True)
     held_out.write_text(held_out.read_text().replace("noise/test", "gone/test"))
     done = start(command([*settings, f"data.held_out={held_out}", "name=blind"]))
-    assert done.returncode == 2 and "8 of 8 rows can't be used" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and "8 of 8 rows can't be used" in done.stderr and "Traceback" not in done.stderr
+    )
     assert not (runs / "blind" / "metrics.jsonl").exists()
 
 

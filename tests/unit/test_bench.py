@@ -53,7 +53,9 @@ def test_the_peak_is_what_a_work_takes_on_top():
 @linux
 def test_memory_that_the_allocator_kept_is_counted():
     def work():
-        return [torch.ones(16 * 1024) for _ in range(1024)]  # 64 KiB each, which are not given back one by one
+        return [
+            torch.ones(16 * 1024) for _ in range(1024)
+        ]  # 64 KiB each, which are not given back one by one
 
     kept = work()
     end = torch.ones(16 * 1024)
@@ -96,7 +98,12 @@ def test_another_devices_peak_is_measured_and_says_so():
 
 def test_figures_say_what_they_hold_for():
     machine = where(CPU)
-    assert machine["device"] and machine["cores"] >= 1 and machine["commit"] and machine["torch"] == torch.__version__
+    assert (
+        machine["device"]
+        and machine["cores"] >= 1
+        and machine["commit"]
+        and machine["torch"] == torch.__version__
+    )
 
 
 def test_a_place_that_can_not_be_written_is_refused_before_anything_is_measured(tmp_path):
@@ -111,7 +118,9 @@ def relative_error(one, other):
 
 
 @pytest.mark.parametrize("kind", ["clip", "dinov2"])
-@pytest.mark.parametrize("reducer", [VisionZip(dominant=6, contextual=3), VisionZip(dominant=1, contextual=1)], ids=repr)
+@pytest.mark.parametrize(
+    "reducer", [VisionZip(dominant=6, contextual=3), VisionZip(dominant=1, contextual=1)], ids=repr
+)
 def test_the_released_way_keeps_and_merges_the_same(kind, reducer):
     tower, pixels = tiny.llava(kind).model.vision_tower, torch.randn(3, 3, tiny.SIDE, tiny.SIDE)
     with torch.no_grad():
@@ -141,7 +150,9 @@ def test_the_released_way_runs_all_layers_on_the_same_weights_and_leaves_the_tow
 
 def test_the_towers_attention_is_not_near_uniform():
     tower = bench_tower.make_tower(SMALL | SMALL_PICTURE, device=CPU, dtype=torch.float32)
-    saliency = run_tower(tower, torch.randn(2, 3, 140, 140), feature_layer=-2, num_dropped=1, attention_layer=-2).saliency
+    saliency = run_tower(
+        tower, torch.randn(2, 3, 140, 140), feature_layer=-2, num_dropped=1, attention_layer=-2
+    ).saliency
     top = saliency.sort(dim=1, descending=True).values[:, :10].sum(dim=1)  # a tenth of the patches
     assert (top > 0.2).all()
 
@@ -182,14 +193,21 @@ def test_bench_tower_compares_prints_and_writes(monkeypatch, capsys, tmp_path):
 
 def test_bench_tower_stops_where_the_tokens_differ(monkeypatch):
     monkeypatch.setattr(
-        bench_tower, "reduce_ours", lambda tower, pixels: bench_tower.reduce_released(eager_copy(tower), -pixels)
+        bench_tower,
+        "reduce_ours",
+        lambda tower, pixels: bench_tower.reduce_released(eager_copy(tower), -pixels),
     )
     tower = bench_tower.make_tower(SMALL | SMALL_PICTURE, device=CPU, dtype=torch.float32)
     with pytest.raises(SystemExit, match="different tokens"):
         bench_tower.measure(tower, batch=1, rounds=1, device=CPU)
 
 
-CASES = [("clip", Identity()), ("clip", VisionZip(budget=6)), ("next", Identity()), ("next", VisionZip(budget=20, tiles=5))]
+CASES = [
+    ("clip", Identity()),
+    ("clip", VisionZip(budget=6)),
+    ("next", Identity()),
+    ("next", VisionZip(budget=20, tiles=5)),
+]
 
 
 def prefill_of(kind, reducer):
@@ -211,7 +229,9 @@ def test_what_is_timed_is_what_the_model_generates(kind, reducer):
         assert torch.equal(case.decode(prefilled, num_tokens=4), generated[:, -4:])
     num_tokens = case.inputs["input_ids"].shape[1]
     size = case.size(language)
-    assert size["kv_bytes"] == 2 * 2 * 2 * 2 * 12 * 4 * num_tokens  # rows, layers, keys and values, heads, width, float32
+    assert (
+        size["kv_bytes"] == 2 * 2 * 2 * 2 * 12 * 4 * num_tokens
+    )  # rows, layers, keys and values, heads, width, float32
     assert size["num_text_tokens"] == 7 and size["num_visual_tokens"] == case.family.num_image_tokens(reducer)
 
 
@@ -222,11 +242,16 @@ def test_the_formula_counts_what_runs(name):
     case = Prefill(family, reducer, made_up_inputs(family, reducer, batch=1))
     size, counted = case.size(case.language()), {}
     for part in ("language", "whole"):
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # which is made of counted products
+        with (
+            FlopCounterMode(display=False) as counter,
+            sdpa_kernel(SDPBackend.MATH),
+        ):  # which is made of counted products
             getattr(case, part)()
         counted[part] = counter.get_total_flops()
     num_tokens = case.inputs["input_ids"].shape[1]
-    masked = attention_flops(family.language_model.config, num_tokens) // 2  # the half that a causal kernel leaves out
+    masked = (
+        attention_flops(family.language_model.config, num_tokens) // 2
+    )  # the half that a causal kernel leaves out
     assert counted["language"] == size["language_flops"] + masked
     # The formula leaves out the tower's convolution, the CLS token, and the row of attention that the reducer asks for.
     convolution = 5 if name == "next-7b" else 1
@@ -241,11 +266,16 @@ def test_the_shapes_are_the_published_ones_and_the_tiny_ones_have_their_proporti
     small = {name: build(name, tiny=True, device=META) for name in names}
     for name in names:
         assert published[name].num_patches == small[name].num_patches == 576
-        assert published[name].language_model.config.hidden_size == 16 * small[name].language_model.config.hidden_size
+        assert (
+            published[name].language_model.config.hidden_size
+            == 16 * small[name].language_model.config.hidden_size
+        )
         assert next(published[name].language_model.parameters()).dtype == torch.bfloat16
 
     def ratio(families):
-        return linear_flops(families["llava-13b"].language_model) / linear_flops(families["llava-7b"].language_model)
+        return linear_flops(families["llava-13b"].language_model) / linear_flops(
+            families["llava-7b"].language_model
+        )
 
     assert ratio(small) == pytest.approx(ratio(published), rel=0.01)
 
@@ -259,5 +289,7 @@ def test_bench_prefill_sets_the_big_reduced_model_against_the_small_full_one(mon
     (series,) = json.loads(path.read_text())["series"]
     visual = {name: row["num_visual_tokens"] for name, row in series["cases"].items()}
     assert visual == {"llava-7b, all": 576, "llava-13b, 192": 192, "llava-13b, 128": 128, "llava-13b, 64": 64}
-    assert all(len(row[part]["seconds"]) == 1 for row in series["cases"].values() for part in bench_prefill.PARTS)
+    assert all(
+        len(row[part]["seconds"]) == 1 for row in series["cases"].values() for part in bench_prefill.PARTS
+    )
     assert all(name in printed for name in visual) and "llava-13b against llava-7b" in printed

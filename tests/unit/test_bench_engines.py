@@ -9,7 +9,16 @@ import torch
 from data.batches.packing import shared_prefix
 from scripts.bench import step as bench
 from scripts.bench.paths import make_fast, make_reference
-from scripts.bench.shapes import LENGTHS, NUM_PREFIX, Shape, make_collator, make_family, make_steps, necessary_flops, shape_of
+from scripts.bench.shapes import (
+    LENGTHS,
+    NUM_PREFIX,
+    Shape,
+    make_collator,
+    make_family,
+    make_steps,
+    necessary_flops,
+    shape_of,
+)
 from tests.helpers import tiny
 from vzip.cost import row_cost
 from vzip.families.llava import Llava
@@ -43,7 +52,9 @@ def family():
 
 def test_gradients_agree_and_the_fast_way_runs_no_token_more_than_necessary(figures):
     found = figures["shapes"]["tiny"]
-    assert found["gradient_difference"] < 1e-4 and found["few_rows_difference"] == {"float32": pytest.approx(0, abs=1e-4)}
+    assert found["gradient_difference"] < 1e-4 and found["few_rows_difference"] == {
+        "float32": pytest.approx(0, abs=1e-4)
+    }
     assert found["slots_per_necessary"]["fast"] == 1.0
     assert found["slots_per_necessary"]["reference"] > 1.3
     # Two bytes each: the norms' inputs, queries, keys and values half as wide, gate and up twice as wide; attention's on a GPU.
@@ -58,11 +69,15 @@ def test_figures_follow_from_the_seconds(figures):
         slowest = max(found["seconds"][name])
         assert len(found["seconds"][name]) == 2
         assert found["steps_per_s"][name]["least"] == pytest.approx(1 / slowest)
-        assert found["tenth_minutes"][name] == pytest.approx(66_529 / 10 * sum(found["seconds"][name]) / 2 / 60)
+        assert found["tenth_minutes"][name] == pytest.approx(
+            66_529 / 10 * sum(found["seconds"][name]) / 2 / 60
+        )
         assert 0 < found["mfu"][name]["median"] < 1
         assert set(found["stage_s"][name]) == set(bench.STAGES) and min(found["stage_s"][name].values()) > 0
     ratios = [a / b for a, b in zip(found["seconds"]["reference"], found["seconds"]["fast"], strict=True)]
-    assert found["ratio"] == pytest.approx({"median": sum(ratios) / 2, "least": min(ratios), "most": max(ratios)})
+    assert found["ratio"] == pytest.approx(
+        {"median": sum(ratios) / 2, "least": min(ratios), "most": max(ratios)}
+    )
     assert found["first_step_s"] > 0 and found["peak_flops"] > 0 and found["peak_flops_from"]
     assert set(found["peak_bytes"]) == WAYS
 
@@ -70,7 +85,9 @@ def test_figures_follow_from_the_seconds(figures):
 @pytest.mark.parametrize("checked", ["TOLERANCE", "FEW_TOLERANCE"])
 def test_gradients_that_differ_end_it(monkeypatch, checked):
     monkeypatch.setitem(getattr(bench, checked), "float32", 0.0)
-    with pytest.raises(SystemExit, match=r"the gradients differ by .* in float32, more than 0; times would say nothing"):
+    with pytest.raises(
+        SystemExit, match=r"the gradients differ by .* in float32, more than 0; times would say nothing"
+    ):
         bench.measure(SMALL, bench.parse(["--rounds", "1", "--dtype", "float32"]), CPU)
 
 
@@ -78,7 +95,10 @@ def test_gradients_that_differ_end_it(monkeypatch, checked):
 def test_a_large_model_needs_a_gpu(capsys):
     with pytest.raises(SystemExit):
         run(["--shape", "tiny", "llava-13b"])
-    assert "--shape llava-13b needs a GPU, and there is none; `--shape tiny` is for a CPU" in capsys.readouterr().err
+    assert (
+        "--shape llava-13b needs a GPU, and there is none; `--shape tiny` is for a CPU"
+        in capsys.readouterr().err
+    )
 
 
 def test_rows_have_the_recorded_lengths_and_the_mix_of_them(family):
@@ -94,7 +114,9 @@ def test_rows_have_the_recorded_lengths_and_the_mix_of_them(family):
         assert {len(row.ids) for row in rows if not row.media} <= alone
         assert all(row.ids[NUM_PREFIX] == image_id and row.ids.count(image_id) == 1 for row in pictured)
         assert all(row.labels[-1] == row.ids[-1] for row in rows)
-        starts = [sum(a == IGNORED != b for a, b in zip(row.labels, row.labels[1:], strict=False)) for row in rows]
+        starts = [
+            sum(a == IGNORED != b for a, b in zip(row.labels, row.labels[1:], strict=False)) for row in rows
+        ]
         assert {2, 3} <= set(starts) <= {1, 2, 3}
     assert len(shared_prefix([*steps[0], *steps[1]], [image_id])) == NUM_PREFIX
     assert steps == make_steps(family, num_steps=2, num_rows=128)
@@ -128,14 +150,18 @@ def test_tiles_are_counted():
 def test_necessary_operations_are_fewer_than_those_of_whole_rows(family):
     rows = [row for row in make_steps(family, num_steps=1, num_rows=20)[0] if row.media]
     whole = [
-        row_cost(family, SMALL.reducer, num_tiles=1, num_visual_tokens=7, num_text_tokens=len(row.ids) - 1).total
+        row_cost(
+            family, SMALL.reducer, num_tiles=1, num_visual_tokens=7, num_text_tokens=len(row.ids) - 1
+        ).total
         for row in rows
     ]
     assert 0.3 * sum(whole) < necessary_flops(family, SMALL.reducer, rows) < 0.9 * sum(whole)
     assert necessary_flops(family, SMALL.reducer, [row for row in rows if not row.media]) == 0
 
 
-@pytest.mark.parametrize("name, layers, tokens", [("tiny", 8, 64), ("llava-13b", 40, 64), ("next-7b", 32, 160)])
+@pytest.mark.parametrize(
+    "name, layers, tokens", [("tiny", 8, 64), ("llava-13b", 40, 64), ("next-7b", 32, 160)]
+)
 def test_shapes(name, layers, tokens):
     shape = shape_of(name)
     with torch.device("meta"):

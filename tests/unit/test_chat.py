@@ -12,7 +12,10 @@ from vzip.chat import Chat
 from vzip.templates.encode import chatml, vicuna
 from vzip.templates.jinja import chat_template
 
-REDUCERS = {"full": {"reducer": vzip.reducers.identity.Identity()}, "reduced": {"dominant": 4, "contextual": 3}}
+REDUCERS = {
+    "full": {"reducer": vzip.reducers.identity.Identity()},
+    "reduced": {"dominant": 4, "contextual": 3},
+}
 QUESTIONS = ("what is it?", "and where?", "why so?")
 
 
@@ -26,7 +29,9 @@ def attached(kind, **reducer):
 
 def ask(chat, question):
     *parts, answer = chat.ask(question)
-    assert [part.text for part in parts] == sorted((part.text for part in parts), key=len) and parts[-1].text == answer.text
+    assert [part.text for part in parts] == sorted((part.text for part in parts), key=len) and parts[
+        -1
+    ].text == answer.text
     return answer
 
 
@@ -35,7 +40,13 @@ def without_cache(chat, num_tokens):
     text = chat.processor.apply_chat_template(chat.messages[:-1], tokenize=False, add_generation_prompt=True)
     inputs = chat.processor(text=text, images=[chat.picture], return_tensors="pt")
     end = chat.processor.tokenizer.eos_token_id
-    limits = {"max_new_tokens": num_tokens, "do_sample": False, "use_cache": False, "pad_token_id": 0, "eos_token_id": end}
+    limits = {
+        "max_new_tokens": num_tokens,
+        "do_sample": False,
+        "use_cache": False,
+        "pad_token_id": 0,
+        "eos_token_id": end,
+    }
     output = chat.model.generate(**inputs, **limits)[0, inputs["input_ids"].shape[1] :]
     return chat.processor.tokenizer.decode(output, skip_special_tokens=True).strip()
 
@@ -63,7 +74,13 @@ def test_turns_are_those_of_a_run_without_cache_and_the_picture_is_encoded_once(
         assert answer.text == without_cache(part, 6)
     visual = handle.num_image_tokens((90, 60))
     assert {answer.num_visual_tokens for answer in answers} == {visual}
-    assert answers[0].num_cached_tokens == 0 < visual < answers[1].num_cached_tokens < answers[2].num_cached_tokens
+    assert (
+        answers[0].num_cached_tokens
+        == 0
+        < visual
+        < answers[1].num_cached_tokens
+        < answers[2].num_cached_tokens
+    )
     assert all(answer.num_prompt_tokens - answer.num_cached_tokens < 60 for answer in answers[1:])
 
 
@@ -87,7 +104,9 @@ def test_an_answer_ends_at_the_templates_end_token_as_well_as_the_models():
     with torch.no_grad():
         handle.family.lm_head.weight.zero_()  # every token is as likely, and the first one is taken
     assert ask(chat, "what?").text == ""  # 5 times <unk>
-    handle.family.lm_head.register_forward_hook(lambda module, args, output: output.index_fill(-1, torch.tensor([end]), 9.0))
+    handle.family.lm_head.register_forward_hook(
+        lambda module, args, output: output.index_fill(-1, torch.tensor([end]), 9.0)
+    )
     assert [answer.text for answer in chat.ask("what?")] == [""]
     assert chat.messages[-1] == {"role": "assistant", "content": [{"type": "text", "text": ""}]}
 
@@ -101,7 +120,10 @@ def test_text_that_changed_behind_the_picture_is_run_again():
         answer = ask(chat, "why?")
     first = processor.apply_chat_template(chat.messages[:1], tokenize=False, add_generation_prompt=True)
     shared = len(processor(text=first + " ", images=[tiny.picture()])["input_ids"][0])
-    assert calls == [] and answer.num_cached_tokens in (shared - 1, shared)  # the answer may have begun with a space, too
+    assert calls == [] and answer.num_cached_tokens in (
+        shared - 1,
+        shared,
+    )  # the answer may have begun with a space, too
     assert answer.text == without_cache(chat, 5)
 
 
@@ -137,7 +159,9 @@ def test_a_turn_that_fails_leaves_no_half_written_cache():
     def fail(module, args):
         raise MemoryError
 
-    hook = handle.family.language_model.layers[1].register_forward_pre_hook(fail)  # layer 0 has the new keys already
+    hook = handle.family.language_model.layers[1].register_forward_pre_hook(
+        fail
+    )  # layer 0 has the new keys already
     with pytest.raises(MemoryError):
         ask(chat, "why?")
     hook.remove()
@@ -147,7 +171,11 @@ def test_a_turn_that_fails_leaves_no_half_written_cache():
 def test_what_can_not_be_asked_is_refused():
     handle, processor = attached("clip", **REDUCERS["reduced"])
     chat = Chat(handle.family.model, processor, tiny.picture(), max_new_tokens=5)
-    for question, words in (("  ", "is empty"), ("an <image>?", "spells <image>"), ("a" * 2048, "the model takes 2048")):
+    for question, words in (
+        ("  ", "is empty"),
+        ("an <image>?", "spells <image>"),
+        ("a" * 2048, "the model takes 2048"),
+    ):
         with pytest.raises(UserError, match=words):
             ask(chat, question)
     assert chat.messages == []

@@ -10,7 +10,11 @@ from vzip.templates.encode import chatml, encode, mistral, plain, vicuna
 from vzip.templates.jinja import chat_template
 
 TEMPLATES = {"vicuna": vicuna(), "mistral": mistral(), "chatml": chatml("You're \\ 's \n {{ x }}")}
-TURNS = [("<image>\n<image>\nwhich {% is %} it's?", 'a "cat"'), ("and\nnow?", "it's {{ two }}"), ("why?", None)]
+TURNS = [
+    ("<image>\n<image>\nwhich {% is %} it's?", 'a "cat"'),
+    ("and\nnow?", "it's {{ two }}"),
+    ("why?", None),
+]
 MESSAGES = [
     {
         "role": "user",
@@ -38,15 +42,23 @@ def test_a_conversation_has_the_ids_of_the_training_format(name):
 def test_parts_of_text_are_lines():
     """As lmms-eval's MMMU gives them, whose pieces around a picture are stripped."""
     tokenizer = tiny.tokenizer()
-    content = [{"type": "text", "text": "what is in"}, {"type": "image"}, {"type": "text", "text": "and why?"}]
+    content = [
+        {"type": "text", "text": "what is in"},
+        {"type": "image"},
+        {"type": "text", "text": "and why?"},
+    ]
     whole = [{"type": "image"}, {"type": "text", "text": "what is in\nand why?"}]
-    parts, text = (rendered(vicuna(), tokenizer, [{"role": "user", "content": each}]) for each in (content, whole))
+    parts, text = (
+        rendered(vicuna(), tokenizer, [{"role": "user", "content": each}]) for each in (content, whole)
+    )
     assert parts == text and "<image>\nwhat is in\nand why? ASSISTANT:" in parts
 
 
 @pytest.mark.parametrize("build", [vicuna, mistral])
 @pytest.mark.parametrize("legacy", [True, False])
-def test_prompts_of_a_real_sentencepiece_tokenizer_are_the_training_formats(build, legacy, sentencepiece_folder):
+def test_prompts_of_a_real_sentencepiece_tokenizer_are_the_training_formats(
+    build, legacy, sentencepiece_folder
+):
     tokenizer = LlamaTokenizer.from_pretrained(sentencepiece_folder, legacy=legacy)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}

@@ -27,7 +27,9 @@ def logits(model, processor):
 def plain(folder, **reducer):
     """What the base model says behind a reducer."""
     handle = attached(folder, **reducer)
-    return logits(handle.family.model, handle.processor(vzip.families.families()["llava"].load_processor(str(folder))))
+    return logits(
+        handle.family.model, handle.processor(vzip.families.families()["llava"].load_processor(str(folder)))
+    )
 
 
 @torch.no_grad()

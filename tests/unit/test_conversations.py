@@ -14,8 +14,16 @@ from tests.helpers.broken import JSON, good, good_video, messages, mutated
 
 
 def test_one_image_several_and_none():
-    one = parse_row({"id": "a", "image": "coco/1.jpg", "conversations": messages("<image>\nwhat?", "a cat", "sure?", "yes")})
-    several = parse_row({"image": ["vg/1.jpg", "gqa/2.jpg"], "conversations": messages("<image>", "x", "and <image>", "y")})
+    one = parse_row(
+        {
+            "id": "a",
+            "image": "coco/1.jpg",
+            "conversations": messages("<image>\nwhat?", "a cat", "sure?", "yes"),
+        }
+    )
+    several = parse_row(
+        {"image": ["vg/1.jpg", "gqa/2.jpg"], "conversations": messages("<image>", "x", "and <image>", "y")}
+    )
     none = parse_row({"id": "c", "conversations": messages("hello", "hi")})
 
     assert one.images == ("coco/1.jpg",) and one.turns == (("<image>\nwhat?", "a cat"), ("sure?", "yes"))
@@ -24,13 +32,23 @@ def test_one_image_several_and_none():
 
 
 def test_one_video_several_and_both_kinds():
-    one = parse_row({"video": "valley/1.mp4", "conversations": messages("<video>\nwhat?", "a cat", "sure?", "yes")})
-    several = parse_row({"video": ["a/1.mp4", "b/frames"], "conversations": messages("<video>", "x", "and <video>", "y")})
+    one = parse_row(
+        {"video": "valley/1.mp4", "conversations": messages("<video>\nwhat?", "a cat", "sure?", "yes")}
+    )
+    several = parse_row(
+        {"video": ["a/1.mp4", "b/frames"], "conversations": messages("<video>", "x", "and <video>", "y")}
+    )
     both = parse_row(
-        {"image": ["coco/1.jpg", "coco/2.jpg"], "video": "a/1.mp4", "conversations": messages("<video><image><image>", "x")}
+        {
+            "image": ["coco/1.jpg", "coco/2.jpg"],
+            "video": "a/1.mp4",
+            "conversations": messages("<video><image><image>", "x"),
+        }
     )
 
-    assert one.videos == ("valley/1.mp4",) and one.images == () and one.turns[0] == ("<video>\nwhat?", "a cat")
+    assert (
+        one.videos == ("valley/1.mp4",) and one.images == () and one.turns[0] == ("<video>\nwhat?", "a cat")
+    )
     assert several.videos == ("a/1.mp4", "b/frames")
     assert both.images == ("coco/1.jpg", "coco/2.jpg") and both.videos == ("a/1.mp4",)
     assert parse_row(good()).videos == ()
@@ -61,11 +79,16 @@ def test_a_number_as_id_becomes_text():
 def test_digest_depends_on_content_not_on_the_order_of_keys():
     row = good()
     backwards = {key: row[key] for key in reversed(row)}
-    backwards["conversations"] = [{key: message[key] for key in reversed(message)} for message in row["conversations"]]
+    backwards["conversations"] = [
+        {key: message[key] for key in reversed(message)} for message in row["conversations"]
+    ]
 
     assert list(backwards) != list(row) and parse_row(backwards).digest == parse_row(row).digest
     assert parse_row({**row, "id": "other"}).digest != parse_row(row).digest
-    assert parse_row({**row, "conversations": messages("<image>\nwhat?", "a dog")}).digest != parse_row(row).digest
+    assert (
+        parse_row({**row, "conversations": messages("<image>\nwhat?", "a dog")}).digest
+        != parse_row(row).digest
+    )
 
 
 @pytest.mark.integration
@@ -88,7 +111,10 @@ BROKEN = {
     "empty conversations": {**good(), "conversations": []},
     "conversations is text": {**good(), "conversations": "what?"},
     "odd number of messages": {**good(), "conversations": messages("<image>", "a", "b")},
-    "wrong speaker": {**good(), "conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "<image>"}]},
+    "wrong speaker": {
+        **good(),
+        "conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "<image>"}],
+    },
     "an answer alone": {**good(), "conversations": [{"from": "gpt", "value": "a"}]},
     "two humans": {**good(), "conversations": [{"from": "human", "value": "<image>"}] * 2},
     "message is text": {**good(), "conversations": ["<image>", "a"]},
@@ -165,4 +191,6 @@ def test_whatever_an_entry_holds_it_is_a_row_or_gives_a_reason(entry):
     assert len(row.images) == sum(question.count("<image>") for question, _ in row.turns)
     assert len(row.videos) == sum(question.count("<video>") for question, _ in row.turns)
     assert not any(path.startswith("/") or ".." in path.split("/") for path in row.images + row.videos)
-    assert all(answer.strip() and "<image>" not in answer and "<video>" not in answer for _, answer in row.turns)
+    assert all(
+        answer.strip() and "<image>" not in answer and "<video>" not in answer for _, answer in row.turns
+    )

@@ -66,7 +66,13 @@ def batches(examples, **settings):
 def rows_by_step(examples, split, *, num_steps, seed=0):
     """What all ranks and parts take, step by step, as sorted row numbers."""
     micro, accumulation, world_size = split
-    settings = {"micro": micro, "accumulation": accumulation, "world_size": world_size, "num_steps": num_steps, "seed": seed}
+    settings = {
+        "micro": micro,
+        "accumulation": accumulation,
+        "world_size": world_size,
+        "num_steps": num_steps,
+        "seed": seed,
+    }
     ranks = [batches(examples, **settings, rank=rank) for rank in range(world_size)]
     assert all(len(rank) == num_steps * accumulation for rank in ranks)
     assert all(rank.num_parts(step) == accumulation for rank in ranks for step in range(num_steps))
@@ -125,13 +131,21 @@ def test_rows_are_expanded_and_padded(tmp_path, left):
     assert batch.attention_mask.tolist() == [[1] * 6, padded([1, 1], 0)]
     assert batch.labels.tolist() == [[*[IGNORED] * 4, 51, 52], padded([IGNORED, 61], IGNORED)]
     assert batch.num_placeholders == {"image": 3}
-    assert list(batch.media) == ["image"] and batch.media["image"]["pixel_values"].shape == (1, 3, tiny.SIDE, tiny.SIDE)
+    assert list(batch.media) == ["image"] and batch.media["image"]["pixel_values"].shape == (
+        1,
+        3,
+        tiny.SIDE,
+        tiny.SIDE,
+    )
     assert batch.input_ids.dtype == batch.labels.dtype == batch.attention_mask.dtype == torch.int64
 
 
 def test_pictures_keep_their_order_over_rows(tmp_path):
     paths = pictures(tmp_path, 4)
-    rows = [Example([IMAGE_ID, IMAGE_ID, 7], [IGNORED] * 3, {"image": (paths[2], paths[0])}), Example([7], [7], {})]
+    rows = [
+        Example([IMAGE_ID, IMAGE_ID, 7], [IGNORED] * 3, {"image": (paths[2], paths[0])}),
+        Example([7], [7], {}),
+    ]
     rows += [Example([IMAGE_ID, 7], [IGNORED, 7], {"image": (paths[number],)}) for number in (3, 2)]
     batch = collator()(rows)
 
@@ -156,7 +170,12 @@ def test_a_picture_that_vanishes_or_breaks_later_is_a_user_error_that_names_it(t
 
 
 @settings(max_examples=25, deadline=None)
-@given(split=st.sampled_from(SPLITS), count=st.integers(3, 20), seed=st.integers(0, 3), num_steps=st.integers(1, 4))
+@given(
+    split=st.sampled_from(SPLITS),
+    count=st.integers(3, 20),
+    seed=st.integers(0, 3),
+    num_steps=st.integers(1, 4),
+)
 def test_every_split_of_a_global_batch_takes_the_same_rows(split, count, seed, num_steps):
     examples = numbered(count)
     whole = rows_by_step(examples, (8, 1, 1), num_steps=num_steps, seed=seed)
@@ -241,8 +260,12 @@ def talk(*texts, **extra):
     return parse_row({"conversations": messages, **extra})
 
 
-TEMPLATES = pytest.mark.parametrize("template", [vicuna(), chatml("be kind")], ids=lambda template: template.name)
-MEDIA_ROW = talk("<image>\nwhat?", "a cat", "and <image><video>?", "a dog", image=["1.jpg", "2.jpg"], video="1.mp4")
+TEMPLATES = pytest.mark.parametrize(
+    "template", [vicuna(), chatml("be kind")], ids=lambda template: template.name
+)
+MEDIA_ROW = talk(
+    "<image>\nwhat?", "a cat", "and <image><video>?", "a dog", image=["1.jpg", "2.jpg"], video="1.mp4"
+)
 
 
 @TEMPLATES
@@ -251,9 +274,13 @@ def test_a_cut_row_keeps_as_many_placeholders_as_pictures_and_videos(tmp_path, t
     length = len(encode(template, PROCESSOR.tokenizer, MEDIA_ROW.turns)[0])
     found = set()
     for max_tokens in range(1, length + 1):
-        for example in tokenized([MEDIA_ROW], template, tmp_path, max_tokens=max_tokens):  # none without a label
+        for example in tokenized(
+            [MEDIA_ROW], template, tmp_path, max_tokens=max_tokens
+        ):  # none without a label
             counts = {"image": example.ids.count(IMAGE_ID), "video": example.ids.count(VIDEO_ID)}
-            assert {kind: len(paths) for kind, paths in example.media.items()} == {kind: n for kind, n in counts.items() if n}
+            assert {kind: len(paths) for kind, paths in example.media.items()} == {
+                kind: n for kind, n in counts.items() if n
+            }
             assert all(path.parent == tmp_path for paths in example.media.values() for path in paths)
             assert len(example.sizes) == counts["image"]
             found.add(tuple(path.name for paths in example.media.values() for path in paths))
@@ -279,7 +306,12 @@ BATCHES = {
     "all": IMAGE_ROWS + VIDEO_ROWS,
     "text alone": ["no picture", "and none"],
 }
-CASES = [(kind, name) for kind in tiny.KINDS for name in BATCHES if kind in tiny.VIDEO or "<video>" not in str(BATCHES[name])]
+CASES = [
+    (kind, name)
+    for kind in tiny.KINDS
+    for name in BATCHES
+    if kind in tiny.VIDEO or "<video>" not in str(BATCHES[name])
+]
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
@@ -289,12 +321,17 @@ def test_a_micro_batch_is_what_the_models_reduced_processor_makes(tmp_path, kind
     examples = examples_of(texts, tmp_path)
     batch = collated(kind, examples, reducer=reducer, left=left)
     with vzip.attach(family(kind).model, reducer=reducer) as handle:
-        expected = processed(handle.processor(tiny.processor(kind)), texts, examples, side="left" if left else "right")
+        expected = processed(
+            handle.processor(tiny.processor(kind)), texts, examples, side="left" if left else "right"
+        )
 
     assert torch.equal(batch.input_ids, expected["input_ids"])
     assert torch.equal(batch.attention_mask, expected["attention_mask"])
     for media, inputs in batch.media.items():
-        assert batch.num_placeholders[media] == (expected["input_ids"] == family(kind).placeholder_id(media)).sum()
+        assert (
+            batch.num_placeholders[media]
+            == (expected["input_ids"] == family(kind).placeholder_id(media)).sum()
+        )
         if batch.num_placeholders[media]:
             assert pixels_of(inputs).dtype == torch.uint8  # on its way to the device
             wanted = model_inputs(media, expected)
@@ -328,7 +365,9 @@ def test_there_are_as_many_placeholders_as_features(tmp_path, kind, reducer):
             assert features.isfinite().all()
 
 
-@pytest.mark.parametrize(("kind", "media"), [(kind, media) for kind in tiny.KINDS for media in family(kind).kinds])
+@pytest.mark.parametrize(
+    ("kind", "media"), [(kind, media) for kind in tiny.KINDS for media in family(kind).kinds]
+)
 def test_media_that_no_row_has_are_blank(tmp_path, kind, media):
     """Under ZeRO 3 every rank must run the same modules: with the shapes of real pictures, but one and without noise."""
     rows = {"image": "<image>one", "video": "<video>one"}
@@ -345,7 +384,9 @@ def test_media_that_no_row_has_are_blank(tmp_path, kind, media):
         assert len(values) == 1 and values.dtype == there.dtype and values.dim() == there.dim()
     assert not pixels_of(batch.media[media]).any() and pixels_of(real.media[media]).any()  # black
     with torch.no_grad():
-        features = family(kind).media_features(VisionZip(dominant=4, contextual=2), media, floats(batch.media[media]))
+        features = family(kind).media_features(
+            VisionZip(dominant=4, contextual=2), media, floats(batch.media[media])
+        )
         assert features.isfinite().all()
 
 
@@ -373,8 +414,13 @@ def test_a_row_that_a_cut_left_one_of_two_pictures_is_a_row_of_one(tmp_path):
 
     whole, cut = (collated("onevision", [example]) for example in (two, one))
     tiles = family("onevision").num_tiles((tiny.SIDE, tiny.SIDE))
-    assert whole.media["image"]["batch_num_images"].tolist() == [2] and whole.num_placeholders["image"] == 2 * (6 + 1)
-    assert cut.media["image"]["batch_num_images"].tolist() == [1] and cut.num_placeholders["image"] == 6 * tiles > 6
+    assert whole.media["image"]["batch_num_images"].tolist() == [2] and whole.num_placeholders[
+        "image"
+    ] == 2 * (6 + 1)
+    assert (
+        cut.media["image"]["batch_num_images"].tolist() == [1]
+        and cut.num_placeholders["image"] == 6 * tiles > 6
+    )
 
 
 @pytest.mark.parametrize("kind", tiny.VIDEO)
@@ -401,4 +447,6 @@ def test_a_collator_is_light_enough_for_workers_that_are_sent_a_copy(kind):
     collate = Collator(tiny.processor(kind), family, VisionZip(dominant=4, contextual=2))
     held = [getattr(collate.family.model, name, None) for name in ("model", "lm_head")]
     assert held == [None, None]
-    assert collate.family.num_image_tokens(collate.reducer, (40, 90)) == family.num_image_tokens(collate.reducer, (40, 90))
+    assert collate.family.num_image_tokens(collate.reducer, (40, 90)) == family.num_image_tokens(
+        collate.reducer, (40, 90)
+    )

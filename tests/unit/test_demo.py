@@ -40,7 +40,11 @@ def last(conversation, name, question):
 
 def test_each_row_answers_as_the_model_that_is_loaded_for_it_alone(rows, run):
     conversation = Conversation(rows, tiny.picture(), rows.budget)
-    answers = [last(conversation, name, question).text for question in ("what?", "why?") for name in ("full", "free", "tuned")]
+    answers = [
+        last(conversation, name, question).text
+        for question in ("what?", "why?")
+        for name in ("full", "free", "tuned")
+    ]
     alone = Chat(*vzip.load(run, device="cpu"), tiny.picture(), max_new_tokens=5)
     for tuned, question in ((answers[2], "what?"), (answers[5], "why?")):
         *_, answer = alone.ask(question)
@@ -65,7 +69,9 @@ def test_the_tuned_row_is_closed_where_it_was_not_tuned(rows):
     conversation = Conversation(rows, tiny.picture(), 9)
     assert conversation.open_rows == ["full", "free"]
     assert conversation.closed("tuned") == "for a budget of 6 alone; move the slider there"
-    assert conversation.num_visual_tokens("free") == last(conversation, "free", "what?").num_visual_tokens == 9
+    assert (
+        conversation.num_visual_tokens("free") == last(conversation, "free", "what?").num_visual_tokens == 9
+    )
 
 
 def test_a_reader_who_leaves_gives_the_model_back(rows):
@@ -136,7 +142,10 @@ def test_figures_have_a_line_for_each_turn(rows):
     *_, first, second = as_figures(conversation.turns["tuned"]).splitlines()
     assert f"| {answers[0].num_prompt_tokens} of {answers[0].num_prompt_tokens} |" in first
     run = answers[1].num_prompt_tokens - answers[1].num_cached_tokens
-    assert re.match(rf"\| 2 \| \d+\.\d\d s \| \d+\.\d \| {run} of {answers[1].num_prompt_tokens} \| 0\.\d\d MiB \|", second)
+    assert re.match(
+        rf"\| 2 \| \d+\.\d\d s \| \d+\.\d \| {run} of {answers[1].num_prompt_tokens} \| 0\.\d\d MiB \|",
+        second,
+    )
     assert as_messages([Turn("what?", None)])[1] == {"role": "assistant", "content": "…"}
 
 
@@ -181,7 +190,9 @@ def test_examples_are_the_runs_held_out_pictures_that_can_be_opened(run, tmp_pat
         ("clip.mp4", "?"),
         ("", "?"),
     ]
-    (run / "answers_full.json").write_text(json.dumps([{"image": name, "question": question} for name, question in given]))
+    (run / "answers_full.json").write_text(
+        json.dumps([{"image": name, "question": question} for name, question in given])
+    )
     (run / "config.yaml").write_text("data:\n  image_folder: '~'\n")
     (example,) = held_out_examples(run)
     assert (example.picture, example.question) == (open_picture(tmp_path / "a.png"), "what?")

@@ -45,7 +45,20 @@ def command(monkeypatch, capsys, *arguments):
 
 def test_a_run_is_compared_with_itself_and_with_another_model(run, tmp_path, monkeypatch, capsys):
     other, figures = tiny.save_llava(tmp_path / "small", "siglip", seed=4), tmp_path / "new" / "figures.json"
-    given = ("--questions", 3, "--new-tokens", 2, "--rounds", 2, "--batch", 2, "--against", other, "--json", figures)
+    given = (
+        "--questions",
+        3,
+        "--new-tokens",
+        2,
+        "--rounds",
+        2,
+        "--batch",
+        2,
+        "--against",
+        other,
+        "--json",
+        figures,
+    )
     printed = command(monkeypatch, capsys, run, *given)
     assert all(label in printed for label in LABELS) and "noise" in printed
     found = json.loads(figures.read_text())
@@ -58,8 +71,16 @@ def test_a_run_is_compared_with_itself_and_with_another_model(run, tmp_path, mon
         assert all(len(row[part]["seconds"]) == 2 for part in ("language", "whole", "token", "questions"))
         assert row["weight_bytes"] > 100_000 and row["total_bytes"] == row["weight_bytes"] + row["peak_bytes"]
     full, tuned, small = found["rows"].values()
-    assert full["num_text_tokens"] == tuned["num_text_tokens"] and full["language_flops"] > tuned["language_flops"]
-    for base, formula in ((full, "language_flops"), (full, "whole_flops"), (full, "paper_flops"), (small, "paper_flops")):
+    assert (
+        full["num_text_tokens"] == tuned["num_text_tokens"]
+        and full["language_flops"] > tuned["language_flops"]
+    )
+    for base, formula in (
+        (full, "language_flops"),
+        (full, "whole_flops"),
+        (full, "paper_flops"),
+        (small, "paper_flops"),
+    ):
         assert f"{base[formula] / tuned[formula]:.2f}" in printed
     ratios = [a / b for a, b in zip(full["whole"]["seconds"], tuned["whole"]["seconds"], strict=True)]
     middle = full["whole"]["median_s"] / tuned["whole"]["median_s"]
@@ -73,21 +94,40 @@ def test_the_papers_formula():
 
 
 def test_a_run_whose_questions_have_no_picture_is_asked_about_noise(run, tmp_path, monkeypatch, capsys):
-    rows = [{"id": "1", "conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a"}]}]
+    rows = [
+        {"id": "1", "conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a"}]}
+    ]
     (tmp_path / "questions.json").write_text(json.dumps(rows))
     monkeypatch.setenv("VZIP_DATA", str(tmp_path / "data"))
-    cfg = {"data": {"held_out": str(tmp_path / "questions.json"), "image_folder": str(tmp_path)}, "evaluate": {"questions": 8}}
+    cfg = {
+        "data": {"held_out": str(tmp_path / "questions.json"), "image_folder": str(tmp_path)},
+        "evaluate": {"questions": 8},
+    }
     (run / "config.yaml").write_text(json.dumps(cfg))
     (run / "result.json").write_text("{}")
     printed = command(monkeypatch, capsys, run, "--questions", 1, "--new-tokens", 1, "--rounds", 1)
-    assert "questions about noise" in printed and json.loads((run / "efficiency.json").read_text())["made_up_questions"]
+    assert (
+        "questions about noise" in printed
+        and json.loads((run / "efficiency.json").read_text())["made_up_questions"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["next", "mini-gemini", "video", "onevision"])
 def test_every_family_is_measured(kind, tmp_path, monkeypatch, capsys):
     figures = tmp_path / "figures.json"
     source = tiny.save_llava(tmp_path / "model", kind)
-    given = ("--budget", 20 if kind == "next" else 4, "--questions", 1, "--new-tokens", 1, "--rounds", 1, "--json", figures)
+    given = (
+        "--budget",
+        20 if kind == "next" else 4,
+        "--questions",
+        1,
+        "--new-tokens",
+        1,
+        "--rounds",
+        1,
+        "--json",
+        figures,
+    )
     command(monkeypatch, capsys, source, *given)
     full, free = json.loads(figures.read_text())["rows"].values()
     assert full["num_visual_tokens"] > free["num_visual_tokens"] and full["whole_flops"] > free["whole_flops"]
@@ -97,14 +137,18 @@ def test_every_family_is_measured(kind, tmp_path, monkeypatch, capsys):
 @torch.no_grad()
 def test_what_is_timed_is_what_the_row_answers(run):
     comparison = Comparison.open(run, device="cpu")
-    questions = [Question(text, tiny.picture(seed)) for seed, text in enumerate(("a?", "what is it?", "why?"))]
+    questions = [
+        Question(text, tiny.picture(seed)) for seed, text in enumerate(("a?", "what is it?", "why?"))
+    ]
     for name in ("full", "tuned"):
         row = Row(comparison, name, budget=None)
         answers = row.answer(questions, batch=2, new_tokens=4)
         assert answers == row.answer(questions, batch=1, new_tokens=4)  # padding changes nothing
         case = row.prefill(questions[1], batch=2)
         with comparison.row(name) as (model, processor):
-            inputs = processor(text=["<image>\nwhat is it?"] * 2, images=[tiny.picture(1)] * 2, return_tensors="pt")
+            inputs = processor(
+                text=["<image>\nwhat is it?"] * 2, images=[tiny.picture(1)] * 2, return_tensors="pt"
+            )
             assert all(torch.equal(case.inputs[key], inputs[key]) for key in ("input_ids", "pixel_values"))
             prefilled = model(**inputs)
         first = prefilled.logits[:, -1].argmax(dim=1).tolist()
@@ -118,7 +162,9 @@ def test_questions_are_asked_in_the_models_chat_template():
     assert efficiency.prompts(processor, [question]) == ["<image>\nwhat?"]
     processor.chat_template = chat_template(chatml("be brief"), processor.tokenizer)
     (prompt,) = efficiency.prompts(processor, [question])
-    assert prompt.count("<image>") == 1 and "be brief" in prompt and prompt.endswith("<|im_start|>assistant\n")
+    assert (
+        prompt.count("<image>") == 1 and "be brief" in prompt and prompt.endswith("<|im_start|>assistant\n")
+    )
 
 
 def test_made_up_questions_are_about_a_picture_of_several_tiles():

@@ -49,7 +49,9 @@ def test_a_list_makes_one_reducer_a_budget_in_its_order(setting):
 def test_each_budget_is_the_total_of_the_familys_tiles():
     cfg = settings_of("model=next-7b", "reducer=random", "reducer.budget=[160,320]")
     reducers = config.build_reducers(cfg)
-    assert all(isinstance(reducer, Random) for reducer in reducers) and [reducer.budget for reducer in reducers] == [32, 64]
+    assert all(isinstance(reducer, Random) for reducer in reducers) and [
+        reducer.budget for reducer in reducers
+    ] == [32, 64]
     with pytest.raises(UserError, match=r"reducer\.budget=161 is the total of an image of 5 tiles"):
         config.build_reducers(settings_of("model=next-7b", "reducer.budget=[160,161]"))
 
@@ -64,10 +66,14 @@ def test_a_single_reducer_is_the_only_one(reducer):
     )
 
 
-@pytest.mark.parametrize("given", ["[]", "[64,64]", "[64,12.5]", "[0,64]", "[true,64]", "[64,null]", "[many]"])
+@pytest.mark.parametrize(
+    "given", ["[]", "[64,64]", "[64,12.5]", "[0,64]", "[true,64]", "[64,null]", "[many]"]
+)
 def test_a_list_that_is_none_of_budgets_is_refused(given):
     for call in (check, config.build_reducers):
-        with pytest.raises(UserError, match=r"^reducer\.budget=\[.*\] must be .* list of different ones, .* \[64, 128, 192\]"):
+        with pytest.raises(
+            UserError, match=r"^reducer\.budget=\[.*\] must be .* list of different ones, .* \[64, 128, 192\]"
+        ):
             call(settings_of("model=llava-7b", f"reducer.budget={given}"))
 
 
@@ -84,7 +90,9 @@ def test_a_list_that_is_none_of_budgets_is_refused(given):
 def test_what_only_one_budget_can_have_is_refused_with_the_way_out(override, advice):
     with pytest.raises(UserError) as error:
         check(settings_of("reducer.budget=[4,8]", override))
-    assert all(word in str(error.value) for word in ("reducer.budget=[4, 8]", override, advice, "single budget"))
+    assert all(
+        word in str(error.value) for word in ("reducer.budget=[4, 8]", override, advice, "single budget")
+    )
     if "reducer" not in override:
         check(settings_of(override))
 
@@ -114,7 +122,9 @@ def family():
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
-    return examples_of([f"so {text} {number}" for number in range(4) for text in IMAGE_ROWS], tmp_path_factory.mktemp("rows"))
+    return examples_of(
+        [f"so {text} {number}" for number in range(4) for text in IMAGE_ROWS], tmp_path_factory.mktemp("rows")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +136,14 @@ def laid_out(family, examples):
 def lay_out(family, examples):
     prefix = shared_prefix(examples, [family.placeholder_id("image")])
     collators = [Collator(tiny.processor(), family, reducer) for reducer in REDUCERS]
-    packers = [Packer(collate, num_prefix=len(prefix), reducer=number) for number, collate in enumerate(collators)]
+    packers = [
+        Packer(collate, num_prefix=len(prefix), reducer=number) for number, collate in enumerate(collators)
+    ]
     plan, taught = BatchPlan(size=SIZE, world_size=2, num_steps=6, seed=3), has_media(examples)
     num_run = torch.stack([packer.lengths(examples) for packer in packers])
-    layout = PackedLayout(packers, examples, plan, tokens=int(num_run.max()) * 2, num_run=num_run, taught=taught)
+    layout = PackedLayout(
+        packers, examples, plan, tokens=int(num_run.max()) * 2, num_run=num_run, taught=taught
+    )
     return layout, [MicroBatches(layout, plan, rank=rank, taught=taught) for rank in range(2)], prefix
 
 
@@ -146,7 +160,11 @@ def test_a_steps_gradient_is_the_sum_of_what_each_budgets_rows_give_alone(family
     assert len(prefix) > 0
     fast = FastLoss(family, REDUCERS, prefix=prefix, recompute=False)
     starts = [batches.num_before(step) for batches in ranks]
-    parts = [batches[start + n] for batches, start in zip(ranks, starts, strict=True) for n in range(batches.num_parts(step))]
+    parts = [
+        batches[start + n]
+        for batches, start in zip(ranks, starts, strict=True)
+        for n in range(batches.num_parts(step))
+    ]
     found = projector_gradient(family, [fast(part)[0] for part in parts])
 
     rows_by_reducer = {0: [], 1: []}
@@ -181,7 +199,11 @@ def save_run(folder, base, *reducers, model_type="llava"):
     with torch.no_grad():
         for parameter in family.projector.parameters():
             parameter.add_(torch.randn(parameter.shape))
-    tensors = {name: value for name, value in family.model.named_parameters() if name.startswith(family.projector_name)}
+    tensors = {
+        name: value
+        for name, value in family.model.named_parameters()
+        if name.startswith(family.projector_name)
+    }
     meta = describe(family, *reducers, base=str(base), base_fingerprint=fingerprint(family))
     save_checkpoint(folder, tensors, meta | {"dtype": "float32", "adapter": False})
     return folder, tensors
@@ -206,7 +228,10 @@ def test_load_attaches_the_budget_that_is_asked_for(elastic, budget, expected):
     assert num_placeholders(model, processor) == expected
     assert all(torch.equal(model.get_parameter(name), value) for name, value in tensors.items())
     inputs = processor(images=tiny.picture(), text="<image>what?", return_tensors="pt")
-    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 2
+    assert (
+        model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1]
+        == inputs["input_ids"].shape[1] + 2
+    )
 
 
 def test_load_refuses_a_budget_before_it_loads_anything(elastic):
@@ -223,10 +248,14 @@ def test_an_attached_model_of_any_of_its_budgets_takes_the_projector(elastic, ti
 
 
 @pytest.mark.parametrize(
-    "reducer", [VisionZip(budget=5), VisionZip(dominant=4, contextual=2), VisionZip(budget=4, merge="average")], ids=repr
+    "reducer",
+    [VisionZip(budget=5), VisionZip(dominant=4, contextual=2), VisionZip(budget=4, merge="average")],
+    ids=repr,
 )
 def test_an_attached_model_of_another_reducer_does_not(elastic, tiny_folder, reducer):
-    handle = vzip.attach(families()["llava"].load_model(str(tiny_folder), dtype=torch.float32), reducer=reducer)
+    handle = vzip.attach(
+        families()["llava"].load_model(str(tiny_folder), dtype=torch.float32), reducer=reducer
+    )
     before = handle.family.projector.linear_1.weight.clone()
     with pytest.raises(UserError) as error:
         load_projector(handle, elastic[0])
@@ -253,7 +282,10 @@ def test_a_budget_of_tiles_is_asked_for_as_the_total_that_it_is(tmp_path):
     reducers = [VisionZip(budget=budget, tiles=5, anyres="spatial") for budget in (30, 20)]
     folder, _ = save_run(tmp_path / "run", base, *reducers, model_type="llava_next")
     meta = json.loads((folder / META).read_text())
-    assert reducers_of(meta) == {30: VisionZip(budget=6, anyres="spatial"), 20: VisionZip(budget=4, anyres="spatial")}
+    assert reducers_of(meta) == {
+        30: VisionZip(budget=6, anyres="spatial"),
+        20: VisionZip(budget=4, anyres="spatial"),
+    }
     with pytest.raises(UserError, match="budget=4, but for 30, 20;"):
         vzip.load(folder, budget=4, device="cpu")
 
@@ -262,7 +294,12 @@ def test_a_budget_of_tiles_is_asked_for_as_the_total_that_it_is(tmp_path):
 
 
 def row(name, value, num_visual_tokens=8):
-    return {"name": name, "num_visual_tokens": num_visual_tokens, "num_questions": 9, "metrics": {"all": value}}
+    return {
+        "name": name,
+        "num_visual_tokens": num_visual_tokens,
+        "num_questions": 9,
+        "metrics": {"all": value},
+    }
 
 
 def test_results_say_what_each_budget_closes(capsys, monkeypatch):

@@ -132,7 +132,9 @@ def test_an_export_has_the_row_tuned_alone(run, tmp_path):
     assert comparison.rows == ("tuned",)
     with comparison.row("tuned") as (model, processor):
         assert torch.equal(logits(model, processor), logits(*vzip.load(run, device="cpu")))
-    with pytest.raises(UserError, match=r"row='free' does not exist here; an export holds the tuned projector alone"):
+    with pytest.raises(
+        UserError, match=r"row='free' does not exist here; an export holds the tuned projector alone"
+    ):
         comparison.reducer("free")
 
 
@@ -140,12 +142,23 @@ def test_the_projector_keeps_its_precision_and_the_template_its_words(tmp_path, 
     handle = tune(attached(tiny_folder, dtype=torch.bfloat16), seed=2)
     handle.family.projector.float()
     tune(handle)  # bits that bfloat16 has no room for
-    words = {"name": "plainly", "user": "Q: ", "assistant": " A:", "end": "</s>", "adds_bos": True, "captions": False}
+    words = {
+        "name": "plainly",
+        "user": "Q: ",
+        "assistant": " A:",
+        "end": "</s>",
+        "adds_bos": True,
+        "captions": False,
+    }
     run = save_run(tmp_path / "run", handle, tiny_folder, dtype="bfloat16", template=words)
     write_hf(run, empty(tmp_path / "export"))
-    (model, processor), (want, wanted) = (vzip.load(path, device="cpu") for path in (tmp_path / "export", run))
+    (model, processor), (want, wanted) = (
+        vzip.load(path, device="cpu") for path in (tmp_path / "export", run)
+    )
     assert torch.equal(logits(model, processor), logits(want, wanted))
-    assert torch.equal(model.model.multi_modal_projector.linear_1.weight, handle.family.projector.linear_1.weight)
+    assert torch.equal(
+        model.model.multi_modal_projector.linear_1.weight, handle.family.projector.linear_1.weight
+    )
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "export")
     rounded = handle.family.projector.linear_1.weight.to(torch.bfloat16)
     assert torch.equal(plain.model.multi_modal_projector.linear_1.weight, rounded)
@@ -203,7 +216,9 @@ def test_a_base_in_pytorchs_format_is_written_anew(tmp_path):
     (base / "model.safetensors").unlink()
     run = save_run(tmp_path / "run", tune(attached(base)), base)
     write_hf(run, empty(tmp_path / "export"))
-    assert torch.equal(logits(*vzip.load(tmp_path / "export", device="cpu")), logits(*vzip.load(run, device="cpu")))
+    assert torch.equal(
+        logits(*vzip.load(tmp_path / "export", device="cpu")), logits(*vzip.load(run, device="cpu"))
+    )
     _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "export", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
@@ -226,16 +241,26 @@ def save_lora_run(folder, base, target):
     reducer, print_of_base = VisionZip(budget=6), fingerprint(family)
     tuned = make_trainable(
         family,
-        OmegaConf.create({"projector": target == "language_model", "lora": {"target": target, "r": 4, "alpha": 8}}),
+        OmegaConf.create(
+            {"projector": target == "language_model", "lora": {"target": target, "r": 4, "alpha": 8}}
+        ),
     )
     with torch.no_grad():
         for parameter in tuned.parameters.values():
             parameter.add_(torch.randn(parameter.shape) * 0.1)
     tuned.peft_model.save_pretrained(folder / ADAPTER)
-    named = {name.replace(".base_layer", ""): p for name, p in family.model.named_parameters() if "lora_" not in name}
-    projector = {name: p.detach().clone() for name, p in named.items() if name.startswith(family.projector_name)}
+    named = {
+        name.replace(".base_layer", ""): p
+        for name, p in family.model.named_parameters()
+        if "lora_" not in name
+    }
+    projector = {
+        name: p.detach().clone() for name, p in named.items() if name.startswith(family.projector_name)
+    }
     meta = describe(family, reducer, base=str(base), base_fingerprint=print_of_base)
-    save_checkpoint(folder, projector, meta | {"dtype": "float32", "adapter": True, "trained": list(tuned.parameters)})
+    save_checkpoint(
+        folder, projector, meta | {"dtype": "float32", "adapter": True, "trained": list(tuned.parameters)}
+    )
     return folder
 
 
@@ -245,7 +270,9 @@ def test_lora_is_merged_into_a_whole_model(target, tmp_path, tiny_folder):
     want = logits(*vzip.load(run, device="cpu"))
     assert not torch.allclose(want, logits(*attached_base(tiny_folder)), atol=1e-2)
     write_hf(run, empty(tmp_path / "export"))
-    torch.testing.assert_close(logits(*vzip.load(tmp_path / "export", device="cpu")), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        logits(*vzip.load(tmp_path / "export", device="cpu")), want, rtol=1e-5, atol=1e-5
+    )
 
 
 def attached_base(base):
@@ -265,7 +292,9 @@ def test_peft_loads_the_adapter_as_the_run(target, tmp_path, tiny_folder):
     handle = vzip.attach(model, budget=6)
     want = logits(*vzip.load(run, device="cpu"))
     torch.testing.assert_close(logits(model, handle.processor(tiny.processor())), want, rtol=1e-5, atol=1e-5)
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_folder)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == str(tiny_folder)
 
 
 def test_peft_takes_a_projector_of_every_family(exported, kind, tmp_path):
@@ -283,8 +312,12 @@ def test_llavas_projector_is_the_runs_bit_for_bit(exported, tmp_path):
     write_llava(run, empty(tmp_path / "llava"))
     want = load_file(run / WEIGHTS)
     tensors = torch.load(tmp_path / "llava" / "mm_projector.bin", weights_only=True)
-    assert sorted(tensors) == [f"model.mm_projector.{layer}.{part}" for layer in (0, 2) for part in ("bias", "weight")]
-    assert torch.equal(tensors["model.mm_projector.2.bias"], want["model.multi_modal_projector.linear_2.bias"])
+    assert sorted(tensors) == [
+        f"model.mm_projector.{layer}.{part}" for layer in (0, 2) for part in ("bias", "weight")
+    ]
+    assert torch.equal(
+        tensors["model.mm_projector.2.bias"], want["model.multi_modal_projector.linear_2.bias"]
+    )
     for form in ("bin", "safetensors"):
         again = read_projector(tmp_path / "llava" / f"mm_projector.{form}")
         assert again.keys() == want.keys() and all(torch.equal(again[name], want[name]) for name in want)
@@ -297,19 +330,39 @@ def test_llavas_config_describes_the_same_model(tiny_folder):
     _refuse_unfit("here", written)
     config = family.model.config
     read = _llava_config(written, config.vision_config)
-    for name in ("image_token_id", "vision_feature_layer", "vision_feature_select_strategy", "image_seq_length"):
+    for name in (
+        "image_token_id",
+        "vision_feature_layer",
+        "vision_feature_select_strategy",
+        "image_seq_length",
+    ):
         assert getattr(read, name) == getattr(config, name)
-    for name in ("hidden_size", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_parameters"):
+    for name in (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "rope_parameters",
+    ):
         assert getattr(read.text_config, name) == getattr(config.text_config, name)
-    assert (written["mm_vision_tower"], written["mm_hidden_size"], written["rope_theta"]) == ("some/clip", 32, 10000.0)
+    assert (written["mm_vision_tower"], written["mm_hidden_size"], written["rope_theta"]) == (
+        "some/clip",
+        32,
+        10000.0,
+    )
 
 
 def test_the_real_llava_gets_a_config_and_other_towers_do_not(tmp_path, tiny_folder):
     """LLaVA's code finds its tower by name, which the layout of transformers does not hold."""
     config = LlavaConfig(**OmegaConf.to_container(settings_of("model=llava-7b").model.architecture))
     config.save_pretrained(tmp_path)
-    written = _original_config(families()["llava"](SimpleNamespace(config=config)), tiny.processor(), str(tmp_path))
-    assert (written["mm_vision_tower"], written["mm_hidden_size"]) == ("openai/clip-vit-large-patch14-336", 1024)
+    written = _original_config(
+        families()["llava"](SimpleNamespace(config=config)), tiny.processor(), str(tmp_path)
+    )
+    assert (written["mm_vision_tower"], written["mm_hidden_size"]) == (
+        "openai/clip-vit-large-patch14-336",
+        1024,
+    )
     assert (written["vocab_size"], written["hidden_size"], written["num_hidden_layers"]) == (32000, 4096, 32)
     assert _original_config(attached(tiny_folder).family, tiny.processor(), str(tiny_folder)) is None
 
@@ -344,10 +397,14 @@ def test_an_export_is_neither_exported_again_nor_put_on_another_base(run, tmp_pa
         write_hf(folder, tmp_path)
     with pytest.raises(UserError, match="holds its base model; leave base out"):
         vzip.load(folder, base=str(tiny_folder))
-    shutil.copy(tiny.save_llava(tmp_path / "other", seed=1) / "model.safetensors", tmp_path / "all.safetensors")
+    shutil.copy(
+        tiny.save_llava(tmp_path / "other", seed=1) / "model.safetensors", tmp_path / "all.safetensors"
+    )
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     other = load_file(tmp_path / "all.safetensors")
-    vzip.export.save_file({name: other[name] for name in index if name in other}, folder / "model-00001-of-00001.safetensors")
+    vzip.export.save_file(
+        {name: other[name] for name in index if name in other}, folder / "model-00001-of-00001.safetensors"
+    )
     with pytest.raises(UserError, match="frozen weights differ"):
         vzip.load(folder, device="cpu")
 
@@ -398,7 +455,9 @@ def test_base_and_export_may_be_on_the_hub(hub_cache, tmp_path):
 def test_the_command_writes_an_export_with_its_card(to, run):
     settings = settings_of("model=llava-7b", "optim.lr=0.002", "data.path=a/train.json")
     (run / "config.yaml").write_text(OmegaConf.to_yaml(settings, resolve=True))
-    rows = [{"name": "full", "num_visual_tokens": 16, "num_questions": 8, "metrics": {"open": 0.5, "all": 0.25}}]
+    rows = [
+        {"name": "full", "num_visual_tokens": 16, "num_questions": 8, "metrics": {"open": 0.5, "all": 0.25}}
+    ]
     (run / "result.json").write_text(json.dumps({"rows": rows}))
     meta = json.loads((run / "meta.json").read_text())
     data = {"hash": "f00d", "num_rows": 1234, "fraction": 0.1, "seed": 3}
@@ -414,7 +473,9 @@ def test_the_command_writes_an_export_with_its_card(to, run):
     ]
     said += ["seed 3; manifest hash `f00d`", "lr: 0.002", "licence, which is unknown here", "Apache-2.0"]
     assert [words for words in said if words not in card] == []
-    assert str(run) not in card and meta["base"]["id"] not in card  # places on this machine are nobody's concern
+    assert (
+        str(run) not in card and meta["base"]["id"] not in card
+    )  # places on this machine are nobody's concern
     assert [path.name for path in (run / "export").iterdir()] == [to]
 
 
@@ -502,7 +563,9 @@ def test_a_kill_while_it_writes_leaves_no_export_and_the_next_one_cleans_up(tmp_
     assert not target.exists()
     with command.written_beside(target) as folder:
         (folder / "whole").write_text("")
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"] and [path.name for path in target.iterdir()] == ["whole"]
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"] and [
+        path.name for path in target.iterdir()
+    ] == ["whole"]
     with pytest.raises(RuntimeError), command.written_beside(target) as folder:
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["hf"] and (target / "whole").is_file()
@@ -534,7 +597,9 @@ def test_push_teaches_who_has_no_token(tmp_path, monkeypatch):
         push.push(tmp_path, "me/model", private=True)
 
 
-@pytest.mark.parametrize("fault", [("HF_HUB_OFFLINE", True), ("ENDPOINT", "http://127.0.0.1:9")], ids=["offline", "no network"])
+@pytest.mark.parametrize(
+    "fault", [("HF_HUB_OFFLINE", True), ("ENDPOINT", "http://127.0.0.1:9")], ids=["offline", "no network"]
+)
 def test_push_says_that_there_is_no_network(fault, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_none")
     monkeypatch.setattr(constants, *fault)

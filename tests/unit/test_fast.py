@@ -42,7 +42,9 @@ def language_model(kind, dtype=torch.float64):
 def assert_close(found, expected, tolerance=1e-12, least=0.0):
     """Relative to what is expected, or to `least` where that may be zero but for rounding."""
     assert found.shape == expected.shape
-    assert torch.linalg.vector_norm(found - expected) <= tolerance * max(torch.linalg.vector_norm(expected), least)
+    assert torch.linalg.vector_norm(found - expected) <= tolerance * max(
+        torch.linalg.vector_norm(expected), least
+    )
 
 
 class Attention(nn.Module):
@@ -63,15 +65,24 @@ def test_attention_is_that_of_each_row_alone(lengths, num_prefix, heads):
     found, _ = packed_attention(Attention(), query, key, value, None, scaling=0.3, segments=segments)
 
     rows = []
-    for part_query, part_key, part_value in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
-        keys, values = (torch.cat([p[None], x], dim=2) for p, x in zip(prefix, (part_key, part_value), strict=True))
+    for part_query, part_key, part_value in zip(
+        *(x.split(lengths, dim=2) for x in (query, key, value)), strict=True
+    ):
+        keys, values = (
+            torch.cat([p[None], x], dim=2) for p, x in zip(prefix, (part_key, part_value), strict=True)
+        )
         seen = torch.ones(part_query.shape[2], keys.shape[2], dtype=torch.bool).tril(num_prefix)
-        rows.append(F.scaled_dot_product_attention(part_query, keys, values, attn_mask=seen, scale=0.3, enable_gqa=True))
+        rows.append(
+            F.scaled_dot_product_attention(
+                part_query, keys, values, attn_mask=seen, scale=0.3, enable_gqa=True
+            )
+        )
     expected = torch.cat(rows, dim=2).transpose(1, 2)
     assert_close(found, expected)
     weight = torch.randn_like(expected)
     for one, other in zip(
-        *(torch.autograd.grad((x * weight).sum(), (query, key, value)) for x in (found, expected)), strict=True
+        *(torch.autograd.grad((x * weight).sum(), (query, key, value)) for x in (found, expected)),
+        strict=True,
     ):
         assert_close(one, other, least=1.0)  # rows of a single token give the queries nothing
 
@@ -110,7 +121,9 @@ def test_a_machine_that_can_not_compile_is_told(monkeypatch):
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nmore")
 
     monkeypatch.setattr(fused, "_compiled", compiled)
-    with pytest.raises(UserError, match=r"no kernels here \(InvalidCxxCompiler: No .* found\); set compile=false"):
+    with pytest.raises(
+        UserError, match=r"no kernels here \(InvalidCxxCompiler: No .* found\); set compile=false"
+    ):
         fused.refuse_uncompiled(torch.device("cpu"), torch.float32)
 
 
@@ -127,7 +140,9 @@ def test_compiled_kernels_are_the_plain_ones():
     ):
         assert_close(compiled, plain, tolerance=1e-6)
         weight = torch.randn_like(plain)
-        assert_close(*(torch.autograd.grad((x * weight).sum(), hidden)[0] for x in (compiled, plain)), tolerance=1e-5)
+        assert_close(
+            *(torch.autograd.grad((x * weight).sum(), hidden)[0] for x in (compiled, plain)), tolerance=1e-5
+        )
 
 
 @settings(max_examples=20, deadline=None)
@@ -135,7 +150,10 @@ def test_compiled_kernels_are_the_plain_ones():
 def test_cross_entropy_in_chunks(num_labels, num_rows):
     torch.manual_seed(num_labels)
     head = nn.Linear(6, 11, bias=False, dtype=torch.float64).requires_grad_(False)
-    hidden, targets = torch.randn(num_labels, 6, dtype=torch.float64, requires_grad=True), torch.randint(11, (num_labels,))
+    hidden, targets = (
+        torch.randn(num_labels, 6, dtype=torch.float64, requires_grad=True),
+        torch.randint(11, (num_labels,)),
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vzip.fast.loss.MAX_LOGITS", 11 * num_rows)
         found = cross_entropy(head, hidden, targets)

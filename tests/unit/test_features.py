@@ -57,12 +57,16 @@ class Watched(Processed):
 
 def described(kind="clip", reducer=REDUCER, **changes):
     given_settings = {"rows": "these", "num_frames": NUM_FRAMES} | changes
-    return cache_settings(family(kind), reducer, processor(kind), base_fingerprint=fingerprint(family(kind)), **given_settings)
+    return cache_settings(
+        family(kind), reducer, processor(kind), base_fingerprint=fingerprint(family(kind)), **given_settings
+    )
 
 
 def write(folder, examples, kind="clip", reducer=REDUCER, *, last=None, shard=SHARD, batch=2):
     """Make a cache: the rows whose media were loaded."""
-    media = Watched(processor(kind), family(kind).without_weights(), reducer, num_frames=NUM_FRAMES, last=last)
+    media = Watched(
+        processor(kind), family(kind).without_weights(), reducer, num_frames=NUM_FRAMES, last=last
+    )
     layout = Layout(described(kind, reducer), len(examples), shard)
     write_features(folder, layout, examples, FeatureMaker(family(kind), reducer, media), batch=batch)
     return media.rows
@@ -135,7 +139,11 @@ def test_a_shard_that_is_not_whole_or_another_is_refused_and_made_anew(tmp_path,
         Cached(folder, described())
     assert write(folder, examples) == [3, 4]
     assert contents(folder) == whole
-    assert [path.stat().st_mtime_ns == time for path, time in zip(shards, times, strict=True)] == [True, False, True]
+    assert [path.stat().st_mtime_ns == time for path, time in zip(shards, times, strict=True)] == [
+        True,
+        False,
+        True,
+    ]
     Cached(folder, described())
 
 
@@ -173,7 +181,10 @@ def made_one_by_one(tmp_path_factory):
 
 
 @settings(max_examples=20, deadline=None)
-@given(rows=st.lists(st.integers(0, len(IMAGE_ROWS + VIDEO_ROWS) - 1), min_size=1, max_size=5), shard=st.integers(1, 8))
+@given(
+    rows=st.lists(st.integers(0, len(IMAGE_ROWS + VIDEO_ROWS) - 1), min_size=1, max_size=5),
+    shard=st.integers(1, 8),
+)
 @pytest.mark.parametrize("kind", tiny.VIDEO)
 def test_any_rows_are_read_as_they_were_made(made_one_by_one, kind, rows, shard):
     examples, cached, media = made_one_by_one(kind, shard)
@@ -184,7 +195,9 @@ def test_any_rows_are_read_as_they_were_made(made_one_by_one, kind, rows, shard)
             want = Reduced.join([family(kind).reduce_media(REDUCER, name, inputs) for inputs in alone])
             got = cached.load(name, [examples[row] for row in rows])
             assert same(got, vars(want))
-            assert cached.counts(name, got) == [count for inputs in alone for count in media.counts(name, inputs)]
+            assert cached.counts(name, got) == [
+                count for inputs in alone for count in media.counts(name, inputs)
+            ]
 
 
 def test_workers_read_it_too(tmp_path):
@@ -212,7 +225,12 @@ def settings_of(changed, preparing=None):
 def other_weights():
     changed = family_of(tiny.llava(seed=1))
     return cache_settings(
-        changed, REDUCER, processor(), base_fingerprint=fingerprint(changed), rows="these", num_frames=NUM_FRAMES
+        changed,
+        REDUCER,
+        processor(),
+        base_fingerprint=fingerprint(changed),
+        rows="these",
+        num_frames=NUM_FRAMES,
     )
 
 
@@ -220,14 +238,24 @@ def other_layer():
     changed = family_of(tiny.llava())
     changed.model.config.vision_feature_layer = -3
     return cache_settings(
-        changed, REDUCER, processor(), base_fingerprint=fingerprint(changed), rows="these", num_frames=NUM_FRAMES
+        changed,
+        REDUCER,
+        processor(),
+        base_fingerprint=fingerprint(changed),
+        rows="these",
+        num_frames=NUM_FRAMES,
     )
 
 
 def other_precision():
     changed = family_of(tiny.llava(dtype=torch.bfloat16))
     return cache_settings(
-        changed, REDUCER, processor(), base_fingerprint=fingerprint(changed), rows="these", num_frames=NUM_FRAMES
+        changed,
+        REDUCER,
+        processor(),
+        base_fingerprint=fingerprint(changed),
+        rows="these",
+        num_frames=NUM_FRAMES,
     )
 
 
@@ -235,7 +263,12 @@ def other_pictures():
     changed = tiny.processor()
     changed.image_processor.image_mean = [0.5, 0.5, 0.5]
     return cache_settings(
-        family(), REDUCER, changed, base_fingerprint=fingerprint(family()), rows="these", num_frames=NUM_FRAMES
+        family(),
+        REDUCER,
+        changed,
+        base_fingerprint=fingerprint(family()),
+        rows="these",
+        num_frames=NUM_FRAMES,
     )
 
 
@@ -248,8 +281,14 @@ CHANGES = {
         lambda: described(reducer=VisionZip(dominant=8, contextual=2)),
         ["reducer.dominant: 4 in the cache, 8 wanted"],
     ),
-    "order": (lambda: described(reducer=VisionZip(dominant=4, contextual=2, anyres="spatial")), ["reducer.anyres", "spatial"]),
-    "reducer": (lambda: described(reducer=Random(budget=6)), ["reducer.name: 'visionzip' in the cache, 'random' wanted"]),
+    "order": (
+        lambda: described(reducer=VisionZip(dominant=4, contextual=2, anyres="spatial")),
+        ["reducer.anyres", "spatial"],
+    ),
+    "reducer": (
+        lambda: described(reducer=Random(budget=6)),
+        ["reducer.name: 'visionzip' in the cache, 'random' wanted"],
+    ),
     "rows": (lambda: described(rows="those"), ["rows: 'these' in the cache, 'those' wanted"]),
     "versions": (lambda: described() | {"transformers": "4.0"}, ["transformers: ", "'4.0' wanted"]),
 }
@@ -261,7 +300,9 @@ def test_a_cache_of_other_settings_is_refused_and_says_which(tmp_path, change):
     make, words = CHANGES[change]
     with pytest.raises(UserError) as error:
         Cached(tmp_path / "cache", make())
-    assert all(word in str(error.value) for word in [*words, "data.cache=", "cache", "make cache"]), error.value
+    assert all(word in str(error.value) for word in [*words, "data.cache=", "cache", "make cache"]), (
+        error.value
+    )
     assert change == "reducer" or str(error.value).count("in the cache") == 1  # and nothing that is the same
     assert folder_of(tmp_path, make()) != folder_of(tmp_path, described())
 

@@ -59,7 +59,10 @@ def test_the_attention_of_every_layer_is_an_eager_towers(kind):
 def test_rows_come_in_chunks_of_what_is_asked_for():
     layer = layers_of("siglip")[0][0]
     num_images, num_heads, num_tokens, _ = layer.keys.shape
-    whole, parts = torch.cat(list(layer.rows(MAX_SCORES))), list(layer.rows(3 * num_images * num_heads * num_tokens))
+    whole, parts = (
+        torch.cat(list(layer.rows(MAX_SCORES))),
+        list(layer.rows(3 * num_images * num_heads * num_tokens)),
+    )
     assert {len(part) for part in parts[:-1]} == {3 * num_images * num_heads}
     torch.testing.assert_close(torch.cat(parts).sort(dim=0).values, whole.sort(dim=0).values)
 
@@ -95,7 +98,9 @@ def test_the_gradient_of_the_softmax_is_autograds():
     scores = 3 * torch.randn(20, 20)
     found = softmax_gradient([scored(scores)])
     rows = scores.softmax(dim=1)
-    gradient = torch.stack([torch.autograd.functional.jacobian(lambda z: z.softmax(0), row).diagonal() for row in scores])
+    gradient = torch.stack(
+        [torch.autograd.functional.jacobian(lambda z: z.softmax(0), row).diagonal() for row in scores]
+    )
     assert found["num_rows"] == 20 and found["num_tokens"] == 20
     assert sum(part["weights"] for part in found["bins"]) == rows.numel()
     assert len(found["bins"]) > 5
@@ -107,15 +112,23 @@ def test_the_gradient_of_the_softmax_is_autograds():
     most = rows.topk(2, dim=1).indices
     assert found["top_tenth"]["tokens"] == 2
     assert found["top_tenth"]["attention"] == pytest.approx(rows.gather(1, most).sum().item() / 20, rel=1e-4)
-    assert found["top_tenth"]["gradient"] == pytest.approx((gradient.gather(1, most).sum() / gradient.sum()).item(), rel=1e-4)
+    assert found["top_tenth"]["gradient"] == pytest.approx(
+        (gradient.gather(1, most).sum() / gradient.sum()).item(), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(
     ("shares", "words"),
     [
-        ([0.4, 0.16, 0.8, 0.44], "broad in layer 2 (16 %), most concentrated in layer 3 (80 %), and broader again in the last"),
+        (
+            [0.4, 0.16, 0.8, 0.44],
+            "broad in layer 2 (16 %), most concentrated in layer 3 (80 %), and broader again in the last",
+        ),
         ([0.2, 0.5, 0.8], "broad in layer 1 (20 %), most concentrated in layer 3 (80 %)"),
-        ([0.8, 0.5, 0.3], "Attention is most concentrated in layer 1 (80 %), and broader again in the last (30 %)"),
+        (
+            [0.8, 0.5, 0.3],
+            "Attention is most concentrated in layer 1 (80 %), and broader again in the last (30 %)",
+        ),
         ([0.5, 0.52, 0.49], "about as concentrated in all layers (49 % to 52 %)"),
     ],
 )
@@ -139,12 +152,22 @@ def test_a_change_is_the_one_that_its_figures_show(before, after, words):
 
 
 @pytest.mark.parametrize(
-    ("has_cls", "whose"), [(True, "what CLS gives to the patches"), (False, "the attention that patches receive")]
+    ("has_cls", "whose"),
+    [(True, "what CLS gives to the patches"), (False, "the attention that patches receive")],
 )
 def test_shares_are_of_what_patches_get(has_cls, whose):
-    about = {"num_patches": 4, "num_layers": 1, "layer": 1, "has_cls": has_cls, "num_pictures": 1, "titled": 0}
+    about = {
+        "num_patches": 4,
+        "num_layers": 1,
+        "layer": 1,
+        "has_cls": has_cls,
+        "num_pictures": 1,
+        "titled": 0,
+    }
     picture = tiny.picture()
-    maps = charts.attention_maps(about | {"pictures": [{"holding_half": 2, "most": 0.3}]}, [(picture, picture)])
+    maps = charts.attention_maps(
+        about | {"pictures": [{"holding_half": 2, "most": 0.3}]}, [(picture, picture)]
+    )
     top = charts.top_share(about | {"lines": [{"top": 1, "uniform": 0.25, "shares": [0.3]}]})
     budget = {"budget": 2, "dominant": 1, "contextual": 1, "attention": 0.3}
     kept = charts.kept_tokens(about | {"budgets": [budget]}, [[picture, picture]])
@@ -163,8 +186,12 @@ def score_in(row, reducer):
 def finished_run(folder, base, reducer, *, seed=0, rows=("full", "free", "tuned"), others=(), **changes):
     """The files of a finished run that its comparison with others needs."""
     handle = attached(base, reducer=reducer)
-    described = describe(handle.family, reducer, *others, base=str(base), base_fingerprint=fingerprint(handle.family))
-    save_run(folder, handle, base, **{name: described[name] for name in ("budget", "reducer", "other_budgets")})
+    described = describe(
+        handle.family, reducer, *others, base=str(base), base_fingerprint=fingerprint(handle.family)
+    )
+    save_run(
+        folder, handle, base, **{name: described[name] for name in ("budget", "reducer", "other_budgets")}
+    )
     (folder / "config.yaml").write_text(
         OmegaConf.to_yaml({"data": {"held_out": "q.json"}, "evaluate": {"questions": 8}} | changes)
     )
@@ -172,7 +199,11 @@ def finished_run(folder, base, reducer, *, seed=0, rows=("full", "free", "tuned"
     made = [
         {
             "name": name,
-            "num_visual_tokens": 16 if name == "full" else int(name.rsplit("-", 1)[1]) if "-" in name else budget,
+            "num_visual_tokens": 16
+            if name == "full"
+            else int(name.rsplit("-", 1)[1])
+            if "-" in name
+            else budget,
             "num_questions": 8,
             "metrics": {"all": score_in(name, reducer) + (seed / 100 if name.startswith("tuned") else 0)},
         }
@@ -198,7 +229,9 @@ def runs(tmp_path, tiny_folder):
 
 
 def summary(scores):
-    return sorted((score.series, score.num_visual_tokens, score.seed) for score in scores if score.series != "full")
+    return sorted(
+        (score.series, score.num_visual_tokens, score.seed) for score in scores if score.series != "full"
+    )
 
 
 def test_runs_that_can_be_compared_are_found_each_score_once(runs):
@@ -217,7 +250,10 @@ def test_runs_that_can_be_compared_are_found_each_score_once(runs):
         ("tuned", 8, 0),
     ]
     without = without_a_part(VisionZip(budget=6))["no dominant"]
-    assert summary(score for score in scores if score.reducer == without) == [("free", 6, None), ("tuned", 6, 0)]
+    assert summary(score for score in scores if score.reducer == without) == [
+        ("free", 6, None),
+        ("tuned", 6, 0),
+    ]
 
 
 def test_runs_that_measured_something_else_are_left_out_or_refused(runs, tmp_path, tiny_folder):
@@ -233,7 +269,12 @@ def test_runs_that_measured_something_else_are_left_out_or_refused(runs, tmp_pat
     assert len(comparable_scores(runs / "mine", [faster])) == known + 2  # free and tuned, as it is asked for
     refused(comparable_scores, runs / "mine", [other_questions], words=["--runs", "questions", "differ"])
     refused(comparable_scores, runs / "mine", [other_base], words=["--runs", "base", "differ"])
-    refused(comparable_scores, runs / "mine", [unfinished], words=["unfinished", "has not finished", "result.json"])
+    refused(
+        comparable_scores,
+        runs / "mine",
+        [unfinished],
+        words=["unfinished", "has not finished", "result.json"],
+    )
     refused(comparable_scores, unfinished, words=["has not finished"])
 
 
@@ -281,7 +322,9 @@ def spoil(run, *, name, content):
         ("config.yaml", "- 1"),
     ],
 )
-def test_a_run_that_can_not_be_read_is_left_out_beside_another_and_refused_itself(runs, capsys, name, content):
+def test_a_run_that_can_not_be_read_is_left_out_beside_another_and_refused_itself(
+    runs, capsys, name, content
+):
     broken, beside = (
         spoil(runs / "again", name=name, content=content),
         summary(comparable_scores(runs / "mine", [runs / "more"])),
@@ -311,22 +354,38 @@ def test_scores_over_budgets_are_drawn_from_runs_alone(runs, tmp_path, tiny_fold
     for name in ("recovery", "without-dominant"):
         figures.draw(subject, name)
     points = read(subject.folder, "recovery")["points"]
-    assert {(point["series"], point["num_visual_tokens"]) for point in points} >= {("random", 6), ("tuned", 8), ("full", 16)}
+    assert {(point["series"], point["num_visual_tokens"]) for point in points} >= {
+        ("random", 6),
+        ("tuned", 8),
+        ("full", 16),
+    }
     both, without, no_contextual = read(subject.folder, "without-dominant")["variants"]
     assert both["tuned"]["all"] == pytest.approx((0.8 + 0.81) / 2)  # the mean over seeds
-    assert without == {"name": "no dominant", "dominant": 0, "contextual": 6, "free": {"all": 0.5}, "tuned": {"all": 0.8}}
-    assert no_contextual["dominant"] == 6 and no_contextual["free"] == {"all": 0.5} and no_contextual["tuned"] is None
+    assert without == {
+        "name": "no dominant",
+        "dominant": 0,
+        "contextual": 6,
+        "free": {"all": 0.5},
+        "tuned": {"all": 0.8},
+    }
+    assert (
+        no_contextual["dominant"] == 6
+        and no_contextual["free"] == {"all": 0.5}
+        and no_contextual["tuned"] is None
+    )
 
 
 def test_a_run_of_another_split_than_the_papers_is_drawn_as_it_is(runs, tmp_path, tiny_folder):
     reducer = VisionZip(dominant=0, contextual=6)
-    alone = finished_run(tmp_path / "alone" / "mine", tiny_folder, reducer, rows=("tuned",))  # evaluate.baselines=false
+    alone = finished_run(
+        tmp_path / "alone" / "mine", tiny_folder, reducer, rows=("tuned",)
+    )  # evaluate.baselines=false
     subject = subject_of(alone, tmp_path)
     for name in ("recovery", "kept-tokens"):
         figures.draw(subject, name)
-    assert [(point["series"], point["num_visual_tokens"]) for point in read(subject.folder, "recovery")["points"]] == [
-        ("tuned", 6)
-    ]
+    assert [
+        (point["series"], point["num_visual_tokens"]) for point in read(subject.folder, "recovery")["points"]
+    ] == [("tuned", 6)]
     kept = {budget["budget"]: budget for budget in read(subject.folder, "kept-tokens")["budgets"]}
     assert (kept[6]["dominant"], kept[6]["contextual"]) == (0, 6)
     assert (kept[12]["dominant"], kept[12]["contextual"]) == split_budget(12)
@@ -340,7 +399,12 @@ def test_recovery_without_a_score_is_refused(runs, tmp_path, monkeypatch):
 
     (score, *_) = comparable_scores(runs / "mine")
     monkeypatch.setattr(figures, "comparable_scores", lambda *_: [replace(score, reducer=Other())])
-    refused(figures.draw, subject_of(runs / "mine", tmp_path), "recovery", words=["has no row of VisionZip", "--budgets"])
+    refused(
+        figures.draw,
+        subject_of(runs / "mine", tmp_path),
+        "recovery",
+        words=["has no row of VisionZip", "--budgets"],
+    )
 
 
 def test_a_model_without_a_run_is_drawn_too(tmp_path, monkeypatch, capsys):
@@ -354,7 +418,8 @@ def test_a_model_without_a_run_is_drawn_too(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "recovery is left out" in printed and "only a finished run has" in printed
     maps, top, gradient, kept = (
-        read(tmp_path / "out", name) for name in ("attention-maps", "top-share", "softmax-gradient", "kept-tokens")
+        read(tmp_path / "out", name)
+        for name in ("attention-maps", "top-share", "softmax-gradient", "kept-tokens")
     )
     assert not maps["has_cls"] and maps["layer"] == tiny.LAYERS - 1
     assert [len(picture["attention"]) for picture in maps["pictures"]] == [16, 16]
@@ -369,7 +434,13 @@ def test_bad_input_is_refused_with_what_to_do(runs, tmp_path, tiny_folder, monke
     refused(subject_of, tiny_folder, tmp_path, pictures=[], words=["not a run folder", "--pictures", "--out"])
     refused(subject_of, tiny_folder, tmp_path, out=None, words=["--out"])
     (tmp_path / "text.png").write_text("no picture")
-    refused(subject_of, tiny_folder, tmp_path, pictures=[tmp_path / "text.png"], words=["text.png", "can't be opened"])
+    refused(
+        subject_of,
+        tiny_folder,
+        tmp_path,
+        pictures=[tmp_path / "text.png"],
+        words=["text.png", "can't be opened"],
+    )
     (runs / "more" / "meta.json").unlink()
     refused(subject_of, runs / "more", tmp_path, words=["has not finished"])
     subject = subject_of(tiny_folder, tmp_path, budgets=[99])

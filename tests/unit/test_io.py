@@ -34,13 +34,19 @@ def attached(folder, **reducer):
 def projector_of(handle):
     """The projector's tensors under the names that they have in the model."""
     parameters = handle.family.model.named_parameters()
-    return {name: value.detach().clone() for name, value in parameters if name.startswith(handle.family.projector_name)}
+    return {
+        name: value.detach().clone()
+        for name, value in parameters
+        if name.startswith(handle.family.projector_name)
+    }
 
 
 def save_run(folder, handle, base, **changes):
     """What a run writes at its end."""
     tensors = projector_of(handle)
-    meta = describe(handle.family, handle.reducer, base=str(base), base_fingerprint=fingerprint(handle.family))
+    meta = describe(
+        handle.family, handle.reducer, base=str(base), base_fingerprint=fingerprint(handle.family)
+    )
     meta |= {"num_image_tokens": 6, "dtype": "float32", "adapter": False, "trained": list(tensors)}
     save_checkpoint(folder, tensors, meta | changes)
     return folder
@@ -78,7 +84,9 @@ def unchanged(handle):
 
         def __exit__(self, *error):
             if error[0] is None:
-                assert all(torch.equal(value, self.before[name]) for name, value in projector_of(handle).items())
+                assert all(
+                    torch.equal(value, self.before[name]) for name, value in projector_of(handle).items()
+                )
 
     return Unchanged()
 
@@ -93,7 +101,9 @@ def test_files_hold_the_projector_and_what_it_belongs_to(run, tiny_folder):
     folder, handle = run
     tensors = load_file(folder / WEIGHTS)
     assert sorted(tensors) == [
-        f"model.multi_modal_projector.linear_{layer}.{kind}" for layer in (1, 2) for kind in ("bias", "weight")
+        f"model.multi_modal_projector.linear_{layer}.{kind}"
+        for layer in (1, 2)
+        for kind in ("bias", "weight")
     ]
     assert all(torch.equal(tensors[name], value) for name, value in projector_of(handle).items())
     meta = read_meta(folder)
@@ -108,7 +118,9 @@ def test_saving_again_replaces_both_files(run, tiny_folder):
     folder, handle = run
     save_run(folder, tune(handle, seed=2), tiny_folder, note="second")
     assert read_meta(folder)["note"] == "second"
-    assert all(torch.equal(load_file(folder / WEIGHTS)[name], value) for name, value in projector_of(handle).items())
+    assert all(
+        torch.equal(load_file(folder / WEIGHTS)[name], value) for name, value in projector_of(handle).items()
+    )
     assert sorted(path.name for path in folder.iterdir()) == [META, WEIGHTS]
 
 
@@ -125,7 +137,11 @@ def test_load_projector_brings_back_every_bit(run, tiny_folder):
 
 def test_load_generates_what_the_model_that_wrote_it_does(run, tiny_folder):
     folder, handle = run
-    question = {"images": [tiny.picture(1), tiny.picture(2)], "text": ["<image>a", "bcd<image>"], "padding": True}
+    question = {
+        "images": [tiny.picture(1), tiny.picture(2)],
+        "text": ["<image>a", "bcd<image>"],
+        "padding": True,
+    }
     inputs = handle.processor(tiny.processor())(**question, padding_side="left", return_tensors="pt")
     limits = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     want = handle.family.model.generate(**inputs, **limits)
@@ -147,7 +163,9 @@ def test_load_takes_another_place_and_precision_of_the_base(run, tmp_path):
     model, _ = vzip.load(str(folder), base=str(moved), dtype=torch.bfloat16, device="cpu")
     assert model.lm_head.weight.dtype == torch.bfloat16
     projector = model.model.multi_modal_projector
-    assert torch.equal(projector.linear_1.weight, load_file(folder / WEIGHTS)["model.multi_modal_projector.linear_1.weight"])
+    assert torch.equal(
+        projector.linear_1.weight, load_file(folder / WEIGHTS)["model.multi_modal_projector.linear_1.weight"]
+    )
 
 
 def test_load_takes_a_precision_that_rounds_otherwise(run):
@@ -218,7 +236,9 @@ def test_other_base_weights_are_refused(run, tmp_path):
     refused(vzip.load, folder, base=str(other), device="cpu", words=["another base model"])
 
 
-@pytest.mark.parametrize("shape", [{"layers": 6}, {"width": 64}, {"kind": "dinov2"}, {"kind": "siglip"}], ids=str)
+@pytest.mark.parametrize(
+    "shape", [{"layers": 6}, {"width": 64}, {"kind": "dinov2"}, {"kind": "siglip"}], ids=str
+)
 def test_another_architecture_is_refused(run, shape):
     handle = vzip.attach(tiny.llava(**shape), **BUDGET)
     with unchanged(handle):
@@ -245,10 +265,22 @@ OTHERS = {
     "identity": ("identity", {}, "Identity(all tokens)"),
     "dominant": ("visionzip", {**BUDGET, "dominant": 5}, "VisionZip(5 dominant + 2 contextual)"),
     "contextual": ("visionzip", {**BUDGET, "contextual": 3}, "VisionZip(4 dominant + 3 contextual)"),
-    "merge": ("visionzip", {**BUDGET, "merge": "average"}, "VisionZip(4 dominant + 2 contextual, merge=average)"),
-    "keep_cls": ("visionzip", {**BUDGET, "keep_cls": False}, "VisionZip(4 dominant + 2 contextual, keep_cls=False)"),
+    "merge": (
+        "visionzip",
+        {**BUDGET, "merge": "average"},
+        "VisionZip(4 dominant + 2 contextual, merge=average)",
+    ),
+    "keep_cls": (
+        "visionzip",
+        {**BUDGET, "keep_cls": False},
+        "VisionZip(4 dominant + 2 contextual, keep_cls=False)",
+    ),
     "layer": ("visionzip", {**BUDGET, "layer": 1}, "VisionZip(4 dominant + 2 contextual, layer=1)"),
-    "anyres": ("visionzip", {**BUDGET, "anyres": "spatial"}, "VisionZip(4 dominant + 2 contextual, anyres=spatial)"),
+    "anyres": (
+        "visionzip",
+        {**BUDGET, "anyres": "spatial"},
+        "VisionZip(4 dominant + 2 contextual, anyres=spatial)",
+    ),
 }
 
 
@@ -273,7 +305,11 @@ def forget_options(folder):
 def test_an_old_run_loads_as_the_reducer_that_it_had(run, tiny_folder):
     folder, handle = run
     forget_options(folder)
-    assert json.loads((folder / META).read_text())["reducer"] == {"name": "visionzip", **BUDGET, "merge": "sum"}
+    assert json.loads((folder / META).read_text())["reducer"] == {
+        "name": "visionzip",
+        **BUDGET,
+        "merge": "sum",
+    }
     fresh = attached(tiny_folder)
     load_projector(fresh, folder)
     assert all(torch.equal(value, projector_of(handle)[name]) for name, value in projector_of(fresh).items())
@@ -390,7 +426,9 @@ def lack_a_tensor(base):
     tensors = load_file(base / "model.safetensors")
     gone = next(name for name in tensors if "vision_tower" in name and name.endswith("k_proj.weight"))
     save_file(
-        {name: value.clone() for name, value in tensors.items() if name != gone}, base / "model.safetensors", {"format": "pt"}
+        {name: value.clone() for name, value in tensors.items() if name != gone},
+        base / "model.safetensors",
+        {"format": "pt"},
     )
 
 
@@ -451,7 +489,9 @@ def test_a_broken_base_is_refused_with_the_way_out(run, tmp_path, damage, words,
     [
         lambda meta: meta["base"].pop("id"),
         lambda meta: meta["reducer"].pop("name"),
-        lambda meta: meta.update(template={"name": "x", "user": "", "assistant": "", "end": "", "colour": "red"}),
+        lambda meta: meta.update(
+            template={"name": "x", "user": "", "assistant": "", "end": "", "colour": "red"}
+        ),
         lambda meta: meta.update(template={"name": "x"}),
     ],
 )
@@ -509,7 +549,9 @@ def delete(tensors, path):
 )
 def test_broken_weights_are_refused_and_nothing_is_loaded(run, tiny_folder, damage, words):
     folder, _ = run
-    tensors = {name: value.clone() for name, value in load_file(folder / WEIGHTS).items()}  # not a view of the file
+    tensors = {
+        name: value.clone() for name, value in load_file(folder / WEIGHTS).items()
+    }  # not a view of the file
     damage(tensors, folder / WEIGHTS)
     handle = attached(tiny_folder)
     with unchanged(handle):

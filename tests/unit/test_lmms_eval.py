@@ -75,11 +75,17 @@ def answerer(run):
     ("given", "words"),
     [
         ({}, "pretrained=... is missing"),
-        ({"pretrained": "x", "colour": "red"}, "colour=red is no setting of vzip; there are: pretrained, row, budget"),
+        (
+            {"pretrained": "x", "colour": "red"},
+            "colour=red is no setting of vzip; there are: pretrained, row, budget",
+        ),
         ({"pretrained": "x", "batch_size": "auto"}, "batch_size=auto must be a whole number"),
         ({"pretrained": "x", "budget": "half"}, "budget=half must be a whole number"),
         ({"pretrained": "x", "dtype": "int8"}, "dtype=int8 must be one of: bfloat16"),
-        ({"pretrained": "x", "row": "free", "budget": "full"}, "row=free and budget=full contradict each other"),
+        (
+            {"pretrained": "x", "row": "free", "budget": "full"},
+            "row=free and budget=full contradict each other",
+        ),
         ({"pretrained": "x", "row": "full", "budget": 64}, "row=full and budget=64 contradict each other"),
     ],
 )
@@ -105,7 +111,9 @@ def test_settings_choose_the_row(run, given, row, num_tokens):
     chosen = Answerer(Settings.of({"pretrained": str(run), "device": "cpu", **given}))
     question = asked("what?", image(0))
     (found,) = chosen.answers([question], GREEDY)
-    with vzip.Comparison.open(run, device="cpu").row(row, budget=given.get("budget") if row == "free" else None) as (
+    with vzip.Comparison.open(run, device="cpu").row(
+        row, budget=given.get("budget") if row == "free" else None
+    ) as (
         model,
         processor,
     ):
@@ -136,7 +144,10 @@ def test_a_base_model_without_a_chat_template_is_refused(tiny_folder):
 def test_a_batch_is_answered_as_its_questions_alone(kind, tmp_path):
     model, processor = tiny.llava(kind), tiny.processor(kind)
     with torch.no_grad():  # as initialised, every question has the same answer
-        for parameter in (*model.model.language_model.parameters(), *model.model.multi_modal_projector.parameters()):
+        for parameter in (
+            *model.model.language_model.parameters(),
+            *model.model.multi_modal_projector.parameters(),
+        ):
             parameter.mul_(8)
     model.save_pretrained(tmp_path)
     processor.chat_template = chat_template(vicuna(), processor.tokenizer)
@@ -144,11 +155,17 @@ def test_a_batch_is_answered_as_its_questions_alone(kind, tmp_path):
     questions = [
         asked("two of them, and a long question?", image(1), image(2, 40, 90)),
         asked("no picture"),
-        [*asked("which?", image(3)), {"role": "assistant", "content": [{"type": "text", "text": "this"}]}, *asked("sure?")],
+        [
+            *asked("which?", image(3)),
+            {"role": "assistant", "content": [{"type": "text", "text": "this"}]},
+            *asked("sure?"),
+        ],
         asked("moves?", *([video(1)] if kind in tiny.VIDEO else [image(4)])),
         asked("moves?", *([video(2)] if kind in tiny.VIDEO else [image(5)])),
     ]
-    answering = Answerer(Settings.of({"pretrained": str(tmp_path), "budget": 6, "dtype": "float32", "device": "cpu"}))
+    answering = Answerer(
+        Settings.of({"pretrained": str(tmp_path), "budget": 6, "dtype": "float32", "device": "cpu"})
+    )
     together = answering.answers(questions, GREEDY)
     assert together == [answering.answers([question], GREEDY)[0] for question in questions]
     assert len({answer.text for answer in together}) == len(questions)
@@ -195,7 +212,13 @@ def test_sampling_is_only_done_where_it_is_asked_for(answerer):
 
 @pytest.mark.parametrize(
     ("text", "until", "kept"),
-    [(" a\n\nb ", ["\n\n"], "a"), ("a", None, "a"), ("a END b", "END", "a"), ("ab", ["", "b"], "a"), ("aXbY", ["Y", "X"], "a")],
+    [
+        (" a\n\nb ", ["\n\n"], "a"),
+        ("a", None, "a"),
+        ("a END b", "END", "a"),
+        ("ab", ["", "b"], "a"),
+        ("aXbY", ["Y", "X"], "a"),
+    ],
 )
 def test_an_answer_ends_before_the_first_of_its_ends(text, until, kept):
     assert cut(text, until) == kept
@@ -238,7 +261,11 @@ def questioned(run, tmp_path, overrides, monkeypatch):
 
 def documents_of(folder):
     task = json.loads((folder / f"{TASK}.yaml").read_text())
-    return task, list(datasets.Dataset.from_parquet(task["dataset_kwargs"]["data_files"]["test"], cache_dir=folder / "cache"))
+    return task, list(
+        datasets.Dataset.from_parquet(
+            task["dataset_kwargs"]["data_files"]["test"], cache_dir=folder / "cache"
+        )
+    )
 
 
 def test_questions_are_asked_as_the_recipe_asks_them(questioned):
@@ -251,10 +278,19 @@ def test_questions_are_asked_as_the_recipe_asks_them(questioned):
     turns = [("which <image>?", "A cat."), ("and\n<image>", "a dog"), (" 1 + 1? ", "2")]
     for number, (document, before) in enumerate(zip(documents, ([], turns[:1], []), strict=True)):
         messages = held_out.messages(document)
-        ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))["input_ids"]
+        ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))[
+            "input_ids"
+        ]
         assert ids == encode(vicuna(), tokenizer, [*before, (turns[number][0], None)])[0]
-    shown = [part["url"] for message in held_out.messages(documents[1]) for part in message["content"] if "url" in part]
-    assert [list(picture.getdata()) for picture in shown] == [list(tiny.picture(seed).getdata()) for seed in (0, 1)]
+    shown = [
+        part["url"]
+        for message in held_out.messages(documents[1])
+        for part in message["content"]
+        if "url" in part
+    ]
+    assert [list(picture.getdata()) for picture in shown] == [
+        list(tiny.picture(seed).getdata()) for seed in (0, 1)
+    ]
 
 
 def test_the_same_questions_are_the_same_file(questioned):
@@ -268,7 +304,10 @@ def test_the_same_questions_are_the_same_file(questioned):
 @pytest.mark.parametrize("answer", ["Yes.", " yes ", "no", "'A  Cat'!", "", "...", "Ja, ja."])
 def test_answers_are_compared_as_after_tuning(answer):
     assert held_out.normal(answer) == _normal(answer)
-    assert held_out.graded({"kind": "open", "answer": answer}, [f"  {answer.upper()}. "]) == {"open": 1.0, "all": 1.0}
+    assert held_out.graded({"kind": "open", "answer": answer}, [f"  {answer.upper()}. "]) == {
+        "open": 1.0,
+        "all": 1.0,
+    }
     assert held_out.graded({"kind": "all", "answer": answer}, ["other"]) == {"all": 0.0}
 
 
@@ -291,9 +330,13 @@ def test_rows_of_a_run_and_of_a_base_model(run, tiny_folder, tmp_path, monkeypat
     with pytest.raises(UserError, match="which has its own; leave --budget out"):
         evaluation.subject_of(argparse.Namespace(source=str(run), budget=[6], out=tmp_path, batch_size=None))
     with pytest.raises(UserError, match="llava-hf/x is no run folder, whose budget would be known"):
-        evaluation.subject_of(argparse.Namespace(source="llava-hf/x", budget=None, out=tmp_path, batch_size=None))
+        evaluation.subject_of(
+            argparse.Namespace(source="llava-hf/x", budget=None, out=tmp_path, batch_size=None)
+        )
     with pytest.raises(UserError, match="is not a run folder"):
-        evaluation.subject_of(argparse.Namespace(source=str(tmp_path), budget=None, out=tmp_path, batch_size=None))
+        evaluation.subject_of(
+            argparse.Namespace(source=str(tmp_path), budget=None, out=tmp_path, batch_size=None)
+        )
 
 
 def test_a_run_of_several_budgets_has_a_row_for_each(run, tmp_path):
@@ -304,16 +347,24 @@ def test_a_run_of_several_budgets_has_a_row_for_each(run, tmp_path):
 
 
 def subject(source, tmp_path, budget=None):
-    return evaluation.subject_of(argparse.Namespace(source=str(source), budget=budget, out=tmp_path, batch_size=None))
+    return evaluation.subject_of(
+        argparse.Namespace(source=str(source), budget=budget, out=tmp_path, batch_size=None)
+    )
 
 
 def test_an_export_has_the_row_tuned_and_is_the_papers_model(run, tmp_path):
     edited = shutil.copytree(run, tmp_path / "run")
-    edit_meta(edited, lambda meta: meta.update(other_budgets={"9": {"name": "visionzip", "dominant": 7, "contextual": 2}}))
+    edit_meta(
+        edited,
+        lambda meta: meta.update(other_budgets={"9": {"name": "visionzip", "dominant": 7, "contextual": 2}}),
+    )
     (tmp_path / "export").mkdir()
     write_hf(edited, tmp_path / "export")
     found = subject(tmp_path / "export", tmp_path)
-    assert [(row.name, row.row, row.budget) for row in found.rows] == [("tuned-6", "tuned", 6), ("tuned-9", "tuned", 9)]
+    assert [(row.name, row.row, row.budget) for row in found.rows] == [
+        ("tuned-6", "tuned", 6),
+        ("tuned-9", "tuned", 9),
+    ]
     assert found.run is None and found.names == [read_meta(tmp_path / "export")["base"]["id"]]
     with pytest.raises(UserError, match="an export, which has its own; leave --budget out"):
         subject(tmp_path / "export", tmp_path, budget=[6])
@@ -357,8 +408,12 @@ def test_a_large_file_is_known_by_size_and_time(tmp_path, monkeypatch):
 def test_the_local_task_is_left_out_where_its_questions_are_not_there(questioned, run, monkeypatch):
     (questioned.parent / "test.json").unlink()
     folder, (reason,) = evaluation.questions_to_ask(questioned)
-    assert folder is None and reason.startswith(f"{TASK} is left out") and "put the file there again" in reason
-    assert evaluation.questions_to_ask(run)[0] is None  # of its own it has none, and the embedded default's are not made
+    assert (
+        folder is None and reason.startswith(f"{TASK} is left out") and "put the file there again" in reason
+    )
+    assert (
+        evaluation.questions_to_ask(run)[0] is None
+    )  # of its own it has none, and the embedded default's are not made
     assert "`make data`, without MODEL" in evaluation.questions_to_ask(run)[1][0]
     cells = evaluation.cells_of(rows_of_run(run)[:1], ["gqa"], questions=None, folder=run, stamp={})
     assert [cell["task"] for cell in cells] == ["gqa"]
@@ -390,7 +445,9 @@ for number, cell in enumerate(json.loads(path.read_text())["cells"], start=1):
 def test_a_task_that_fails_in_several_processes_is_left_out_and_the_others_are_asked(tmp_path, monkeypatch):
     (tmp_path / "harness.py").write_text(HARNESS)
     monkeypatch.setattr(evaluation, "environment", lambda: Path(sys.executable))
-    monkeypatch.setattr(evaluation, "harness_command", lambda python, processes: [str(python), str(tmp_path / "harness.py")])
+    monkeypatch.setattr(
+        evaluation, "harness_command", lambda python, processes: [str(python), str(tmp_path / "harness.py")]
+    )
     job = {"cells": ["good", "bad", "bad", "fine"]}
     assert evaluation.run_harness(job, processes=2, online=False) == 1
     assert (tmp_path / "harness.py.asked").read_text().split() == job["cells"]
@@ -414,7 +471,9 @@ def test_tasks_that_need_the_network_are_left_out_without_one(monkeypatch):
     assert evaluation.tasks_to_run(TASK, online=False) == ([], [])
     with pytest.raises(UserError, match=r"--tasks gqa,pope: .* does not answer; connect"):
         evaluation.tasks_to_run(f"gqa, pope,{TASK}", online=False)
-    monkeypatch.setattr(evaluation.constants, "HF_HUB_OFFLINE", True)  # the user says that the data is in the cache
+    monkeypatch.setattr(
+        evaluation.constants, "HF_HUB_OFFLINE", True
+    )  # the user says that the data is in the cache
     assert evaluation.tasks_to_run("gqa", online=False) == (["gqa"], [])
 
 
@@ -432,10 +491,16 @@ def test_a_cell_is_finished_if_it_was_made_with_the_same_settings(run, tmp_path)
     rows = rows_of_run(run)
 
     def cells(limit=None, questions="abc"):
-        return evaluation.cells_of(rows, ["gqa"], questions=tmp_path / questions, folder=tmp_path, stamp={"limit": limit})
+        return evaluation.cells_of(
+            rows, ["gqa"], questions=tmp_path / questions, folder=tmp_path, stamp={"limit": limit}
+        )
 
     first, *others = cells()
-    assert [(cell["name"], cell["task"]) for cell in cells()[:3]] == [("full", TASK), ("full", "gqa"), ("free", TASK)]
+    assert [(cell["name"], cell["task"]) for cell in cells()[:3]] == [
+        ("full", TASK),
+        ("full", "gqa"),
+        ("free", TASK),
+    ]
     assert evaluation.finished(first) is None
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / f"{TASK}.json").write_text(json.dumps({"stamp": first["stamp"], "row": "full"}))
@@ -472,10 +537,18 @@ def result(row, budget, num_tokens, **results):
 
 
 def test_scores_are_the_papers_columns():
-    assert scores_of({"gqa": {"alias": "gqa", "exact_match,none": 0.619, "exact_match_stderr,none": 0.1}}) == {"GQA": 61.9}
-    mme = {"mme_perception_score,none": 1500.0, "mme_cognition_score,none": 362.0, "mme_cognition_score_stderr,none": "N/A"}
+    assert scores_of(
+        {"gqa": {"alias": "gqa", "exact_match,none": 0.619, "exact_match_stderr,none": 0.1}}
+    ) == {"GQA": 61.9}
+    mme = {
+        "mme_perception_score,none": 1500.0,
+        "mme_cognition_score,none": 362.0,
+        "mme_cognition_score_stderr,none": "N/A",
+    }
     assert scores_of({"mme": mme}) == {"MME": 1862.0}
-    assert scores_of({"mmbench_en_dev_static": {"gpt_eval_score,none": 64.7, "submission,none": None}}) == {"MMB": 64.7}
+    assert scores_of({"mmbench_en_dev_static": {"gpt_eval_score,none": 64.7, "submission,none": None}}) == {
+        "MMB": 64.7
+    }
     assert scores_of({TASK: {"open,none": 0.5, "open_stderr_clt,none": 0.1}}) == {"held out: open": 50.0}
     assert scores_of({"chartqa": {"relaxed,none": 0.25}}) == {"chartqa: relaxed": 0.25}
 
@@ -496,12 +569,18 @@ def test_the_table_has_per_cent_of_full_and_the_papers_rows(capsys):
     assert tuned["average_percent"] == pytest.approx(95.0) and full["average_percent"] == 100.0
     assert [(row["name"], row["scores"]["GQA"], row["average_percent"]) for row in table["paper"]] == [
         ("full", 61.9, 100),
-        ("free", 55.1, pytest.approx(100 * (55.1 / 61.9 + 77.0 / 85.9) / 2)),  # over what was asked here alone
+        (
+            "free",
+            55.1,
+            pytest.approx(100 * (55.1 / 61.9 + 77.0 / 85.9) / 2),
+        ),  # over what was asked here alone
         ("tuned", 57.0, pytest.approx(100 * 57.0 / 61.9)),
     ]
     print_table(table, title="a model")
     shown = capsys.readouterr().out
-    assert "a table" in shown and "54.0 (90%)" in shown and "55.1 (89%)" in shown and shown.count("paper") == 3
+    assert (
+        "a table" in shown and "54.0 (90%)" in shown and "55.1 (89%)" in shown and shown.count("paper") == 3
+    )
     assert "asked as 'USER: QUESTION'" in shown
 
 

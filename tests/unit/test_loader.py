@@ -61,7 +61,11 @@ SETTINGS = {
     "neither": {"do_rescale": False, "do_normalize": False},
     "other values": {"rescale_factor": 1 / 127, "image_mean": [0.1, 0.5, 0.9], "image_std": [0.9, 0.5, 0.3]},
 }
-PICTURES = [[tiny.picture(0, 40, 90)], [tiny.picture(1, 150, 60), tiny.picture(2, 20, 200)], [tiny.picture(3, SIDE, SIDE)]]
+PICTURES = [
+    [tiny.picture(0, 40, 90)],
+    [tiny.picture(1, 150, 60), tiny.picture(2, 20, 200)],
+    [tiny.picture(3, SIDE, SIDE)],
+]
 VIDEOS = [[tiny.picture(10 * video + frame, 40, 90) for frame in range(3)] for video in range(2)]
 
 
@@ -81,7 +85,10 @@ def expected(kind, processor, media):
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_pixels_are_what_the_processor_makes_to_the_bit(name, settings):
     processor = PROCESSORS[name](**SETTINGS[settings])
-    for kind, media, process in (("image", PICTURES, processor), ("video", VIDEOS, FrameProcessor(processor))):
+    for kind, media, process in (
+        ("image", PICTURES, processor),
+        ("video", VIDEOS, FrameProcessor(processor)),
+    ):
         wanted = expected(kind, process, media)
         made = without_padding(on_the_device(kind, process, media), wanted)
         assert made.keys() == wanted.keys() and LEVELS not in made
@@ -98,19 +105,23 @@ def test_settings_change_the_levels(settings):
 
 def test_in_half_precision_pixels_are_the_rounded_ones():
     processor = PROCESSORS["NeXT"]()
-    one, other = (on_the_device("image", processor, PICTURES, dtype) for dtype in (torch.bfloat16, torch.float32))
+    one, other = (
+        on_the_device("image", processor, PICTURES, dtype) for dtype in (torch.bfloat16, torch.float32)
+    )
     assert pixels_of(one).dtype == torch.bfloat16 and torch.equal(pixels_of(one), pixels_of(other).bfloat16())
     assert torch.equal(one["image_sizes"], other["image_sizes"])  # 150 px and more are no bfloat16
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_a_micro_batch_brings_bytes_to_the_device(tmp_path, kind):
-    batch = Collator(tiny.processor(kind), family(kind), Identity(), kinds=family(kind).kinds, num_frames=NUM_FRAMES)(
-        examples_of(rows_of(kind), tmp_path)
-    )
+    batch = Collator(
+        tiny.processor(kind), family(kind), Identity(), kinds=family(kind).kinds, num_frames=NUM_FRAMES
+    )(examples_of(rows_of(kind), tmp_path))
     there = to_device(batch, torch.device("meta"))
     assert {value.device.type for inputs in there.media.values() for value in inputs.values()} == {"meta"}
-    assert {getattr(there, name).device.type for name in ("input_ids", "attention_mask", "labels")} == {"meta"}
+    assert {getattr(there, name).device.type for name in ("input_ids", "attention_mask", "labels")} == {
+        "meta"
+    }
     for medium in batch.media:
         assert pixels_of(batch.media[medium]).dtype == torch.uint8
         assert pixels_of(media_inputs(there, medium, torch.bfloat16)).dtype == torch.bfloat16
@@ -126,7 +137,10 @@ def test_on_a_gpu_pixels_are_the_same_bits(tmp_path):
     (batch,) = loader(source, first=0, num_workers=1)
     assert batch.input_ids.is_pinned() and pixels_of(batch.media["image"]).is_pinned()
     there = media_inputs(to_device(batch, torch.device("cuda")), "image", torch.float32)
-    assert all(torch.equal(value.cpu(), media_inputs(batch, "image", torch.float32)[name]) for name, value in there.items())
+    assert all(
+        torch.equal(value.cpu(), media_inputs(batch, "image", torch.float32)[name])
+        for name, value in there.items()
+    )
 
 
 # The seam
@@ -138,8 +152,19 @@ def test_media_may_come_from_elsewhere_than_files(tmp_path):
         path.unlink()
     collate = Collator(PROCESSOR, family(), Identity(), media=Ready())
     batch = collate(examples)
-    assert (batch.input_ids == IMAGE_ID).sum(dim=1).tolist() == [2, 0, 4, 2] and batch.num_placeholders == {"image": 8}
-    assert media_inputs(batch, "image", torch.bfloat16)["features"].flatten().tolist() == [0, 0, 2, 2, 2, 2, 3, 3]
+    assert (batch.input_ids == IMAGE_ID).sum(dim=1).tolist() == [2, 0, 4, 2] and batch.num_placeholders == {
+        "image": 8
+    }
+    assert media_inputs(batch, "image", torch.bfloat16)["features"].flatten().tolist() == [
+        0,
+        0,
+        2,
+        2,
+        2,
+        2,
+        3,
+        3,
+    ]
     assert media_inputs(batch, "image", torch.bfloat16)["features"].dtype == torch.bfloat16
     assert collate(examples[1:2]).media["image"]["features"].tolist() == [[0], [0]]
 
@@ -149,7 +174,10 @@ def test_media_may_come_from_elsewhere_than_files(tmp_path):
 
 def of_lengths(lengths):
     """Text-only rows of these lengths, with one label each; the first id tells the row."""
-    return [Example([number, *[7] * (int(length) - 1)], [IGNORED] * (int(length) - 1) + [7], {}) for number, length in lengths]
+    return [
+        Example([number, *[7] * (int(length) - 1)], [IGNORED] * (int(length) - 1) + [7], {})
+        for number, length in lengths
+    ]
 
 
 def mixed(count, seed=0):
@@ -160,21 +188,30 @@ def mixed(count, seed=0):
 
 def all_ranks(lengths, split, *, num_steps=3):
     micro, accumulation, world_size = split
-    settings = {"micro": micro, "accumulation": accumulation, "world_size": world_size, "num_steps": num_steps}
+    settings = {
+        "micro": micro,
+        "accumulation": accumulation,
+        "world_size": world_size,
+        "num_steps": num_steps,
+    }
     examples, collate = of_lengths(enumerate(lengths)), Collator(PROCESSOR, family(), Identity())
     return [padded(examples, collate, **settings, rank=rank) for rank in range(world_size)]
 
 
 def padding_share(batches):
     batches = list(batches)
-    return 1 - sum(int(b.attention_mask.sum()) for b in batches) / sum(b.attention_mask.numel() for b in batches)
+    return 1 - sum(int(b.attention_mask.sum()) for b in batches) / sum(
+        b.attention_mask.numel() for b in batches
+    )
 
 
 def test_the_longest_rows_of_a_step_come_first_and_the_set_is_the_permutations():
     lengths = mixed(50)
     (batches,) = all_ranks(lengths, (8, 1, 1), num_steps=10)
     (unsorted,) = all_ranks([50] * 50, (8, 1, 1), num_steps=10)
-    taken, drawn = ([source[step].input_ids[:, 0].tolist() for step in range(10)] for source in (batches, unsorted))
+    taken, drawn = (
+        [source[step].input_ids[:, 0].tolist() for step in range(10)] for source in (batches, unsorted)
+    )
     assert drawn == batches.rows.tolist()
     for rows, drawn_rows in zip(taken, drawn, strict=True):
         assert sorted(rows) == sorted(drawn_rows)
@@ -198,14 +235,18 @@ def test_ranks_of_a_part_hold_neighbouring_lengths(split):
     for step in range(3):
         parts = [[rank[step * accumulation + part] for rank in ranks] for part in range(accumulation)]
         assert all(len(batch.input_ids) == micro for part in parts for batch in part)
-        lengths = [sorted(int(n) for batch in part for n in batch.attention_mask.sum(dim=1)) for part in parts]
+        lengths = [
+            sorted(int(n) for batch in part for n in batch.attention_mask.sum(dim=1)) for part in parts
+        ]
         assert all(longer[0] >= shorter[-1] for longer, shorter in pairwise(lengths))
         taken = sorted(int(row) for part in parts for batch in part for row in batch.input_ids[:, 0])
         assert taken == sorted(ranks[0].rows[step].tolist())
 
 
 def test_no_rank_has_the_longest_rows_of_every_part():
-    lengths = torch.tensor(mixed(512)).clamp(max=600)  # no rank can make up for one row that is longer than all others
+    lengths = torch.tensor(mixed(512)).clamp(
+        max=600
+    )  # no rank can make up for one row that is longer than all others
     ranks = all_ranks(lengths.tolist(), (2, 8, 8), num_steps=4)
     totals = [sum(int(rank[index].attention_mask.sum()) for index in range(len(rank))) for rank in ranks]
     longest_first = lengths[ranks[0].rows].sort(dim=1, descending=True).values
@@ -216,23 +257,42 @@ def test_no_rank_has_the_longest_rows_of_every_part():
 @pytest.mark.parametrize("reducer", [Identity(), VisionZip(dominant=4, contextual=2)], ids=repr)
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_lengths_are_those_of_the_expanded_rows(tmp_path, kind, reducer):
-    texts = ["<image>one", "no picture", "<image>\nanother", "<image>a third one", "<image>4", "<image>two <image>"]
+    texts = [
+        "<image>one",
+        "no picture",
+        "<image>\nanother",
+        "<image>a third one",
+        "<image>4",
+        "<image>two <image>",
+    ]
     texts += VIDEO_ROWS[:1] if kind in tiny.VIDEO else []
     examples = examples_of(texts, tmp_path)
-    collate = Collator(tiny.processor(kind), family(kind), reducer, kinds=family(kind).kinds, num_frames=NUM_FRAMES)
+    collate = Collator(
+        tiny.processor(kind), family(kind), reducer, kinds=family(kind).kinds, num_frames=NUM_FRAMES
+    )
     assert collate.lengths(examples).tolist() == collate(examples).attention_mask.sum(dim=1).tolist()
 
 
 def test_lengths_of_mapped_rows_are_the_same(tmp_path):
-    rows = [talk("<image>\nwhat?", "a cat", image="1.png"), talk("q", "a long answer"), talk("q" * 200, "no room")]
+    rows = [
+        talk("<image>\nwhat?", "a cat", image="1.png"),
+        talk("q", "a long answer"),
+        talk("q" * 200, "no room"),
+    ]
     rows += [talk("<image>\nand <image>?", "two", image=["1.png", "2.png"])]
-    examples = tokenized(rows, vicuna(), tmp_path, max_tokens=220, sizes={"1.png": (150, 60), "2.png": (30, 30)})
+    examples = tokenized(
+        rows, vicuna(), tmp_path, max_tokens=220, sizes={"1.png": (150, 60), "2.png": (30, 30)}
+    )
     collate = Collator(tiny.processor("next"), family("next"), VisionZip(dominant=4, contextual=2))
-    assert len(examples) == 3 and examples.column("num_whole_tokens").max() < 220  # the row without a label is not among them
+    assert (
+        len(examples) == 3 and examples.column("num_whole_tokens").max() < 220
+    )  # the row without a label is not among them
     assert collate.lengths(examples).tolist() == collate.lengths(list(examples)).tolist()
     mapped, plain = (padded(given, collate, micro=3, num_steps=3) for given in (examples, list(examples)))
     for step in range(3):
-        (one,), (other,) = (source.layout.parts(step, source.rows[step].tolist()) for source in (mapped, plain))
+        (one,), (other,) = (
+            source.layout.parts(step, source.rows[step].tolist()) for source in (mapped, plain)
+        )
         assert one == other and sorted(one.rows) == [0, 1, 2]
         for count in ("num_labels", "num_taught_labels", "num_tokens"):
             assert getattr(mapped, count)(step) == getattr(plain, count)(step) > 0
@@ -250,7 +310,9 @@ def test_num_tokens_counts_the_whole_global_batch(split):
     accumulation = split[1]
     for step in range(3):
         parts = [rank[step * accumulation + part] for rank in ranks for part in range(accumulation)]
-        assert {rank.num_tokens(step) for rank in ranks} == {sum(int(part.attention_mask.sum()) for part in parts)}
+        assert {rank.num_tokens(step) for rank in ranks} == {
+            sum(int(part.attention_mask.sum()) for part in parts)
+        }
 
 
 # Workers
@@ -260,7 +322,10 @@ class Counting(Ready):
     """Tells how many threads the worker has."""
 
     def blank(self, kind):
-        return {"threads": torch.tensor(torch.get_num_threads()), "workers": torch.tensor(get_worker_info().num_workers)}
+        return {
+            "threads": torch.tensor(torch.get_num_threads()),
+            "workers": torch.tensor(get_worker_info().num_workers),
+        }
 
 
 class Dying(Ready):

@@ -17,7 +17,16 @@ from tests.helpers import tiny
 from train import memory
 from train.checks import check
 from train.config import build_reducer
-from train.memory import Card, Lengths, Packing, card_of, fit_packing, fitting_questions, micro_batch_memory, resident_memory
+from train.memory import (
+    Card,
+    Lengths,
+    Packing,
+    card_of,
+    fit_packing,
+    fitting_questions,
+    micro_batch_memory,
+    resident_memory,
+)
 from train.models import load_model, quantise
 from train.plan import print_plan
 from train.trainable import make_trainable
@@ -50,10 +59,17 @@ def needed(cfg, packing, *, longest=300, prefix=40, world_size=1):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", [(LlamaConfig, LlamaModel, 4), (Qwen2Config, Qwen2Model, 2)], ids=["llama", "qwen2"])
+@pytest.mark.parametrize(
+    "kind", [(LlamaConfig, LlamaModel, 4), (Qwen2Config, Qwen2Model, 2)], ids=["llama", "qwen2"]
+)
 def test_a_layer_keeps_as_much_as_is_reckoned(kind, dtype, recompute):
     make_config, make_model, num_key_heads = kind
-    shape = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": num_key_heads}
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_attention_heads": 4,
+        "num_key_value_heads": num_key_heads,
+    }
     num_tokens, sizes = 96, []
     for num_layers in (3, 5):
         config = make_config(**shape, num_hidden_layers=num_layers, vocab_size=32)
@@ -67,7 +83,9 @@ def test_a_layer_keeps_as_much_as_is_reckoned(kind, dtype, recompute):
 
 def test_vicuna_keeps_what_the_cuts_promise():
     config = counted("llava-7b").model.config.text_config
-    in_width = {name: kept_memory(config, itemsize=2, **given) / config.hidden_size for name, given in KEPT.items()}
+    in_width = {
+        name: kept_memory(config, itemsize=2, **given) / config.hidden_size for name, given in KEPT.items()
+    }
     assert in_width["plain"] == 22.75
     assert in_width["recompute"] == 14
     assert in_width["int8"] > in_width["plain"] and in_width["lora"] > in_width["plain"]
@@ -83,7 +101,9 @@ def test_lora_in_the_language_model_takes_memory_for_its_inputs():
         reducer = build_reducer(composed("model=llava-7b", "reducer.budget=6"))
         return packed_memory(family, reducer, num_tokens=512, num_prefix=40)
 
-    language, projector = ({"target": target, "r": 2, "alpha": 4} for target in ("language_model", "projector"))
+    language, projector = (
+        {"target": target, "r": 2, "alpha": 4} for target in ("language_model", "projector")
+    )
     assert memory_of(projector) == memory_of(None) < memory_of(language)
 
 
@@ -102,7 +122,9 @@ def test_an_80gb_card_tunes_13b_unquantised():
 
 
 def test_13b_on_24gb_is_refused_with_what_helps_and_that_helps():
-    with pytest.raises(UserError, match=r"need 2\d\.\d GB, more than memory_gb=24; .*hardware=80gb.*zero3.*inexact=nf4"):
+    with pytest.raises(
+        UserError, match=r"need 2\d\.\d GB, more than memory_gb=24; .*hardware=80gb.*zero3.*inexact=nf4"
+    ):
         packing_of("model=llava-13b", "hardware=24gb")
     assert packing_of("model=llava-13b", "hardware=24gb", "inexact=nf4").tokens >= 2048
     assert packing_of("model=llava-13b", "hardware=24gb", "inexact=int8").tokens >= 1024
@@ -145,13 +167,20 @@ def test_a_long_prefix_takes_its_room(monkeypatch):
 def test_what_is_given_is_taken():
     assert packing_of("model=llava-7b", "hardware=24gb", "batch.tokens=777") == Packing(777, recompute=False)
     assert packing_of("model=llava-7b", "hardware=24gb", "batch.tokens=3000") == Packing(3000, recompute=True)
-    assert packing_of("model=llava-7b", "hardware=24gb", "batch.tokens=9000", "batch.recompute=false").tokens == 9000
-    assert packing_of("model=llava-7b", "hardware=80gb", "batch.recompute=true") == Packing(16_384, recompute=True)
+    assert (
+        packing_of("model=llava-7b", "hardware=24gb", "batch.tokens=9000", "batch.recompute=false").tokens
+        == 9000
+    )
+    assert packing_of("model=llava-7b", "hardware=80gb", "batch.recompute=true") == Packing(
+        16_384, recompute=True
+    )
     assert packing_of("model=llava-7b", "memory_gb=20", "batch.recompute=false").tokens < 2048
 
 
 def test_of_several_budgets_the_one_with_the_most_pictures_counts():
-    alone = [packing_of("model=next-7b", "hardware=24gb", f"reducer.budget={budget}") for budget in (160, 640)]
+    alone = [
+        packing_of("model=next-7b", "hardware=24gb", f"reducer.budget={budget}") for budget in (160, 640)
+    ]
     assert alone[0].recompute != alone[1].recompute
     several = packing_of("model=next-7b", "hardware=24gb", "reducer.budget=[320,160,640]")
     assert several == Packing(2048, alone[0].recompute)
@@ -214,7 +243,10 @@ def test_as_many_questions_at_once_as_the_card_holds(monkeypatch):
 
     assert questions(640, "hardware=80gb") == 32 and not said
     fewer = questions(640, "hardware=24gb")
-    assert 8 <= fewer < 32 and f"{fewer} questions of up to 640 tokens at once, and not evaluate.batch=32" in said[0]
+    assert (
+        8 <= fewer < 32
+        and f"{fewer} questions of up to 640 tokens at once, and not evaluate.batch=32" in said[0]
+    )
     assert questions(64, "hardware=24gb") == 32
     assert questions(90_000, "hardware=24gb") == 1
 
@@ -235,7 +267,9 @@ def test_the_plan_shows_the_micro_batch_of_the_card(capsys, monkeypatch):
     assert plan["a micro batch"] == "up to 2,048 packed tokens, nothing computed twice"
     assert plan["memory a rank"].endswith("GB, of memory_gb=24; all weights 14.2 GB")
     plan = plan_of(capsys, monkeypatch, "model=llava-7b", "hardware=24gb", "batch.tokens=3000", "inexact=nf4")
-    assert plan["a micro batch"].startswith("up to 3,000") and "gradients are not exact" in plan["memory a rank"]
+    assert (
+        plan["a micro batch"].startswith("up to 3,000") and "gradients are not exact" in plan["memory a rank"]
+    )
     plan = plan_of(capsys, monkeypatch, "model=llava-7b", "engine=reference", "batch.micro=4")
     assert plan["a micro batch"].startswith("4 rows, padded")
 
@@ -281,7 +315,9 @@ NEAR = {"nf4": 0.5, "int8": 0.05}
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("inexact", ["nf4", "int8"])
-@pytest.mark.parametrize("lora", [None, {"target": "language_model", "r": 2, "alpha": 4}], ids=["projector", "lora"])
+@pytest.mark.parametrize(
+    "lora", [None, {"target": "language_model", "r": 2, "alpha": 4}], ids=["projector", "lora"]
+)
 @pytest.mark.parametrize("kind", ["clip", "onevision"])
 def test_a_quantised_model_is_near_and_belongs_to_the_same_base(monkeypatch, kind, lora, inexact):
     said = []
@@ -314,7 +350,9 @@ def test_a_quantised_model_is_near_and_belongs_to_the_same_base(monkeypatch, kin
         assert torch.linalg.vector_norm(one - other) <= NEAR[inexact] * torch.linalg.vector_norm(other)
     torch.optim.AdamW(trainable.parameters.values(), lr=1.0).step()
     assert all(torch.equal(p, frozen[n]) for n, p in family.language_model.named_parameters() if n in frozen)
-    assert not any(p.requires_grad for n, p in family.model.named_parameters() if n not in trainable.parameters)
+    assert not any(
+        p.requires_grad for n, p in family.model.named_parameters() if n not in trainable.parameters
+    )
     assert len(said) == 1 and f"inexact={inexact}" in said[0]
     # Counting does not change, and the fingerprint that a run keeps is the one from before.
     assert weight_memory(family, inexact=inexact) == reckoned

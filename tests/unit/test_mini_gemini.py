@@ -17,13 +17,24 @@ from tests.helpers import tiny
 from vzip import UserError
 from vzip.checkpoints.original.mini_gemini import convnext_weights, is_original, load_model, load_processor
 from vzip.checkpoints.shards import read_config
-from vzip.models.mini_gemini import HighResolutionTower, MiniGeminiConfig, MiniGeminiForConditionalGeneration, make_processor
+from vzip.models.mini_gemini import (
+    HighResolutionTower,
+    MiniGeminiConfig,
+    MiniGeminiForConditionalGeneration,
+    make_processor,
+)
 
 SIDE = 64
 WIDTHS = [8, 12, 16, 20]
 WORDS, GROWN = 60, 64
 """Ids of the public vocabulary, and of the model's: the next multiple of 64 that has room for <image>, the id 60."""
-TEXT = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+TEXT = {
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 
 
 def config(**changes):
@@ -52,7 +63,11 @@ def batch(dtype=torch.float32, seed=1):
     ids[0, 1:17] = WORDS
     ids[1, 3:19] = WORDS
     labels = ids.masked_fill(ids == WORDS, -100)
-    return {"input_ids": ids, "pixel_values": torch.randn(2, 3, SIDE, SIDE, generator=generator, dtype=dtype), "labels": labels}
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(2, 3, SIDE, SIDE, generator=generator, dtype=dtype),
+        "labels": labels,
+    }
 
 
 # A transcription of the published formulas, by timm's names for the ConvNeXt
@@ -103,7 +118,11 @@ def block(x, p, name):
     padded = torch.nn.functional.pad(x, (3, 3, 3, 3))
     y = p[f"{name}.conv_dw.bias"][:, None, None].expand_as(x)
     for dy, dx in itertools.product(range(7), range(7)):
-        y = y + p[f"{name}.conv_dw.weight"][:, 0, dy, dx, None, None] * padded[:, dy : dy + height, dx : dx + width]
+        y = (
+            y
+            + p[f"{name}.conv_dw.weight"][:, 0, dy, dx, None, None]
+            * padded[:, dy : dy + height, dx : dx + width]
+        )
     y = norm_2d(y, p, f"{name}.norm").movedim(0, -1)
     y = gelu(y @ p[f"{name}.mlp.fc1.weight"].T + p[f"{name}.mlp.fc1.bias"])
     y = (y @ p[f"{name}.mlp.fc2.weight"].T + p[f"{name}.mlp.fc2.bias"]) * p[f"{name}.gamma"]
@@ -138,7 +157,9 @@ def mine(low, high, p):
         query = project(patch, "query")
         scores = [query @ project(feature, "key") / math.sqrt(len(query)) for feature in region]
         weights = [math.e**score for score in scores]
-        found = sum(weight * project(feature, "value") for weight, feature in zip(weights, region, strict=True))
+        found = sum(
+            weight * project(feature, "value") for weight, feature in zip(weights, region, strict=True)
+        )
         mined.append(patch + found / sum(weights))
     return torch.stack(mined)
 
@@ -166,10 +187,14 @@ def plain_logits(model, rows):
     embeds = inner.language_model.embed_tokens(rows["input_ids"]).clone()
     projector = inner.multi_modal_projector
     for index, image in enumerate(rows["pixel_values"]):
-        low = inner.vision_tower(bilinear(image, tiny.SIDE)[None], output_hidden_states=True).hidden_states[-2][0, 1:]
+        low = inner.vision_tower(bilinear(image, tiny.SIDE)[None], output_hidden_states=True).hidden_states[
+            -2
+        ][0, 1:]
         mined = mine(low, convnext(image, high), dict(inner.mining.named_parameters()))
         hidden = gelu(mined @ projector.linear_1.weight.T + projector.linear_1.bias)
-        embeds[index, rows["input_ids"][index] == WORDS] = hidden @ projector.linear_2.weight.T + projector.linear_2.bias
+        embeds[index, rows["input_ids"][index] == WORDS] = (
+            hidden @ projector.linear_2.weight.T + projector.linear_2.bias
+        )
     return model.lm_head(inner.language_model(inputs_embeds=embeds).last_hidden_state)
 
 
@@ -181,7 +206,9 @@ def test_logits_loss_and_gradients_are_those_of_the_formulas():
     logits = plain_logits(model, rows)
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows["labels"][:, 1:].flatten())
     torch.testing.assert_close(output.logits, logits, atol=1e-8, rtol=1e-8)
-    torch.testing.assert_close(output.loss.double(), loss, atol=1e-6, rtol=1e-6)  # transformers takes it in float32
+    torch.testing.assert_close(
+        output.loss.double(), loss, atol=1e-6, rtol=1e-6
+    )  # transformers takes it in float32
     for found, wanted in zip(gradients, torch.autograd.grad(loss, projector), strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
 
@@ -192,9 +219,13 @@ def test_image_features_are_the_mined_ones_and_their_projections():
         output = model.get_image_features(pixels)
         low = model.model.low_resolution_features(pixels)
         high = model.model.high_resolution_tower(pixels)
-        mined = torch.stack([mine(low[i], high[i], dict(model.model.mining.named_parameters())) for i in range(2)])
+        mined = torch.stack(
+            [mine(low[i], high[i], dict(model.model.mining.named_parameters())) for i in range(2)]
+        )
     assert high.shape == (2, sum(WIDTHS), SIDE // 4, SIDE // 4)
-    assert output.last_hidden_state.shape == (2, 16, 32) and [len(image) for image in output.pooler_output] == [16, 16]
+    assert output.last_hidden_state.shape == (2, 16, 32) and [
+        len(image) for image in output.pooler_output
+    ] == [16, 16]
     torch.testing.assert_close(output.last_hidden_state, mined)
     torch.testing.assert_close(model.model.mining(low, high), mined)
     torch.testing.assert_close(model.model.mine(low, pixels), mined)
@@ -267,9 +298,13 @@ def test_pictures_and_patches_that_do_not_fit_are_refused():
 
 def tokenizer():
     words = ["<unk>", "<s>", "</s>", *(f"w{index}" for index in range(WORDS - 3))]
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def plain_pixels(picture):
@@ -284,15 +319,25 @@ def plain_pixels(picture):
 
 def test_the_processor_pads_and_gives_a_placeholder_for_each_small_patch(tmp_path):
     processor = make_processor(config(), tiny.tokenizer())
-    pictures = [tiny.picture(0, 90).crop((0, 0, 90, 31)), tiny.picture(1, 80).crop((0, 0, 27, 80)), tiny.picture(2, 64)]
+    pictures = [
+        tiny.picture(0, 90).crop((0, 0, 90, 31)),
+        tiny.picture(1, 80).crop((0, 0, 27, 80)),
+        tiny.picture(2, 64),
+    ]
     rows = processor(images=pictures, text=["<image> a"] * 3, return_tensors="pt", padding=True)
     assert (rows["input_ids"] == tiny.SPECIAL.index("<image>")).sum(1).tolist() == [16, 16, 16]
-    torch.testing.assert_close(rows["pixel_values"], torch.stack([plain_pixels(picture) for picture in pictures]))
+    torch.testing.assert_close(
+        rows["pixel_values"], torch.stack([plain_pixels(picture) for picture in pictures])
+    )
     counts = processor._get_num_multimodal_tokens(image_sizes=[(31, 90)])
     assert list(counts.num_image_tokens) == [16]
     processor.save_pretrained(tmp_path)
-    again = AutoProcessor.from_pretrained(tmp_path)(images=pictures, text=["<image> a"] * 3, return_tensors="pt", padding=True)
-    assert torch.equal(again["pixel_values"], rows["pixel_values"]) and torch.equal(again["input_ids"], rows["input_ids"])
+    again = AutoProcessor.from_pretrained(tmp_path)(
+        images=pictures, text=["<image> a"] * 3, return_tensors="pt", padding=True
+    )
+    assert torch.equal(again["pixel_values"], rows["pixel_values"]) and torch.equal(
+        again["input_ids"], rows["input_ids"]
+    )
 
 
 # Public checkpoints
@@ -306,14 +351,18 @@ def public_weights(model, *, towers):
         weights[f"model.{name}"] = tensor[:WORDS] if name == "embed_tokens.weight" else tensor
     for ours, theirs in (("linear_1", "0"), ("linear_2", "2")):
         for kind in ("weight", "bias"):
-            weights[f"model.mm_projector.{theirs}.{kind}"] = getattr(inner.multi_modal_projector, ours).state_dict()[kind]
+            weights[f"model.mm_projector.{theirs}.{kind}"] = getattr(
+                inner.multi_modal_projector, ours
+            ).state_dict()[kind]
     for ours, theirs in (("query", "query"), ("key", "aux"), ("value", "val")):
         for name, tensor in getattr(inner.mining, ours).state_dict().items():
             weights[f"model.vlm_uni_{theirs}_projector.{name}"] = tensor
     if towers:
         for name, tensor in inner.vision_tower.state_dict().items():
             weights[f"model.vision_tower.vision_tower.vision_model.{name}"] = tensor
-        weights["model.vision_tower.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+        weights["model.vision_tower.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(17)[
+            None
+        ]
         for name, tensor in timm_names(inner.high_resolution_tower.state_dict()).items():
             weights[f"model.vision_tower_aux.vision_{name}"] = tensor
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
@@ -330,10 +379,18 @@ def save_public(folder, model, *, towers=True, change=lambda weights: None, **se
         ).save_pretrained(zoo / "clip")
         (zoo / "openclip").mkdir()
         trunk = {
-            f"visual.trunk.{name}": value for name, value in timm_names(model.model.high_resolution_tower.state_dict()).items()
+            f"visual.trunk.{name}": value
+            for name, value in timm_names(model.model.high_resolution_tower.state_dict()).items()
         }
-        unused = ("visual.trunk.head.norm.weight", "visual.head.mlp.fc1.weight", "token_embedding.weight", "logit_scale")
-        torch.save(trunk | dict.fromkeys(unused, torch.ones(1)), zoo / "openclip" / "open_clip_pytorch_model.bin")
+        unused = (
+            "visual.trunk.head.norm.weight",
+            "visual.head.mlp.fc1.weight",
+            "token_embedding.weight",
+            "logit_scale",
+        )
+        torch.save(
+            trunk | dict.fromkeys(unused, torch.ones(1)), zoo / "openclip" / "open_clip_pytorch_model.bin"
+        )
     path = folder / "checkpoint"
     tokenizer().save_pretrained(path)
     (path / "config.json").write_text(
@@ -400,13 +457,25 @@ def reshape(name):
     ("change", "message"),
     [
         (drop("model.vlm_uni_aux_projector.1.bias"), "missing are model.mining.key.1.bias"),
-        (drop("model.vision_tower_aux.vision_stages.3.blocks.0.gamma"), r"stages\.3\.layers\.0\.layer_scale_parameter"),
-        (drop("model.vision_tower_aux.vision_stages.2.blocks.0.conv_dw.weight"), r"stages\.2\.blocks\.\*\.conv_dw\.weight"),
-        (drop("model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias"), "model.vision_tower.pre_layrnorm.bias"),
+        (
+            drop("model.vision_tower_aux.vision_stages.3.blocks.0.gamma"),
+            r"stages\.3\.layers\.0\.layer_scale_parameter",
+        ),
+        (
+            drop("model.vision_tower_aux.vision_stages.2.blocks.0.conv_dw.weight"),
+            r"stages\.2\.blocks\.\*\.conv_dw\.weight",
+        ),
+        (
+            drop("model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias"),
+            "model.vision_tower.pre_layrnorm.bias",
+        ),
         (drop("model.layers.0.mlp.up_proj.weight"), "language_model.layers.0.mlp.up_proj.weight"),
         (drop("model.mm_projector.2.weight"), "mm_projector"),
         (reshape("model.vision_fpn.weight"), "not part of the model are model.vision_fpn.weight"),
-        (reshape("model.vlm_uni_val_projector.1.weight"), r"mining\.value\.1\.weight \(3, 5\), not \(32, 56\)"),
+        (
+            reshape("model.vlm_uni_val_projector.1.weight"),
+            r"mining\.value\.1\.weight \(3, 5\), not \(32, 56\)",
+        ),
         (reshape("model.vision_tower_aux.vision_stem.0.weight"), "embeddings.patch_embeddings.weight"),
     ],
 )
@@ -438,7 +507,9 @@ def test_a_setting_of_another_model_is_refused(tmp_path, settings):
 
 def test_towers_that_can_not_be_found_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    path = save_public(tmp_path, build(), change=lambda weights: [weights.pop(n) for n in list(weights) if "_aux." in n])
+    path = save_public(
+        tmp_path, build(), change=lambda weights: [weights.pop(n) for n in list(weights) if "_aux." in n]
+    )
     with pytest.raises(UserError, match="mm_vision_tower_aux"):
         load_model(path, dtype=torch.float32)
     path = save_public(tmp_path, build(), mm_vision_tower="a/b/clip")

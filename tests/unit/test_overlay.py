@@ -21,8 +21,14 @@ def seen(kind, reducer, picture=PICTURE):
     family = vzip.families.family_of(model)
     tile = look(family, reducer, processor.image_processor, picture)
     processed = processor.image_processor([[picture]], return_tensors="pt")
-    pixels = next(value for name, value in processed.items() if name.startswith("pixel_values")).flatten(0, -4)[:1]
-    return tile, family.vision_tokens(model.model, VisionZip(dominant=1, contextual=0), pixels), family.reduce(reducer, pixels)
+    pixels = next(value for name, value in processed.items() if name.startswith("pixel_values")).flatten(
+        0, -4
+    )[:1]
+    return (
+        tile,
+        family.vision_tokens(model.model, VisionZip(dominant=1, contextual=0), pixels),
+        family.reduce(reducer, pixels),
+    )
 
 
 def patch_of(image, patch, grid=tiny.GRID):
@@ -38,7 +44,9 @@ def test_every_family_says_where_its_tokens_went(kind):
     assert tile.grid == (tiny.GRID, tiny.GRID)
     assert tile.has_cls == tokens.has_cls
     assert torch.equal(tile.saliency.flatten(), tokens.saliency[0])
-    assert tile.dominant.tolist() == [index - first for index in reduction.dominant[0].tolist() if index >= first]
+    assert tile.dominant.tolist() == [
+        index - first for index in reduction.dominant[0].tolist() if index >= first
+    ]
     assert tile.contextual.tolist() == [index - first for index in reduction.contextual[0].tolist()]
     assert [tile.members[patch].item() for patch in tile.contextual] == [0, 1, 2]
     assert set((tile.members < 0).nonzero().flatten().tolist()) == set(tile.dominant.tolist())
@@ -49,7 +57,11 @@ def test_the_tile_is_what_the_tower_sees_and_not_the_picture_squeezed():
     wide = Image.new("RGB", (3 * tiny.SIDE, tiny.SIDE), "red")
     wide.paste("lime", (tiny.SIDE, 0, 2 * tiny.SIDE, tiny.SIDE))
     tile, *_ = seen("clip", VisionZip(dominant=4, contextual=3), wide)
-    assert np.asarray(tile.picture).reshape(-1, 3).mean(axis=0).tolist() == [0, 255, 0]  # CLIP cuts the middle out
+    assert np.asarray(tile.picture).reshape(-1, 3).mean(axis=0).tolist() == [
+        0,
+        255,
+        0,
+    ]  # CLIP cuts the middle out
 
 
 def test_spatial_tiles_are_reduced_without_their_cls():

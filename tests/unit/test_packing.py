@@ -81,7 +81,9 @@ def plain_prefix(examples):
 @settings(max_examples=50, deadline=None)
 @given(ROWS)
 def test_no_more_is_run_than_up_to_the_last_label_or_image(examples):
-    assert num_tail_tokens(examples, [IMAGE_ID]).tolist() == [needed(example).count(False) for example in examples]
+    assert num_tail_tokens(examples, [IMAGE_ID]).tolist() == [
+        needed(example).count(False) for example in examples
+    ]
 
 
 @settings(max_examples=50, deadline=None)
@@ -116,7 +118,14 @@ def mapped(rows, folder):
         for ids, labels in rows:
             for shown in ([IGNORED] * len(ids), labels):
                 num_images, num_labels = ids.count(IMAGE_ID), sum(label != IGNORED for label in shown)
-                yield {"id": "", "source": "", "ids": ids, "labels": shown, "images": ["a.png"] * num_images, "videos": []} | {
+                yield {
+                    "id": "",
+                    "source": "",
+                    "ids": ids,
+                    "labels": shown,
+                    "images": ["a.png"] * num_images,
+                    "videos": [],
+                } | {
                     "sizes": [50] * (2 * num_images),
                     "num_images": num_images,
                     "num_videos": 0,
@@ -176,7 +185,8 @@ def test_a_packed_batch_is_its_rows_one_behind_the_other(examples, behind_prefix
     assert batch.num_placeholders == {"image": ids.count(IMAGE_ID)}
     pictures = [float(example.index) for example in examples for _ in example.media.get("image", ())]
     assert (
-        batch.media["image"]["features"].flatten().tolist() == [n for n in pictures for _ in range(num_tokens)]
+        batch.media["image"]["features"].flatten().tolist()
+        == [n for n in pictures for _ in range(num_tokens)]
         or [0.0] * num_tokens
     )
 
@@ -185,7 +195,9 @@ def test_images_behind_the_last_label_are_run_and_nothing_behind_them():
     """A picture's features have to find their places, though nothing is learned from them."""
     row = example_of([1, 5, 6, 7, IMAGE_ID, 8, 9], [IGNORED, IGNORED, 6, IGNORED, IGNORED, IGNORED, IGNORED])
     batch = Packer(collator(), num_prefix=0)([row])
-    assert batch.input_ids.tolist() == [1, 5, 6, 7, IMAGE_ID, IMAGE_ID] and batch.num_placeholders == {"image": 2}
+    assert batch.input_ids.tolist() == [1, 5, 6, 7, IMAGE_ID, IMAGE_ID] and batch.num_placeholders == {
+        "image": 2
+    }
     assert batch.at_labels.tolist() == [1] and batch.targets.tolist() == [6]
 
 
@@ -255,7 +267,10 @@ def test_each_part_draws_its_reducer_from_seed_and_step():
         return [part.reducer for part in pack(range(40), lengths, tokens=40, world_size=2, seed=seed)]
 
     assert {*drawn(0, 0)} == {0, 1, 2}
-    assert drawn(0, 0) == drawn(0, 0) and len({tuple(drawn(seed, step)) for seed in (0, 1, -1) for step in (0, 1)}) == 6
+    assert (
+        drawn(0, 0) == drawn(0, 0)
+        and len({tuple(drawn(seed, step)) for seed in (0, 1, -1) for step in (0, 1)}) == 6
+    )
 
 
 # Steps of packed micro batches
@@ -265,8 +280,13 @@ def source_of(examples, *, world_size, tokens=60, num_steps=3, size=6, every=Fal
     """The micro batches of all ranks; with `every`, rows of text are learned from too."""
     plan = BatchPlan(size=size, world_size=world_size, num_steps=num_steps, seed=3)
     prefix = [] if every else shared_prefix(examples, [IMAGE_ID])
-    packers = [Packer(collator(n), num_prefix=len(prefix), reducer=number) for number, n in enumerate(reducers)]
-    taught, num_run = has_media(examples) | every, torch.stack([packer.lengths(examples) for packer in packers])
+    packers = [
+        Packer(collator(n), num_prefix=len(prefix), reducer=number) for number, n in enumerate(reducers)
+    ]
+    taught, num_run = (
+        has_media(examples) | every,
+        torch.stack([packer.lengths(examples) for packer in packers]),
+    )
     layout = PackedLayout(packers, examples, plan, tokens=tokens, num_run=num_run, taught=taught)
     return [MicroBatches(layout, plan, rank=rank, taught=taught) for rank in range(world_size)]
 
@@ -297,16 +317,27 @@ def test_all_ranks_together_run_each_taught_row_of_a_step_once(examples, world_s
     assert torch.equal(ranks[0].rows, plain.rows)
     for step, rows in enumerate(plain.rows.tolist()):
         batches = [batch for rank in ranks for batch in batches_of(rank, step)]
-        run, learned = [row for row in rows if taught[row]], sum(examples[row].num_labels for row in rows if taught[row])
-        found = [token - ROW_IDS for batch in batches for token in batch.input_ids.tolist() if token >= ROW_IDS]
-        targets = [token - ROW_IDS for batch in batches for token in batch.targets.tolist() if token >= ROW_IDS]
+        run, learned = (
+            [row for row in rows if taught[row]],
+            sum(examples[row].num_labels for row in rows if taught[row]),
+        )
+        found = [
+            token - ROW_IDS for batch in batches for token in batch.input_ids.tolist() if token >= ROW_IDS
+        ]
+        targets = [
+            token - ROW_IDS for batch in batches for token in batch.targets.tolist() if token >= ROW_IDS
+        ]
         assert sorted(targets) == sorted(run)
         assert set(found) <= set(run)
         assert sum(batch.num_rows for batch in batches) == len(run)
         assert sum(len(batch.targets) for batch in batches if batch.num_rows) == learned
         for rank in ranks:
             assert rank.num_parts(step) == ranks[0].num_parts(step) >= 1
-            assert rank.num_labels(step) == plain.num_labels(step) == sum(examples[row].num_labels for row in rows)
+            assert (
+                rank.num_labels(step)
+                == plain.num_labels(step)
+                == sum(examples[row].num_labels for row in rows)
+            )
             assert rank.num_taught_labels(step) == learned
             assert rank.num_tokens(step) == plain.num_tokens(step)
     assert all(len(rank) == sum(rank.num_parts(step) for step in range(3)) for rank in ranks)
@@ -315,7 +346,9 @@ def test_all_ranks_together_run_each_taught_row_of_a_step_once(examples, world_s
 @settings(max_examples=10, deadline=None)
 @given(numbered(), st.integers(0, 3))
 def test_a_run_resumes_with_the_same_micro_batches(examples, step):
-    for rank, again in zip(*(source_of(examples, world_size=2, reducers=(2, 3)) for _ in range(2)), strict=True):
+    for rank, again in zip(
+        *(source_of(examples, world_size=2, reducers=(2, 3)) for _ in range(2)), strict=True
+    ):
         whole = list(loader(rank, first=0, num_workers=0))
         rest = list(loader(again, first=step, num_workers=0))
         assert len(whole) == len(rank) and len(rest) == len(whole) - rank.num_before(step)
@@ -334,7 +367,9 @@ def test_a_micro_batch_has_the_tokens_of_its_reducer():
         num_tokens = (2, 5)[batch.reducer]
         assert len(batch.input_ids) <= 12 and batch.lengths == (num_tokens,) * batch.num_rows
         assert (
-            batch.num_placeholders == {"image": batch.num_rows * num_tokens} == {"image": len(batch.media["image"]["features"])}
+            batch.num_placeholders
+            == {"image": batch.num_rows * num_tokens}
+            == {"image": len(batch.media["image"]["features"])}
         )
 
 
@@ -343,4 +378,8 @@ def test_a_packed_batch_goes_to_the_device_as_a_whole():
     there = to_device(batch, torch.device("meta"))
     tensors = [there.input_ids, there.at_labels, there.targets, there.media["image"]["features"]]
     assert {value.device.type for value in tensors} == {"meta"}
-    assert (there.lengths, there.num_rows, there.reducer) == (batch.lengths, batch.num_rows, batch.reducer) == ((3,), 1, 0)
+    assert (
+        (there.lengths, there.num_rows, there.reducer)
+        == (batch.lengths, batch.num_rows, batch.reducer)
+        == ((3,), 1, 0)
+    )

@@ -19,7 +19,9 @@ def write_often(path):
 
 def test_two_processes_may_write_the_same_file(tmp_path):
     path = tmp_path / "a.json"
-    processes = [multiprocessing.get_context("fork").Process(target=write_often, args=(path,)) for _ in range(2)]
+    processes = [
+        multiprocessing.get_context("fork").Process(target=write_often, args=(path,)) for _ in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:

@@ -97,7 +97,14 @@ def encoded(kind):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"just text\n", b"{}", encoded("PNG")[:60], encoded("PNG")[: len(encoded("PNG")) // 2], encoded("JPEG")[:400]],
+    [
+        b"",
+        b"just text\n",
+        b"{}",
+        encoded("PNG")[:60],
+        encoded("PNG")[: len(encoded("PNG")) // 2],
+        encoded("JPEG")[:400],
+    ],
     ids=["zero bytes", "text", "json", "png header", "half a png", "half a jpeg"],
 )
 def test_what_is_no_whole_picture_raises(tmp_path, content):
@@ -132,7 +139,9 @@ def test_a_damaged_file_is_a_picture_or_one_of_two_errors(tmp_path_factory, kind
         assert open_picture(path).mode == "RGB"
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("PNG", "P"), ("JPEG", "CMYK"), ("GIF", "P"), ("WEBP", "RGB"), ("TIFF", "RGB")])
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("PNG", "P"), ("JPEG", "CMYK"), ("GIF", "P"), ("WEBP", "RGB"), ("TIFF", "RGB")]
+)
 def test_bytes_are_opened_as_their_file_is(tmp_path, kind, mode):
     file = io.BytesIO()
     halves().convert(mode).save(file, kind)
@@ -158,7 +167,9 @@ def test_whatever_a_decoder_raises_is_of_the_picture(tmp_path, monkeypatch):
     def fails(*_):
         raise struct.error("required argument is not an integer")
 
-    monkeypatch.setattr(ImageOps, "exif_transpose", fails)  # as it does on some EXIF data that it would write again
+    monkeypatch.setattr(
+        ImageOps, "exif_transpose", fails
+    )  # as it does on some EXIF data that it would write again
     with pytest.raises(ValueError, match="error: required argument"):
         open_picture(tmp_path / "a.png")
 

@@ -65,7 +65,9 @@ def family(kind="clip"):
 
 
 def measured(rows, folder, *, kind="clip", reducer=None, **settings):
-    return measure(examples_of(rows, folder, **settings).table, family(kind), reducer or Random(budget=4), num_frames=3)
+    return measure(
+        examples_of(rows, folder, **settings).table, family(kind), reducer or Random(budget=4), num_frames=3
+    )
 
 
 def reported(lengths, files=(), left_out=(), *, max_tokens=2048, max_positions=2048):
@@ -117,15 +119,41 @@ def test_it_says_where_rows_are_cut(folder):
 
 def test_the_report_counts_by_source(folder):
     lengths = measured(ROWS, folder)
-    left_out = [{"id": "x", "source": "vg", "reason": "missing"}, {"id": "y", "source": "gone", "reason": "missing"}]
+    left_out = [
+        {"id": "x", "source": "vg", "reason": "missing"},
+        {"id": "y", "source": "gone", "reason": "missing"},
+    ]
     found = reported(lengths, [BadRow("row-0", "coco", "coco/1.png: missing")], left_out)
-    assert {source: part["rows"] for source, part in found["sources"].items()} == {"coco": 2, "vg": 2, "text": 1, "gone": 0}
-    assert {source: part["media"] for source, part in found["sources"].items()} == {"coco": 3, "vg": 2, "text": 0, "gone": 0}
-    assert {source: part["left_out"] for source, part in found["sources"].items()} == {"coco": 0, "vg": 1, "text": 0, "gone": 1}
+    assert {source: part["rows"] for source, part in found["sources"].items()} == {
+        "coco": 2,
+        "vg": 2,
+        "text": 1,
+        "gone": 0,
+    }
+    assert {source: part["media"] for source, part in found["sources"].items()} == {
+        "coco": 3,
+        "vg": 2,
+        "text": 0,
+        "gone": 0,
+    }
+    assert {source: part["left_out"] for source, part in found["sources"].items()} == {
+        "coco": 0,
+        "vg": 1,
+        "text": 0,
+        "gone": 1,
+    }
     assert found["all"]["rows"] == 5 and found["all"]["left_out"] == 2 and found["all"]["broken_files"] == 1
-    assert found["sources"]["coco"]["tokens"]["visual"] == {"mean": 6.0, "p10": 4.4, "p50": 6.0, "p90": 7.6, "max": 8}
+    assert found["sources"]["coco"]["tokens"]["visual"] == {
+        "mean": 6.0,
+        "p10": 4.4,
+        "p50": 6.0,
+        "p90": 7.6,
+        "max": 8,
+    }
     expanded = [
-        len(ids) - row.turns[0][0].count("<image>") * -3 for row in ROWS for ids, _ in [encode(TEMPLATE, TOKENIZER, row.turns)]
+        len(ids) - row.turns[0][0].count("<image>") * -3
+        for row in ROWS
+        for ids, _ in [encode(TEMPLATE, TOKENIZER, row.turns)]
     ]
     assert found["all"]["tokens"]["expanded"]["mean"] == pytest.approx(np.mean(expanded))
     assert found["all"]["tokens"]["expanded"]["max"] == max(expanded)
@@ -148,7 +176,9 @@ def test_rows_that_the_model_can_not_take_are_faults_and_the_advice_helps(folder
 
     found = reported(lengths, max_positions=longest - 1)
     assert found["all"]["too_long"] == len(found["faults"]) == (lengths.expanded == longest).sum()
-    with pytest.raises(UserError, match=rf"row-\d: {longest} tokens, more than {longest - 1}\n.*data.max_tokens=") as caught:
+    with pytest.raises(
+        UserError, match=rf"row-\d: {longest} tokens, more than {longest - 1}\n.*data.max_tokens="
+    ) as caught:
         refuse_faults(found, folder)
     room = int(str(caught.value).split("data.max_tokens=")[1].split()[0])
     assert reported(measured(ROWS, folder, max_tokens=room), max_positions=longest - 1)["faults"] == []
@@ -158,7 +188,9 @@ def test_rows_that_the_model_can_not_take_are_faults_and_the_advice_helps(folder
 
 
 def test_good_files_have_no_fault(folder):
-    Image.open(folder / "coco/2.png").rotate(90, expand=True).save(folder / "coco/2.png")  # as a header has it beside EXIF
+    Image.open(folder / "coco/2.png").rotate(90, expand=True).save(
+        folder / "coco/2.png"
+    )  # as a header has it beside EXIF
     assert check_files(examples_of([*ROWS, CLIP], folder).table, folder) == []
 
 
@@ -166,7 +198,9 @@ def spoil(path, how):
     content = path.read_bytes()
     picture = io.BytesIO()
     tiny.picture(0, 7, 9).save(picture, "PNG")
-    path.write_bytes({"empty": b"", "no picture": b"<html>", "another": picture.getvalue(), "cut": content[:-200]}[how])
+    path.write_bytes(
+        {"empty": b"", "no picture": b"<html>", "another": picture.getvalue(), "cut": content[:-200]}[how]
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,7 +223,9 @@ def test_a_broken_picture_is_found_once_with_its_first_row(folder, how, reason):
 
     found = reported(measured(ROWS, folder), [fault])
     assert found["faults"] == [asdict(fault)]
-    with pytest.raises(UserError, match=r"1 files.*0 rows.*coco: 1.*\n  row-2: vg/3.png.*\nPut the files back.*make data"):
+    with pytest.raises(
+        UserError, match=r"1 files.*0 rows.*coco: 1.*\n  row-2: vg/3.png.*\nPut the files back.*make data"
+    ):
         refuse_faults(found, folder)
 
 
@@ -203,8 +239,17 @@ def test_the_sample_depends_on_the_seed_alone(folder):
 
     def sampled(rows, seed):
         target = folder / "many.arrow"
-        write_tokens(rows, TEMPLATE, TOKENIZER, target, max_tokens=99, sizes=dict.fromkeys(paths, (tiny.SIDE, tiny.SIDE)))
-        return {bad.id for bad in check_files(Examples(target, folder).table, folder, seed=seed, num_decoded=10)}
+        write_tokens(
+            rows,
+            TEMPLATE,
+            TOKENIZER,
+            target,
+            max_tokens=99,
+            sizes=dict.fromkeys(paths, (tiny.SIDE, tiny.SIDE)),
+        )
+        return {
+            bad.id for bad in check_files(Examples(target, folder).table, folder, seed=seed, num_decoded=10)
+        }
 
     assert len(sampled(rows, 0)) == 10
     assert sampled(rows, 0) == sampled(rows[::-1], 0) != sampled(rows, 1)
@@ -232,7 +277,9 @@ def test_the_tables_show_every_source_and_the_cut(folder, capsys, monkeypatch):
 
 
 def test_a_picture_is_drawn_of_the_largest_sources(folder):
-    rows = [row(number, "hello", "hi" * number, source=f"source {number}") for number in range(1, MAX_PANELS + 3)]
+    rows = [
+        row(number, "hello", "hi" * number, source=f"source {number}") for number in range(1, MAX_PANELS + 3)
+    ]
     lengths = measured(rows, folder)
     draw_report(lengths, reported(lengths), folder / "check.png")
     with Image.open(folder / "check.png") as picture:

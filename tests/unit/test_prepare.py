@@ -70,7 +70,9 @@ def test_a_prepared_subset_is_opened_without_a_look_at_the_pictures(tmp_path):
     assert prepare(selection).manifest == first.manifest
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"fraction": 0.4}, {"sources": ("coco",)}, {"text_rows": False}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"fraction": 0.4}, {"sources": ("coco",)}, {"text_rows": False}]
+)
 def test_another_selection_is_another_subset(tmp_path, change):
     selection = save_rows(tmp_path)
     first, other = prepare(selection), prepare(Selection(**{**vars(selection), **change}))
@@ -84,7 +86,9 @@ def test_the_same_rows_have_the_same_hash_in_any_order_and_place(tmp_path):
     rows = json.loads(Path(second.path).read_text())
     Path(second.path).write_text(json.dumps(rows[::-1]))
     one, other = prepare(first).manifest, prepare(second).manifest
-    assert one["hash"] == other["hash"] and one["ids"] == other["ids"] and one["positions"] != other["positions"]
+    assert (
+        one["hash"] == other["hash"] and one["ids"] == other["ids"] and one["positions"] != other["positions"]
+    )
 
 
 def test_a_dead_picture_gives_its_place_to_another_row_of_its_source(tmp_path):
@@ -119,7 +123,9 @@ def test_only_the_subsets_pictures_are_taken(tmp_path):
     selection = save_rows(tmp_path)
     shutil.move(tmp_path / "images", tmp_path / "published")
     subset = prepare(selection, places=places(tmp_path / "published"))
-    taken = {path.relative_to(tmp_path / "images").as_posix() for path in (tmp_path / "images").rglob("*.png")}
+    taken = {
+        path.relative_to(tmp_path / "images").as_posix() for path in (tmp_path / "images").rglob("*.png")
+    }
     assert taken == {path for row in subset.rows() for path in row.images}
 
 
@@ -255,8 +261,13 @@ def saved(folder, colours, **columns):
     """A `datasets` folder of one-coloured pictures, always of the same name."""
     datasets = pytest.importorskip("datasets")
     turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a colour"}]
-    rows = {"image": [Image.new("RGB", (8, 8), colour) for colour in colours], "conversations": [turns] * len(colours)}
-    data = datasets.Dataset.from_dict(rows | {name: [value] * len(colours) for name, value in columns.items()})
+    rows = {
+        "image": [Image.new("RGB", (8, 8), colour) for colour in colours],
+        "conversations": [turns] * len(colours),
+    }
+    data = datasets.Dataset.from_dict(
+        rows | {name: [value] * len(colours) for name, value in columns.items()}
+    )
     data.cast_column("image", datasets.Image()).save_to_disk(folder / "train")
     return Selection(path=str(folder / "train"), image_folder=str(folder.parent / "images"))
 

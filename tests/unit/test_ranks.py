@@ -8,8 +8,10 @@ JOB = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "5", "SLURM_NNODES": "2", "SLURM_
 SHELLS = {
     "no Slurm": {},
     "salloc": JOB | {"SLURM_TASKS_PER_NODE": "3,2"},
-    "sbatch": JOB | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_TASKS_PER_NODE": "3,2"},
-    "srun --pty bash": JOB | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "node07"},
+    "sbatch": JOB
+    | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_TASKS_PER_NODE": "3,2"},
+    "srun --pty bash": JOB
+    | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "node07"},
 }
 
 
@@ -38,7 +40,9 @@ def test_each_task_has_its_rank_and_all_meet_on_the_steps_first_host():
         (3, 0, 2),
         (4, 1, 2),
     ]
-    assert {each["WORLD_SIZE"] for each in found} == {"5"} and {each["MASTER_ADDR"] for each in found} == {"node07"}
+    assert {each["WORLD_SIZE"] for each in found} == {"5"} and {each["MASTER_ADDR"] for each in found} == {
+        "node07"
+    }
     (port,) = {int(each["MASTER_PORT"]) for each in found}
     assert 1024 < port < 32_768  # below those that Linux gives to clients
     assert set(found[0]) == set(_alone())
@@ -72,6 +76,8 @@ def test_the_first_host_of_slurms_list(nodelist, host):
     assert _first_host(nodelist) == host
 
 
-@pytest.mark.parametrize(("counts", "expected"), [("4", [4]), ("2(x3)", [2, 2, 2]), ("2(x2),1,8(x1)", [2, 2, 1, 8])])
+@pytest.mark.parametrize(
+    ("counts", "expected"), [("4", [4]), ("2(x3)", [2, 2, 2]), ("2(x2),1,8(x1)", [2, 2, 1, 8])]
+)
 def test_slurms_tasks_by_node(counts, expected):
     assert _tasks_per_node(counts) == expected

@@ -14,7 +14,9 @@ from train import config, hardware
 from train.checkpoint import RunFolder, environment
 from train.hardware import device_name
 
-CPUINFO = "processor\t: 0\nmodel name\t: A Processor\nmodel\t\t: 7\nprocessor\t: 1\nmodel name\t: A Processor\n"
+CPUINFO = (
+    "processor\t: 0\nmodel name\t: A Processor\nmodel\t\t: 7\nprocessor\t: 1\nmodel name\t: A Processor\n"
+)
 
 
 def settings_of(*overrides, hydra=False):
@@ -29,7 +31,11 @@ def test_a_run_of_a_sweep_records_the_command_of_itself(monkeypatch, mode):
     job = settings_of("reducer.budget=4", "+exp=sweep-budget", f"hydra.mode={mode}", hydra=True)
     monkeypatch.setattr(HydraConfig.instance(), "cfg", job)
     monkeypatch.setattr(sys, "argv", ["train/tune.py", "+exp=sweep-budget"])
-    alone = ["reducer.budget=4", "+exp=sweep-budget", "hydra.mode=RUN"] if mode == "MULTIRUN" else ["+exp=sweep-budget"]
+    alone = (
+        ["reducer.budget=4", "+exp=sweep-budget", "hydra.mode=RUN"]
+        if mode == "MULTIRUN"
+        else ["+exp=sweep-budget"]
+    )
     assert environment(job, world_size=1)["command"] == ["train/tune.py", *alone]
 
 

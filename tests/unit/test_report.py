@@ -20,13 +20,28 @@ def save_run(folder, name, *, tuned=0.9, finished=True, **env):
     path.mkdir(parents=True)
     config = {"model": {"name": "smol"}, "batch": {"size": 16}}
     (path / "config.yaml").write_text(yaml.safe_dump(config))
-    told = {"date": "2026-01-02", "commit": "0123456789", "modified_files": [], "command": ["/x/train/tune.py", "seed=3"]}
-    told |= {"packages": {"torch": "2.13.0"}, "hardware": {"device": "a card", "num_cpus": 2, "world_size": 1}}
+    told = {
+        "date": "2026-01-02",
+        "commit": "0123456789",
+        "modified_files": [],
+        "command": ["/x/train/tune.py", "seed=3"],
+    }
+    told |= {
+        "packages": {"torch": "2.13.0"},
+        "hardware": {"device": "a card", "num_cpus": 2, "world_size": 1},
+    }
     (path / "env.json").write_text(json.dumps(told | env))
     lines = [{"step": step, **dict.fromkeys(METRICS, 1.5 - step)} for step in range(2)]
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 2, "trai')
+    (path / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 2, "trai'
+    )
     rows = [
-        {"name": row, "num_visual_tokens": tokens, "num_questions": 1200, "metrics": {"open": value, "all": 0.0}}
+        {
+            "name": row,
+            "num_visual_tokens": tokens,
+            "num_questions": 1200,
+            "metrics": {"open": value, "all": 0.0},
+        }
         for row, tokens, value in (("full", 576, 1.0), ("free", 64, 0.5), ("tuned", 64, tuned))
     ]
     if finished:
@@ -64,8 +79,14 @@ def test_results_lose_nothing(tmp_path):
     save_run(tmp_path / "now", "again")
     save_run(tmp_path / "now", "unfinished", finished=False)
     second = update(first, blocks(tmp_path / "now"))
-    assert second.startswith("# Results\n\nBy hand.\n\n## Runs\n") and second.endswith(f"{END}\n\n## Behind\n")
-    assert [line for line in second.splitlines() if line.startswith("###")] == ["### again", "### gone", "### kept"]
+    assert second.startswith("# Results\n\nBy hand.\n\n## Runs\n") and second.endswith(
+        f"{END}\n\n## Behind\n"
+    )
+    assert [line for line in second.splitlines() if line.startswith("###")] == [
+        "### again",
+        "### gone",
+        "### kept",
+    ]
     assert second.count("| tuned | 64 | .900") == 2 and second.count("| tuned | 64 | .800") == 1
     assert update(second, blocks(tmp_path / "now")) == second
 
@@ -84,7 +105,10 @@ def test_folders_that_cannot_be_read_are_said_and_survived(tmp_path, capsys):
     (tmp_path / "something else").mkdir()
     assert [run.name for run in read_runs(tmp_path)] == ["good"]
     shown = capsys.readouterr().out
-    assert all(f"{name} was left out" in shown for name in ("damaged", "older", "cut", "empty")) and "4 of 5 folders" in shown
+    assert (
+        all(f"{name} was left out" in shown for name in ("damaged", "older", "cut", "empty"))
+        and "4 of 5 folders" in shown
+    )
     with pytest.raises(UserError, match="holds no run"):
         read_runs(tmp_path / "something else")
 
@@ -109,7 +133,9 @@ def test_the_curves_are_drawn(tmp_path, monkeypatch):
 def test_what_is_asked_for_is_written_whole_into_new_folders_or_refused(tmp_path, monkeypatch):
     save_run(tmp_path / "runs", "one")
     results = tmp_path / "new" / "RESULTS.md"
-    monkeypatch.setattr(sys, "argv", ["report.py", "--runs", str(tmp_path / "runs"), "--results", str(results)])
+    monkeypatch.setattr(
+        sys, "argv", ["report.py", "--runs", str(tmp_path / "runs"), "--results", str(results)]
+    )
     main.__wrapped__()
     assert "### one" in results.read_text() and (tmp_path / "runs" / "report.png").is_file()
     assert [path.name for path in results.parent.iterdir()] == ["RESULTS.md"]

@@ -81,7 +81,9 @@ def test_a_source_of_one_row_is_never_lost(drawn_of):
     assert counts(drawn_of(entries(big=1000, tiny=1), fraction=0.01)) == {"big": 10, "tiny": 1}
 
 
-@pytest.mark.parametrize(("fraction", "count", "expected"), [(0.07, 100, 7), (0.55, 100, 55), (0.1, 30, 3), (0.1, 31, 4)])
+@pytest.mark.parametrize(
+    ("fraction", "count", "expected"), [(0.07, 100, 7), (0.55, 100, 55), (0.1, 30, 3), (0.1, 31, 4)]
+)
 def test_a_fraction_is_the_decimal_number_that_was_written(drawn_of, fraction, count, expected):
     # 0.07 * 100 is 7.000000000000001 in floating point.
     assert len(drawn_of(entries(coco=count), fraction=fraction)) == expected
@@ -93,7 +95,11 @@ def test_a_larger_fraction_holds_the_smaller_one(drawn_of):
 
 
 @settings(max_examples=30, deadline=None)
-@given(removed=st.integers(0, len(ENTRIES) - 1), fraction=st.sampled_from([0.1, 0.25, 0.5, 0.9]), seed=st.integers(0, 9))
+@given(
+    removed=st.integers(0, len(ENTRIES) - 1),
+    fraction=st.sampled_from([0.1, 0.25, 0.5, 0.9]),
+    seed=st.integers(0, 9),
+)
 def test_removing_a_row_moves_at_most_one_other_in(drawn_of, removed, fraction, seed):
     before = drawn_of(ENTRIES, fraction=fraction, seed=seed)
     after = drawn_of(ENTRIES[:removed] + ENTRIES[removed + 1 :], fraction=fraction, seed=seed)
@@ -101,7 +107,9 @@ def test_removing_a_row_moves_at_most_one_other_in(drawn_of, removed, fraction, 
 
     assert len(set(after) - set(before)) <= 1
     assert len(set(before) - set(after)) <= 1
-    assert [name for name in after if not name.startswith(source)] == [name for name in before if not name.startswith(source)]
+    assert [name for name in after if not name.startswith(source)] == [
+        name for name in before if not name.startswith(source)
+    ]
     stayed = set(before) & set(after)
     assert [name for name in before if name in stayed] == [name for name in after if name in stayed]
 
@@ -123,7 +131,9 @@ def test_sources_are_chosen_and_unknown_ones_refused(drawn_of):
 
 def test_rows_of_text_alone_can_be_left_out(drawn_of):
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]
-    pictures = [{"id": f"coco-{number}", "image": f"coco/{number}.jpg", "conversations": turns} for number in range(9)]
+    pictures = [
+        {"id": f"coco-{number}", "image": f"coco/{number}.jpg", "conversations": turns} for number in range(9)
+    ]
     assert counts(drawn_of(ENTRIES + pictures, text_rows=False)) == {"coco": 9}
 
 

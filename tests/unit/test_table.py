@@ -36,11 +36,18 @@ def _own_data_dir(tmp_path, monkeypatch):
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
-VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3))
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+)
 
 
 @settings(max_examples=100, deadline=None)
-@given(values=st.lists(VALUES, max_size=5), chunk=st.integers(1, 9), indent=st.sampled_from([None, 1]), ascii=st.booleans())
+@given(
+    values=st.lists(VALUES, max_size=5),
+    chunk=st.integers(1, 9),
+    indent=st.sampled_from([None, 1]),
+    ascii=st.booleans(),
+)
 def test_a_list_is_read_as_json_reads_it_however_it_is_cut(values, chunk, indent, ascii):
     text = json.dumps(values, indent=indent, ensure_ascii=ascii)
     with pytest.MonkeyPatch.context() as patch:
@@ -86,7 +93,9 @@ def test_a_mistake_in_the_middle_is_found_without_reading_to_the_end(monkeypatch
     assert file.tell() < 3000
 
 
-@pytest.mark.parametrize("form", ["json", "indented", "jsonl", "jsonl with blank lines", "with a byte order mark"])
+@pytest.mark.parametrize(
+    "form", ["json", "indented", "jsonl", "jsonl with blank lines", "with a byte order mark"]
+)
 def test_every_form_gives_the_same_rows(tmp_path, form):
     entries = [entry(number, note="é \U0001f600") for number in range(5)]
     lines = "\n".join(map(json.dumps, entries))
@@ -99,13 +108,17 @@ def test_every_form_gives_the_same_rows(tmp_path, form):
     }
     table = open_table(write(tmp_path, texts[form]))
     reference = open_table(write(tmp_path, texts["json"], "reference.json"))
-    assert [table.row(position) for position in range(5)] == [reference.row(position) for position in range(5)]
+    assert [table.row(position) for position in range(5)] == [
+        reference.row(position) for position in range(5)
+    ]
     assert table.sha256 == reference.sha256 and not table.bad_rows()
     assert isinstance(table.row(3), Row) and table.row(3).id == "row-3"
 
 
 def test_bad_rows_are_listed_and_the_others_survive(tmp_path):
-    table = open_table(write(tmp_path, [entry(0), {"id": 41}, {}, None, entry(4, image="../x.jpg"), entry(5)]))
+    table = open_table(
+        write(tmp_path, [entry(0), {"id": 41}, {}, None, entry(4, image="../x.jpg"), entry(5)])
+    )
     assert len(table) == 6
     assert [row.id for row in table.bad_rows()] == ["41", "#2", "#3", "row-4"]
     assert table.column("fault")[0] is None and "leaves the image folder" in table.column("fault")[4]
@@ -185,7 +198,12 @@ def test_a_large_file_takes_little_memory(tmp_path):
         "print(len(open_table(sys.argv[1])), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(path)],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     num_rows, megabytes = map(int, done.stdout.split())
     assert num_rows == 30_000 and megabytes < 100

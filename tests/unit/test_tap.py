@@ -42,7 +42,11 @@ def marks(module):
     """Every hook and every instance-level `forward` in a module."""
     found = []
     for name, part in module.named_modules():
-        found += [(name, key) for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks") for _ in vars(part)[key]]
+        found += [
+            (name, key)
+            for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+            for _ in vars(part)[key]
+        ]
         found += [(name, "forward")] if "forward" in vars(part) else []
     return found
 
@@ -64,7 +68,9 @@ def test_received_attention_is_the_column_means_for_any_chunk(chunk):
     queries, keys = torch.randn(2, 3, 2, 17, 4, dtype=torch.float64).unbind(0)
     want = plain_attention(queries, keys).mean(dim=1).mean(dim=1)
     torch.testing.assert_close(received_attention(queries, keys, chunk), want)
-    torch.testing.assert_close(received_attention(queries, keys, chunk).sum(dim=1), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(
+        received_attention(queries, keys, chunk).sum(dim=1), torch.ones(3, dtype=torch.float64)
+    )
 
 
 class Peak(TorchDispatchMode):
@@ -97,7 +103,9 @@ def test_received_attention_holds_no_more_scores_than_it_may(max_scores):
         want = plain_attention(queries, keys).mean(dim=1).mean(dim=1)
     with Peak() as peak:
         got = received_attention(queries, keys, max_scores)
-    print(f"max_scores={max_scores}: largest {peak.largest} (plain {plain.largest}), alive {peak.alive} (plain {plain.alive})")
+    print(
+        f"max_scores={max_scores}: largest {peak.largest} (plain {plain.largest}), alive {peak.alive} (plain {plain.alive})"
+    )
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-8)
     allowed = min(max(max_scores, 6 * 4 * 300), 6 * 4 * 300 * 300)
     assert peak.largest <= max(allowed, keys.numel())
@@ -143,10 +151,20 @@ def test_saliency_and_keys_are_an_eager_towers(tower, pixels, feature_layer):
 
 @pytest.mark.parametrize(
     ("feature_layer", "attention_layer"),
-    [(-2, 1), (3, -3), (-2, 4), (1, -1), (2, 3), (-2, -2), (-2, 3)],  # earlier, later, and the same by two names
+    [
+        (-2, 1),
+        (3, -3),
+        (-2, 4),
+        (1, -1),
+        (2, 3),
+        (-2, -2),
+        (-2, 3),
+    ],  # earlier, later, and the same by two names
 )
 @torch.no_grad()
-def test_attention_of_another_layer_goes_with_the_features_of_their_own(tower, pixels, feature_layer, attention_layer):
+def test_attention_of_another_layer_goes_with_the_features_of_their_own(
+    tower, pixels, feature_layer, attention_layer
+):
     features = tower(pixels, output_hidden_states=True).hidden_states[feature_layer]
     saliency, keys = eager_attention(tower, pixels, attention_layer)
     tokens = tap(tower, pixels, feature_layer, attention_layer=attention_layer)
@@ -186,7 +204,9 @@ def count_layers(tower):
     return calls
 
 
-@pytest.mark.parametrize(("feature_layer", "runs"), [(-2, [1, 1, 1, 0]), (-1, [1, 1, 1, 1]), (1, [1, 0, 0, 0])])
+@pytest.mark.parametrize(
+    ("feature_layer", "runs"), [(-2, [1, 1, 1, 0]), (-1, [1, 1, 1, 1]), (1, [1, 0, 0, 0])]
+)
 @torch.no_grad()
 def test_layers_after_the_tapped_one_do_not_run(tower, pixels, feature_layer, runs):
     calls = count_layers(tower)
@@ -196,7 +216,13 @@ def test_layers_after_the_tapped_one_do_not_run(tower, pixels, feature_layer, ru
 
 @pytest.mark.parametrize(
     ("feature_layer", "attention_layer", "runs"),
-    [(-2, 1, [1, 1, 1, 0]), (2, 1, [1, 1, 0, 0]), (1, 2, [1, 1, 0, 0]), (1, -2, [1, 1, 1, 0]), (-2, -1, [1, 1, 1, 1])],
+    [
+        (-2, 1, [1, 1, 1, 0]),
+        (2, 1, [1, 1, 0, 0]),
+        (1, 2, [1, 1, 0, 0]),
+        (1, -2, [1, 1, 1, 0]),
+        (-2, -1, [1, 1, 1, 1]),
+    ],
 )
 @torch.no_grad()
 def test_layers_after_the_later_of_both_do_not_run(tower, pixels, feature_layer, attention_layer, runs):
@@ -205,7 +231,9 @@ def test_layers_after_the_later_of_both_do_not_run(tower, pixels, feature_layer,
     assert calls == runs
     calls[:] = [0] * tiny.LAYERS
     tap(tower, pixels, feature_layer, attention=False)
-    assert sum(calls) == layer_index(feature_layer, tiny.LAYERS) + 1  # where no attention is wanted, the features' alone
+    assert (
+        sum(calls) == layer_index(feature_layer, tiny.LAYERS) + 1
+    )  # where no attention is wanted, the features' alone
 
 
 @pytest.mark.parametrize("kind", TOWERS)
@@ -340,6 +368,8 @@ def test_the_memory_is_bounded_at_siglips_shape_too():
         want = plain_attention(queries, keys).mean(dim=1).mean(dim=1)
     with Peak() as peak:
         got = received_attention(queries, keys)
-    print(f"alive at once: {peak.alive * 4 / 2**20:,.0f} MiB, all attention maps {plain.alive * 4 / 2**20:,.0f} MiB")
+    print(
+        f"alive at once: {peak.alive * 4 / 2**20:,.0f} MiB, all attention maps {plain.alive * 4 / 2**20:,.0f} MiB"
+    )
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-8)
     assert peak.alive <= 2.25 * MAX_SCORES + 4 * keys.numel() < plain.alive

@@ -11,7 +11,18 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from tests.helpers import tiny
 from vzip import UserError
-from vzip.templates.encode import IGNORED, IMAGE, VICUNA_SYSTEM, VIDEO, chatml, encode, mistral, place_media, plain, vicuna
+from vzip.templates.encode import (
+    IGNORED,
+    IMAGE,
+    VICUNA_SYSTEM,
+    VIDEO,
+    chatml,
+    encode,
+    mistral,
+    place_media,
+    plain,
+    vicuna,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +48,9 @@ def joining():
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", extra_special_tokens=tiny.SPECIAL[3:])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", extra_special_tokens=tiny.SPECIAL[3:]
+    )
 
 
 def labelled(labels):
@@ -56,7 +69,24 @@ def test_vicuna_token_by_token(sentencepiece, legacy):
     tokenizer = sentencepiece(legacy)
     turns = [("<image>\nWhat is it?", "A red car."), ("Where?", "On the road.")]
     ids, labels = encode(vicuna("Be kind. "), tokenizer, turns)
-    first = ["<s>", "▁Be", "▁kind", ".", "▁US", "ER", ":", "▁", IMAGE, "▁", "<0x0A>", "What", "▁is", "▁it", "?", *PROMPT_END]
+    first = [
+        "<s>",
+        "▁Be",
+        "▁kind",
+        ".",
+        "▁US",
+        "ER",
+        ":",
+        "▁",
+        IMAGE,
+        "▁",
+        "<0x0A>",
+        "What",
+        "▁is",
+        "▁it",
+        "?",
+        *PROMPT_END,
+    ]
     answer, answer_2 = ["▁A", "▁red", "▁car", ".", "</s>"], ["▁On", "▁the", "▁road", ".", "</s>"]
     # Only a legacy tokenizer puts a space before text that follows a special token.
     second = [*(["▁US", "ER"] if legacy else ["USER"]), ":", "▁Where", "?", *PROMPT_END]
@@ -71,7 +101,19 @@ def test_vicuna_token_by_token(sentencepiece, legacy):
 def test_vicuna_without_system_prompt_and_image(sentencepiece, legacy):
     tokenizer = sentencepiece(legacy)
     ids, labels = encode(vicuna(""), tokenizer, [("Say\nit", "A.")])
-    assert pieces(tokenizer, ids) == ["<s>", "▁US", "ER", ":", "▁Say", "<0x0A>", "it", *PROMPT_END, "▁A", ".", "</s>"]
+    assert pieces(tokenizer, ids) == [
+        "<s>",
+        "▁US",
+        "ER",
+        ":",
+        "▁Say",
+        "<0x0A>",
+        "it",
+        *PROMPT_END,
+        "▁A",
+        ".",
+        "</s>",
+    ]
     assert pieces(tokenizer, labelled(labels)) == ["▁A", ".", "</s>"]
     ids, _ = encode(vicuna(""), tokenizer, [("<image>\nWhat", None)])
     assert pieces(tokenizer, ids) == ["<s>", "▁US", "ER", ":", "▁", IMAGE, "▁", "<0x0A>", "What", *PROMPT_END]
@@ -81,8 +123,12 @@ def test_vicuna_without_system_prompt_and_image(sentencepiece, legacy):
 def test_the_default_system_prompt_is_vicunas(sentencepiece, legacy):
     tokenizer = sentencepiece(legacy)
     ids, _ = encode(vicuna(), tokenizer, [("<image>\nHi", None)])
-    assert ids[: ids.index(tokenizer.convert_tokens_to_ids(IMAGE))] == llava_image_tokens(VICUNA_SYSTEM + "USER: ", tokenizer)
-    assert VICUNA_SYSTEM.startswith("A chat between a curious user and an artificial intelligence assistant. The")
+    assert ids[: ids.index(tokenizer.convert_tokens_to_ids(IMAGE))] == llava_image_tokens(
+        VICUNA_SYSTEM + "USER: ", tokenizer
+    )
+    assert VICUNA_SYSTEM.startswith(
+        "A chat between a curious user and an artificial intelligence assistant. The"
+    )
 
 
 def llava_image_tokens(prompt, tokenizer):
@@ -235,7 +281,9 @@ def llava_preprocess_plain(tokenizer, caption):
 @given(caption=st.text("ab Z19.,:?!\n-é漢"), legacy=st.booleans())
 def test_plain_is_llavas_preprocessing_for_any_caption(sentencepiece, caption, legacy):
     tokenizer = sentencepiece(legacy)
-    assert encode(plain(), tokenizer, [("What is it?\n<image>", caption)]) == llava_preprocess_plain(tokenizer, caption)
+    assert encode(plain(), tokenizer, [("What is it?\n<image>", caption)]) == llava_preprocess_plain(
+        tokenizer, caption
+    )
 
 
 def test_a_plain_prompt_is_the_picture_alone(sentencepiece):
@@ -365,7 +413,9 @@ def llava_preprocess_llama_2(tokenizer, turns):
     for text in prompt.split("</s>")[:-1]:
         question, _ = text.split("[/INST] ")
         length = len(llava_image_tokens(text, tokenizer))  # its BOS stands for the </s>
-        skipped = len(llava_image_tokens(question + "[/INST] ", tokenizer)) - 2  # without BOS and the last space
+        skipped = (
+            len(llava_image_tokens(question + "[/INST] ", tokenizer)) - 2
+        )  # without BOS and the last space
         labels[position + skipped : position + length] = ids[position + skipped : position + length]
         position += length
     assert position == len(ids)
@@ -454,7 +504,9 @@ def hostile(draw, num_turns):
 def spelled_out(tokenizer, ids):
     """The ids' text, to the byte: unlike `decode`, with the space that a SentencePiece tokenizer puts before a text."""
     text = b"".join(
-        bytes([int(piece[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", piece) else piece.replace("▁", " ").encode()
+        bytes([int(piece[3:5], 16)])
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece)
+        else piece.replace("▁", " ").encode()
         for piece in pieces(tokenizer, ids)
     )
     return text.decode()
@@ -470,7 +522,9 @@ def expected_texts(name, turns, lead):
     if name == "plain":
         return "<s>" + IMAGE * turns[0][0].count(IMAGE), alone(turns[0][1] + "\n")
     answers = [answer + template.answer_suffix for _, answer in turns]
-    answers = [template.answer_prefix + answer if template.answer_prefix else alone(answer) for answer in answers]
+    answers = [
+        template.answer_prefix + answer if template.answer_prefix else alone(answer) for answer in answers
+    ]
     prompts = [template.user + place_media(question) + template.assistant for question, _ in turns]
     bos = "<s>" if template.adds_bos else ""
     text = bos + template.system + template.separator.join(prompts) + template.separator

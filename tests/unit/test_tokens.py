@@ -54,14 +54,18 @@ def test_columns_say_how_long_rows_are(tmp_path):
     assert examples.kinds == kinds_of(list(examples)) == ("image", "video")
 
 
-@pytest.mark.parametrize(("chosen", "kinds"), [([1], ("image",)), ([0, 1], ("image",)), ([3], ("video",)), ([], ("image",))])
+@pytest.mark.parametrize(
+    ("chosen", "kinds"), [([1], ("image",)), ([0, 1], ("image",)), ([3], ("video",)), ([], ("image",))]
+)
 def test_kinds_are_those_of_the_rows(tmp_path, chosen, kinds):
     assert written(tmp_path, [ROWS[number] for number in chosen]).kinds == kinds
 
 
 def test_a_cut_is_recorded_and_a_row_without_an_answer_left_out(tmp_path):
     whole = [encode(vicuna(), TOKENIZER, row.turns)[0] for row in ROWS]
-    limit = len(encode(vicuna(), TOKENIZER, [(ROWS[1].turns[0][0], None)])[0]) + 1  # within the first answer of row 1
+    limit = (
+        len(encode(vicuna(), TOKENIZER, [(ROWS[1].turns[0][0], None)])[0]) + 1
+    )  # within the first answer of row 1
     examples = written(tmp_path, max_tokens=limit)
     assert examples.table.num_rows == len(ROWS)
     assert examples.table["num_whole_tokens"].to_pylist() == [len(ids) for ids in whole]
@@ -105,6 +109,13 @@ def test_the_key_changes_with_what_the_arrays_depend_on():
         return tokens_key(template or vicuna(), tokenizer, max_tokens=max_tokens, digest=digest)
 
     other = tiny.tokenizer([*tiny.SPECIAL, "<more>"])
-    keys = [key(), key(chatml("x")), key(vicuna("")), key(tokenizer=other), key(max_tokens=9), key(digest="b")]
+    keys = [
+        key(),
+        key(chatml("x")),
+        key(vicuna("")),
+        key(tokenizer=other),
+        key(max_tokens=9),
+        key(digest="b"),
+    ]
     assert len(set(keys)) == len(keys)
     assert key() == key(tokenizer=tiny.tokenizer())

@@ -132,7 +132,9 @@ def test_what_wandb_can_not_send_at_the_end_is_said(tmp_path, monkeypatch, capsy
         def finish(self):
             raise TimeoutError
 
-    monkeypatch.setattr(wandb, "init", lambda settings, **_: Slow() if settings.finish_timeout_raises else None)
+    monkeypatch.setattr(
+        wandb, "init", lambda settings, **_: Slow() if settings.finish_timeout_raises else None
+    )
     Tracker(tmp_path, TRACKED, rank=0).finish()
     assert f"`wandb sync {tmp_path / 'wandb' / 'run-1'}`" in capsys.readouterr().out
 

@@ -124,11 +124,17 @@ def test_the_defaults_pass_the_check():
         ("+data.fractoin=0.2", "data.fractoin is no setting; did you mean data.fraction?"),
         ("name=..", "name=.. must be the name of a folder below runs=runs"),
         ("name=a/b", "name=a/b must be the name of a folder"),
-        ("model.dtype=float16", "model.dtype='float16' does not exist; choose one of: float32, bfloat16, float64"),
+        (
+            "model.dtype=float16",
+            "model.dtype='float16' does not exist; choose one of: float32, bfloat16, float64",
+        ),
         ("tune.projector=maybe", "tune.projector=maybe must be true or false"),
         ("tune.projector=false", "tune.projector=false and tune.lora=null tune nothing"),
         ("tune.lora=true", "tune.lora=True must be null or a mapping"),
-        ("tune=projector_lora tune.lora.target=vision", "tune.lora.target='vision' does not exist; choose one of: projector"),
+        (
+            "tune=projector_lora tune.lora.target=vision",
+            "tune.lora.target='vision' does not exist; choose one of: projector",
+        ),
         ("tune=projector_lora tune.lora.r=0", "tune.lora.r=0"),
         ("model.dtype=float99", "model.dtype"),
         ("model=video-llava-7b model.num_frames=0", "model.num_frames=0"),
@@ -149,8 +155,13 @@ def test_a_global_batch_is_cut_exactly(size, micro, world_size, accumulation):
     plan = config.batch_plan(cfg, num_rows=1000, world_size=world_size)
     assert plan == BatchPlan(size=size, world_size=world_size, num_steps=max(1, round(1000 / size)), seed=5)
 
-    rows, short = [Example([7] * (1 + number), [7] * (1 + number), {}) for number in range(150)], replace(plan, num_steps=2)
-    layout = PaddedLayout(Collator(tiny.processor(), family_of(tiny.llava()), Identity()), rows, short, micro=micro)
+    rows, short = (
+        [Example([7] * (1 + number), [7] * (1 + number), {}) for number in range(150)],
+        replace(plan, num_steps=2),
+    )
+    layout = PaddedLayout(
+        Collator(tiny.processor(), family_of(tiny.llava()), Identity()), rows, short, micro=micro
+    )
     for rank in range(world_size):
         batches = MicroBatches(layout, short, rank=rank, taught=has_media(rows))
         assert len(batches) == 2 * accumulation == 2 * batches.num_parts(0)
@@ -178,13 +189,17 @@ def test_a_batch_that_can_not_be_cut_names_what_fits():
         cfg = settings_of(f"engine={engine}", "batch.size=12", f"batch.micro={micro}")
         return config.batch_plan(cfg, num_rows=100, world_size=world_size)
 
-    with pytest.raises(UserError, match=r"batch\.size=12 .* batch\.micro=8 x 1 ranks; batch\.micro can be 1, 2, 3, 4, 6, 12$"):
+    with pytest.raises(
+        UserError, match=r"batch\.size=12 .* batch\.micro=8 x 1 ranks; batch\.micro can be 1, 2, 3, 4, 6, 12$"
+    ):
         plan(8, 1)
     with pytest.raises(UserError, match=r"x 2 ranks; batch\.micro can be 1, 2, 3, 6$"):
         plan(4, 2)
     with pytest.raises(UserError, match="multiple of 5"):
         plan(4, 5)
-    assert plan(8, 5, engine="fast") == BatchPlan(size=12, world_size=5, num_steps=8, seed=0)  # which cuts as it likes
+    assert plan(8, 5, engine="fast") == BatchPlan(
+        size=12, world_size=5, num_steps=8, seed=0
+    )  # which cuts as it likes
 
 
 @settings(max_examples=60, deadline=None)
@@ -195,10 +210,16 @@ def test_what_the_plan_advises_works(size, micro, world_size):
         plan = config.batch_plan(cfg, num_rows=100, world_size=world_size)
     except UserError as error:
         advice = str(error).split("; ")[1]
-        fits = [int(number) for number in advice.removeprefix("batch.micro can be ").split(", ")] if "micro" in advice else []
+        fits = (
+            [int(number) for number in advice.removeprefix("batch.micro can be ").split(", ")]
+            if "micro" in advice
+            else []
+        )
         assert bool(fits) == (size % world_size == 0)
         for fitting in fits:
-            config.batch_plan(OmegaConf.merge(cfg, {"batch": {"micro": fitting}}), num_rows=100, world_size=world_size)
+            config.batch_plan(
+                OmegaConf.merge(cfg, {"batch": {"micro": fitting}}), num_rows=100, world_size=world_size
+            )
     else:
         assert plan.size == size and size % (micro * world_size) == 0
 
@@ -282,7 +303,11 @@ def test_build_names_a_target_that_does_not_exist():
     [
         ("UserError('optim.lr=0 must be positive')", "error: optim.lr=0 must be positive\n", 2),
         ("OSError(28, 'No space left on device')", "error: the disk is full", 2),
-        ("torch.OutOfMemoryError('CUDA out of memory')", "error: the GPU's memory ran out (CUDA out of memory); make batch", 2),
+        (
+            "torch.OutOfMemoryError('CUDA out of memory')",
+            "error: the GPU's memory ran out (CUDA out of memory); make batch",
+            2,
+        ),
         ("KeyboardInterrupt()", "error: stopped; the same command goes on", 130),
     ],
 )
@@ -293,7 +318,9 @@ def test_teach_prints_the_mistake_and_exits(raised, message, code):
         "main(); print('went on')"
     )
     env = {key: value for key, value in os.environ.items() if key != "RANK"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
 
     assert done.returncode == code
     assert done.stderr.startswith(message) and "Traceback" not in done.stderr
@@ -330,7 +357,10 @@ def counted(model):
         (["model=next-7b"], VisionZip(dominant=27, contextual=5)),
         (["model=next-7b", "reducer.budget=640"], VisionZip(dominant=108, contextual=20)),
         (["model=next-mistral-7b", "model.budget=320"], VisionZip(dominant=54, contextual=10)),
-        (["model=next-7b", "reducer.dominant=27", "reducer.contextual=5"], VisionZip(dominant=27, contextual=5)),
+        (
+            ["model=next-7b", "reducer.dominant=27", "reducer.contextual=5"],
+            VisionZip(dominant=27, contextual=5),
+        ),
         (["model=next-7b", "reducer.anyres=spatial"], VisionZip(dominant=27, contextual=5, anyres="spatial")),
         (["model=onevision-0.5b"], VisionZip(dominant=68, contextual=13)),  # of one tile
         (["model=video-llava-7b"], VisionZip(dominant=14, contextual=3)),  # of one frame
@@ -355,7 +385,9 @@ def test_a_random_reducer_has_the_same_budget_of_a_tile(model, budget):
 def test_a_budget_that_five_tiles_can_not_share_is_refused_with_what_they_can(reducer):
     with pytest.raises(UserError, match=r"^reducer\.budget=161 .* 5 tiles.* 160 or 165$"):
         config.build_reducer(settings_of("model=next-7b", f"reducer={reducer}", "reducer.budget=161"))
-    assert config.build_reducer(settings_of("model=llava-7b", f"reducer={reducer}", "reducer.budget=161"))  # of one tile
+    assert config.build_reducer(
+        settings_of("model=llava-7b", f"reducer={reducer}", "reducer.budget=161")
+    )  # of one tile
 
 
 # The plan
@@ -379,7 +411,9 @@ def test_the_plan_says_what_a_budget_of_five_tiles_means(capsys, monkeypatch, re
     plan = plan_of(capsys, monkeypatch, "model=next-7b", f"reducer={reducer}", f"reducer.budget={budget}")
     tiles = {name: value for name, value in plan.items() if "tiles" in name}
     each = budget // 5
-    assert tiles == {f"image of {n} tiles": f"{FULL[n]} before, {n * each} after ({SIZES[n]})" for n in (3, 4, 5)}
+    assert tiles == {
+        f"image of {n} tiles": f"{FULL[n]} before, {n * each} after ({SIZES[n]})" for n in (3, 4, 5)
+    }
     assert plan["budget"].startswith(f"{budget} is the total of 5 tiles: {each} each")
 
 
@@ -390,13 +424,17 @@ def test_the_plan_of_the_model_as_it_is_has_no_budget(capsys, monkeypatch):
 
 def test_the_plan_of_spatial_order_counts_row_ends(capsys, monkeypatch):
     plan = plan_of(capsys, monkeypatch, "model=next-7b", "reducer.anyres=spatial")
-    assert plan["image of 5 tiles"].startswith(f"2,928 before, {160 + 48} after")  # 2 tiles of 24 rows of patches
+    assert plan["image of 5 tiles"].startswith(
+        f"2,928 before, {160 + 48} after"
+    )  # 2 tiles of 24 rows of patches
     assert plan["image of 3 tiles"].startswith(f"1,776 before, {96 + 48} after")
 
 
 def test_the_plan_of_one_tile_or_frame(capsys, monkeypatch):
     plan = plan_of(capsys, monkeypatch, "model=llava-7b")
-    assert plan["tokens an image"] == "576 before, 64 after" and not any("tiles" in name or "video" in name for name in plan)
+    assert plan["tokens an image"] == "576 before, 64 after" and not any(
+        "tiles" in name or "video" in name for name in plan
+    )
     plan = plan_of(capsys, monkeypatch, "model=video-llava-7b")
     assert plan["tokens an image"] == "256 before, 17 after"
     assert plan["video of 8 frames"] == "2,056 before, 136 after"
@@ -409,7 +447,9 @@ def test_the_plan_of_many_tiles_shows_some_and_the_video(capsys, monkeypatch):
     plan = plan_of(capsys, monkeypatch, "model=onevision-0.5b")
     tiles = [int(name.split()[2]) for name in plan if name.startswith("image of")]
     assert tiles[0] == 2 and tiles[-1] == 37 and len(tiles) == 5 and tiles == sorted(tiles)
-    assert plan["image of 2 tiles"] == "1,485 before, 162 after (384 x 384 px)"  # 729 + 27 rows of 27 and their ends
+    assert (
+        plan["image of 2 tiles"] == "1,485 before, 162 after (384 x 384 px)"
+    )  # 729 + 27 rows of 27 and their ends
     assert plan["image of 37 tiles"].startswith("7,371 before, 2,997 after")  # pooled to 81 x 81, and ends
     assert plan["video of 32 frames"] == f"{32 * 14 * 14 + 1:,} before, {32 * 81 + 1:,} after"
     assert "budget" not in plan
@@ -434,7 +474,9 @@ def test_costs_follow_tiles_tokens_and_layers():
 
     def cost(layer=None, *, num_tiles=1, num_visual_tokens=64):
         reducer = VisionZip(budget=64, layer=layer)
-        return row_cost(family, reducer, num_tiles=num_tiles, num_visual_tokens=num_visual_tokens, num_text_tokens=100)
+        return row_cost(
+            family, reducer, num_tiles=num_tiles, num_visual_tokens=num_visual_tokens, num_text_tokens=100
+        )
 
     plain = cost()
     patches, width, inner = 576, 1024, 4096
@@ -442,7 +484,10 @@ def test_costs_follow_tiles_tokens_and_layers():
     assert plain.tower == pytest.approx(23 * layer, rel=1e-6)
     assert plain.projector == 2 * 64 * 2 * (width * 4096 + 4096**2)
     assert cost(num_tiles=5).tower == 5 * plain.tower and cost(num_tiles=5).language == plain.language
-    assert cost(num_visual_tokens=320).projector == 5 * plain.projector and cost(num_visual_tokens=320).tower == plain.tower
+    assert (
+        cost(num_visual_tokens=320).projector == 5 * plain.projector
+        and cost(num_visual_tokens=320).tower == plain.tower
+    )
     assert cost(4).tower == cost(-2).tower == plain.tower  # the features' layer is the later one
     assert cost(-1).tower == pytest.approx(24 * layer, rel=1e-6)
 
@@ -486,7 +531,9 @@ def test_the_control_has_as_many_random_tokens_and_its_own_name():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("model", ["next-7b", "onevision-0.5b", "video-llava-7b", "mini-gemini-7b", "llava-7b"])
+@pytest.mark.parametrize(
+    "model", ["next-7b", "onevision-0.5b", "video-llava-7b", "mini-gemini-7b", "llava-7b"]
+)
 def test_the_control_of_every_family_has_as_many_tokens(model, overrides):
     if "reducer.budget=320" in overrides and model == "video-llava-7b":
         overrides = ("reducer.budget=200",)
@@ -546,7 +593,9 @@ def both_losses(engine, kind, handle, texts, folder, kinds=None):
     kinds, processor = kinds or kinds_of(examples), tiny.processor(kind)
     collate = Collator(processor, handle.family, handle.reducer, kinds=kinds, num_frames=NUM_FRAMES)
     inputs = processed(handle.processor(processor), texts, examples)
-    inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    inputs = {
+        name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()
+    }
     lengths = inputs["attention_mask"].sum(dim=1, keepdim=True)
     at = torch.arange(inputs["input_ids"].shape[1])
     labels = torch.where((at < lengths) & (at >= lengths - NUM_LABELS), inputs["input_ids"], -100)
@@ -576,7 +625,9 @@ def test_loss_and_gradients_are_the_stock_models(tmp_path, kind, reducer, engine
 
 
 @ENGINES
-@pytest.mark.parametrize(("kind", "rows"), [(kind, rows) for kind in tiny.VIDEO for rows in (IMAGE_ROWS, VIDEO_ROWS[:1])])
+@pytest.mark.parametrize(
+    ("kind", "rows"), [(kind, rows) for kind in tiny.VIDEO for rows in (IMAGE_ROWS, VIDEO_ROWS[:1])]
+)
 def test_a_blank_picture_or_video_changes_no_loss(tmp_path, kind, rows, engine):
     model = frozen_but_the_projector(kind)
     with vzip.attach(model, dominant=4, contextual=2) as handle:
@@ -593,7 +644,10 @@ def test_text_alone_runs_all_modules_and_gives_no_gradient(tmp_path, kind, engin
     model = frozen_but_the_projector(kind)
     with vzip.attach(model, dominant=4, contextual=2) as handle:
         family, run = handle.family, []
-        kinds, towers = family.kinds, {part for title, part in family.frozen_parts.items() if "tower" in title}
+        kinds, towers = (
+            family.kinds,
+            {part for title, part in family.frozen_parts.items() if "tower" in title},
+        )
         for part in (*towers, family.projector):
             part.register_forward_hook(lambda module, *_: run.append(module))
         examples = examples_of(["no picture", "nor here"], tmp_path)
@@ -605,10 +659,14 @@ def test_text_alone_runs_all_modules_and_gives_no_gradient(tmp_path, kind, engin
         assert all(value is not None and not value.any() for value in gradients)
         if engine == "fast":  # it leaves such rows out, and runs this in their place
             run.clear()
-            nothing = FastLoss(family, [handle.reducer], prefix=[7, 8], recompute=False)(Packer(collate, num_prefix=2)([]))[0]
+            nothing = FastLoss(family, [handle.reducer], prefix=[7, 8], recompute=False)(
+                Packer(collate, num_prefix=2)([])
+            )[0]
             assert nothing == 0 and set(run) == {*towers, family.projector}
             assert all(value is not None and not value.any() for value in gradients_of(model, nothing))
-        plain = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+        plain = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+        ).loss
         assert loss.item() == pytest.approx(plain.item() * NUM_LABELS * 2, rel=1e-6)
 
 
@@ -619,14 +677,18 @@ def test_a_half_precision_model_takes_its_pictures_in_its_own_precision(tmp_path
     with vzip.attach(model, dominant=4, contextual=2) as handle:
         ours, plain = both_losses(engine, kind, handle, rows_of(kind), tmp_path)
         assert ours.dtype == torch.float32 and ours.item() == pytest.approx(plain.item(), rel=1e-2)
-        assert all(value.dtype == torch.float32 and value.isfinite().all() for value in gradients_of(model, ours))
+        assert all(
+            value.dtype == torch.float32 and value.isfinite().all() for value in gradients_of(model, ours)
+        )
 
         collate = Collator(tiny.processor(kind), handle.family, handle.reducer, kinds=handle.family.kinds)
         batch = collate(examples_of(["no picture"], tmp_path))
         for media, inputs in batch.media.items():
             cast = media_inputs(batch, media, torch.bfloat16)
             assert {cast[name].dtype for name in cast if "pixel" in name} == {torch.bfloat16}
-            assert all(torch.equal(cast[name], inputs[name]) for name in cast if "pixel" not in name)  # sizes and counts
+            assert all(
+                torch.equal(cast[name], inputs[name]) for name in cast if "pixel" not in name
+            )  # sizes and counts
 
 
 # Grades
@@ -762,4 +824,6 @@ def test_a_written_file_replaces_the_old_one(tmp_path):
     path = tmp_path / "result.json"
     write_json(path, [1])
     write_json(path, [2])
-    assert json.loads(path.read_text()) == [2] and [file.name for file in tmp_path.iterdir()] == ["result.json"]
+    assert json.loads(path.read_text()) == [2] and [file.name for file in tmp_path.iterdir()] == [
+        "result.json"
+    ]

@@ -47,7 +47,9 @@ def write_sound(path):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16_000)
         for start in range(0, 16_384, 1024):
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+            frame = av.AudioFrame.from_ndarray(
+                np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono"
+            )
             frame.sample_rate, frame.pts = 16_000, start
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -77,7 +79,13 @@ def test_no_frames_to_sample_is_an_error(num_total, num_frames):
 
 @pytest.mark.parametrize(
     ("name", "codec"),
-    [("a.mp4", "mpeg4"), ("b.mp4", "libx264"), ("a.avi", "mpeg4"), ("no frame count.mkv", "mpeg4"), ("no index.ts", "mpeg4")],
+    [
+        ("a.mp4", "mpeg4"),
+        ("b.mp4", "libx264"),
+        ("a.avi", "mpeg4"),
+        ("no frame count.mkv", "mpeg4"),
+        ("no index.ts", "mpeg4"),
+    ],
 )
 def test_frames_of_a_file_are_the_sampled_ones(tmp_path, name, codec):
     if codec not in av.codecs_available:

@@ -31,7 +31,9 @@ def layer(images, grid, *, has_cls, width=5, heads=2, head_dim=3, seed=0):
 
 def tokens_of(features, queries, keys, has_cls):
     saliency = cls_attention(queries, keys) if has_cls else received_attention(queries, keys)
-    return VisionTokens(features=features, has_cls=has_cls, num_dropped=int(has_cls), saliency=saliency, keys=keys.mean(dim=1))
+    return VisionTokens(
+        features=features, has_cls=has_cls, num_dropped=int(has_cls), saliency=saliency, keys=keys.mean(dim=1)
+    )
 
 
 def attention_row(query, keys):
@@ -91,7 +93,10 @@ def reference(features, queries, keys, *, has_cls, dominant, contextual, merge="
             slots[token] = len(kept) + best
 
     out = [features[token] for token in kept]
-    out += [merged_feature(features[target], cluster, merge) for target, cluster in zip(targets, clusters, strict=True)]
+    out += [
+        merged_feature(features[target], cluster, merge)
+        for target, cluster in zip(targets, clusters, strict=True)
+    ]
     return out, kept, targets, slots
 
 
@@ -109,7 +114,9 @@ def check_against_reference(features, queries, keys, *, has_cls, **choices):
         assert got.dominant[image].tolist() == kept
         assert got.contextual[image].tolist() == targets
         assert got.slots[image].tolist() == slots
-        torch.testing.assert_close(got.features[image], torch.tensor(out, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            got.features[image], torch.tensor(out, dtype=torch.float64), rtol=1e-10, atol=1e-10
+        )
     num_patches = features.shape[1] - has_cls
     assert got.features.shape[1] == reducer.num_tokens(num_patches, has_cls=has_cls, num_dropped=int(has_cls))
 
@@ -122,7 +129,11 @@ def problems(draw):
     dominant = draw(st.integers(0, num_patches + (has_cls and keep_cls)))
     left = num_patches + (has_cls and keep_cls and dominant > 0) - dominant
     contextual = draw(st.integers(0 if dominant else 1, left))
-    sizes = {"width": draw(st.integers(1, 6)), "heads": draw(st.integers(1, 3)), "head_dim": draw(st.integers(2, 4))}
+    sizes = {
+        "width": draw(st.integers(1, 6)),
+        "heads": draw(st.integers(1, 3)),
+        "head_dim": draw(st.integers(2, 4)),
+    }
     states = layer(draw(st.integers(1, 3)), grid, has_cls=has_cls, seed=draw(st.integers(0, 999)), **sizes)
     return states, {"has_cls": has_cls, "keep_cls": keep_cls, "dominant": dominant, "contextual": contextual}
 
@@ -184,21 +195,34 @@ def test_without_a_cls_token_keep_cls_changes_nothing():
 def test_nothing_but_the_remaining_tokens_is_merged_or_lost():
     reduction = VisionZip(dominant=5, contextual=3)(tokens_of(*layer(2, 4, has_cls=True), True))
     assert (reduction.slots >= 0).all()
-    assert VisionZip(dominant=5, contextual=0)(tokens_of(*layer(1, 4, has_cls=True), True)).slots.lt(0).sum() == 12
+    assert (
+        VisionZip(dominant=5, contextual=0)(tokens_of(*layer(1, 4, has_cls=True), True)).slots.lt(0).sum()
+        == 12
+    )
 
 
 def test_sum_adds_the_mean_and_average_does_not():
     """Two identical clusters: "sum" doubles a target's norm, "average" keeps it."""
     features = torch.ones(1, 5, 3)
-    tokens = VisionTokens(features=features, has_cls=True, saliency=torch.arange(4.0)[None], keys=torch.ones(1, 5, 2))
-    merged = {how: VisionZip(dominant=1, contextual=1, merge=how)(tokens).features[0, 1] for how in ("sum", "average")}
+    tokens = VisionTokens(
+        features=features, has_cls=True, saliency=torch.arange(4.0)[None], keys=torch.ones(1, 5, 2)
+    )
+    merged = {
+        how: VisionZip(dominant=1, contextual=1, merge=how)(tokens).features[0, 1]
+        for how in ("sum", "average")
+    }
     assert merged["sum"].tolist() == [2, 2, 2]
     assert merged["average"].tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
     ("budget", "split"),
-    [(64, (54, 10)), (128, (108, 20)), (192, (162, 30)), (32, (27, 5))],  # 32, 64 and 128 are also LLaVA-NeXT's, per tile
+    [
+        (64, (54, 10)),
+        (128, (108, 20)),
+        (192, (162, 30)),
+        (32, (27, 5)),
+    ],  # 32, 64 and 128 are also LLaVA-NeXT's, per tile
 )
 def test_the_papers_splits(budget, split):
     assert split_budget(budget) == split
@@ -212,7 +236,11 @@ def test_the_papers_budgets_of_five_tiles(budget, split):
     assert (shared.dominant, shared.contextual) == split
     assert shared == VisionZip(budget=budget // 5) == VisionZip(dominant=split[0], contextual=split[1])
     assert shared == VisionZip(budget=budget, tiles=5, dominant=split[0], contextual=split[1])
-    assert shared.num_tokens(576, has_cls=True, num_dropped=1) == Random(budget=budget, tiles=5).budget == budget // 5
+    assert (
+        shared.num_tokens(576, has_cls=True, num_dropped=1)
+        == Random(budget=budget, tiles=5).budget
+        == budget // 5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -220,12 +248,16 @@ def test_the_papers_budgets_of_five_tiles(budget, split):
 def test_half_precision_keeps_its_dtype_and_the_choice(dtype, merge):
     features, queries, keys = layer(2, 4, has_cls=True, width=8)
     exact = tokens_of(features.to(dtype).double(), queries, keys, True)
-    half = VisionTokens(features=features.to(dtype), has_cls=True, saliency=exact.saliency.float(), keys=exact.keys.float())
+    half = VisionTokens(
+        features=features.to(dtype), has_cls=True, saliency=exact.saliency.float(), keys=exact.keys.float()
+    )
     reducer = VisionZip(dominant=5, contextual=3, merge=merge)
     got, want = reducer(half), reducer(exact)
     assert got.features.dtype == dtype
     assert torch.equal(got.dominant, want.dominant) and torch.equal(got.contextual, want.contextual)
-    assert torch.equal(got.features[:, :5], features.to(dtype).gather(1, got.dominant[..., None].expand(-1, -1, 8)))
+    assert torch.equal(
+        got.features[:, :5], features.to(dtype).gather(1, got.dominant[..., None].expand(-1, -1, 8))
+    )
     assert torch.equal(got.slots, want.slots)
     assert torch.equal(got.features, want.features.to(dtype))  # one rounding, at the very end
 
@@ -234,7 +266,10 @@ def test_half_precision_keys_run():
     features, queries, keys = layer(2, 4, has_cls=True)
     exact = tokens_of(features, queries, keys, True)
     half = VisionTokens(
-        features=features.bfloat16(), has_cls=True, saliency=exact.saliency.bfloat16(), keys=exact.keys.bfloat16()
+        features=features.bfloat16(),
+        has_cls=True,
+        saliency=exact.saliency.bfloat16(),
+        keys=exact.keys.bfloat16(),
     )
     got = VisionZip(dominant=5, contextual=3)(half).features
     assert got.dtype == torch.bfloat16 and got.isfinite().all()
@@ -264,10 +299,15 @@ def test_a_batch_is_its_images_one_by_one(has_cls):
 def test_ties_go_to_raster_order(saliency, kept):
     # More patches than a sorting network's block, so that an unstable sort would show.
     salient = torch.tensor([saliency + [0.0] * 600])
-    tokens = VisionTokens(features=torch.randn(1, 606, 4), has_cls=False, saliency=salient, keys=torch.randn(1, 606, 4))
+    tokens = VisionTokens(
+        features=torch.randn(1, 606, 4), has_cls=False, saliency=salient, keys=torch.randn(1, 606, 4)
+    )
     assert VisionZip(dominant=3, contextual=0)(tokens).dominant[0].tolist() == kept
     flat = VisionTokens(
-        features=torch.randn(1, 606, 4), has_cls=False, saliency=torch.zeros(1, 606), keys=torch.randn(1, 606, 4)
+        features=torch.randn(1, 606, 4),
+        has_cls=False,
+        saliency=torch.zeros(1, 606),
+        keys=torch.randn(1, 606, 4),
     )
     assert VisionZip(dominant=300, contextual=0)(flat).dominant[0].tolist() == list(range(300))
 
@@ -295,10 +335,16 @@ def test_gradients_reach_every_token_that_a_slot_holds():
         ({"dominant": 5, "contextual": 3, "budget": 9}, ["reducer.budget=9", "5 + 3", "8"]),
         ({"budget": 8, "merge": "mean"}, ["reducer.merge='mean'", "sum", "average"]),
         ({"budget": 8, "anyres": "model"}, ["reducer.anyres='model'", "released", "spatial"]),
-        ({"budget": 8, "keep_cls": "no"}, ["reducer.keep_cls='no'", "True", "False"]),  # Hydra's `no` is a text
+        (
+            {"budget": 8, "keep_cls": "no"},
+            ["reducer.keep_cls='no'", "True", "False"],
+        ),  # Hydra's `no` is a text
         ({"budget": 161, "tiles": 5}, ["reducer.budget=161", "5 tiles", "160 or 165"]),
         ({"budget": 3, "tiles": 5}, ["reducer.budget=3", "choose 5"]),
-        ({"budget": 160, "tiles": 5, "dominant": 27, "contextual": 6}, ["27 + 6 = 33", "5 tiles", "reducer.budget=165"]),
+        (
+            {"budget": 160, "tiles": 5, "dominant": 27, "contextual": 6},
+            ["27 + 6 = 33", "5 tiles", "reducer.budget=165"],
+        ),
     ],
 )
 def test_contradicting_settings_are_named(arguments, words):
@@ -314,7 +360,12 @@ def test_contradicting_settings_are_named(arguments, words):
 )
 def test_a_budget_larger_than_the_image_is_refused(dominant, contextual, has_cls, available):
     reducer = VisionZip(dominant=dominant, contextual=contextual)
-    words = [f"reducer.budget={dominant + contextual}", f"{dominant} dominant", f"{contextual} contextual", str(available)]
+    words = [
+        f"reducer.budget={dominant + contextual}",
+        f"{dominant} dominant",
+        f"{contextual} contextual",
+        str(available),
+    ]
     with pytest.raises(UserError) as asked:
         reducer.num_tokens(16, has_cls=has_cls, num_dropped=0)
     with pytest.raises(UserError) as called:
@@ -352,7 +403,9 @@ def test_random_keeps_distinct_patches_in_raster_order(has_cls):
     kept = reduction.dominant
     assert kept.shape == (50, 6) and reduction.contextual.shape == (50, 0)
     assert (kept.diff(dim=1) > 0).all()  # raster order, and so distinct
-    assert set(kept.flatten().tolist()) == set(range(has_cls, 16 + has_cls))  # every patch has its chance; never CLS
+    assert set(kept.flatten().tolist()) == set(
+        range(has_cls, 16 + has_cls)
+    )  # every patch has its chance; never CLS
     assert torch.equal(reduction.features, features.gather(1, kept[..., None].expand(-1, -1, 4)))
     assert torch.equal(reduction.slots.gather(1, kept), torch.arange(6).expand(50, 6))
     assert (reduction.slots >= 0).sum() == 50 * 6
@@ -393,7 +446,14 @@ def test_random_refuses_settings_by_name(settings, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-OPTIONS = {"dominant": 6, "contextual": 2, "merge": "average", "keep_cls": False, "layer": -3, "anyres": "spatial"}
+OPTIONS = {
+    "dominant": 6,
+    "contextual": 2,
+    "merge": "average",
+    "keep_cls": False,
+    "layer": -3,
+    "anyres": "spatial",
+}
 
 
 def test_settings_record_every_option():
@@ -410,7 +470,10 @@ def test_settings_record_every_option():
         ({"budget": 160, "tiles": 5}, "VisionZip(27 dominant + 5 contextual)"),
         ({"budget": 8, "merge": "sum", "layer": None}, "VisionZip(7 dominant + 1 contextual)"),
         ({"budget": 8, "merge": "average"}, "VisionZip(7 dominant + 1 contextual, merge=average)"),
-        ({"budget": 8, "keep_cls": False, "layer": 4}, "VisionZip(7 dominant + 1 contextual, keep_cls=False, layer=4)"),
+        (
+            {"budget": 8, "keep_cls": False, "layer": 4},
+            "VisionZip(7 dominant + 1 contextual, keep_cls=False, layer=4)",
+        ),
         ({"budget": 8, "anyres": "spatial"}, "VisionZip(7 dominant + 1 contextual, anyres=spatial)"),
     ],
 )
@@ -421,7 +484,10 @@ def test_repr_shows_what_is_not_the_default(settings, text):
 @pytest.mark.parametrize(
     "reducer",
     [
-        *[VisionZip(**{"budget": 8, name: OPTIONS[name]}) for name in ("merge", "keep_cls", "layer", "anyres")],
+        *[
+            VisionZip(**{"budget": 8, name: OPTIONS[name]})
+            for name in ("merge", "keep_cls", "layer", "anyres")
+        ],
         VisionZip(**OPTIONS),
         VisionZip(budget=160, tiles=5),
         Identity(),

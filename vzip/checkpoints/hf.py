@@ -26,7 +26,9 @@ def _explained(path: str) -> Iterator[None]:
         ) from error
     except Exception as error:  # a broken file raises whatever its parser does
         reason = str(error) or type(error).__name__
-        raise UserError(f"{path} can't be loaded: {reason}; get the whole checkpoint, with its own configs") from error
+        raise UserError(
+            f"{path} can't be loaded: {reason}; get the whole checkpoint, with its own configs"
+        ) from error
 
 
 def load_model(model_class: Any, path: str, *, dtype: torch.dtype) -> Any:

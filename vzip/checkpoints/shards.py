@@ -43,10 +43,14 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             " give a file of tensors alone, best as safetensors"
         ) from error
     except Exception as error:  # a broken pickle may raise anything
-        raise UserError(f"{file} can't be read: {error}; give a whole file of tensors, best as safetensors") from error
+        raise UserError(
+            f"{file} can't be read: {error}; give a whole file of tensors, best as safetensors"
+        ) from error
     named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
     if not named or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise UserError(f"{file} can't be read: it does not hold tensors by name; give a state dict, best as safetensors")
+        raise UserError(
+            f"{file} can't be read: it does not hold tensors by name; give a state dict, best as safetensors"
+        )
     return {name: value.detach() for name, value in tensors.items()}  # what was saved may be a parameter
 
 
@@ -75,7 +79,9 @@ def _shards(index: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is no index of shards: {error!r}; get it again") from error
     if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise UserError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names; get the whole checkpoint")
+        raise UserError(
+            f"{index.parent} lacks {', '.join(missing)}, which {index.name} names; get the whole checkpoint"
+        )
     return [index.parent / name for name in names]
 
 

@@ -46,5 +46,7 @@ def family_at(path: str) -> type[Family]:
         if family.original is not None and family.original.is_original(config):
             return family
     if (kind := config.get("model_type")) not in families():
-        raise UserError(f"{path} holds a model of type {kind!r}; supported are: {', '.join(sorted(families()))}")
+        raise UserError(
+            f"{path} holds a model of type {kind!r}; supported are: {', '.join(sorted(families()))}"
+        )
     return families()[kind]

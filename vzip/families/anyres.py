@@ -39,7 +39,9 @@ class Grid:
     """A picture of more patches than about so many tiles have is pooled by the model (LLaVA-OneVision)."""
 
     @classmethod
-    def of(cls, image_size: tuple[int, int], tiles: tuple[int, int], *, side: int, max_tiles: int | None = None) -> "Grid":
+    def of(
+        cls, image_size: tuple[int, int], tiles: tuple[int, int], *, side: int, max_tiles: int | None = None
+    ) -> "Grid":
         """The grid of an image of (height, width) pixels that was fitted into (rows, columns) of tiles.
 
         Source of the rounding: `unpad_image` of transformers' `modeling_llava_next.py`.
@@ -84,7 +86,10 @@ class Grid:
     def visible(self) -> list[tuple[range, range]]:
         """Of each tile but the base tile, rows and columns of its patches that show the picture."""
         rows = [_overlap(self.top, self.num_rows, index * self.side, self.side) for index in range(self.rows)]
-        columns = [_overlap(self.left, self.num_columns, index * self.side, self.side) for index in range(self.columns)]
+        columns = [
+            _overlap(self.left, self.num_columns, index * self.side, self.side)
+            for index in range(self.columns)
+        ]
         return [(tile_rows, tile_columns) for tile_rows in rows for tile_columns in columns]
 
     def raster(self, tile: Tensor, patches: Tensor) -> Tensor:
@@ -99,7 +104,9 @@ def _overlap(start: int, length: int, tile_start: int, side: int) -> range:
     return range(min(max(start - tile_start, 0), side), min(max(start + length - tile_start, 0), side))
 
 
-def released_order(dominant: Tensor, grid: Grid | None, *, num_tokens: int, num_cls: int, has_cls: bool) -> Tensor:
+def released_order(
+    dominant: Tensor, grid: Grid | None, *, num_tokens: int, num_cls: int, has_cls: bool
+) -> Tensor:
     """int64[(1 + tiles) * T]: which of the image's tokens, tile after tile, stand in the language model, in that order.
 
     Args:
@@ -115,7 +122,9 @@ def released_order(dominant: Tensor, grid: Grid | None, *, num_tokens: int, num_
     tile = torch.arange(1, dominant.shape[0], device=dominant.device).unsqueeze(1)
     order = grid.raster(tile, dominant[1:, num_cls:] - int(has_cls)).flatten().argsort()
     kept = tokens[1:, num_cls : dominant.shape[1]].flatten()[order]
-    return torch.cat([tokens[0], kept, tokens[1:, :num_cls].flatten(), tokens[1:, dominant.shape[1] :].flatten()])
+    return torch.cat(
+        [tokens[0], kept, tokens[1:, :num_cls].flatten(), tokens[1:, dominant.shape[1] :].flatten()]
+    )
 
 
 def spatial_order(places: Sequence[Tensor], grid: Grid | None) -> Tensor:
@@ -131,9 +140,15 @@ def spatial_order(places: Sequence[Tensor], grid: Grid | None) -> Tensor:
     if grid is None:
         return torch.cat([base, base.new_tensor([-1])])
     num_newlines = grid.pooled[0]
-    raster = torch.cat([grid.raster(torch.full_like(patches, tile), patches) for tile, patches in enumerate(places)][1:])
+    raster = torch.cat(
+        [grid.raster(torch.full_like(patches, tile), patches) for tile, patches in enumerate(places)][1:]
+    )
     ends = [grid.top - (-(line + 1) * grid.num_rows // num_newlines) for line in range(num_newlines)]
     newlines = torch.tensor(ends, device=raster.device, dtype=raster.dtype) * (grid.columns * grid.side)
-    order = torch.cat([2 * raster, 2 * newlines - 1]).argsort()  # a newline between the last patch of a row and the next row
-    tokens = torch.cat([len(places[0]) + torch.arange(len(raster), device=raster.device), torch.full_like(newlines, -1)])
+    order = torch.cat(
+        [2 * raster, 2 * newlines - 1]
+    ).argsort()  # a newline between the last patch of a row and the next row
+    tokens = torch.cat(
+        [len(places[0]) + torch.arange(len(raster), device=raster.device), torch.full_like(newlines, -1)]
+    )
     return torch.cat([base, tokens[order]])

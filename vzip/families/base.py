@@ -31,7 +31,9 @@ def num_dropped(config: Any) -> int:
     return 1 if config.vision_feature_select_strategy == "default" else 0
 
 
-def encode(tower: nn.Module, config: Any, reducer: Reducer, pixel_values: Tensor, **settings: Any) -> VisionTokens:
+def encode(
+    tower: nn.Module, config: Any, reducer: Reducer, pixel_values: Tensor, **settings: Any
+) -> VisionTokens:
     """Vision tokens of float[B, 3, height, width], with the attention that the reducer asks for.
 
     `settings` may hold `vision_feature_layer` and `num_dropped`, by default the config's; the others are the tower's.
@@ -42,7 +44,14 @@ def encode(tower: nn.Module, config: Any, reducer: Reducer, pixel_values: Tensor
     dropped = settings.pop("num_dropped", num_dropped(config))
     for handled in ("vision_feature_select_strategy", "image_sizes", "return_dict"):
         settings.pop(handled, None)
-    return run_tower(tower, pixel_values, feature_layer=layer, num_dropped=dropped, attention_layer=attention_layer, **settings)
+    return run_tower(
+        tower,
+        pixel_values,
+        feature_layer=layer,
+        num_dropped=dropped,
+        attention_layer=attention_layer,
+        **settings,
+    )
 
 
 def project(inner: nn.Module, features: Tensor) -> Tensor:
@@ -94,7 +103,9 @@ class Family:
         if cls.original is not None and cls.original.is_original(config):
             return cls.original.load_model(path, dtype=dtype)
         if (kind := config.get("model_type")) != cls.model_type:
-            raise UserError(f"{path} holds a model of type {kind!r}, not {cls.model_type!r}; give one of that family")
+            raise UserError(
+                f"{path} holds a model of type {kind!r}, not {cls.model_type!r}; give one of that family"
+            )
         return whole.load_model(cls.model_class, path, dtype=dtype)
 
     @classmethod
@@ -175,7 +186,9 @@ class Family:
 
     def num_tile_tokens(self, reducer: Reducer) -> int:
         """Tokens that one picture of the tower's size becomes. Raises UserError if the budget does not fit."""
-        return reducer.num_tokens(self.num_patches, has_cls=self.has_cls, num_dropped=num_dropped(self.model.config))
+        return reducer.num_tokens(
+            self.num_patches, has_cls=self.has_cls, num_dropped=num_dropped(self.model.config)
+        )
 
     def num_tiles(self, image_size: tuple[int, int]) -> int:
         """Pictures that the tower sees of one image of (height, width) pixels."""
@@ -194,7 +207,9 @@ class Family:
     def refuse_wrong_size(image_size: tuple[int, int] | None) -> None:
         """Raises UserError for sides below one pixel."""
         if image_size is not None and min(image_size) < 1:
-            raise UserError(f"image_size={tuple(image_size)} is no picture; give (height, width) in pixels, both at least 1")
+            raise UserError(
+                f"image_size={tuple(image_size)} is no picture; give (height, width) in pixels, both at least 1"
+            )
 
     def num_video_tokens(self, reducer: Reducer, num_frames: int) -> int:
         """Placeholders that one video of `num_frames` frames takes."""
@@ -284,7 +299,9 @@ class Family:
             delattr(self.model.model, name)
 
 
-def _seam(method: Callable[..., Any], family: type[Family], kind: str, reducer: Reducer) -> Callable[..., Any]:
+def _seam(
+    method: Callable[..., Any], family: type[Family], kind: str, reducer: Reducer
+) -> Callable[..., Any]:
     """The family's features as a method with the signature of `method`, which generate() reads."""
     signature = inspect.signature(method)
     pixels = list(signature.parameters)[1]  # its name differs between versions of transformers
@@ -294,7 +311,11 @@ def _seam(method: Callable[..., Any], family: type[Family], kind: str, reducer: 
     def seam(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = dict(signature.bind_partial(self, *args, **kwargs).arguments)
         given.pop("self")
-        features = family.features(kind, self, reducer, given.pop(pixels, None), **given.pop("kwargs", {}), **given)
-        return BaseModelOutputWithPooling(pooler_output=torch.stack(features) if kind in family.stacked else features)
+        features = family.features(
+            kind, self, reducer, given.pop(pixels, None), **given.pop("kwargs", {}), **given
+        )
+        return BaseModelOutputWithPooling(
+            pooler_output=torch.stack(features) if kind in family.stacked else features
+        )
 
     return seam

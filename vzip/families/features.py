@@ -41,6 +41,7 @@ class Reduced:
         features = [part.features.flatten(0, -2) for part in parts]
         starts = accumulate(map(len, features), initial=0)
         orders = [
-            torch.where(part.order < 0, part.order, part.order + start) for part, start in zip(parts, starts, strict=False)
+            torch.where(part.order < 0, part.order, part.order + start)
+            for part, start in zip(parts, starts, strict=False)
         ]
         return cls(torch.cat(features), torch.cat(orders), torch.cat([part.counts for part in parts]))

@@ -40,7 +40,9 @@ def stack_tiles(pixel_values: Tensor, counts: Sequence[int]) -> Tensor:
     return pixel_values
 
 
-def _reduce_visible(tokens: VisionTokens, reducer: Reducer, tiles: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+def _reduce_visible(
+    tokens: VisionTokens, reducer: Reducer, tiles: Tensor, patches: Tensor
+) -> tuple[Tensor, Tensor]:
     """Tiles that show the same `patches`, reduced without their padding and CLS: float[tiles, n, d], patches int64[tiles, n].
 
     Where a tile shows no more patches than the budget has, it keeps them all.
@@ -68,7 +70,9 @@ def _released(inner: Any, reducer: Reducer, tokens: VisionTokens, grids: Sequenc
     """The images' tokens in the order "released"."""
     reduction, counts = reducer(tokens), _tile_counts(grids)
     num_tokens = reduction.features.shape[1]
-    num_cls = int(tokens.has_cls and reduction.dominant.shape[1] > 0 and not reduction.dominant[:, 0].any().item())
+    num_cls = int(
+        tokens.has_cls and reduction.dominant.shape[1] > 0 and not reduction.dominant[:, 0].any().item()
+    )
     orders = [
         released_order(dominant, grid, num_tokens=num_tokens, num_cls=num_cls, has_cls=tokens.has_cls)
         for dominant, grid in zip(torch.split(reduction.dominant, counts), grids, strict=True)
@@ -84,9 +88,13 @@ def _spatial(inner: Any, reducer: Reducer, tokens: VisionTokens, grids: Sequence
     whole = (range(side), range(side))
     shown = [patches for grid in grids for patches in ([whole] if grid is None else [whole, *grid.visible])]
     reduced: dict[int, tuple[Tensor, Tensor]] = {}
-    for rows, columns in dict.fromkeys(shown):  # tiles that show the same patches together, in an order that random draws keep
+    for rows, columns in dict.fromkeys(
+        shown
+    ):  # tiles that show the same patches together, in an order that random draws keep
         alike = [tile for tile, patches in enumerate(shown) if patches == (rows, columns)]
-        patches = torch.tensor([row * side + column for row in rows for column in columns], dtype=torch.int64, device=device)
+        patches = torch.tensor(
+            [row * side + column for row in rows for column in columns], dtype=torch.int64, device=device
+        )
         kept, places = _reduce_visible(tokens, reducer, torch.tensor(alike, device=device), patches)
         reduced |= dict(zip(alike, zip(kept, places, strict=True), strict=True))
     images, tiles = [], iter(range(len(shown)))
@@ -110,13 +118,17 @@ class LlavaNext(Family):
         cls.refuse_wrong_size(image_size)
         tile = config.vision_config.image_size
         height, width = select_best_resolution(image_size, config.image_grid_pinpoints)
-        return Grid.of(image_size, (height // tile, width // tile), side=tile // config.vision_config.patch_size)
+        return Grid.of(
+            image_size, (height // tile, width // tile), side=tile // config.vision_config.patch_size
+        )
 
     @classmethod
     def grids_of(cls, config: Any, image_sizes: Any, **inputs: Any) -> list[Grid | None]:
         """The grid of each image; None for one that is a single tile. Raises UserError without sizes."""
         if image_sizes is None:
-            raise UserError(f"a {cls.model_type!r} model needs image_sizes beside pixel_values; use what its processor returns")
+            raise UserError(
+                f"a {cls.model_type!r} model needs image_sizes beside pixel_values; use what its processor returns"
+            )
         return [cls.grid_of(config, (int(height), int(width))) for height, width in image_sizes]
 
     @property
@@ -146,7 +158,11 @@ class LlavaNext(Family):
         rows, columns = grid.pooled
         if reducer.anyres == "model":
             return budget + rows * (columns + 1)
-        return budget + sum(min(budget, len(tile_rows) * len(tile_columns)) for tile_rows, tile_columns in grid.visible) + rows
+        return (
+            budget
+            + sum(min(budget, len(tile_rows) * len(tile_columns)) for tile_rows, tile_columns in grid.visible)
+            + rows
+        )
 
     def num_processed_tokens(self, reducer: Reducer, kind: str, inputs: Mapping[str, Any], index: int) -> int:
         if kind == "video":
@@ -157,7 +173,9 @@ class LlavaNext(Family):
     def pack(cls, inner: Any, features: Sequence[Tensor], image_sizes: Any) -> list[Tensor]:
         """All tokens of the images, in the model's own order."""
         strategy = inner.config.vision_feature_select_strategy
-        images: list[Tensor] = inner.pack_image_features(features, image_sizes, strategy, inner.image_newline)[0]
+        images: list[Tensor] = inner.pack_image_features(
+            features, image_sizes, strategy, inner.image_newline
+        )[0]
         return images
 
     @classmethod

@@ -44,11 +44,14 @@ class LlavaOnevision(LlavaNext):
     @classmethod
     def grid_of(cls, config: Any, image_size: tuple[int, int]) -> Grid:
         return replace(
-            super().grid_of(config, image_size), max_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+            super().grid_of(config, image_size),
+            max_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
         )
 
     @classmethod
-    def grids_of(cls, config: Any, image_sizes: Any, batch_num_images: Any = None, **inputs: Any) -> list[Grid | None]:
+    def grids_of(
+        cls, config: Any, image_sizes: Any, batch_num_images: Any = None, **inputs: Any
+    ) -> list[Grid | None]:
         """The images of a row that holds several are single tiles."""
         grids = super().grids_of(config, image_sizes)
         if batch_num_images is None:
@@ -79,7 +82,9 @@ class LlavaOnevision(LlavaNext):
     @classmethod
     def pack(cls, inner: Any, features: Sequence[Tensor], image_sizes: Any) -> list[Tensor]:
         aspect_ratio = inner.config.vision_aspect_ratio
-        images: list[Tensor] = inner.pack_image_features(features, image_sizes, inner.image_newline, aspect_ratio)[0]
+        images: list[Tensor] = inner.pack_image_features(
+            features, image_sizes, inner.image_newline, aspect_ratio
+        )[0]
         return images
 
     @classmethod

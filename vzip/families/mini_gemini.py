@@ -34,7 +34,9 @@ class MiniGemini(Family):
         side, width = config.high_resolution_config.image_size, config.vision_config.hidden_size
         settings = {"dtype": self.model.dtype, "device": self.model.device}
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            inner.mine(torch.empty(1, config.grid**2, width, **settings), torch.empty(1, 3, side, side, **settings))
+            inner.mine(
+                torch.empty(1, config.grid**2, width, **settings), torch.empty(1, 3, side, side, **settings)
+            )
         return int(counter.get_total_flops())
 
     def num_tile_tokens(self, reducer: Reducer) -> int:

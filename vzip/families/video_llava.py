@@ -32,7 +32,9 @@ class VideoLlava(Family):
     def reduced(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> Reduced:
         """As the other families'; each frame of a video is reduced by itself, and a video is its frames one after the other."""
         if kind == "video":
-            tokens = encode(inner.video_tower, inner.config, reducer, stack_frames(pixels), num_dropped=0, **inputs)
+            tokens = encode(
+                inner.video_tower, inner.config, reducer, stack_frames(pixels), num_dropped=0, **inputs
+            )
             return Reduced.as_it_is(reducer(tokens).features, num_media=len(pixels))
         legacy = inputs.pop("pixel_values_images", None)  # generate() passes on what the processor calls them
         return super().reduced(kind, inner, reducer, legacy if pixels is None else pixels, **inputs)

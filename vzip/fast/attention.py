@@ -44,9 +44,14 @@ def _behind(prefix: Tensor, rows: Tensor) -> Tensor:
 def _probabilities(queries: Tensor, keys: Tensor, block: Block, scaling: float) -> Tensor:
     """float[K, G, groups * L, P + L], at least in float32: the causal softmax of a block."""
     length, num_keys = block.length, keys.shape[2]
-    hidden = torch.full((length, num_keys), float("-inf"), dtype=keys.dtype, device=keys.device).triu(num_keys - length + 1)
+    hidden = torch.full((length, num_keys), float("-inf"), dtype=keys.dtype, device=keys.device).triu(
+        num_keys - length + 1
+    )
     scores = torch.baddbmm(
-        hidden.repeat(queries.shape[2] // length, 1), queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=scaling
+        hidden.repeat(queries.shape[2] // length, 1),
+        queries.flatten(0, 1),
+        keys.flatten(0, 1).transpose(1, 2),
+        alpha=scaling,
     )
     high = torch.promote_types(scores.dtype, torch.float32)
     return scores.softmax(dim=-1, dtype=high).view(*queries.shape[:3], num_keys)
@@ -57,7 +62,12 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, settings: tuple[int, float]
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        segments: Segments,
+        settings: tuple[int, float],
     ) -> Tensor:
         ctx.save_for_backward(queries, keys, values)
         ctx.segments, ctx.settings = segments, settings
@@ -66,7 +76,11 @@ class _BlockAttention(torch.autograd.Function):
         num_groups = queries.shape[0] // keys.shape[0]
         found = torch.empty_like(queries)
         for block in segments.blocks:
-            query, key, value = _padded(queries, block, num_groups), _padded(keys, block, 1), _padded(values, block, 1)
+            query, key, value = (
+                _padded(queries, block, num_groups),
+                _padded(keys, block, 1),
+                _padded(values, block, 1),
+            )
             probabilities = _probabilities(query, _behind(prefix[0], key), block, scaling)
             mixed = probabilities.to(value.dtype) @ _behind(prefix[1], value)
             found[:, block.start : block.stop] = _packed(mixed, block, num_groups)
@@ -81,18 +95,31 @@ class _BlockAttention(torch.autograd.Function):
         num_groups, num_prefix = queries.shape[0] // keys.shape[0], segments.num_prefix
         into = [torch.empty_like(tensor) for tensor in (queries, keys, values)]
         for block in segments.blocks:
-            query, key, value = _padded(queries, block, num_groups), _padded(keys, block, 1), _padded(values, block, 1)
+            query, key, value = (
+                _padded(queries, block, num_groups),
+                _padded(keys, block, 1),
+                _padded(values, block, 1),
+            )
             key, value = _behind(prefix[0], key), _behind(prefix[1], value)
             # A padded query repeats a row's last one: its gradient has to be zero, or that row's would count twice.
             given = gradients[0].new_zeros(queries.shape[0], block.num_rows * block.length, queries.shape[-1])
             given[:, block.kept] = gradients[0][:, block.start : block.stop]
-            given = given.view(-1, num_groups, block.num_rows, block.length, queries.shape[-1]).transpose(1, 2).flatten(2, 3)
+            given = (
+                given.view(-1, num_groups, block.num_rows, block.length, queries.shape[-1])
+                .transpose(1, 2)
+                .flatten(2, 3)
+            )
 
             probabilities = _probabilities(query, key, block, scaling)
             of_probabilities = (given @ value.transpose(2, 3)).to(probabilities.dtype)
             of_values = probabilities.to(value.dtype).transpose(2, 3) @ given
-            of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype).to(query.dtype)
-            of_queries, of_keys = (of_scores @ key).mul_(scaling), (of_scores.transpose(2, 3) @ query).mul_(scaling)
+            of_scores = torch._softmax_backward_data(
+                of_probabilities, probabilities, -1, probabilities.dtype
+            ).to(query.dtype)
+            of_queries, of_keys = (
+                (of_scores @ key).mul_(scaling),
+                (of_scores.transpose(2, 3) @ query).mul_(scaling),
+            )
             found = (of_queries, of_keys[:, :, num_prefix:], of_values[:, :, num_prefix:])
             for target, padded, groups in zip(into, found, (num_groups, 1, 1), strict=True):
                 target[:, block.start : block.stop] = _packed(padded, block, groups)
@@ -124,8 +151,14 @@ def _flash(queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, sc
     num_groups = queries.shape[1] // keys.shape[1]
     grouped: dict[str, Any] = {"enable_gqa": True} if num_groups > 1 else {}
     if grouped and _torch_release() < (2, 12):  # it wants as many key heads as heads
-        keys, values, grouped = keys.repeat_interleave(num_groups, 1), values.repeat_interleave(num_groups, 1), {}
-    found = varlen_attn(queries, keys, values, *bounds, *longest, scale=scaling, window_size=(-1, 0), **grouped)
+        keys, values, grouped = (
+            keys.repeat_interleave(num_groups, 1),
+            values.repeat_interleave(num_groups, 1),
+            {},
+        )
+    found = varlen_attn(
+        queries, keys, values, *bounds, *longest, scale=scaling, window_size=(-1, 0), **grouped
+    )
     assert isinstance(found, Tensor)
     return found
 

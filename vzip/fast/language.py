@@ -40,9 +40,13 @@ def refuse_unfit(config: Any, *, longest: int) -> None:
             f"whole; {advice}, or cut rows with data.max_tokens"
         )
     if (rope := (config.rope_parameters or {}).get("rope_type")) in ("dynamic", "longrope"):
-        raise UserError(f"engine=fast knows no positions that depend on a row's length, as rope_type={rope!r} has; {advice}")
+        raise UserError(
+            f"engine=fast knows no positions that depend on a row's length, as rope_type={rope!r} has; {advice}"
+        )
     if config.attention_dropout:
-        raise UserError(f"engine=fast has no dropout, and attention_dropout={config.attention_dropout}; {advice}")
+        raise UserError(
+            f"engine=fast has no dropout, and attention_dropout={config.attention_dropout}; {advice}"
+        )
 
 
 class PackedLanguage:
@@ -72,10 +76,16 @@ class PackedLanguage:
     def _packed(self) -> Iterator[None]:
         """The model with packed attention and fused parts."""
         layers = self.model.layers
-        norms = [self.model.norm, *(n for each in layers for n in (each.input_layernorm, each.post_attention_layernorm))]
+        norms = [
+            self.model.norm,
+            *(n for each in layers for n in (each.input_layernorm, each.post_attention_layernorm)),
+        ]
         compiled = self.compiled
         forwards = {norm: partial(rms_norm, norm, compiled=compiled) for norm in norms}
-        forwards |= {each.mlp: partial(swiglu_mlp, each.mlp, recompute=self.recompute, compiled=compiled) for each in layers}
+        forwards |= {
+            each.mlp: partial(swiglu_mlp, each.mlp, recompute=self.recompute, compiled=compiled)
+            for each in layers
+        }
         config, before = self.model.config, self.model.config._attn_implementation
         config._attn_implementation = NAME
         try:

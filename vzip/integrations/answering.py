@@ -63,9 +63,13 @@ class Settings:
         """
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(given) - set(known)):
-            raise UserError(f"{unknown[0]}={given[unknown[0]]} is no setting of vzip; there are: {', '.join(known)}")
+            raise UserError(
+                f"{unknown[0]}={given[unknown[0]]} is no setting of vzip; there are: {', '.join(known)}"
+            )
         if not given.get("pretrained"):
-            raise UserError("pretrained=... is missing: a run folder, or the folder or hub id of a base model")
+            raise UserError(
+                "pretrained=... is missing: a run folder, or the folder or hub id of a base model"
+            )
         settings = dict(given)
         for name in ("batch_size", "num_frames", "budget"):
             if settings.get(name) is not None and settings[name] != FULL:
@@ -74,14 +78,18 @@ class Settings:
             raise UserError(f"dtype={dtype} must be one of: {', '.join(DTYPES)}")
         made = cls(**settings)
         if (made.row == FULL) != (made.budget == FULL) and None not in (made.row, made.budget):
-            raise UserError(f"row={made.row} and budget={made.budget} contradict each other; give one of them")
+            raise UserError(
+                f"row={made.row} and budget={made.budget} contradict each other; give one of them"
+            )
         return made
 
 
 def _frames(video: Any, num_frames: int) -> Any:
     """The frames of a video file, first and last among them, as in training; frames stay as they are."""
     if isinstance(video, Mapping):
-        raise UserError(f"a video with {', '.join(sorted(video))}: parts of videos can't be shown; give the path of a file")
+        raise UserError(
+            f"a video with {', '.join(sorted(video))}: parts of videos can't be shown; give the path of a file"
+        )
     if not isinstance(video, str):
         return video
 
@@ -137,7 +145,9 @@ class Answerer:
         """Raises UserError as `Comparison.open` and `take` do."""
         self.settings = settings
         dtype = getattr(torch, settings.dtype) if settings.dtype else None
-        self.comparison = Comparison.open(settings.pretrained, base=settings.base, dtype=dtype, device=settings.device)
+        self.comparison = Comparison.open(
+            settings.pretrained, base=settings.base, dtype=dtype, device=settings.device
+        )
         if self.comparison.processor.chat_template is None:
             raise UserError(
                 f"pretrained={settings.pretrained} has no chat template, so it is not known how to ask; give a run, or a model "
@@ -158,7 +168,9 @@ class Answerer:
 
     def prompt(self, conversation: Conversation) -> str:
         """A conversation as the model of the current row is asked it."""
-        text: str = self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        text: str = self.processor.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=True
+        )
         return text
 
     def _media(self, conversations: Sequence[Conversation]) -> dict[str, list[Any]]:
@@ -169,15 +181,24 @@ class Answerer:
         kinds = self.comparison.family.kinds
         rows: dict[str, list[list[Any]]] = {"image": [], "video": []}
         for conversation in conversations:
-            parts = [part for message in conversation for part in message["content"] if part["type"] != "text"]
+            parts = [
+                part for message in conversation for part in message["content"] if part["type"] != "text"
+            ]
             for part in parts:
                 if part["type"] not in kinds:
                     model = self.comparison.family.model_type
-                    raise UserError(f"a question holds a part of type {part['type']!r}, which a {model!r} model does not take")
+                    raise UserError(
+                        f"a question holds a part of type {part['type']!r}, which a {model!r} model does not take"
+                    )
             images = [part["url"] for part in parts if part["type"] == "image"]
             rows["image"].append([Image.open(each) if isinstance(each, str) else each for each in images])
-            rows["video"].append([_frames(part["url"], self.settings.num_frames) for part in parts if part["type"] == "video"])
-        images, videos = [[each.convert("RGB") for each in row] for row in rows["image"] if row], [*chain(*rows["video"])]
+            rows["video"].append(
+                [_frames(part["url"], self.settings.num_frames) for part in parts if part["type"] == "video"]
+            )
+        images, videos = (
+            [[each.convert("RGB") for each in row] for row in rows["image"] if row],
+            [*chain(*rows["video"])],
+        )
         return {name: media for name, media in (("images", images), ("videos", videos)) if media}
 
     @torch.inference_mode()

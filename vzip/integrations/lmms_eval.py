@@ -45,11 +45,15 @@ class Vzip(lmms):  # type: ignore[misc]
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
-        self.accelerator = Accelerator()  # of several processes, each asks its share of the questions, on its own device
+        self.accelerator = (
+            Accelerator()
+        )  # of several processes, each asks its share of the questions, on its own device
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         device = arguments.get("device")
         if device and self.world_size > 1:
-            raise UserError(f"device={device}: each of {self.world_size} processes has a device of its own; leave it out")
+            raise UserError(
+                f"device={device}: each of {self.world_size} processes has a device of its own; leave it out"
+            )
         self.answerer = Answerer(Settings.of({**arguments, "device": device or str(self.accelerator.device)}))
 
     @property
@@ -69,7 +73,9 @@ class Vzip(lmms):  # type: ignore[misc]
         for number, request in enumerate(requests):
             alike[json.dumps(request.args[2], sort_keys=True, default=str)].append(number)
         results: dict[int, GenerationResult] = {}
-        with tqdm(total=len(requests), desc="answers", unit="question", disable=self.rank != 0, mininterval=5) as progress:
+        with tqdm(
+            total=len(requests), desc="answers", unit="question", disable=self.rank != 0, mininterval=5
+        ) as progress:
             for group in alike.values():
                 for start in range(0, len(group), self.batch_size):
                     part = group[start : start + self.batch_size]
@@ -96,9 +102,15 @@ class Vzip(lmms):  # type: ignore[misc]
         while True:
             (answer,) = self.answerer.answers([messages], asked)
             answers.append(answer.text)
-            before = {"round_idx": len(answers), "previous_output": list(answers), "previous_round_info": info}
+            before = {
+                "round_idx": len(answers),
+                "previous_output": list(answers),
+                "previous_round_info": info,
+            }
             following = messages_of(document, **before)
-            if not isinstance(following, tuple) or following[1]:  # a task of one round, or the last round's answer was given
+            if (
+                not isinstance(following, tuple) or following[1]
+            ):  # a task of one round, or the last round's answer was given
                 return answers
             messages, _, _, info = following
 

@@ -77,7 +77,9 @@ def refuse_unfit(config: MiniGeminiConfig) -> None:
             "has no region of the picture; set it to 'default'"
         )
     if not isinstance(config.vision_feature_layer, int):
-        raise UserError(f"vision_feature_layer={config.vision_feature_layer!r} names several layers; give one, e.g. -2")
+        raise UserError(
+            f"vision_feature_layer={config.vision_feature_layer!r} names several layers; give one, e.g. -2"
+        )
 
 
 AutoConfig.register(MiniGeminiConfig.model_type, MiniGeminiConfig, exist_ok=True)
@@ -143,7 +145,9 @@ class PatchInfoMining(nn.Module):
         queries = self.query(low_features).unsqueeze(2)
         keys = self.key(regions)
         scores = queries @ (keys.transpose(2, 3) / keys.shape[-1] ** 0.5)
-        weights = scores.nan_to_num().softmax(dim=-1)  # the released code's guard: in half precision scores overflow
+        weights = scores.nan_to_num().softmax(
+            dim=-1
+        )  # the released code's guard: in half precision scores overflow
         del keys  # the largest tensors here are per region feature; don't hold keys and values at once
         found: Tensor = (weights @ self.value(regions)).squeeze(2)
         return low_features + found
@@ -191,10 +195,14 @@ class MiniGeminiModel(LlavaModel):  # type: ignore[misc]
         side = self.config.vision_config.image_size
         return _resized(pixel_values, (side, side))
 
-    def low_resolution_features(self, pixel_values: Tensor, vision_feature_layer: int | None = None) -> Tensor:
+    def low_resolution_features(
+        self, pixel_values: Tensor, vision_feature_layer: int | None = None
+    ) -> Tensor:
         """float[B, N, d]: patches of CLIP's selected layer, without CLS, of float[B, 3, height, width]."""
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        outputs = self.vision_tower(self.low_resolution(pixel_values), output_hidden_states=True, return_dict=True)
+        outputs = self.vision_tower(
+            self.low_resolution(pixel_values), output_hidden_states=True, return_dict=True
+        )
         features: Tensor = outputs.hidden_states[layer][:, 1:]
         return features
 
@@ -216,9 +224,13 @@ class MiniGeminiModel(LlavaModel):  # type: ignore[misc]
         `image_sizes` is of no use here: all pictures have one size. Raises UserError for another strategy than "default".
         """
         if vision_feature_select_strategy not in (None, "default"):
-            raise UserError(f"vision_feature_select_strategy={vision_feature_select_strategy!r}: mining needs 'default'")
+            raise UserError(
+                f"vision_feature_select_strategy={vision_feature_select_strategy!r}: mining needs 'default'"
+            )
         mined = self.mine(self.low_resolution_features(pixel_values, vision_feature_layer), pixel_values)
-        return BaseModelOutputWithPooling(last_hidden_state=mined, pooler_output=list(self.multi_modal_projector(mined)))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=mined, pooler_output=list(self.multi_modal_projector(mined))
+        )
 
 
 class MiniGeminiForConditionalGeneration(LlavaForConditionalGeneration):  # type: ignore[misc]
@@ -227,7 +239,9 @@ class MiniGeminiForConditionalGeneration(LlavaForConditionalGeneration):  # type
     config: MiniGeminiConfig
 
     def __init__(self, config: MiniGeminiConfig) -> None:
-        super(LlavaForConditionalGeneration, self).__init__(config)  # not LLaVA's own: it would build a second model
+        super(LlavaForConditionalGeneration, self).__init__(
+            config
+        )  # not LLaVA's own: it would build a second model
         self.model = MiniGeminiModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
@@ -249,7 +263,10 @@ def make_processor(config: MiniGeminiConfig, tokenizer: Any, *, pad: bool = True
     # large picture as its "patch" it finds grid * grid of them.
     return LlavaProcessor(
         LlavaImageProcessorPil(
-            do_pad=pad, size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_resize=True
+            do_pad=pad,
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            do_resize=True,
         ),
         tokenizer,
         patch_size=side // config.grid,

@@ -20,7 +20,11 @@ def create(name: str, settings: dict[str, Any]) -> Reducer:
     if name not in names():
         raise UserError(f"reducer={name!r} is unknown; there are: {', '.join(names())}")
     module = importlib.import_module(f"{__name__}.{name}")
-    (cls,) = (value for value in vars(module).values() if isinstance(value, type) and getattr(value, "name", "") == name)
+    (cls,) = (
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and getattr(value, "name", "") == name
+    )
     try:
         reducer: Reducer = cls(**settings)
     except TypeError as error:
@@ -30,5 +34,7 @@ def create(name: str, settings: dict[str, Any]) -> Reducer:
 
 def with_budget(reducer: Reducer, budget: int, *, tiles: int) -> Reducer:
     """The same reducer with another budget, the total of `tiles` tiles. Raises UserError for one that has no budget."""
-    settings = {key: value for key, value in reducer.settings().items() if key not in ("dominant", "contextual")}
+    settings = {
+        key: value for key, value in reducer.settings().items() if key not in ("dominant", "contextual")
+    }
     return create(reducer.name, settings | {"budget": budget, "tiles": tiles})

@@ -52,4 +52,6 @@ class Random:
         kept = order.to(tokens.features.device) + int(tokens.has_cls)
         slots = torch.full((num_images, num_tokens), -1, device=kept.device)
         slots.scatter_(1, kept, torch.arange(self.budget, device=kept.device).expand(num_images, -1))
-        return Reduction(features=take(tokens.features, kept), dominant=kept, contextual=kept[:, :0], slots=slots)
+        return Reduction(
+            features=take(tokens.features, kept), dominant=kept, contextual=kept[:, :0], slots=slots
+        )

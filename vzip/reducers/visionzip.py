@@ -120,7 +120,9 @@ class VisionZip:
         refuse_no_count("reducer.contextual", self.contextual, 0)
         total = self.dominant + self.contextual
         if not total:
-            raise UserError("reducer.dominant=0 and reducer.contextual=0 keep nothing; one of them must be at least 1")
+            raise UserError(
+                "reducer.dominant=0 and reducer.contextual=0 keep nothing; one of them must be at least 1"
+            )
         if share is not None and share != total:
             of_tiles = f" of each of {tiles} tiles" if tiles > 1 else ""
             raise UserError(
@@ -129,8 +131,14 @@ class VisionZip:
             )
 
     def __repr__(self) -> str:
-        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self)[2:] if getattr(self, f.name) != f.default]
-        return f"VisionZip({', '.join([f'{self.dominant} dominant + {self.contextual} contextual', *changed])})"
+        changed = [
+            f"{f.name}={getattr(self, f.name)}"
+            for f in fields(self)[2:]
+            if getattr(self, f.name) != f.default
+        ]
+        return (
+            f"VisionZip({', '.join([f'{self.dominant} dominant + {self.contextual} contextual', *changed])})"
+        )
 
     def settings(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -140,7 +148,11 @@ class VisionZip:
         available = num_patches + (1 if has_cls and self.keep_cls and self.dominant else 0)
         if budget > available:
             cls = " and a CLS token" if available > num_patches else ""
-            total = f", a total of at most {available * self._tiles} for {self._tiles} tiles" if self._tiles > 1 else ""
+            total = (
+                f", a total of at most {available * self._tiles} for {self._tiles} tiles"
+                if self._tiles > 1
+                else ""
+            )
             raise UserError(
                 f"reducer.budget={budget * self._tiles} ({self.dominant} dominant + {self.contextual} contextual a picture) "
                 f"is larger than the {available} tokens of a picture ({num_patches} patches{cls}); "
@@ -156,7 +168,9 @@ class VisionZip:
 
         dominant = select_dominant(saliency, self.dominant, has_cls=tokens.has_cls, keep_cls=self.keep_cls)
         slots = torch.full((num_images, num_tokens), -1, device=features.device)
-        slots.scatter_(1, dominant, torch.arange(self.dominant, device=features.device).expand(num_images, -1))
+        slots.scatter_(
+            1, dominant, torch.arange(self.dominant, device=features.device).expand(num_images, -1)
+        )
         kept = take(features, dominant)
         if self.contextual == 0:
             return Reduction(features=kept, dominant=dominant, contextual=dominant[:, :0], slots=slots)
@@ -168,4 +182,6 @@ class VisionZip:
         order = torch.arange(self.contextual, device=features.device).expand(num_images, -1)
         slots.scatter_(1, targets, self.dominant + order)
         slots.scatter_(1, others, self.dominant + assigned)
-        return Reduction(features=torch.cat([kept, merged], dim=1), dominant=dominant, contextual=targets, slots=slots)
+        return Reduction(
+            features=torch.cat([kept, merged], dim=1), dominant=dominant, contextual=targets, slots=slots
+        )

@@ -57,7 +57,9 @@ def _ids_after(tokenizer: Any, anchor: str, text: str) -> list[int]:
     """Ids of `text` as it stands after the text `anchor`: a SentencePiece tokenizer puts no space before it there."""
     head, whole = _ids(tokenizer, anchor), _ids(tokenizer, anchor + text)
     if whole[: len(head)] != head:
-        raise UserError(f"the tokenizer joins {anchor!r} and {text[:40]!r}; this template does not fit the tokenizer")
+        raise UserError(
+            f"the tokenizer joins {anchor!r} and {text[:40]!r}; this template does not fit the tokenizer"
+        )
     return whole[len(head) :]
 
 
@@ -106,7 +108,9 @@ def _token_id(tokenizer: Any, token: str, fault: str) -> int:
 
 def _control_id(template: Template, tokenizer: Any, control: str) -> int:
     hint = "choose the model.template that the model was trained with"
-    fault = f"the {template.name!r} template writes {control}, which this model's tokenizer does not know; {hint}"
+    fault = (
+        f"the {template.name!r} template writes {control}, which this model's tokenizer does not know; {hint}"
+    )
     return _token_id(tokenizer, control, fault)
 
 
@@ -118,12 +122,16 @@ def _text_ids(tokenizer: Any, text: str, anchor: str) -> list[int]:
     first, *others = _split(text, (IMAGE, VIDEO))
     ids = _ids_after(tokenizer, anchor, first) if anchor else _ids(tokenizer, first)
     for placeholder, chunk in zip(others[::2], others[1::2], strict=True):
-        fault = f"a question has {placeholder}, which this model's tokenizer does not know; take such rows out"
+        fault = (
+            f"a question has {placeholder}, which this model's tokenizer does not know; take such rows out"
+        )
         ids += [_token_id(tokenizer, placeholder, fault), *_ids(tokenizer, chunk)]
     return ids
 
 
-def _prompt_ids(template: Template, tokenizer: Any, before: str, question: str, anchors: tuple[str, str]) -> list[int]:
+def _prompt_ids(
+    template: Template, tokenizer: Any, before: str, question: str, anchors: tuple[str, str]
+) -> list[int]:
     """Ids of `before`, a question and what the template writes around it.
 
     `anchors` are those of the first text, and of text behind a control token.
@@ -146,7 +154,9 @@ def _answer_ids(template: Template, tokenizer: Any, answer: str) -> list[int]:
     return [*ids, _control_id(template, tokenizer, template.end)] if template.end else ids
 
 
-def encode(template: Template, tokenizer: Any, turns: Sequence[tuple[str, str | None]]) -> tuple[list[int], list[int]]:
+def encode(
+    template: Template, tokenizer: Any, turns: Sequence[tuple[str, str | None]]
+) -> tuple[list[int], list[int]]:
     """Token ids and labels of a conversation, one id for each `<image>` and `<video>`, not yet expanded.
 
     Args:
@@ -162,9 +172,13 @@ def encode(template: Template, tokenizer: Any, turns: Sequence[tuple[str, str | 
             a conversation that is none.
     """
     if template.adds_bos and tokenizer.bos_token_id is None:
-        raise UserError(f"the {template.name!r} template starts with a BOS token, but this model's tokenizer has none")
+        raise UserError(
+            f"the {template.name!r} template starts with a BOS token, but this model's tokenizer has none"
+        )
     if template.captions and len(turns) != 1:
-        raise UserError(f"the {template.name!r} template takes one caption a row, not {len(turns)} turns; take such rows out")
+        raise UserError(
+            f"the {template.name!r} template takes one caption a row, not {len(turns)} turns; take such rows out"
+        )
     ids = [tokenizer.bos_token_id] if template.adds_bos else []
     labels = [IGNORED] * len(ids)
     behind_control = _anchor(tokenizer, template.end) if template.end else ""
@@ -246,4 +260,6 @@ def plain(*, adds_bos: bool = True) -> Template:
     Source: repository haotian-liu/LLaVA, `llava/conversation.py` (`conv_llava_plain`) and `llava/train/train.py`
     (`preprocess_plain`).
     """
-    return Template(name="plain", user="", assistant="", answer_suffix="\n", end="", adds_bos=adds_bos, captions=True)
+    return Template(
+        name="plain", user="", assistant="", answer_suffix="\n", end="", adds_bos=adds_bos, captions=True
+    )

@@ -43,7 +43,9 @@ def chat_template(template: Template, tokenizer: Any) -> str:
         UserError: a template of captions, which are no conversation.
     """
     if template.captions:
-        raise UserError(f"the {template.name!r} template is one of captions: it has no chat; choose a model.template that has")
+        raise UserError(
+            f"the {template.name!r} template is one of captions: it has no chat; choose a model.template that has"
+        )
     space = _space(tokenizer)
     has_bos = not template.adds_bos or tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     opening = ("" if has_bos else tokenizer.bos_token + space) + template.system
@@ -52,7 +54,9 @@ def chat_template(template: Template, tokenizer: Any) -> str:
         f"{{% for part in content if part.type == '{kind}' %}}{{{{ {_literal(token + space + chr(10))} }}}}{{% endfor %}}"
         for kind, token in (("image", IMAGE), ("video", VIDEO))
     )
-    text = f"content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join({_literal(chr(10))})"
+    text = (
+        f"content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join({_literal(chr(10))})"
+    )
     return (
         f"{{{{ {_literal(opening)} }}}}"
         "{% for message in messages %}{% set content = message.content %}"

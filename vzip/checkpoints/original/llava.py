@@ -66,7 +66,9 @@ def _refuse_unfit(path: str, config: Mapping[str, Any]) -> None:
         raise _is_next(path, f"image_aspect_ratio is {config['image_aspect_ratio']!r}")
     refuse_settings(path, config, _SETTINGS)
     if not isinstance(layer := config.get("mm_vision_select_layer", -2), int):
-        raise UserError(f"{path}, config.json: mm_vision_select_layer is {layer!r}; it must be one whole number, e.g. -2")
+        raise UserError(
+            f"{path}, config.json: mm_vision_select_layer is {layer!r}; it must be one whole number, e.g. -2"
+        )
 
 
 def _is_next(path: str, reason: str) -> UserError:
@@ -97,7 +99,9 @@ def _convert(path: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors = language_weights(weights, config) | projector_weights(weights, path)
     tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in tower_weights(weights).items()}
     forms = (LANGUAGE, PROJECTOR, TOWER)
-    known = {name for name in weights if name.endswith(DERIVED) or any(form.fullmatch(name) for form in forms)}
+    known = {
+        name for name in weights if name.endswith(DERIVED) or any(form.fullmatch(name) for form in forms)
+    }
     return tensors | {name: weights[name] for name in weights.keys() - known}  # refused by name further on
 
 
@@ -114,7 +118,9 @@ def load_model(path: str, *, dtype: torch.dtype) -> Any:
     tower, vision = find_clip(path, config["mm_vision_tower"])
     tensors = _convert(path, config)
     if not any(name.startswith("model.vision_tower.") for name in tensors):
-        tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in clip_weights(path, tower, dtype).items()}
+        tensors |= {
+            f"model.vision_tower.{name}": tensor for name, tensor in clip_weights(path, tower, dtype).items()
+        }
     return fill(path, LlavaForConditionalGeneration, _llava_config(config, vision), tensors, dtype=dtype)
 
 
@@ -146,12 +152,16 @@ def load_tokenizer(path: str) -> Any:
     except UserError:
         raise
     except Exception as error:  # a broken or missing file raises whatever its parser does
-        raise UserError(f"{path}: the tokenizer can't be loaded: {error}; get tokenizer.model and its configs") from error
+        raise UserError(
+            f"{path}: the tokenizer can't be loaded: {error}; get tokenizer.model and its configs"
+        ) from error
     if IMAGE not in tokenizer.get_vocab():
         # A vocabulary that was padded has rows that no token has: fewer than 64, or the tokenizer is another model's.
         spare = size - len(tokenizer)
         if 0 <= spare < ROWS:
-            tokenizer.add_tokens([AddedToken(f"<unused_{index}>", special=True) for index in range(spare)], special_tokens=True)
+            tokenizer.add_tokens(
+                [AddedToken(f"<unused_{index}>", special=True) for index in range(spare)], special_tokens=True
+            )
         tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
     if (image := tokenizer.convert_tokens_to_ids(IMAGE)) != size:
         raise UserError(
@@ -175,9 +185,13 @@ def load_processor(path: str) -> Any:
     _refuse_unfit(path, config)
     tower, vision = find_clip(path, config["mm_vision_tower"])
     try:
-        images = LlavaImageProcessorPil.from_pretrained(tower, do_pad=config.get("image_aspect_ratio") == "pad")
+        images = LlavaImageProcessorPil.from_pretrained(
+            tower, do_pad=config.get("image_aspect_ratio") == "pad"
+        )
     except OSError as error:
-        raise UserError(f"mm_vision_tower {tower} has no preprocessor_config.json that can be read: {error}") from error
+        raise UserError(
+            f"mm_vision_tower {tower} has no preprocessor_config.json that can be read: {error}"
+        ) from error
     tokenizer = load_tokenizer(path)
     return LlavaProcessor(
         images,

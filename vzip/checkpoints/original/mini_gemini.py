@@ -82,7 +82,9 @@ def _refuse_settings(path: str, config: Mapping[str, Any]) -> None:
     refuse_settings(path, config, _SETTINGS)
     for key, kind in (("mm_vision_tower", str), ("mm_vision_tower_aux", str), ("image_size_aux", int)):
         if not isinstance(config.get(key), kind):
-            raise UserError(f"{path}, config.json: {key} is {config.get(key)!r}; it must be there, of the type {kind.__name__}")
+            raise UserError(
+                f"{path}, config.json: {key} is {config.get(key)!r}; it must be there, of the type {kind.__name__}"
+            )
     if "xxlarge" in (name := config["mm_vision_tower_aux"]).lower():
         raise UserError(
             f"{path}, config.json: mm_vision_tower_aux {name!r} is a convnext_xxlarge, whose LayerNorms have another epsilon "
@@ -95,7 +97,9 @@ def _open_clip_weights(path: str, name: str) -> dict[str, Tensor]:
 
     Raises UserError where there is no such file, and for tensors in it that are of no known use.
     """
-    files = [place / file for place in tower_places(path, name) for file in _OPEN_CLIP if (place / file).is_file()]
+    files = [
+        place / file for place in tower_places(path, name) for file in _OPEN_CLIP if (place / file).is_file()
+    ]
     hub = HUB_TOWERS.get(Path(name).name, name)
     try:
         file = files[0] if files else Path(hf_hub_download(hub, _OPEN_CLIP[-1]))
@@ -104,7 +108,9 @@ def _open_clip_weights(path: str, name: str) -> dict[str, Tensor]:
             f"{path}, config.json: mm_vision_tower_aux {name!r} is no folder with {' or '.join(_OPEN_CLIP)}, here or beside"
             f" the checkpoint, and {hub} can't be had from the hub; put the tower's folder beside the checkpoint's: {error}"
         ) from error
-    tensors = {key: tensor for key, tensor in read_tensors(file).items() if not _OPEN_CLIP_UNUSED.fullmatch(key)}
+    tensors = {
+        key: tensor for key, tensor in read_tensors(file).items() if not _OPEN_CLIP_UNUSED.fullmatch(key)
+    }
     if surplus := [key for key in tensors if not _HIGH.fullmatch(key)]:
         raise UserError(f"{file}: not part of a ConvNeXt of OpenCLIP are {few(surplus)}; give such a tower")
     return tensors
@@ -184,7 +190,9 @@ def load_model(path: str, *, dtype: torch.dtype) -> MiniGeminiForConditionalGene
     tensors = _named(path, weights, config)
     tensors |= {f"model.high_resolution_tower.{name}": tensor for name, tensor in high.items()}
     if not any(name.startswith("model.vision_tower.") for name in tensors):
-        tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in clip_weights(path, tower, dtype).items()}
+        tensors |= {
+            f"model.vision_tower.{name}": tensor for name, tensor in clip_weights(path, tower, dtype).items()
+        }
     model: MiniGeminiForConditionalGeneration = fill(
         path, MiniGeminiForConditionalGeneration, model_config, tensors, dtype=dtype
     )

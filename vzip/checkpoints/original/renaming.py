@@ -26,7 +26,9 @@ PROJECTOR = re.compile(r"(?:.+\.)?mm_projector\.(.+)")
 TOWER = re.compile(r"(?:model\.)?vision_tower\.vision_tower\.(?:vision_model\.)?(.+)")
 DERIVED = (".inv_freq", ".position_ids")
 """Buffers that older versions of transformers saved; they follow from the config."""
-_LAYERS = {f"{old}.{kind}": f"linear_{new}.{kind}" for old, new in ((0, 1), (2, 2)) for kind in ("weight", "bias")}
+_LAYERS = {
+    f"{old}.{kind}": f"linear_{new}.{kind}" for old, new in ((0, 1), (2, 2)) for kind in ("weight", "bias")
+}
 
 
 def few(names: Iterable[str]) -> str:
@@ -65,7 +67,9 @@ def _grow(name: str, old: Tensor, config: Mapping[str, Any]) -> Tensor:
     """
     size, grown = vocab_size(config), text_config(config).vocab_size
     if old.dim() != 2 or old.shape[0] != size:
-        raise UserError(f"{name} has the shape {tuple(old.shape)}, but vocab_size in config.json is {size}; they must agree")
+        raise UserError(
+            f"{name} has the shape {tuple(old.shape)}, but vocab_size in config.json is {size}; they must agree"
+        )
     mean = old.float().mean(0, keepdim=True).to(old.dtype)
     return torch.cat([old, mean.expand(grown - size, -1)])
 
@@ -131,11 +135,15 @@ def read_projector(path: Path) -> dict[str, Tensor]:
     if not any("mm_projector" in name for name in tensors):
         return tensors
     if others := sorted(name for name in tensors if not PROJECTOR.fullmatch(name)):
-        raise UserError(f"projector {path} holds more than mm_projector.*: {few(others)}; give a file of the projector alone")
+        raise UserError(
+            f"projector {path} holds more than mm_projector.*: {few(others)}; give a file of the projector alone"
+        )
     return projector_weights(tensors, f"projector {path}")
 
 
-def refuse_settings(path: str, config: Mapping[str, Any], settings: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> None:
+def refuse_settings(
+    path: str, config: Mapping[str, Any], settings: Mapping[str, tuple[Any, tuple[Any, ...]]]
+) -> None:
     """Raises UserError for a setting of config.json that is not among the values that can be had.
 
     `settings` has, for each, what the checkpoint's own code takes where it is absent, and those values.
@@ -154,7 +162,10 @@ def refuse_mismatch(path: str, tensors: Mapping[str, Tensor], expected: Mapping[
         wrong.append(f"missing are {few(missing)}")
     if surplus := tensors.keys() - expected.keys():
         wrong.append(f"not part of the model are {few(surplus)}")
-    shapes = {name: (tuple(tensors[name].shape), tuple(expected[name].shape)) for name in expected.keys() & tensors.keys()}
+    shapes = {
+        name: (tuple(tensors[name].shape), tuple(expected[name].shape))
+        for name in expected.keys() & tensors.keys()
+    }
     if other := [f"{name} {held}, not {wanted}" for name, (held, wanted) in shapes.items() if held != wanted]:
         wrong.append(f"of another shape are {few(other)}")
     if wrong:
@@ -172,5 +183,7 @@ def fill(path: str, model_class: Any, config: Any, tensors: dict[str, Tensor], *
     with torch.device("meta"):
         refuse_mismatch(path, tensors, model_class(config).state_dict())
     for name in tensors:
-        tensors[name] = tensors[name].to(dtype, copy=True)  # also where nothing is cast: the file may change or go
+        tensors[name] = tensors[name].to(
+            dtype, copy=True
+        )  # also where nothing is cast: the file may change or go
     return model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype).eval()

@@ -27,7 +27,9 @@ def load_tokenizer(path: str, model_file: Path) -> Any:
         UserError: no `sentencepiece` or `protobuf`, which reading the file takes, or a file that is not SentencePiece's.
     """
     if not (is_sentencepiece_available() and is_protobuf_available()):
-        raise UserError(f"{model_file} can't be read without its libraries: `pip install sentencepiece protobuf`")
+        raise UserError(
+            f"{model_file} can't be read without its libraries: `pip install sentencepiece protobuf`"
+        )
     from sentencepiece import SentencePieceProcessor
 
     pieces = SentencePieceProcessor()
@@ -37,8 +39,12 @@ def load_tokenizer(path: str, model_file: Path) -> Any:
         raise UserError(f"{model_file} is not a SentencePiece model: {error}; get it again") from error
     scores = {pieces.id_to_piece(index): pieces.get_score(index) for index in range(pieces.get_piece_size())}
     # What LLaVA's code took where the folder does not say, but transformers 5 does not.
-    tokenizer = LlamaTokenizer.from_pretrained(path, add_bos_token=get_tokenizer_config(path).get("add_bos_token", True))
+    tokenizer = LlamaTokenizer.from_pretrained(
+        path, add_bos_token=get_tokenizer_config(path).get("add_bos_token", True)
+    )
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend["model"]["merges"].sort(key=lambda pair: -scores[pair[0] + pair[1]])  # stable: by id where scores are equal
+    backend["model"]["merges"].sort(
+        key=lambda pair: -scores[pair[0] + pair[1]]
+    )  # stable: by id where scores are equal
     tokenizer.backend_tokenizer.model = Tokenizer.from_str(json.dumps(backend)).model
     return tokenizer

@@ -22,7 +22,9 @@ def tower_places(path: str, name: str) -> list[Path]:
     folder = Path(path)
     places = [Path(name)]
     if folder.is_dir():
-        places += [base / part for base in (folder, folder.resolve().parent) for part in (name, Path(name).name)]
+        places += [
+            base / part for base in (folder, folder.resolve().parent) for part in (name, Path(name).name)
+        ]
     return places
 
 
@@ -38,7 +40,9 @@ def find_clip(path: str, name: str, hub_ids: Mapping[str, str] | None = None) ->
         UserError: there is none, or it is not a CLIP.
     """
     hub_id = (hub_ids or {}).get(Path(name).name, name)
-    tower = next((str(place) for place in tower_places(path, name) if (place / "config.json").is_file()), hub_id)
+    tower = next(
+        (str(place) for place in tower_places(path, name) if (place / "config.json").is_file()), hub_id
+    )
     try:
         kind = read_config(tower).get("model_type")
     except OSError as error:
@@ -47,7 +51,9 @@ def find_clip(path: str, name: str, hub_ids: Mapping[str, str] | None = None) ->
             f" beside it, and {tower} can't be had from the hub; put its folder beside the checkpoint's: {error}"
         ) from error
     if kind not in ("clip", "clip_vision_model"):
-        raise UserError(f"{path}, config.json: mm_vision_tower {name!r} is of the type {kind!r}; a CLIP tower is supported")
+        raise UserError(
+            f"{path}, config.json: mm_vision_tower {name!r} is of the type {kind!r}; a CLIP tower is supported"
+        )
     return tower, CLIPVisionConfig.from_pretrained(tower)
 
 
@@ -56,6 +62,8 @@ def clip_weights(path: str, tower: str, dtype: torch.dtype) -> dict[str, Tensor]
     try:
         model = whole.load_model(CLIPVisionModel, tower, dtype=dtype)
     except (OSError, UserError) as error:
-        raise UserError(f"{path}, config.json: the weights of mm_vision_tower {tower} can't be loaded: {error}") from error
+        raise UserError(
+            f"{path}, config.json: the weights of mm_vision_tower {tower} can't be loaded: {error}"
+        ) from error
     tensors: dict[str, Tensor] = model.state_dict()
     return tensors
