@@ -27,7 +27,7 @@ def is_other_process(pid: int) -> bool:
 
 
 @contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
+def atomic_write(target: Path) -> Iterator[Path]:
     """A path beside `target` to write to, which is moved there at the end: any kill leaves the old file or the new one.
 
     What processes that were killed have left is deleted.
@@ -46,5 +46,5 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
-    with written_whole(path) as scratch:
+    with atomic_write(path) as scratch:
         scratch.write_text(json.dumps(content, indent=2))

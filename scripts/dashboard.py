@@ -17,7 +17,7 @@ from wandb.errors import Error
 from data.paths import write_json
 from scripts.common.timing import output
 from scripts.report import CURVES, SPEED
-from train.config import teach
+from train.config import exit_on_user_error
 from vzip import UserError
 
 ROWS = ("full", "free", "tuned", "random")
@@ -109,7 +109,7 @@ def own_entity() -> str:
         ) from error
 
 
-@teach
+@exit_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

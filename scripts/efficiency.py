@@ -241,7 +241,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@config.teach
+@config.exit_on_user_error
 def main() -> None:
     """Measure, print, write."""
     arguments, device = parse(), best_device()

@@ -63,7 +63,7 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
         ) from error
 
 
-@config.teach
+@config.exit_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

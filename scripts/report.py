@@ -20,9 +20,9 @@ import yaml
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from data.paths import written_whole
+from data.paths import atomic_write
 from scripts.common.timing import ROOT, output
-from train.config import teach
+from train.config import exit_on_user_error
 from vzip import UserError
 
 CURVES = {
@@ -181,12 +181,12 @@ def draw_curves(runs: Sequence[Run], target: Path) -> None:
         axis.grid(alpha=0.3)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
-    with output("--curves", target), written_whole(target) as scratch:
+    with output("--curves", target), atomic_write(target) as scratch:
         figure.savefig(scratch, format="png", dpi=120)
     pyplot.close(figure)
 
 
-@teach
+@exit_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -203,7 +203,7 @@ def main() -> None:
     blocks = {run.name: block(run) for run in runs if run.result is not None}
     text = arguments.results.read_text() if arguments.results.is_file() else "# Results\n"
     text = update(text, blocks)
-    with output("--results", arguments.results), written_whole(arguments.results) as scratch:
+    with output("--results", arguments.results), atomic_write(arguments.results) as scratch:
         scratch.write_text(text)
     curves = arguments.curves or arguments.runs / "report.png"
     started = [run for run in runs if run.metrics]

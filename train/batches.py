@@ -12,7 +12,7 @@ from data.batches.packing import shared_prefix
 from data.examples.tokens import Examples
 from train.losses import FastLoss, ReferenceLoss
 from train.memory import Lengths, choose_packing, flash_runs
-from train.ranks import say
+from train.ranks import print_rank0
 from train.trainable import Trainable
 from vzip import UserError
 from vzip.families import Family
@@ -42,11 +42,11 @@ def _fast(
     packing = choose_packing(cfg, family, num_trainable=trainable.num_parameters, lengths=lengths)
     layout = PackedLayout(packers, examples, plan, num_run=num_run, taught=taught, tokens=packing.tokens)
     attention = "FlashAttention" if flash_runs(cfg, family) else "attention in blocks of rows of like length"
-    say(f"fast path: {layout}, behind a shared prefix of {len(prefix)}; {attention}")
+    print_rank0(f"fast path: {layout}, behind a shared prefix of {len(prefix)}; {attention}")
     if packing.recompute:
-        say("  to save memory, the MLPs are run again in the backward pass")
+        print_rank0("  to save memory, the MLPs are run again in the backward pass")
     if not_run := int((~taught).sum()):
-        say(f"  {not_run:,} rows without a picture are counted, but not run: their gradient is zero")
+        print_rank0(f"  {not_run:,} rows without a picture are counted, but not run: their gradient is zero")
     reducers, on_gpu = [each.reducer for each in collators], torch.cuda.is_available()
     if compiled := on_gpu if cfg.compile is None else cfg.compile:
         refuse_uncompiled(torch.device("cuda" if on_gpu else "cpu"), getattr(torch, cfg.model.dtype))
@@ -63,7 +63,7 @@ def _reference(
 ) -> tuple[PaddedLayout, ReferenceLoss]:
     """Padded, all rows."""
     layout = PaddedLayout(collators[0], examples, plan, micro=cfg.batch.micro)
-    say(f"reference path: {layout}")
+    print_rank0(f"reference path: {layout}")
     return layout, ReferenceLoss(family, collators[0].reducer, learns_text=trainable.in_language)
 
 

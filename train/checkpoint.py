@@ -22,11 +22,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from data.paths import write_json, written_whole
+from data.paths import write_json, atomic_write
 from train.config import ROOT, identity, run_name
 from train.engine import Engine
 from train.hardware import device_name
-from train.ranks import from_main
+from train.ranks import broadcast_from_rank0
 from vzip import UserError
 from vzip.runs.projector import ADAPTER, save_checkpoint
 from vzip.templates.encode import Template
@@ -114,7 +114,7 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         """result.json of a finished run; None if it will be started over."""
         path = self.path / "result.json"
-        return from_main(json.loads(path.read_text()) if path.is_file() and not self.cfg.fresh else None)
+        return broadcast_from_rank0(json.loads(path.read_text()) if path.is_file() and not self.cfg.fresh else None)
 
     def begin(self, manifest: dict[str, Any], *, num_trainable: int, world_size: int) -> None:
         """Write what the run is, before it trains; with `fresh` what was there is deleted only now, where all else is right.
@@ -141,7 +141,7 @@ class RunFolder:
                 f"{self.path} has {free / 1e6:,.0f} MB free, a run needs {needed / 1e6:,.0f} MB; free some, or set runs=... "
                 f"to a folder on another disk"
             )
-        with written_whole(self.path / "config.yaml") as scratch:
+        with atomic_write(self.path / "config.yaml") as scratch:
             scratch.write_text(OmegaConf.to_yaml(self.cfg, resolve=True))
         write_json(self.path / "env.json", environment(self.cfg, world_size=world_size))
         write_json(self.path / "manifest.json", manifest)
@@ -157,7 +157,7 @@ class RunFolder:
 
     def resume(self, engine: Engine) -> int:
         """Load the newest state into the engine: how many steps it has done, 0 without one."""
-        if not from_main((self.state / "latest").is_file()):
+        if not broadcast_from_rank0((self.state / "latest").is_file()):
             return 0
         return int(engine.load(str(self.state))["step"])
 
@@ -187,7 +187,7 @@ class RunFolder:
     def answers(self, row: str) -> list[dict[str, Any]] | None:
         """The answers of an evaluation row, where an interrupted run has them already."""
         path = self.path / f"answers_{row}.json"
-        return from_main(json.loads(path.read_text()) if path.is_file() else None)
+        return broadcast_from_rank0(json.loads(path.read_text()) if path.is_file() else None)
 
     def save_answers(self, row: str, answers: list[dict[str, Any]]) -> None:
         if self.main:

@@ -170,7 +170,7 @@ def asks_questions(cfg: DictConfig) -> bool:
     return bool(cfg.evaluate.questions and cfg.data.held_out)
 
 
-def teach(command: Callable[P, None]) -> Callable[P, None]:
+def exit_on_user_error(command: Callable[P, None]) -> Callable[P, None]:
     """End a command with a message and exit code 2, without a traceback, where its user made a mistake; 130 for Ctrl-C."""
 
     @functools.wraps(command)

@@ -23,7 +23,7 @@ from train.engine import Engine, to_device
 from train.examples import held_out_rows
 from train.losses import media_inputs
 from train.memory import fitting_questions
-from train.ranks import gather, say
+from train.ranks import all_gather_list, print_rank0
 from vzip import attach
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
@@ -87,7 +87,7 @@ class Evaluator:
                 held_out_rows(cfg), template, processor.tokenizer, folder, limit=limit
             )
         else:
-            say("no evaluation: data.held_out is not set, or evaluate.questions is 0")
+            print_rank0("no evaluation: data.held_out is not set, or evaluate.questions is 0")
 
     @property
     def pictures(self) -> list[Path]:
@@ -144,7 +144,7 @@ class Evaluator:
             with self.engine.whole_model():
                 answers = self._generate([self.questions[index].example for index in part], collate)
             found += list(zip(part, answers, strict=True))
-        by_index = dict(gather(found))
+        by_index = dict(all_gather_list(found))
         return [_graded(question, *by_index[index]) for index, question in enumerate(self.questions)]
 
     def _end(self) -> dict[str, Any]:

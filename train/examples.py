@@ -11,7 +11,7 @@ from data.conversations import Row
 from data.examples.prepare import Subset, prepare
 from data.examples.tokens import Examples
 from train.config import asks_questions, held_out, selection
-from train.ranks import gather, in_turn, say
+from train.ranks import all_gather_list, main_first, print_rank0
 from vzip import UserError
 from vzip.families import Family
 from vzip.reducers import Reducer
@@ -21,15 +21,15 @@ from vzip.templates.encode import Template
 def _report(subset: Subset) -> None:
     """Say what was left out, on rank 0. Raises UserError if the hosts hold different data."""
     manifest = subset.manifest
-    if len(set(gather([manifest["hash"] + manifest["media_hash"]]))) > 1:
+    if len(set(all_gather_list([manifest["hash"] + manifest["media_hash"]]))) > 1:
         raise UserError(
             f"the hosts' copies of {manifest['data']['name']} or its pictures differ; make them the same"
         )
     for line in subset.left_out:
-        say(line)
+        print_rank0(line)
     if manifest["bad_rows"]:
         replaced = sum(row.get("replaced", False) for row in manifest["bad_rows"])
-        say(
+        print_rank0(
             f"  {len(manifest['bad_rows'])} rows left out in all, {replaced} replaced; `make data` looks at them again"
         )
 
@@ -39,10 +39,10 @@ def training_subset(cfg: DictConfig) -> Subset:
 
     Raises UserError as `prepare` does.
     """
-    subset = in_turn(lambda: prepare(selection(cfg)))
+    subset = main_first(lambda: prepare(selection(cfg)))
     _report(subset)
     if asks_questions(cfg):
-        _report(in_turn(lambda: prepare(held_out(cfg))))
+        _report(main_first(lambda: prepare(held_out(cfg))))
     return subset
 
 
@@ -89,11 +89,11 @@ def training_collators(
 def training_examples(cfg: DictConfig, subset: Subset, template: Template, tokenizer: Any) -> Examples:
     """The subset as token ids and labels. Raises UserError for rows that the template or the tokenizer does not take."""
     manifest = subset.manifest
-    examples = in_turn(lambda: subset.examples(template, tokenizer, max_tokens=cfg.data.max_tokens))
+    examples = main_first(lambda: subset.examples(template, tokenizer, max_tokens=cfg.data.max_tokens))
     counts = ", ".join(f"{source} {count:,}" for source, count in manifest["num_rows_by_source"].items())
-    say(f"data: {len(examples):,} rows ({counts}), hash {manifest['hash'][:12]}")
+    print_rank0(f"data: {len(examples):,} rows ({counts}), hash {manifest['hash'][:12]}")
     if num_cut := int((examples.column("num_whole_tokens") > cfg.data.max_tokens).sum()):
-        say(f"  {num_cut} rows cut at data.max_tokens={cfg.data.max_tokens}")
+        print_rank0(f"  {num_cut} rows cut at data.max_tokens={cfg.data.max_tokens}")
     if num_mute := manifest["num_rows"] - len(examples):
-        say(f"  {num_mute} rows left out, of which that cut leaves no answer")
+        print_rank0(f"  {num_mute} rows left out, of which that cut leaves no answer")
     return examples

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from train.budgets import budgets_of
 from train.config import build_reducers
-from train.ranks import gather, say
+from train.ranks import all_gather_list, print_rank0
 from vzip import UserError
 from vzip.cost import blocked_memory, generation_memory, head_width, packed_memory, weight_memory
 from vzip.families import Family
@@ -193,12 +193,12 @@ def choose_packing(cfg: DictConfig, family: Family, *, num_trainable: int, lengt
     Raises:
         UserError: the weights, or the longest row beside them, don't fit; `batch.tokens` is less than the longest row.
     """
-    card = min(gather([card_of(cfg)]), key=lambda card: card.memory)
+    card = min(all_gather_list([card_of(cfg)]), key=lambda card: card.memory)
     size = {"num_trainable": num_trainable, "world_size": deepspeed.comm.get_world_size()}
     packing = fit_packing(cfg, family, card, lengths=lengths, **size)
     needed = resident_memory(cfg, family, **size) + micro_batch_memory(cfg, family, packing, lengths)
     if needed > card.memory:
-        say(f"batch.tokens={packing.tokens} is reckoned to need {needed / 1e9:.1f} GB, more than {card.name}")
+        print_rank0(f"batch.tokens={packing.tokens} is reckoned to need {needed / 1e9:.1f} GB, more than {card.name}")
     return packing
 
 
@@ -216,12 +216,12 @@ def fitting_questions(
         num_trainable: tuned parameters.
         world_size: ranks.
     """
-    card = min(gather([card_of(cfg)]), key=lambda card: card.memory)
+    card = min(all_gather_list([card_of(cfg)]), key=lambda card: card.memory)
     resident = resident_memory(cfg, family, num_trainable=num_trainable, world_size=world_size)
     room = int(card.memory * (1 - SPARE)) - resident
     fitting = max(1, room // generation_memory(family, num_tokens=longest))
     if fitting < cfg.evaluate.batch:
-        say(
+        print_rank0(
             f"{fitting} questions of up to {longest} tokens at once, and not evaluate.batch={cfg.evaluate.batch}: {card.name}"
         )
     return int(min(fitting, cfg.evaluate.batch))

@@ -10,7 +10,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from data.paths import data_dir
-from train.ranks import say
+from train.ranks import print_rank0
 from vzip import UserError
 from vzip.cost import frozen_linears
 from vzip.families import Family
@@ -97,7 +97,7 @@ def quantise(family: Family, inexact: str | None) -> None:
             )
         held.bias = layer.bias
         family.language_model.set_submodule(name, held.to("cuda" if torch.cuda.is_available() else "cpu"))
-    say(
+    print_rank0(
         f"inexact={inexact}: the language model is quantised, and gradients are no longer those of the exact model"
     )
 

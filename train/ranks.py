@@ -98,20 +98,20 @@ def is_main() -> bool:
     return bool(deepspeed.comm.get_rank() == 0)
 
 
-def say(what: str | Callable[..., None], *arguments: Any, **settings: Any) -> None:
+def print_rank0(what: str | Callable[..., None], *arguments: Any, **settings: Any) -> None:
     """Print a line, or call a function that prints, on rank 0 alone."""
     if is_main():
         print(what, flush=True) if isinstance(what, str) else what(*arguments, **settings)
 
 
-def from_main(value: Any) -> Any:
+def broadcast_from_rank0(value: Any) -> Any:
     """Rank 0's value, on every rank: the ranks of other hosts don't see its files."""
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def in_turn(make: Callable[[], T]) -> T:
+def main_first(make: Callable[[], T]) -> T:
     """`make()` on every rank: first on rank 0, then on one of each other host; the rest find what these left on disk."""
     local_rank = int(os.environ["LOCAL_RANK"])
     turns = [is_main(), local_rank == 0 and not is_main(), local_rank > 0]
@@ -122,7 +122,7 @@ def in_turn(make: Callable[[], T]) -> T:
     return made
 
 
-def gather(values: list[Any]) -> list[Any]:
+def all_gather_list(values: list[Any]) -> list[Any]:
     """The values of all ranks, one rank after the other, on every rank."""
     parts: list[Any] = [None] * deepspeed.comm.get_world_size()
     torch.distributed.all_gather_object(parts, values)

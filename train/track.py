@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from data.paths import written_whole
+from data.paths import atomic_write
 from vzip.runs.projector import META, WEIGHTS, read_meta
 
 INIT_TIMEOUT, FINISH_TIMEOUT = 20, 300
@@ -40,7 +40,7 @@ def _id(folder: Path) -> str:
     path = folder / "wandb" / "id"
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
-        with written_whole(path) as scratch:
+        with atomic_write(path) as scratch:
             scratch.write_text(secrets.token_hex(4))
     return path.read_text()
 
@@ -93,7 +93,7 @@ class Tracker:
         if self.main and self.path.is_file():
             whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in whole if json.loads(line)["step"] < step]
-            with written_whole(self.path) as scratch:
+            with atomic_write(self.path) as scratch:
                 scratch.write_text("".join(kept))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

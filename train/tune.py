@@ -35,7 +35,7 @@ from train.loop import fit
 from train.models import load_model, quantise
 from train.overlay import draw_examples
 from train.plan import print_plan
-from train.ranks import init_distributed, leave_distributed, say
+from train.ranks import init_distributed, leave_distributed, print_rank0
 from train.track import Tracker
 from train.trainable import make_trainable, print_table
 from vzip import attach
@@ -48,7 +48,7 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
     reducers, template = config.build_reducers(cfg), config.build(cfg.model.template)
     run = RunFolder(cfg, rank=rank)
     if run.result is not None:
-        say(f"{run.path} is finished; fresh=true starts it over")
+        print_rank0(f"{run.path} is finished; fresh=true starts it over")
         return run.result["rows"]
     control = control_row(cfg, tune)
 
@@ -64,7 +64,7 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
         projector=cfg.model.projector,
     )
     trainable = make_trainable(family, cfg.tune)
-    say(print_table, family, trainable)
+    print_rank0(print_table, family, trainable)
     quantise(family, cfg.inexact)
 
     examples = training_examples(cfg, subset, template, processor.tokenizer)
@@ -77,7 +77,7 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
 
     engine = Engine(loss, trainable, cfg)
     tracker = Tracker(run.path, cfg, rank=rank)
-    say(f"{run.path}: {world_size} rank(s) on {device_name(engine.device)}, {tracker}")
+    print_rank0(f"{run.path}: {world_size} rank(s) on {device_name(engine.device)}, {tracker}")
     evaluator = Evaluator(cfg, engine, run, processor, template)
     rows = evaluator.baselines(reducers)
     fit(engine, batches, cfg, run, tracker)
@@ -97,14 +97,14 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
 
 
 @hydra.main(config_path="../configs", config_name="tune", version_base="1.3")
-@config.teach
+@config.exit_on_user_error
 def main(cfg: DictConfig) -> None:
     init_distributed()
     check(cfg)
     if cfg.dry_run:
-        say(print_plan, cfg, world_size=deepspeed.comm.get_world_size())
+        print_rank0(print_plan, cfg, world_size=deepspeed.comm.get_world_size())
     else:
-        say(print_results, tune(cfg), title=f"{cfg.runs}/{config.run_name(cfg)}")
+        print_rank0(print_results, tune(cfg), title=f"{cfg.runs}/{config.run_name(cfg)}")
 
 
 if __name__ == "__main__":

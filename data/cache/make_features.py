@@ -15,7 +15,7 @@ from data.batches.dataset import explain_workers
 from data.batches.media import Media
 from data.cache.features import META, Layout, shard_path
 from data.examples.tokens import Example
-from data.paths import write_json, written_whole
+from data.paths import write_json, atomic_write
 from data.progress import progress
 from vzip.families import Family
 from vzip.families.features import Reduced
@@ -161,5 +161,5 @@ def write_features(
                     (num_media, {kind: maker.reduce(kind, values) for kind, values in inputs.items()})
                 )
                 bar.update(len(rows))
-            with written_whole(shard_path(folder, shard)) as scratch:
+            with atomic_write(shard_path(folder, shard)) as scratch:
                 scratch.write_bytes(save(_tensors(parts, maker.nothing), metadata=layout.metadata(shard)))

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import ipc
 
-from data.paths import written_whole
+from data.paths import atomic_write
 from vzip import UserError
 
 BATCH = 1000
@@ -18,7 +18,7 @@ def write_arrow(records: Iterable[dict[str, Any]], schema: pa.Schema, target: Pa
     """Write the records, whole or not at all."""
     batch: list[dict[str, Any]] = []
     with (
-        written_whole(target) as scratch,
+        atomic_write(target) as scratch,
         pa.OSFile(str(scratch), "wb") as file,
         ipc.new_file(file, schema) as writer,
     ):

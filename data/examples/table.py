@@ -19,7 +19,7 @@ from data.conversations import BadRow, Row, canonical, parse_row
 from data.examples.arrow import read_arrow, write_arrow
 from data.examples.hf_folder import HfFolder, is_hf_folder
 from data.examples.json_stream import read_list
-from data.paths import data_dir, written_whole
+from data.paths import data_dir, atomic_write
 from data.progress import progress
 from vzip import UserError
 
@@ -126,7 +126,7 @@ def _write(path: Path, target: Path) -> None:
         if not old.name.startswith(target.stem):
             old.unlink(missing_ok=True)
     write_arrow(records(), SCHEMA, target)
-    with written_whole(target.with_suffix(".sha256")) as scratch:  # last: it says that the table is whole
+    with atomic_write(target.with_suffix(".sha256")) as scratch:  # last: it says that the table is whole
         scratch.write_text(digest.hexdigest())
 
 

@@ -132,7 +132,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     return parser.parse_args(arguments)
 
 
-@config.teach
+@config.exit_on_user_error
 def main() -> None:
     """Open the model, then the page."""
     given = read_arguments()

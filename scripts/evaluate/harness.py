@@ -20,7 +20,7 @@ from lmms_eval.utils import make_table
 from data.paths import write_json
 from scripts.common.timing import where
 from scripts.evaluate.tasks import FAILED, TASK
-from train.config import teach
+from train.config import exit_on_user_error
 from vzip import UserError
 from vzip.integrations.lmms_eval import NAME, Vzip
 from vzip.runs.projector import budget_of
@@ -96,7 +96,7 @@ def tasks_of(names: set[str], *, include_path: str | None) -> TaskManager:
     return manager
 
 
-@teach
+@exit_on_user_error
 def main() -> None:
     path = Path(sys.argv[1])
     job = json.loads(path.read_text())

@@ -31,7 +31,7 @@ from scripts.evaluate.questions import questions_of
 from scripts.evaluate.table import print_table, table_of
 from scripts.evaluate.target import Row, subject_of
 from scripts.evaluate.tasks import BY_NAME, FAILED, PAPER, TASK, published_rows
-from train.config import teach
+from train.config import exit_on_user_error
 from vzip import UserError
 
 HUB_TIMEOUT_S = 5
@@ -187,7 +187,7 @@ def processes_of(arguments: argparse.Namespace) -> int:
     return arguments.processes or (1 if arguments.device else max(1, torch.cuda.device_count()))
 
 
-@teach
+@exit_on_user_error
 def main() -> None:
     arguments = parse()
     processes = processes_of(arguments)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.conversations import Row
 from data.fetch.videos import read_frames
-from data.paths import data_dir, write_json, written_whole
+from data.paths import data_dir, write_json, atomic_write
 from scripts.common.timing import ROOT
 from scripts.evaluate.tasks import TASK
 from train import config
@@ -103,7 +103,7 @@ def questions_of(run: Path | None) -> Path:
     folder = data_dir() / "questions" / hashlib.sha256(repr(documents).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "questions.parquet").is_file():
-        with written_whole(folder / "questions.parquet") as scratch:
+        with atomic_write(folder / "questions.parquet") as scratch:
             datasets.Dataset.from_list(documents, features=FEATURES).to_parquet(scratch)
     write_json(folder / f"{TASK}.yaml", _task(cfg, folder, documents))  # JSON is YAML
     return folder

@@ -92,7 +92,7 @@ def export(args: argparse.Namespace) -> Path:
     return target
 
 
-@config.teach
+@config.exit_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

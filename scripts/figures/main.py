@@ -24,7 +24,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from data.paths import write_json, written_whole
+from data.paths import write_json, atomic_write
 from scripts.common.held_out import free_row
 from scripts.common.timing import count, output
 from scripts.figures import charts
@@ -186,13 +186,13 @@ def draw(subject: Subject, name: str) -> Path:
     figure, numbers = FIGURES[name](subject)
     path = subject.folder / f"{name}.png"
     with output("--out", path):
-        with written_whole(path) as scratch:
+        with atomic_write(path) as scratch:
             figure.savefig(scratch, format="png", dpi=120)
         write_json(path.with_suffix(".json"), numbers)
     return path
 
 
-@config.teach
+@config.exit_on_user_error
 def main() -> None:
     """Draw what was asked for, or all that can be drawn."""
     parser = argparse.ArgumentParser(

@@ -52,7 +52,7 @@ def cache_features(cfg: DictConfig) -> Path:
 
 
 @hydra.main(config_path="../../configs", config_name="tune", version_base="1.3")
-@config.teach
+@config.exit_on_user_error
 def main(cfg: DictConfig) -> None:
     check(OmegaConf.merge(cfg, {"data": {"cache": True}}))
     start = time.perf_counter()

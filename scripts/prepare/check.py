@@ -16,7 +16,7 @@ from train.models import count_model, load_processor
 
 
 @hydra.main(config_path="../../configs", config_name="tune", version_base="1.3")
-@config.teach
+@config.exit_on_user_error
 def main(cfg: DictConfig) -> None:
     check(cfg)
     family, reducer = count_model(cfg).without_weights(), config.build_reducer(cfg)

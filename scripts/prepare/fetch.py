@@ -58,7 +58,7 @@ def print_report(subset: Subset) -> None:
 
 
 @hydra.main(config_path="../../configs", config_name="tune", version_base="1.3")
-@config.teach
+@config.exit_on_user_error
 def main(cfg: DictConfig) -> None:
     check(cfg)
     path, client = Path(cfg.data.path).expanduser(), Client()

@@ -42,7 +42,7 @@ from data.paths import data_dir
 from data.progress import progress
 from scripts.prepare.tiny import prepare as prepare_tiny
 from scripts.prepare.tiny import rename_token
-from train.config import teach
+from train.config import exit_on_user_error
 from vzip import UserError
 
 VERSION = 2
@@ -275,7 +275,7 @@ def build(target: Path, wheels: Path) -> None:
     next(steps, None)
 
 
-@teach
+@exit_on_user_error
 def main() -> None:
     target, stamp = data_dir() / "smol", {"version": VERSION, "packages": PACKAGES}
     done = target / "prepared.json"

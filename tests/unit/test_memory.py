@@ -233,8 +233,8 @@ def test_memory_is_positive():
 def test_as_many_questions_at_once_as_the_card_holds(monkeypatch):
     """Of 7B, whose tokens keep half a megabyte each."""
     said = []
-    monkeypatch.setattr(memory, "gather", list)
-    monkeypatch.setattr(memory, "say", said.append)
+    monkeypatch.setattr(memory, "all_gather_list", list)
+    monkeypatch.setattr(memory, "print_rank0", said.append)
 
     def questions(longest, *overrides):
         cfg = composed("model=llava-7b", *overrides)
@@ -321,7 +321,7 @@ NEAR = {"nf4": 0.5, "int8": 0.05}
 @pytest.mark.parametrize("kind", ["clip", "onevision"])
 def test_a_quantised_model_is_near_and_belongs_to_the_same_base(monkeypatch, kind, lora, inexact):
     said = []
-    monkeypatch.setattr("train.models.say", said.append)
+    monkeypatch.setattr("train.models.print_rank0", said.append)
     model = tiny.llava(kind)
     family = families()[tiny.KINDS[kind][0]](model)
     before = fingerprint(family)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from data.paths import write_json, written_whole
+from data.paths import write_json, atomic_write
 from tests.conftest import ROOT
 
 
@@ -33,7 +33,7 @@ def test_two_processes_may_write_the_same_file(tmp_path):
 def test_an_error_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, 1)
-    with pytest.raises(KeyboardInterrupt), written_whole(path) as scratch:
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as scratch:
         scratch.write_text("2")
         raise KeyboardInterrupt
     assert path.read_text() == "1" and list(tmp_path.iterdir()) == [path]
@@ -42,8 +42,8 @@ def test_an_error_leaves_the_file_as_it_was(tmp_path):
 def test_what_a_killed_process_left_is_deleted_and_what_a_live_one_writes_is_not(tmp_path):
     path = tmp_path / "a[1].json"
     code = (
-        "import os, sys; from pathlib import Path; from data.paths import written_whole\n"
-        "with written_whole(Path(sys.argv[1])) as scratch: scratch.write_text('half'); os.kill(os.getpid(), 9)"
+        "import os, sys; from pathlib import Path; from data.paths import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1])) as scratch: scratch.write_text('half'); os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, check=False)
     assert killed.returncode == -9 and len(list(tmp_path.iterdir())) == 1

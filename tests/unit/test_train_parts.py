@@ -330,7 +330,7 @@ def test_teach_prints_the_mistake_and_exits(raised, message, code):
 def test_teach_lets_everything_else_through(monkeypatch):
     monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"exit {code}"))  # it would end pytest itself
 
-    @config.teach
+    @config.exit_on_user_error
     def command(error):
         if error:
             raise error
