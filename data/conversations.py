@@ -14,7 +14,7 @@ from vzip.templates.encode import IMAGE, VIDEO
 
 
 @dataclass(frozen=True)
-class Row:
+class Conversation:
     """One conversation."""
 
     id: str
@@ -38,7 +38,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class BadRow:
+class BadExample:
     """A row that can't be used, and why."""
 
     id: str
@@ -101,14 +101,14 @@ def _source(paths: tuple[str, ...]) -> str:
     return folder if below else "files"
 
 
-def parse_row(row: Any) -> Row:
+def parse_conversation(row: Any) -> Conversation:
     """The row of one JSON object. Raises ValueError with the reason if it has not LLaVA's form."""
     if not isinstance(row, dict):
         raise ValueError("the row is not an object")
     turns = _turns(row.get("conversations"))
     images = _paths(row, "image", sum(question.count(IMAGE) for question, _ in turns))
     videos = _paths(row, "video", sum(question.count(VIDEO) for question, _ in turns))
-    return Row(
+    return Conversation(
         id=str(row.get("id", "")),
         images=images,
         videos=videos,

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from data.fetch.pictures import open_picture
 from data.paths import write_json
-from scripts.bench.prefill import Prefill, Settings, measure
+from scripts.bench.prefill import GenerationCase, Prefill, measure_prefill
 from scripts.common.held_out import with_pictures
 from scripts.common.timing import alternating, best_device, count, output, peak_memory, where
 from train import config
@@ -40,7 +40,7 @@ MEBIBYTE = 2**20
 
 
 @dataclass(frozen=True)
-class Question:
+class PrefillQuestion:
     """A picture and what is asked about it."""
 
     text: str
@@ -51,23 +51,23 @@ class Question:
         return open_picture(self.picture) if isinstance(self.picture, Path) else self.picture
 
 
-def held_out_questions(run: Path, limit: int) -> list[Question]:
+def prefill_questions(run: Path, limit: int) -> list[PrefillQuestion]:
     """The first question of each of the first held-out rows with a picture. Raises UserError if the run's data is gone."""
     rows = with_pictures(run)[:limit]
-    return [Question(row.turns[0][0].replace(IMAGE, "").strip(), picture) for row, picture in rows]
+    return [PrefillQuestion(row.turns[0][0].replace(IMAGE, "").strip(), picture) for row, picture in rows]
 
 
-def made_up_questions(family: Family, limit: int) -> list[Question]:
+def made_up_questions(family: Family, limit: int) -> list[PrefillQuestion]:
     """About noise, square, and large enough to be cut into tiles by a model that does so."""
     generator, side = np.random.default_rng(0), 2 * family.tile_side
     pixels = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
     return [
-        Question(f"What do you see in picture {number}?", Image.fromarray(pixels))
+        PrefillQuestion(f"What do you see in picture {number}?", Image.fromarray(pixels))
         for number in range(1, limit + 1)
     ]
 
 
-def prompts(processor: Any, questions: Sequence[Question]) -> list[str]:
+def prompts(processor: Any, questions: Sequence[PrefillQuestion]) -> list[str]:
     """The questions in the model's chat template, or, without one, behind their placeholder."""
     if not processor.chat_template:
         return [f"{processor.image_token}\n{question.text}" for question in questions]
@@ -80,7 +80,7 @@ def prompts(processor: Any, questions: Sequence[Question]) -> list[str]:
     ]
 
 
-class Row:
+class EfficiencySetting:
     """A model in one row of the results, as it is measured.
 
     Args:
@@ -96,7 +96,7 @@ class Row:
         self.comparison, self.name, self.budget = comparison, name, budget
         self.reducer = comparison.reducer(name, budget=budget)
 
-    def inputs(self, model: Any, processor: Any, questions: Sequence[Question]) -> Any:
+    def inputs(self, model: Any, processor: Any, questions: Sequence[PrefillQuestion]) -> Any:
         """The model's arguments for the questions, padded on the left."""
         images = [question.image() for question in questions]
         padding = {"padding": True, "padding_side": "left"}
@@ -104,14 +104,14 @@ class Row:
             text=prompts(processor, questions), images=images, return_tensors="pt", **padding
         ).to(model.device, model.dtype)
 
-    def prefill(self, question: Question, *, batch: int) -> Prefill:
+    def prefill(self, question: PrefillQuestion, *, batch: int) -> Prefill:
         """The question, `batch` times."""
         with self.comparison.row(self.name, budget=self.budget) as (model, processor):
             inputs = self.inputs(model, processor, [question] * batch)
         return Prefill(self.comparison.family, self.reducer, inputs)
 
     @torch.no_grad()
-    def answer(self, questions: Sequence[Question], *, batch: int, new_tokens: int) -> list[list[int]]:
+    def answer(self, questions: Sequence[PrefillQuestion], *, batch: int, new_tokens: int) -> list[list[int]]:
         """The ids of exactly `new_tokens` tokens that answer each question."""
         length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
         answers: list[list[int]] = []
@@ -135,11 +135,15 @@ def paper_flops(config: Any, num_tokens: int) -> int:
 
 
 def measure_rows(
-    rows: Mapping[str, Row], questions: Sequence[Question], *, batch: int, settings: Settings
+    rows: Mapping[str, EfficiencySetting],
+    questions: Sequence[PrefillQuestion],
+    *,
+    batch: int,
+    settings: GenerationCase,
 ) -> dict[str, dict[str, Any]]:
-    """The figures of each row: those of `scripts.bench.prefill.measure`, peak memory, and seconds for all questions."""
+    """The figures of each row: those of `scripts.bench.prefill.measure_lengths`, peak memory, and seconds for all questions."""
     cases = {name: row.prefill(questions[0], batch=batch) for name, row in rows.items()}
-    found = measure(cases, settings)
+    found = measure_prefill(cases, settings)
     asking = {
         name: lambda row=row: row.answer(questions, batch=batch, new_tokens=settings.new_tokens)
         for name, row in rows.items()
@@ -208,7 +212,7 @@ def _size_cells(found: Mapping[str, Any], reduced: Mapping[str, Any], name: str)
     return [f"{found[name] / SIZES[name][1]:,.4g}", ratio, *none]
 
 
-def show(figures: Mapping[str, Any]) -> None:
+def print_efficiency(figures: Mapping[str, Any]) -> None:
     """Print the table: a column a row of the results, and how many times the reduced row's figure each other one's is."""
     rows, name = figures["rows"], figures["reduced"]
     reduced, others = rows[name], {other: found for other, found in rows.items() if other != name}
@@ -247,19 +251,19 @@ def main() -> None:
     arguments, device = parse(), best_device()
     source = Path(arguments.source)
     is_run = (source / "config.yaml").is_file()
-    own = held_out_questions(source, arguments.questions) if is_run else []
+    own = prefill_questions(source, arguments.questions) if is_run else []
     comparison = Comparison.open(arguments.source)
     questions = own or made_up_questions(comparison.family, arguments.questions)
     reduced = "tuned" if "tuned" in comparison.rows else "free"
     rows = {
-        name: Row(comparison, name, budget=arguments.budget if name != "full" else None)
+        name: EfficiencySetting(comparison, name, budget=arguments.budget if name != "full" else None)
         for name in ("full", reduced)
     }
     if arguments.against:
-        rows[f"full of {Path(arguments.against).name}"] = Row(
+        rows[f"full of {Path(arguments.against).name}"] = EfficiencySetting(
             Comparison.open(arguments.against), "full", budget=None
         )
-    settings = Settings(new_tokens=arguments.new_tokens, rounds=arguments.rounds, device=device)
+    settings = GenerationCase(new_tokens=arguments.new_tokens, rounds=arguments.rounds, device=device)
     figures = {
         "where": where(device),
         "source": arguments.source,
@@ -273,7 +277,7 @@ def main() -> None:
     }
     print(", ".join(f"{name} {value}" for name, value in figures["where"].items()))
     print("the run's held-out questions" if own else "questions about noise")
-    show(figures)
+    print_efficiency(figures)
     target = arguments.json or (source / "efficiency.json" if is_run else None)
     if target is not None:
         with output("--json", target):

@@ -11,13 +11,13 @@ from data.batches.dataset import BatchPlan, MicroBatches, PackedLayout, PaddedLa
 from data.batches.packing import shared_prefix
 from data.examples.tokens import Examples
 from train.losses import FastLoss, ReferenceLoss
-from train.memory import Lengths, choose_packing, flash_runs
+from train.memory import LongestExamples, choose_packing, flash_runs
 from train.ranks import print_rank0
 from train.trainable import Trainable
 from vzip import UserError
 from vzip.families import Family
-from vzip.fast.fused import refuse_uncompiled
-from vzip.fast.language import refuse_unfit
+from vzip.fast.fused import check_compiles
+from vzip.fast.language import check_language_model
 
 
 def _fast(
@@ -37,8 +37,8 @@ def _fast(
     taught = has_media(examples) | trainable.in_language
     num_run = torch.stack([packer.lengths(examples) for packer in packers])
     longest = int(num_run[:, taught].max())
-    refuse_unfit(family.model.config.get_text_config(), longest=len(prefix) + longest)
-    lengths = Lengths(longest, prefix=len(prefix))
+    check_language_model(family.model.config.get_text_config(), longest=len(prefix) + longest)
+    lengths = LongestExamples(longest, prefix=len(prefix))
     packing = choose_packing(cfg, family, num_trainable=trainable.num_parameters, lengths=lengths)
     layout = PackedLayout(packers, examples, plan, num_run=num_run, taught=taught, tokens=packing.tokens)
     attention = "FlashAttention" if flash_runs(cfg, family) else "attention in blocks of rows of like length"
@@ -49,7 +49,7 @@ def _fast(
         print_rank0(f"  {not_run:,} rows without a picture are counted, but not run: their gradient is zero")
     reducers, on_gpu = [each.reducer for each in collators], torch.cuda.is_available()
     if compiled := on_gpu if cfg.compile is None else cfg.compile:
-        refuse_uncompiled(torch.device("cuda" if on_gpu else "cpu"), getattr(torch, cfg.model.dtype))
+        check_compiles(torch.device("cuda" if on_gpu else "cpu"), getattr(torch, cfg.model.dtype))
     return layout, FastLoss(family, reducers, prefix=prefix, recompute=packing.recompute, compiled=compiled)
 
 
@@ -70,7 +70,7 @@ def _reference(
 WAYS = {"fast": _fast, "reference": _reference}
 
 
-def lay_out(
+def make_batches(
     cfg: DictConfig,
     family: Family,
     trainable: Trainable,

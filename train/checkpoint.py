@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from data.paths import write_json, atomic_write
+from data.paths import atomic_write, write_json
 from train.config import ROOT, identity, run_name
 from train.engine import Engine
 from train.hardware import device_name
@@ -53,7 +53,7 @@ def _command() -> list[str]:
     ]  # RUN: also where it is an experiment that makes it a sweep
 
 
-def environment(cfg: DictConfig, *, world_size: int) -> dict[str, Any]:
+def environment_record(cfg: DictConfig, *, world_size: int) -> dict[str, Any]:
     """What a run ran on: date, commit, versions, hardware, seed."""
     return {
         "date": datetime.date.today().isoformat(),
@@ -114,7 +114,9 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         """result.json of a finished run; None if it will be started over."""
         path = self.path / "result.json"
-        return broadcast_from_rank0(json.loads(path.read_text()) if path.is_file() and not self.cfg.fresh else None)
+        return broadcast_from_rank0(
+            json.loads(path.read_text()) if path.is_file() and not self.cfg.fresh else None
+        )
 
     def begin(self, manifest: dict[str, Any], *, num_trainable: int, world_size: int) -> None:
         """Write what the run is, before it trains; with `fresh` what was there is deleted only now, where all else is right.
@@ -143,7 +145,7 @@ class RunFolder:
             )
         with atomic_write(self.path / "config.yaml") as scratch:
             scratch.write_text(OmegaConf.to_yaml(self.cfg, resolve=True))
-        write_json(self.path / "env.json", environment(self.cfg, world_size=world_size))
+        write_json(self.path / "env.json", environment_record(self.cfg, world_size=world_size))
         write_json(self.path / "manifest.json", manifest)
 
     def save_state(self, engine: Engine, step: int) -> None:

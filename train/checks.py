@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from train.budgets import check_budgets
 from train.config import ROOT, Batch, Config, Evaluate, Optim
 from vzip import UserError
-from vzip.errors import one_of, refuse_no_count
+from vzip.errors import check_choice, check_count
 
 POSITIVE = (
     "batch.size",
@@ -41,7 +41,7 @@ CHOICES = {
 }
 
 
-def _refuse_unknown(cfg: DictConfig) -> None:
+def _check_names(cfg: DictConfig) -> None:
     """Hydra adds whatever stands behind a plus, as its own advice about a mistyped setting has it."""
     known = {f"{group}.": [field.name for field in fields(of)] for group, of in GROUPS.items()}
     known |= {
@@ -96,8 +96,8 @@ def _check_tune(cfg: DictConfig) -> None:
         raise UserError(
             f"tune.lora={lora} must be null or a mapping; use tune=projector_lora or tune=language_lora"
         )
-    one_of("tune.lora.target", lora.target, ("projector", "language_model"))
-    refuse_no_count("tune.lora.r", lora.r, 1)
+    check_choice("tune.lora.target", lora.target, ("projector", "language_model"))
+    check_count("tune.lora.r", lora.r, 1)
 
 
 def _check_inexact(cfg: DictConfig) -> None:
@@ -118,17 +118,17 @@ def _check_numbers(cfg: DictConfig) -> None:
         if not 0 <= (value := OmegaConf.select(cfg, name)) < math.inf:
             raise UserError(f"{name}={value} must be at least 0")
     for name, least in WHOLE.items():
-        refuse_no_count(name, OmegaConf.select(cfg, name), least)
+        check_count(name, OmegaConf.select(cfg, name), least)
 
 
 def check(cfg: DictConfig) -> None:
     """Raises UserError for values that no run can have."""
-    _refuse_unknown(cfg)
+    _check_names(cfg)
     _check_numbers(cfg)
     for name in SWITCHES:
         if not isinstance(value := OmegaConf.select(cfg, name), bool):
             raise UserError(f"{name}={value} must be true or false")
     for name, allowed in CHOICES.items():
-        one_of(name, OmegaConf.select(cfg, name), allowed)
+        check_choice(name, OmegaConf.select(cfg, name), allowed)
     for part in (_check_name, _check_optim, _check_data, _check_tune, _check_inexact, check_budgets):
         part(cfg)

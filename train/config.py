@@ -120,7 +120,7 @@ class Config:
     """Also tune a projector for as many random tokens, the same way, and show it as the row `random`."""
 
 
-def build(node: DictConfig, **more: Any) -> Any:
+def instantiate_target(node: DictConfig, **more: Any) -> Any:
     """What the node's `_target_` makes of its settings and `more`. Raises UserError where they are wrong."""
     try:
         return instantiate(node, **more)
@@ -135,9 +135,9 @@ def build(node: DictConfig, **more: Any) -> Any:
 def build_reducers(cfg: DictConfig) -> list[Reducer]:
     """The run's reducers, one a budget; a budget is the total of as many tiles as the model's family counts."""
     if "budget" not in cfg.reducer:
-        return [build(cfg.reducer)]
+        return [instantiate_target(cfg.reducer)]
     tiles = get_class(cfg.model["_target_"]).budget_tiles
-    return [build(cfg.reducer, budget=budget, tiles=tiles) for budget in budgets_of(cfg)]
+    return [instantiate_target(cfg.reducer, budget=budget, tiles=tiles) for budget in budgets_of(cfg)]
 
 
 def build_reducer(cfg: DictConfig) -> Reducer:

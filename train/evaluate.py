@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.batches.collate import Collator
-from data.conversations import Row
+from data.conversations import Conversation
 from data.examples.tokens import Example, example_of, kinds_of
 from data.progress import progress
 from train.checkpoint import RunFolder
@@ -35,7 +35,7 @@ NUM_SAMPLES = 4
 
 
 @dataclass(frozen=True)
-class Question:
+class HeldOutQuestion:
     """A held-out question, with the turns before it, ready for the model."""
 
     example: Example
@@ -45,16 +45,18 @@ class Question:
     image: str
 
 
-def questions_of(
-    rows: Sequence[Row], template: Template, tokenizer: Any, folder: Path, *, limit: int
-) -> list[Question]:
+def held_out_questions(
+    rows: Sequence[Conversation], template: Template, tokenizer: Any, folder: Path, *, limit: int
+) -> list[HeldOutQuestion]:
     """The first `limit` questions of the rows, each with the turns before it and their true answers."""
     questions = []
     for row in rows:
         for turn, (text, expected) in enumerate(row.turns):
             ids, labels = encode(template, tokenizer, [*row.turns[:turn], (text, None)])
             example = example_of(ids, labels, row, tokenizer, folder)  # with the pictures of the turns so far
-            questions.append(Question(example, text, expected, row.kind, ", ".join(row.images + row.videos)))
+            questions.append(
+                HeldOutQuestion(example, text, expected, row.kind, ", ".join(row.images + row.videos))
+            )
         if len(questions) >= limit:
             break
     return questions[:limit]
@@ -79,11 +81,11 @@ class Evaluator:
         self, cfg: DictConfig, engine: Engine, run: RunFolder, processor: Any, template: Template
     ) -> None:
         self.cfg, self.engine, self.run, self.processor, self.template = cfg, engine, run, processor, template
-        self.questions: list[Question] = []
+        self.questions: list[HeldOutQuestion] = []
         self.samples: list[dict[str, Any]] = []
         if asks_questions(cfg):
             folder, limit = Path(cfg.data.image_folder).expanduser(), cfg.evaluate.questions
-            self.questions = questions_of(
+            self.questions = held_out_questions(
                 held_out_rows(cfg), template, processor.tokenizer, folder, limit=limit
             )
         else:
@@ -189,7 +191,7 @@ class Evaluator:
         return list(zip(texts, counts, strict=True))
 
 
-def _graded(question: Question, answer: str, num_visual_tokens: int) -> dict[str, Any]:
+def _graded(question: HeldOutQuestion, answer: str, num_visual_tokens: int) -> dict[str, Any]:
     return {
         "num_visual_tokens": num_visual_tokens,
         "image": question.image,

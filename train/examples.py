@@ -6,8 +6,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from data.batches.collate import Collator
-from data.cache.features import cache_settings, open_cache, rows_of
-from data.conversations import Row
+from data.cache.features import cache_settings, media_of_examples, open_cache
+from data.conversations import Conversation
 from data.examples.prepare import Subset, prepare
 from data.examples.tokens import Examples
 from train.config import asks_questions, held_out, selection
@@ -37,7 +37,7 @@ def _report(subset: Subset) -> None:
 def training_subset(cfg: DictConfig) -> Subset:
     """The rows that the run is tuned on. The held-out ones are looked at too: mistakes in the data come before the model.
 
-    Raises UserError as `prepare` does.
+    Raises UserError as `prepare_tiny` does.
     """
     subset = main_first(lambda: prepare(selection(cfg)))
     _report(subset)
@@ -46,7 +46,7 @@ def training_subset(cfg: DictConfig) -> Subset:
     return subset
 
 
-def held_out_rows(cfg: DictConfig) -> list[Row]:
+def held_out_rows(cfg: DictConfig) -> list[Conversation]:
     """The rows of `data.held_out`."""
     return list(prepare(held_out(cfg)).rows())
 
@@ -74,7 +74,7 @@ def training_collators(
             reducer,
             processor,
             base_fingerprint=base_fingerprint,
-            rows=rows_of(examples),
+            rows=media_of_examples(examples),
             num_frames=num_frames,
         )
         media = open_cache(examples.path.parent, settings)

@@ -45,7 +45,7 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class Lengths:
+class LongestExamples:
     """Of the rows, in packed tokens.
 
     Attributes:
@@ -115,7 +115,7 @@ def flash_runs(cfg: DictConfig, family: Family) -> bool:
     return has_flash(torch.device("cuda"), getattr(torch, cfg.model.dtype), width)
 
 
-def micro_batch_memory(cfg: DictConfig, family: Family, packing: Packing, lengths: Lengths) -> int:
+def micro_batch_memory(cfg: DictConfig, family: Family, packing: Packing, lengths: LongestExamples) -> int:
     """Bytes that a micro batch takes beside them: of several budgets the smallest, which has the most pictures."""
     reducer = min(build_reducers(cfg), key=family.num_tile_tokens)
     size = {"num_tokens": packing.tokens, "num_prefix": lengths.prefix}
@@ -134,7 +134,7 @@ def _too_small(card: Card, what: str, needed: int) -> UserError:
     )
 
 
-def _refuse_short(tokens: int, longest: int) -> None:
+def _check_room(tokens: int, longest: int) -> None:
     if tokens < longest:
         raise UserError(
             f"batch.tokens={tokens} is less than the {longest} tokens of the longest row; set at least as many, or cut "
@@ -143,7 +143,13 @@ def _refuse_short(tokens: int, longest: int) -> None:
 
 
 def fit_packing(
-    cfg: DictConfig, family: Family, card: Card, *, num_trainable: int, lengths: Lengths, world_size: int
+    cfg: DictConfig,
+    family: Family,
+    card: Card,
+    *,
+    num_trainable: int,
+    lengths: LongestExamples,
+    world_size: int,
 ) -> Packing:
     """The largest micro batch that the card holds beside what is there at all times, and no larger than is of use.
 
@@ -159,7 +165,7 @@ def fit_packing(
 
     given, recompute = cfg.batch.tokens, cfg.batch.recompute
     if given is not None:
-        _refuse_short(given, lengths.longest)
+        _check_room(given, lengths.longest)
         return Packing(given, recompute=micro_batch(given, False) > room if recompute is None else recompute)
     least = max(1, -(-lengths.longest // MULTIPLE)) * MULTIPLE
     sizes = range(least, max(MOST, least) + 1, MULTIPLE)
@@ -178,7 +184,9 @@ def fit_packing(
     return packing
 
 
-def choose_packing(cfg: DictConfig, family: Family, *, num_trainable: int, lengths: Lengths) -> Packing:
+def choose_packing(
+    cfg: DictConfig, family: Family, *, num_trainable: int, lengths: LongestExamples
+) -> Packing:
     """The packed tokens of a micro batch: `batch.tokens` and `batch.recompute`, or what the smallest rank's memory holds.
 
     The MLPs are computed again only where without it fewer than 2,048 tokens, or not the longest row, would fit. Called by all
@@ -198,7 +206,9 @@ def choose_packing(cfg: DictConfig, family: Family, *, num_trainable: int, lengt
     packing = fit_packing(cfg, family, card, lengths=lengths, **size)
     needed = resident_memory(cfg, family, **size) + micro_batch_memory(cfg, family, packing, lengths)
     if needed > card.memory:
-        print_rank0(f"batch.tokens={packing.tokens} is reckoned to need {needed / 1e9:.1f} GB, more than {card.name}")
+        print_rank0(
+            f"batch.tokens={packing.tokens} is reckoned to need {needed / 1e9:.1f} GB, more than {card.name}"
+        )
     return packing
 
 

@@ -33,12 +33,12 @@ def _found(load: Callable[..., Any], cfg: DictConfig, **settings: Any) -> Any:
         ) from error
 
 
-def load_processor(cfg: DictConfig) -> Any:
+def load_unreduced_processor(cfg: DictConfig) -> Any:
     """The processor of the model at `model.id`, unreduced. Raises UserError if there is none."""
     return _found(get_class(cfg.model["_target_"]).load_processor, cfg)
 
 
-def load_model(cfg: DictConfig) -> tuple[Family, Any]:
+def load_family(cfg: DictConfig) -> tuple[Family, Any]:
     """(family around the model, processor), on the CPU, in `model.dtype`, with the starting projector.
 
     Raises:
@@ -49,7 +49,7 @@ def load_model(cfg: DictConfig) -> tuple[Family, Any]:
             f"inexact={cfg.inexact} needs a package that is not there; `pip install bitsandbytes`, or inexact=null"
         )
     cls, dtype = get_class(cfg.model["_target_"]), getattr(torch, cfg.model.dtype)
-    processor = load_processor(cfg)
+    processor = load_unreduced_processor(cfg)
     if cfg.weights == "random":
         torch.manual_seed(cfg.seed)
         model = cls.from_architecture(
@@ -64,7 +64,7 @@ def load_model(cfg: DictConfig) -> tuple[Family, Any]:
     return family, processor
 
 
-def quantise(family: Family, inexact: str | None) -> None:
+def quantize_language_model(family: Family, inexact: str | None) -> None:
     """Hold the language model's frozen linear layers in 4 bits ("nf4") or 8 ("int8"), where they will run; None does nothing.
 
     Take the model's fingerprint, and open what is tuned, before: a projector tuned this way belongs to the model as it was.

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from train.config import asks_questions, batch_plan, build_reducer, build_reducers
-from train.memory import Lengths, card_of, fit_packing, micro_batch_memory, resident_memory
+from train.memory import LongestExamples, card_of, fit_packing, micro_batch_memory, resident_memory
 from train.models import count_model
-from train.trainable import make_trainable, print_table
+from train.trainable import make_trainable, print_trainable
 from vzip import UserError
 from vzip.cost import padded_memory, row_cost, weight_memory
 from vzip.families import Family
@@ -101,7 +101,7 @@ def _memory_rows(
     else:
         try:
             longest = num_visual + min(cfg.data.expected.longest, cfg.data.max_tokens)
-            lengths = Lengths(longest, NUM_PREFIX)
+            lengths = LongestExamples(longest, NUM_PREFIX)
             packing = fit_packing(
                 cfg, family, card, num_trainable=num_trainable, lengths=lengths, world_size=world_size
             )
@@ -124,7 +124,7 @@ def print_plan(cfg: DictConfig, *, world_size: int) -> None:
     reducers = build_reducers(cfg)
     family.refuse_unfit(reducer)
     trainable = make_trainable(family, cfg.tune)
-    print_table(family, trainable)
+    print_trainable(family, trainable)
 
     expected = cfg.data.expected
     num_rows = round(expected.rows * cfg.data.fraction)

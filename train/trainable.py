@@ -62,7 +62,7 @@ def make_trainable(family: Family, tune: DictConfig) -> Trainable:
     return Trainable(opened, in_language, peft_model)
 
 
-def print_table(family: Family, trainable: Trainable) -> None:
+def print_trainable(family: Family, trainable: Trainable) -> None:
     """One line a part of the model, frozen or trainable, with counts, and the trainable tensors."""
     table = Table("part", "state", "parameters", "trainable", title="what is tuned", title_justify="left")
     parts = family.frozen_parts | {"projector": family.projector, "language model": family.language_model}

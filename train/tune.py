@@ -23,7 +23,7 @@ import hydra
 from omegaconf import DictConfig
 
 from train import config
-from train.batches import lay_out
+from train.batches import make_batches
 from train.checkpoint import RunFolder
 from train.checks import check
 from train.control import control_row
@@ -32,20 +32,20 @@ from train.evaluate import Evaluator, print_results
 from train.examples import training_collators, training_examples, training_subset
 from train.hardware import device_name
 from train.loop import fit
-from train.models import load_model, quantise
+from train.models import load_family, quantize_language_model
 from train.overlay import draw_examples
 from train.plan import print_plan
 from train.ranks import init_distributed, leave_distributed, print_rank0
 from train.track import Tracker
-from train.trainable import make_trainable, print_table
+from train.trainable import make_trainable, print_trainable
 from vzip import attach
-from vzip.runs.projector import describe, fingerprint
+from vzip.runs.projector import fingerprint, projector_meta
 
 
 def tune(cfg: DictConfig) -> list[dict[str, Any]]:
     """Run the recipe, or the rest of it: the rows of result.json."""
     rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
-    reducers, template = config.build_reducers(cfg), config.build(cfg.model.template)
+    reducers, template = config.build_reducers(cfg), config.instantiate_target(cfg.model.template)
     run = RunFolder(cfg, rank=rank)
     if run.result is not None:
         print_rank0(f"{run.path} is finished; fresh=true starts it over")
@@ -53,10 +53,10 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
     control = control_row(cfg, tune)
 
     subset = training_subset(cfg)
-    family, processor = load_model(cfg)
+    family, processor = load_family(cfg)
     for reducer in reducers:
         family.refuse_unfit(reducer)
-    meta = describe(
+    meta = projector_meta(
         family,
         *reducers,
         base=cfg.model.id,
@@ -64,15 +64,15 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
         projector=cfg.model.projector,
     )
     trainable = make_trainable(family, cfg.tune)
-    print_rank0(print_table, family, trainable)
-    quantise(family, cfg.inexact)
+    print_rank0(print_trainable, family, trainable)
+    quantize_language_model(family, cfg.inexact)
 
     examples = training_examples(cfg, subset, template, processor.tokenizer)
     plan = config.batch_plan(cfg, num_rows=len(examples), world_size=world_size)
     collators = training_collators(
         cfg, processor, family, reducers, examples, base_fingerprint=meta["base"]["fingerprint"]
     )
-    batches, loss = lay_out(cfg, family, trainable, collators, examples, plan)
+    batches, loss = make_batches(cfg, family, trainable, collators, examples, plan)
     run.begin(subset.manifest, num_trainable=trainable.num_parameters, world_size=world_size)
 
     engine = Engine(loss, trainable, cfg)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vzip.errors import UserError
 from vzip.families import family_of
-from vzip.reducers.base import Reducer, Reduction
+from vzip.reducers.base import Reducer, ReducerOutput
 from vzip.reducers.visionzip import VisionZip
 
 
@@ -40,7 +40,7 @@ class Handle:
         """Placeholders that one video of `num_frames` frames takes. Raises UserError where the model takes no videos."""
         return self.family.num_video_tokens(self.reducer, num_frames)
 
-    def reduce(self, pixel_values: Tensor, **kwargs: Any) -> Reduction:
+    def reduce(self, pixel_values: Tensor, **kwargs: Any) -> ReducerOutput:
         """What the reducer makes of float[B, 3, height, width]: features before the projector, and which tokens they are."""
         return self.family.reduce(self.reducer, pixel_values, **kwargs)
 

@@ -11,13 +11,13 @@ class UserError(ValueError):
     """
 
 
-def one_of(setting: str, value: object, allowed: Sequence[object]) -> None:
+def check_choice(setting: str, value: object, allowed: Sequence[object]) -> None:
     """Raises UserError, naming the setting, for a value that does not exist."""
     if value not in allowed:
         raise UserError(f"{setting}={value!r} does not exist; choose one of: {', '.join(map(str, allowed))}")
 
 
-def refuse_no_count(setting: str, value: Any, least: int) -> None:
+def check_count(setting: str, value: Any, least: int) -> None:
     """Raises UserError for anything but a whole number, at least `least`."""
     if type(value) is not int or value < least:
         raise UserError(f"{setting}={value} must be a whole number, at least {least}")

@@ -20,7 +20,7 @@ MEDIA_INPUTS = {
 """Arguments of a model by kind of media, images first, the pixels foremost; Video-LLaVA has its own name for an image's."""
 
 LEVELS = "levels"
-"""Name, among inputs of one kind, of the table `levels_of`, which makes of their uint8 pixels what the model takes."""
+"""Name, among inputs of one kind, of the table `lookup_table`, which makes of their uint8 pixels what the model takes."""
 
 
 def model_inputs(kind: str, processed: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def pixels_of(inputs: Mapping[str, Any]) -> Any:
     return next(iter(inputs.values()))
 
 
-def levels_of(kind: str, processor: Any) -> Tensor:
+def lookup_table(kind: str, processor: Any) -> Tensor:
     """float32[3, 256]: what an image or video processor makes of each value of each channel by rescaling and normalising.
 
     Both take each value by itself, so that a table of 256 is all of their arithmetic, whatever the backend and the settings. It
@@ -62,7 +62,7 @@ def normalised(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Te
 
     Args:
         inputs: of `model_inputs`; with pixels that were neither rescaled nor normalised, uint8[..., 3, height, width], the
-            processor's `levels_of` is among them by the name `LEVELS`, and is used up. The result is, to the bit, what the
+            processor's `lookup_table` is among them by the name `LEVELS`, and is used up. The result is, to the bit, what the
             processor makes itself, but for tiles that pad a batch of images of several tiles, which no model looks at: they are
             black, where the processor's are 0.
         dtype: of what is not whole numbers.
@@ -78,7 +78,7 @@ def normalised(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Te
     }
 
 
-def refuse_empty(num_frames: int) -> None:
+def check_num_frames(num_frames: int) -> None:
     """Raises UserError for a video without frames."""
     if num_frames < 1:
         raise UserError(
@@ -97,7 +97,7 @@ def stack_frames(pixel_values_videos: Tensor) -> Tensor:
             f"pixel_values_videos of shape {list(pixel_values_videos.shape)} are no videos: give "
             f"float[videos, frames, 3, height, width], as the model's processor does"
         )
-    refuse_empty(pixel_values_videos.shape[1])
+    check_num_frames(pixel_values_videos.shape[1])
     return pixel_values_videos.flatten(0, 1)
 
 
@@ -110,12 +110,12 @@ def _in_colour(videos: Any) -> Any:
     if isinstance(videos, Image.Image):
         return videos.convert("RGB")
     if isinstance(videos, list | tuple):
-        refuse_empty(len(videos))
+        check_num_frames(len(videos))
         return [_in_colour(video) for video in videos]
     return videos
 
 
-def _picture(frame: Any) -> Image.Image:
+def _array_picture(frame: Any) -> Image.Image:
     """A frame of an array of frames. Raises UserError unless it is uint8[height, width, 3]."""
     pixels = np.asarray(frame)
     if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
@@ -159,8 +159,8 @@ class FrameProcessor:
             settings["image_grid_pinpoints"] = [[side, side]]
         made = []
         for video in make_batched_videos(_in_colour(videos)):
-            frames = [_picture(frame) for frame in video]
-            refuse_empty(len(frames))
+            frames = [_array_picture(frame) for frame in video]
+            check_num_frames(len(frames))
             made_of_frames = self.image_processor(frames, return_tensors="pt", **settings)
             pixel_values = pixels_of(model_inputs("image", made_of_frames))
             made.append(pixel_values[:, 0] if self.has_tiles else pixel_values)

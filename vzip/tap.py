@@ -131,7 +131,7 @@ def captured(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def refuse_wrong_pictures(pixel_values: Tensor) -> None:
+def check_pixel_values(pixel_values: Tensor) -> None:
     """Raises UserError unless there is at least one picture, float[B, 3, height, width]."""
     if pixel_values.dim() != 4 or pixel_values.shape[1] != 3 or not pixel_values.shape[0]:
         shape = list(pixel_values.shape)
@@ -163,7 +163,7 @@ def run_tower(
     Raises:
         UserError: an unknown kind of tower, a layer that it does not have, or pixel values that are no pictures.
     """
-    refuse_wrong_pictures(pixel_values)
+    check_pixel_values(pixel_values)
     layout = tower_layout(tower.config)
     layers = list(tower.get_submodule(layout.layers).children())
     index = last = layer_index(feature_layer, len(layers))

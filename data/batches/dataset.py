@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.batches.collate import Collator, MicroBatch, Packer
-from data.batches.packing import Part, pack
+from data.batches.packing import MicroBatchSpec, pack
 from data.examples.tokens import Example, Examples
 from vzip import UserError
 
@@ -49,7 +49,7 @@ class BatchPlan:
         return f"{self.num_steps:,} steps of {self.size} rows"
 
 
-class Layout(Protocol):
+class BatchLayout(Protocol):
     """How the rows of a step become micro batches."""
 
     examples: Sequence[Example]
@@ -58,7 +58,7 @@ class Layout(Protocol):
     lengths: Tensor
     """int64[reducers, rows]: tokens of each row after expansion, all of them."""
 
-    def parts(self, step: int, rows: Sequence[int]) -> list[Part]:
+    def parts(self, step: int, rows: Sequence[int]) -> list[MicroBatchSpec]:
         """The step's micro batches, as many on each rank: of each round one a rank, in turn."""
         ...
 
@@ -80,11 +80,11 @@ class PaddedLayout:
         self.collates, self.examples, self.plan, self.micro = (collate,), examples, plan, micro
         self.lengths = collate.lengths(examples)[None]
 
-    def parts(self, step: int, rows: Sequence[int]) -> list[Part]:
+    def parts(self, step: int, rows: Sequence[int]) -> list[MicroBatchSpec]:
         """As `Layout.parts`."""
         order = self.lengths[0, torch.tensor(rows)].argsort(descending=True, stable=True).tolist()
         parts = [
-            Part([rows[place] for place in order[i : i + self.micro]])
+            MicroBatchSpec([rows[place] for place in order[i : i + self.micro]])
             for i in range(0, len(rows), self.micro)
         ]
         rounds = [parts[i : i + self.plan.world_size] for i in range(0, len(parts), self.plan.world_size)]
@@ -128,7 +128,7 @@ class PackedLayout:
         self.num_run, self.taught = num_run.numpy(), taught.numpy()
         self.lengths = torch.stack([packer.collate.lengths(examples) for packer in packers])
 
-    def parts(self, step: int, rows: Sequence[int]) -> list[Part]:
+    def parts(self, step: int, rows: Sequence[int]) -> list[MicroBatchSpec]:
         """As `Layout.parts`."""
         run, seed = [row for row in rows if self.taught[row]], (self.plan.seed, step)
         return pack(run, self.num_run, tokens=self.tokens, world_size=self.plan.world_size, seed=seed)
@@ -150,7 +150,7 @@ class MicroBatches(Dataset[MicroBatch]):
         taught: bool[rows], the rows that the tuned parameters learn from; a text alone tells a projector nothing.
     """
 
-    def __init__(self, layout: Layout, plan: BatchPlan, *, rank: int, taught: Tensor) -> None:
+    def __init__(self, layout: BatchLayout, plan: BatchPlan, *, rank: int, taught: Tensor) -> None:
         self.layout, self.plan = layout, plan
         num_rows = len(layout.examples)
         num_epochs = -(-plan.num_steps * plan.size // num_rows)
@@ -162,7 +162,7 @@ class MicroBatches(Dataset[MicroBatch]):
         self._labels, self._taught = _num_labels(layout.examples), taught
         self._tokens = [self._num_tokens(rows, parts) for rows, parts in zip(self.rows, cuts, strict=True)]
 
-    def _num_tokens(self, rows: Tensor, parts: Sequence[Part]) -> int:
+    def _num_tokens(self, rows: Tensor, parts: Sequence[MicroBatchSpec]) -> int:
         lengths = self.layout.lengths
         drawn = sum(
             int((lengths[part.reducer][part.rows] - lengths[0][part.rows]).sum())

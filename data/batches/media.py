@@ -13,7 +13,7 @@ from data.fetch.pictures import open_picture
 from data.fetch.videos import read_frames
 from vzip import UserError
 from vzip.families import Family
-from vzip.media import LEVELS, levels_of, model_inputs, pixels_of
+from vzip.media import LEVELS, lookup_table, model_inputs, pixels_of
 from vzip.reducers import Reducer
 
 
@@ -52,7 +52,7 @@ class Processed:
             "video": getattr(processor, "video_processor", None),
         }
         self.family, self.reducer, self.num_frames = family, reducer, num_frames
-        self.levels = {kind: levels_of(kind, self.processors[kind]) for kind in family.kinds}
+        self.levels = {kind: lookup_table(kind, self.processors[kind]) for kind in family.kinds}
 
     def _process(self, kind: str, rows: list[list[Any]]) -> dict[str, Tensor]:
         """Of rows of pictures, or of videos as lists of frames."""

@@ -10,7 +10,7 @@ from data.examples.tokens import Example, Examples
 from vzip.templates.encode import IGNORED
 
 
-class Rows(NamedTuple):
+class FlatTokens(NamedTuple):
     """All rows' ids and labels, one row behind the other."""
 
     ids: np.ndarray
@@ -19,7 +19,7 @@ class Rows(NamedTuple):
     stops: np.ndarray
 
     @classmethod
-    def of(cls, examples: Sequence[Example]) -> "Rows":
+    def of(cls, examples: Sequence[Example]) -> "FlatTokens":
         if isinstance(examples, Examples):
             return cls(*examples.flat())
         stops = np.cumsum([len(example.ids) for example in examples])
@@ -46,7 +46,7 @@ def num_tail_tokens(examples: Sequence[Example], placeholders: Sequence[int]) ->
 
     Tokens of images, by their ids `placeholders`, are always run.
     """
-    rows = Rows.of(examples)
+    rows = FlatTokens.of(examples)
     ends = np.maximum(rows.last(rows.labels != IGNORED), rows.last(np.isin(rows.ids, placeholders)) + 1)
     tails: np.ndarray = rows.stops - rows.starts - ends
     return tails
@@ -54,7 +54,7 @@ def num_tail_tokens(examples: Sequence[Example], placeholders: Sequence[int]) ->
 
 def shared_prefix(examples: Sequence[Example], placeholders: Sequence[int]) -> list[int]:
     """The ids that all rows with images begin with, up to the first image; none of them, nor the next one, is a label."""
-    rows = Rows.of(examples)
+    rows = FlatTokens.of(examples)
     images = rows.first(np.isin(rows.ids, placeholders))
     teaching = images < rows.stops - rows.starts
     if not teaching.any():
@@ -69,7 +69,7 @@ def shared_prefix(examples: Sequence[Example], placeholders: Sequence[int]) -> l
     return prefix
 
 
-class Part(NamedTuple):
+class MicroBatchSpec(NamedTuple):
     """Rows of one micro batch."""
 
     rows: list[int]
@@ -79,7 +79,7 @@ class Part(NamedTuple):
 
 def pack(
     rows: Sequence[int], lengths: np.ndarray, *, tokens: int, world_size: int, seed: Sequence[int]
-) -> list[Part]:
+) -> list[MicroBatchSpec]:
     """The rows in micro batches of at most `tokens` tokens and of like size, few of them, and as many on each rank.
 
     Longest first, each row goes where there are the fewest tokens. A row of more than `tokens` tokens is alone.
@@ -99,7 +99,10 @@ def pack(
         reducers = np.random.default_rng([number % 2**32 for number in seed]).integers(
             len(lengths), size=num_parts
         )
-        parts, loads = [Part([], int(reducer)) for reducer in reducers], np.zeros(num_parts, dtype=np.int64)
+        parts, loads = (
+            [MicroBatchSpec([], int(reducer)) for reducer in reducers],
+            np.zeros(num_parts, dtype=np.int64),
+        )
         for row in longest_first:
             after = loads + lengths[reducers, row]
             place = int(after.argmin())

@@ -1,7 +1,7 @@
 """The reducer's output of a whole subset, kept in files: training from it opens no picture and needs no vision tower.
 
 A folder `cache-KEY/` holds `cache.json`, which says all that the features depend on, and shards of a fixed number of rows. A
-shard is a safetensors file; of each kind of media it has the fields of a `Reduced` of all its rows, and `starts`,
+shard is a safetensors file; of each kind of media it has the fields of a `VisualFeatures` of all its rows, and `starts`,
 int64[rows + 1, 3]: where in them the images (or videos), places and tokens of each row begin. Written by `make_features.py`.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from data.examples.tokens import Example, Examples
 from vzip import UserError
 from vzip.families import Family
-from vzip.families.features import Reduced
+from vzip.families.features import VisualFeatures
 from vzip.reducers import Reducer
 
 FORMAT = 1
@@ -46,7 +46,7 @@ def cache_settings(
         reducer: of the features.
         processor: of the model, unreduced.
         base_fingerprint: `vzip.runs.projector.fingerprint` of the model as it was loaded.
-        rows: what tells the rows, their order and their images and videos from others, see `rows_of`.
+        rows: what tells the rows, their order and their images and videos from others, see `media_of_examples`.
         num_frames: of a video.
 
     Raises:
@@ -70,7 +70,7 @@ def cache_settings(
     return as_read
 
 
-def rows_of(examples: Examples) -> str:
+def media_of_examples(examples: Examples) -> str:
     """What tells these rows from others: the folder of their subset, and the name of their tokens."""
     return f"{examples.path.parent.name}/{examples.path.stem}"
 
@@ -97,7 +97,7 @@ def differences(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
 
 
 @dataclass(frozen=True)
-class Layout:
+class CacheLayout:
     """What `cache.json` says: the settings, and how the rows are cut into shards."""
 
     settings: dict[str, Any]
@@ -105,7 +105,7 @@ class Layout:
     rows_a_shard: int
 
     @classmethod
-    def read(cls, folder: Path) -> "Layout":
+    def read(cls, folder: Path) -> "CacheLayout":
         """Of a cache's folder. Raises UserError for a folder that is none."""
         try:
             return cls(**json.loads((folder / META).read_text()))
@@ -170,7 +170,7 @@ class Cached:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.folder, self.layout = folder, Layout.read(folder)
+        self.folder, self.layout = folder, CacheLayout.read(folder)
         if different := differences(self.layout.settings, settings):
             listed = "\n".join(f"  {line}" for line in different)
             raise UserError(
@@ -200,7 +200,7 @@ class Cached:
             self._opened[number] = safe_open(shard_path(self.folder, number), framework="pt")
         return self._opened[number]
 
-    def row(self, kind: str, index: int) -> Reduced:
+    def row(self, kind: str, index: int) -> VisualFeatures:
         """The images, or videos, of row `index` of the subset."""
         assert 0 <= index < self.layout.num_rows, "an example of another subset"
         number, place = divmod(index, self.layout.rows_a_shard)
@@ -211,13 +211,15 @@ class Cached:
             shard.get_slice(f"{kind}.{name}")[first:last]
             for name, first, last in zip(names, begin, end, strict=True)
         )
-        return Reduced(features, torch.where(order < 0, order, order - begin[2]), counts)
+        return VisualFeatures(features, torch.where(order < 0, order, order - begin[2]), counts)
 
     def load(self, kind: str, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """The fields of a `Reduced` of all images, or videos, of the rows."""
+        """The fields of a `VisualFeatures` of all images, or videos, of the rows."""
         return dict(
             vars(
-                Reduced.join([self.row(kind, example.index) for example in examples if kind in example.media])
+                VisualFeatures.join(
+                    [self.row(kind, example.index) for example in examples if kind in example.media]
+                )
             )
         )
 
@@ -225,7 +227,11 @@ class Cached:
         """One token of zeros."""
         dtype = getattr(torch, self.layout.settings["dtype"])
         return dict(
-            vars(Reduced.as_it_is(torch.zeros(1, self.layout.settings["width"], dtype=dtype), num_media=1))
+            vars(
+                VisualFeatures.as_it_is(
+                    torch.zeros(1, self.layout.settings["width"], dtype=dtype), num_media=1
+                )
+            )
         )
 
     def counts(self, kind: str, inputs: dict[str, Tensor]) -> list[int]:

@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.batches.dataset import explain_workers
 from data.batches.media import Media
-from data.cache.features import META, Layout, shard_path
+from data.cache.features import META, CacheLayout, shard_path
 from data.examples.tokens import Example
-from data.paths import write_json, atomic_write
+from data.paths import atomic_write, write_json
 from data.progress import progress
 from vzip.families import Family
-from vzip.families.features import Reduced
+from vzip.families.features import VisualFeatures
 from vzip.media import normalised
 from vzip.reducers import Reducer
 
@@ -43,19 +43,19 @@ class FeatureMaker:
         parameter = next(family.tower.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
         none = torch.empty(0, dtype=torch.int64)
-        self.nothing = Reduced(
+        self.nothing = VisualFeatures(
             torch.empty(0, family.model.config.vision_config.hidden_size, dtype=self.dtype), none, none
         )
 
     @torch.no_grad()
-    def reduce(self, kind: str, inputs: Mapping[str, Tensor]) -> Reduced:
+    def reduce(self, kind: str, inputs: Mapping[str, Tensor]) -> VisualFeatures:
         """What `media` loaded, reduced on the model's device; on the CPU."""
         there = {name: value.to(self.device) for name, value in inputs.items()}
         reduced = self.family.reduce_media(self.reducer, kind, normalised(there, self.dtype))
-        return Reduced(reduced.features.cpu(), reduced.order.cpu(), reduced.counts)
+        return VisualFeatures(reduced.features.cpu(), reduced.order.cpu(), reduced.counts)
 
 
-def rows_a_shard(family: Family, reducer: Reducer, settings: Mapping[str, Any]) -> int:
+def examples_per_shard(family: Family, reducer: Reducer, settings: Mapping[str, Any]) -> int:
     """As many as have `SHARD_BYTES` if each has one image or video of the largest kind."""
     num_tokens = max(family.num_image_tokens(reducer, size) for size in family.image_sizes)
     if "video" in family.kinds:
@@ -64,7 +64,7 @@ def rows_a_shard(family: Family, reducer: Reducer, settings: Mapping[str, Any]) 
     return max(1, SHARD_BYTES // (num_tokens * settings["width"] * itemsize))
 
 
-class _Rows(Dataset[Batch]):
+class _ExampleBatches(Dataset[Batch]):
     """Item i is what the rows of batch i hold: by kind, images (or videos) of each row, and all of them loaded."""
 
     def __init__(self, examples: Sequence[Example], maker: FeatureMaker, batches: Sequence[range]) -> None:
@@ -86,7 +86,7 @@ class _Rows(Dataset[Batch]):
         }
 
 
-def _starts(num_media: Sequence[int], reduced: Reduced) -> Tensor:
+def _starts(num_media: Sequence[int], reduced: VisualFeatures) -> Tensor:
     """int64[rows + 1, 3]: where the images (or videos), places and tokens of each row begin, and the last one's end."""
 
     def ends(counts: Tensor) -> Tensor:
@@ -97,11 +97,11 @@ def _starts(num_media: Sequence[int], reduced: Reduced) -> Tensor:
     return torch.stack([media, places, ends((reduced.order >= 0).long())[places]], dim=1)
 
 
-def _tensors(parts: Sequence[Batch], nothing: Reduced) -> dict[str, Tensor]:
+def _tensors(parts: Sequence[Batch], nothing: VisualFeatures) -> dict[str, Tensor]:
     """A shard's tensors of what was made of its batches."""
     tensors = {}
     for kind in parts[0][0]:
-        reduced = Reduced.join([nothing, *(made[kind] for _, made in parts if kind in made)])
+        reduced = VisualFeatures.join([nothing, *(made[kind] for _, made in parts if kind in made)])
         tensors |= {f"{kind}.{name}": value for name, value in vars(reduced).items()}
         tensors[f"{kind}.starts"] = _starts(
             [count for num_media, _ in parts for count in num_media[kind]], reduced
@@ -111,7 +111,7 @@ def _tensors(parts: Sequence[Batch], nothing: Reduced) -> dict[str, Tensor]:
 
 def write_features(
     folder: Path,
-    layout: Layout,
+    layout: CacheLayout,
     examples: Sequence[Example],
     maker: FeatureMaker,
     *,
@@ -145,7 +145,9 @@ def write_features(
     num_done = layout.num_rows - sum(len(rows) for _, rows in batches)
     loaded = iter(
         DataLoader(
-            _Rows(examples, maker, [rows for _, rows in batches]), batch_size=None, num_workers=num_workers
+            _ExampleBatches(examples, maker, [rows for _, rows in batches]),
+            batch_size=None,
+            num_workers=num_workers,
         )
     )
     with (

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data.fetch.http import Gone
+from data.fetch.http import NotFoundError
 from data.paths import data_dir
 from vzip import UserError
 
@@ -95,7 +95,7 @@ class HfFolder:
     def _digest(self, picture: dict[str, Any]) -> str:
         try:
             return hashlib.sha256(self._bytes(picture)).hexdigest()[:12]
-        except Gone:
+        except NotFoundError:
             return "gone"
 
     def read(self, path: str) -> bytes:
@@ -109,4 +109,6 @@ class HfFolder:
         try:
             return (self.path / (picture.get("path") or "")).read_bytes()
         except OSError as error:
-            raise Gone(f"{self.path}: a picture is not inside, and can't be read: {error}") from error
+            raise NotFoundError(
+                f"{self.path}: a picture is not inside, and can't be read: {error}"
+            ) from error

@@ -17,7 +17,7 @@ _OF_NUMBERS = "0123456789+-.eE"
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-class _Window:
+class _TextWindow:
     """The part of a text file that is being looked at; `at` is where the reader stands in it."""
 
     def __init__(self, file: TextIO, path: Path) -> None:
@@ -83,7 +83,7 @@ class _Window:
 
 def read_list(file: TextIO, path: Path) -> Iterator[Any]:
     """The entries of the list that a file holds. Raises UserError, with line and column, where it is not valid JSON."""
-    window = _Window(file, path)
+    window = _TextWindow(file, path)
     window.take("[")
     if window.mark() == "]":
         window.take("]")

@@ -13,14 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data.conversations import BadRow, Row
+from data.conversations import BadExample, Conversation
 from data.examples.hf_folder import HfFolder
-from data.examples.subset import Draw, draw
+from data.examples.subset import DrawnSubset, draw_subset
 from data.examples.table import Table, open_table
 from data.examples.tokens import Examples, tokens_key, write_tokens
-from data.fetch.media import Ledger, bring
-from data.fetch.pictures import MAX_BAD_SHARE, refuse_if_too_bad
-from data.fetch.sources import Place
+from data.fetch.media import MediaIndex, fetch_media
+from data.fetch.pictures import MAX_BAD_SHARE, check_bad_share
+from data.fetch.sources import Source
 from data.paths import data_dir, write_json
 from data.progress import progress
 from vzip import UserError
@@ -60,7 +60,7 @@ class Subset:
         bad = self.manifest["bad_rows"][:NUM_SHOWN]
         return [f"  left out: {row['id']} ({row['source']}): {row['reason']}" for row in bad]
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[Conversation]:
         """In the order of the manifest."""
         return map(self.table.row, self.manifest["positions"])
 
@@ -76,7 +76,7 @@ class Subset:
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """(height, width) of each image by its path in the rows."""
-        return Ledger(self.folder / CHECKED).sizes()
+        return MediaIndex(self.folder / CHECKED).sizes()
 
 
 def _key(selection: Selection, table: Table) -> str:
@@ -85,13 +85,13 @@ def _key(selection: Selection, table: Table) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _fault(row: Row, faults: Mapping[str, str]) -> str | None:
+def _fault(row: Conversation, faults: Mapping[str, str]) -> str | None:
     """What is wrong with the first of a row's pictures and videos that has a fault."""
     return next((f"{path}: {faults[path]}" for path in row.images + row.videos if path in faults), None)
 
 
-def _settle(
-    table: Table, chosen: Draw, check: Callable[[Sequence[Row]], Mapping[str, str]]
+def _replace_unusable(
+    table: Table, chosen: DrawnSubset, check: Callable[[Sequence[Conversation]], Mapping[str, str]]
 ) -> tuple[list[int], list[Any]]:
     """(positions, what was left out): every row that can't be used gives its place to the next one of its source."""
     good, left_out, pending = [], [], chosen.positions
@@ -142,7 +142,7 @@ def _manifest(
     }
 
 
-def _refuse_lost_sources(chosen: Draw, positions: Sequence[int], left_out: Sequence[Any]) -> None:
+def _check_lost_sources(chosen: DrawnSubset, positions: Sequence[int], left_out: Sequence[Any]) -> None:
     """Raises UserError for a source of which most rows can't be used: its place is a wrong one, or its server."""
     good = set(positions)
     for source, wanted in chosen.wanted.items():
@@ -162,8 +162,8 @@ class _Check:
     def __init__(
         self,
         folder: Path,
-        ledger: Ledger,
-        places: Mapping[str, Sequence[Place]],
+        ledger: MediaIndex,
+        places: Mapping[str, Sequence[Source]],
         *,
         replace_unreachable: bool,
     ) -> None:
@@ -173,15 +173,15 @@ class _Check:
             places,
             replace_unreachable,
         )
-        self.bad: list[BadRow] = []
+        self.bad: list[BadExample] = []
         self.num_rows = 0
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, str]:
+    def __call__(self, rows: Sequence[Conversation]) -> dict[str, str]:
         """What is wrong, by path. Raises UserError where too much is, or servers did not answer."""
         media = [
             (kind, path, row.source) for row in rows for kind, paths in row.media.items() for path in paths
         ]
-        faults = bring(media, self.folder, places=self.places, ledger=self.ledger)
+        faults = fetch_media(media, self.folder, places=self.places, ledger=self.ledger)
         reasons = {path: fault.reason for path, fault in faults.items()}
         passing = [path for path, fault in faults.items() if not fault.final]
         if passing and not self.replace_unreachable:
@@ -195,16 +195,16 @@ class _Check:
             for row in rows
             if not self.places.get(row.source) and (fault := _fault(row, reasons))
         ]
-        self.bad += [BadRow(row.id, row.source, fault) for row, fault in bad]
+        self.bad += [BadExample(row.id, row.source, fault) for row, fault in bad]
         self.num_rows = self.num_rows or len(rows)  # later calls are of rows that replace some of the first
-        refuse_if_too_bad(self.bad, self.num_rows)
+        check_bad_share(self.bad, self.num_rows)
         return reasons
 
 
 def prepare(
     selection: Selection,
     *,
-    places: Mapping[str, Sequence[Place]] | None = None,
+    places: Mapping[str, Sequence[Source]] | None = None,
     replace_unreachable: bool = False,
 ) -> Subset:
     """The subset of a selection, made where it is not there yet; what a killed command did is not done again.
@@ -219,10 +219,10 @@ def prepare(
         UserError: data that is missing or broken, or too many rows that can't be used.
     """
     table, image_folder = open_table(selection.path), Path(selection.image_folder)
-    refuse_if_too_bad(table.bad_rows(), len(table))
+    check_bad_share(table.bad_rows(), len(table))
     folder = data_dir() / "prepared" / f"{Path(selection.path).stem}-{_key(selection, table)}"
     if places is not None or not (folder / MANIFEST).is_file():
-        chosen = draw(
+        chosen = draw_subset(
             table,
             fraction=selection.fraction,
             seed=selection.seed,
@@ -233,10 +233,10 @@ def prepare(
             inside = HfFolder(selection.path)
             places = {source: [inside] for source in chosen.candidates}
         folder.mkdir(parents=True, exist_ok=True)
-        ledger = Ledger(folder / CHECKED)
+        ledger = MediaIndex(folder / CHECKED)
         check = _Check(image_folder, ledger, places or {}, replace_unreachable=replace_unreachable)
-        positions, left_out = _settle(table, chosen, check)
-        _refuse_lost_sources(chosen, positions, left_out)
+        positions, left_out = _replace_unusable(table, chosen, check)
+        _check_lost_sources(chosen, positions, left_out)
         media = ledger.content(path for row in map(table.row, positions) for path in row.images + row.videos)
         manifest = _manifest(selection, table, chosen.positions, positions, left_out)
         write_json(folder / MANIFEST, manifest | {"media_hash": media})

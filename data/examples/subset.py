@@ -12,7 +12,7 @@ from vzip import UserError
 
 
 @dataclass(frozen=True)
-class Draw:
+class DrawnSubset:
     """The rows of each source in the order in which they are drawn, and how many are wanted of each."""
 
     candidates: dict[str, list[int]]
@@ -38,9 +38,9 @@ class Draw:
         return sorted(positions, key=self.keys.__getitem__)
 
 
-def draw(
+def draw_subset(
     table: Table, *, fraction: float, seed: int, sources: Sequence[str] | None = None, text_rows: bool = True
-) -> Draw:
+) -> DrawnSubset:
     """`fraction` of the usable rows of each source (rounded up), in an order that depends on seed and content alone.
 
     Each row is sorted by the sha256 of seed and content, so adding a row elsewhere moves no other row.
@@ -78,6 +78,6 @@ def draw(
             "no row can be drawn: the data has none that can be used, or data.text_rows=false leaves none"
         )
     share = Fraction(str(fraction))  # 0.07 of 100 is 7, not 8
-    return Draw(
+    return DrawnSubset(
         candidates, {source: math.ceil(share * len(rows)) for source, rows in candidates.items()}, keys
     )

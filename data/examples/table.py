@@ -15,16 +15,16 @@ from typing import Any, TextIO
 
 import pyarrow as pa
 
-from data.conversations import BadRow, Row, canonical, parse_row
+from data.conversations import BadExample, Conversation, canonical, parse_conversation
 from data.examples.arrow import read_arrow, write_arrow
 from data.examples.hf_folder import HfFolder, is_hf_folder
 from data.examples.json_stream import read_list
-from data.paths import data_dir, atomic_write
+from data.paths import atomic_write, data_dir
 from data.progress import progress
 from vzip import UserError
 
 VERSION = 2
-"""Of what is written: raise it when this file, or `parse_row`, makes something else of the same data."""
+"""Of what is written: raise it when this file, or `parse_conversation`, makes something else of the same data."""
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -53,14 +53,14 @@ class Table:
         values: list[Any] = self.columns[name].to_pylist()
         return values
 
-    def row(self, position: int) -> Row:
+    def row(self, position: int) -> Conversation:
         """A row without a fault."""
-        return parse_row(json.loads(self.columns["row"][position].as_py()))
+        return parse_conversation(json.loads(self.columns["row"][position].as_py()))
 
-    def bad_rows(self) -> list[BadRow]:
+    def bad_rows(self) -> list[BadExample]:
         """The rows that can't be used."""
         bad = self.columns.filter(self.columns["fault"].is_valid()).select(["id", "source", "fault"])
-        return [BadRow(row["id"], row["source"], row["fault"]) for row in bad.to_pylist()]
+        return [BadExample(row["id"], row["source"], row["fault"]) for row in bad.to_pylist()]
 
 
 def _read_lines(file: TextIO) -> Iterator[Any]:
@@ -94,7 +94,7 @@ def _record(position: int, entry: Any) -> dict[str, Any]:
     try:
         if isinstance(entry, ValueError):
             raise entry
-        row, content = parse_row(entry), canonical(entry).decode()
+        row, content = parse_conversation(entry), canonical(entry).decode()
     except (ValueError, RecursionError) as error:
         name = str(entry.get("id", f"#{position}")) if isinstance(entry, dict) else f"#{position}"
         name = name.encode(errors="replace").decode()

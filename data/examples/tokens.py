@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data.conversations import Row
+from data.conversations import Conversation
 from data.examples.arrow import read_arrow, write_arrow
 from vzip import UserError
 from vzip.media import MEDIA_INPUTS
 from vzip.templates.encode import IGNORED, IMAGE, VIDEO, Template, encode
 
 VERSION = 1
-"""Of what is written: raise it when this file, or `encode`, makes something else of the same rows."""
+"""Of what is written: raise it when this file, or `run_vision_tower`, makes something else of the same rows."""
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -57,7 +57,7 @@ class Example:
         return sum(label != IGNORED for label in self.labels)
 
 
-def example_of(ids: list[int], labels: list[int], row: Row, tokenizer: Any, folder: Path) -> Example:
+def example_of(ids: list[int], labels: list[int], row: Conversation, tokenizer: Any, folder: Path) -> Example:
     """The example with as many of the row's images and videos as `ids` has placeholders."""
     media = {}
     for kind, token, paths in (("image", IMAGE, row.images), ("video", VIDEO, row.videos)):
@@ -139,7 +139,13 @@ class Examples(Sequence[Example]):
 
 
 def _record(
-    row: Row, ids: list[int], labels: list[int], *, tokenizer: Any, max_tokens: int, sizes: Mapping[str, Any]
+    row: Conversation,
+    ids: list[int],
+    labels: list[int],
+    *,
+    tokenizer: Any,
+    max_tokens: int,
+    sizes: Mapping[str, Any],
 ) -> dict[str, Any]:
     """A row of the file: the row cut at `max_tokens` text tokens, as LLaVA cuts it."""
     example = example_of(ids[:max_tokens], labels[:max_tokens], row, tokenizer, Path())
@@ -178,7 +184,7 @@ def tokens_key(template: Template, tokenizer: Any, *, max_tokens: int, digest: s
 
 
 def write_tokens(
-    rows: Iterable[Row],
+    rows: Iterable[Conversation],
     template: Template,
     tokenizer: Any,
     target: Path,
@@ -200,7 +206,7 @@ def write_tokens(
         UserError: a row that the template or the tokenizer does not take, by its id.
     """
 
-    def record(row: Row) -> dict[str, Any]:
+    def record(row: Conversation) -> dict[str, Any]:
         try:
             ids, labels = encode(template, tokenizer, row.turns)
         except UserError as error:

@@ -34,7 +34,7 @@ REDIRECTS = Retry(
 MAX_CONNECTIONS = 64
 
 
-class Gone(OSError):  # noqa: N818
+class NotFoundError(OSError):
     """An address has not got what was asked for, or sends what can't be taken. Asking again does not help."""
 
     def __init__(self, message: str, *, status: int = 0) -> None:
@@ -42,7 +42,7 @@ class Gone(OSError):  # noqa: N818
         self.status = status
 
 
-class Unreachable(OSError):  # noqa: N818
+class TransientError(OSError):
     """An address gave no proper answer: refused, dropped, stalled, broken off, 429, 5xx. It may another time."""
 
     def __init__(self, message: str, *, wait_s: float = 0.0) -> None:
@@ -72,25 +72,25 @@ def _wait_asked_s(response: BaseHTTPResponse) -> float:
         return 0.0
 
 
-def _refuse_status(response: BaseHTTPResponse, url: str) -> None:
+def _check_status(response: BaseHTTPResponse, url: str) -> None:
     status = response.status
     if status in (200, 206):
         return
     message = f"{url}: answered {status} {response.reason or ''}".rstrip()
     if status >= 500 or status in (408, 425, 429):
-        raise Unreachable(message, wait_s=_wait_asked_s(response))
-    raise Gone(message, status=status)
+        raise TransientError(message, wait_s=_wait_asked_s(response))
+    raise NotFoundError(message, status=status)
 
 
 def _content_range(response: BaseHTTPResponse, url: str) -> tuple[int, int]:
     """(first byte, bytes of the whole file) of an answer to a request for a part. Raises Gone for any other answer."""
     if response.status != 206:
-        raise Gone(
+        raise NotFoundError(
             f"{url}: sends no parts of files (HTTP ranges); download the whole file, and give its path"
         )
     header = response.headers.get("Content-Range", "")
     if not (match := re.fullmatch(r"bytes (\d+)-\d+/(\d+)", header.strip())):
-        raise Gone(f"{url}: sends a part of a file, but not which one (Content-Range: {header!r})")
+        raise NotFoundError(f"{url}: sends a part of a file, but not which one (Content-Range: {header!r})")
     return int(match[1]), int(match[2])
 
 
@@ -126,7 +126,7 @@ class Client:
         try:
             parts = parse_url(url)
             if parts.scheme not in self._managers:
-                raise Gone(f"{url} is no address of the web (http://, https://)")
+                raise NotFoundError(f"{url} is no address of the web (http://, https://)")
             manager = self._direct if proxy_bypass(parts.host or "") else self._managers[parts.scheme]
             options: dict[str, Any] = {
                 "preload_content": False,
@@ -135,7 +135,7 @@ class Client:
             }
             response = manager.request("GET", url, headers=HEADERS | headers, timeout=timeout, **options)
             try:
-                _refuse_status(response, url)
+                _check_status(response, url)
                 yield response
             finally:
                 response.close()  # one that was read to its end has given its connection back before
@@ -143,15 +143,15 @@ class Client:
             LocationValueError,
             UnicodeError,
         ) as error:  # not an address, of a scheme that is none of ours, or no host
-            raise Gone(f"{url}: {error}") from error
+            raise NotFoundError(f"{url}: {error}") from error
         except MaxRetryError as error:
             if isinstance(error.reason, ResponseError):
-                raise Gone(f"{url}: {error.reason}") from error
-            raise Unreachable(f"{url}: {error.reason}") from error
+                raise NotFoundError(f"{url}: {error.reason}") from error
+            raise TransientError(f"{url}: {error.reason}") from error
         except HTTPError as error:
-            raise Unreachable(f"{url}: {error}") from error
+            raise TransientError(f"{url}: {error}") from error
 
-    def wait_s(self, failures: int, error: Unreachable) -> float:
+    def wait_s(self, failures: int, error: TransientError) -> float:
         """Seconds to wait after so many failed attempts."""
         spread = random.Random().uniform(0.5, 1.5)  # not the global generator: runs are seeded
         return min(MAX_WAIT_S, max(error.wait_s, self.first_wait_s * 2.0 ** (failures - 1) * spread))
@@ -162,25 +162,25 @@ class Client:
         for attempt in range(1, self.attempts + 1):
             try:
                 return ask(deadline)
-            except Unreachable as error:
+            except TransientError as error:
                 wait_s = self.wait_s(attempt, error)
                 if attempt == self.attempts or time.monotonic() + wait_s > deadline:
-                    raise Unreachable(f"{error} (given up after {attempt} attempts)") from error
+                    raise TransientError(f"{error} (given up after {attempt} attempts)") from error
             time.sleep(wait_s)
         raise AssertionError("attempts must be positive")
 
     def _body(self, response: BaseHTTPResponse, url: str, deadline: float) -> bytes:
         data = bytearray()
         if (response.length_remaining or 0) > self.max_bytes:
-            raise Gone(
+            raise NotFoundError(
                 f"{url}: {response.length_remaining:,} bytes, and at most {self.max_bytes:,} are taken"
             )
         while chunk := response.read1(CHUNK):  # whatever has come: read() would wait for all of a chunk
             data += chunk
             if len(data) > self.max_bytes:
-                raise Gone(f"{url}: more than {self.max_bytes:,} bytes")
+                raise NotFoundError(f"{url}: more than {self.max_bytes:,} bytes")
             if time.monotonic() > deadline:
-                raise Unreachable(f"{url}: only {len(data):,} bytes came in {self.total_s:g} s")
+                raise TransientError(f"{url}: only {len(data):,} bytes came in {self.total_s:g} s")
         return bytes(data)
 
     def get(self, url: str, *, first: int | None = None, last: int | None = None) -> bytes:
@@ -195,10 +195,10 @@ class Client:
             headers = {} if first is None else {"Range": f"bytes={first}-{last}"}
             with self.answer(url, headers, left_s=deadline - time.monotonic()) as response:
                 if first is not None and (start := _content_range(response, url)[0]) != first:
-                    raise Gone(f"{url}: sends from byte {start} where {first} was asked for")
+                    raise NotFoundError(f"{url}: sends from byte {start} where {first} was asked for")
                 data = self._body(response, url, deadline)
             if num_wanted is not None and len(data) != num_wanted:
-                raise Unreachable(f"{url}: {len(data):,} bytes came for bytes {first:,} to {last:,}")
+                raise TransientError(f"{url}: {len(data):,} bytes came for bytes {first:,} to {last:,}")
             return data
 
         num_wanted = None if first is None or last is None else last - first + 1
@@ -259,7 +259,7 @@ class _Part:
         self.about.unlink(missing_ok=True)
 
 
-def _refuse_small_disk(part: _Part, size: int | None) -> None:
+def _check_free_space(part: _Part, size: int | None) -> None:
     needed, free = (size or 0) - part.num_bytes(), shutil.disk_usage(part.path.parent).free
     if needed > free:
         raise UserError(
@@ -282,7 +282,7 @@ def _append(client: Client, part: _Part, bar: "tqdm[Any]") -> None:
                 same = _version(response) in ("", known["version"])  # it need not be said again
                 if _content_range(response, part.url) != (have, known["size"]) or not same:
                     part.forget()
-                    raise Unreachable(f"{part.url}: the file has changed")
+                    raise TransientError(f"{part.url}: the file has changed")
             else:
                 part.start(version=_version(response), size=response.length_remaining)
             size = (
@@ -290,7 +290,7 @@ def _append(client: Client, part: _Part, bar: "tqdm[Any]") -> None:
                 if response.length_remaining is not None
                 else None
             )
-            _refuse_small_disk(part, size)
+            _check_free_space(part, size)
             bar.total, bar.n = size, part.num_bytes()
             with part.path.open("ab") as file:
                 while chunk := response.read1(CHUNK):
@@ -298,12 +298,12 @@ def _append(client: Client, part: _Part, bar: "tqdm[Any]") -> None:
                     file.flush()  # or a kill would take what came last
                     bar.update(len(chunk))
             if size not in (None, part.num_bytes()):
-                raise Unreachable(f"{part.url}: {part.num_bytes():,} of {size:,} bytes are there")
-    except Gone as error:
+                raise TransientError(f"{part.url}: {part.num_bytes():,} of {size:,} bytes are there")
+    except NotFoundError as error:
         if error.status != 416:
             raise
         part.forget()
-        raise Unreachable(f"{part.url}: the file has changed") from error
+        raise TransientError(f"{part.url}: the file has changed") from error
 
 
 def fetch_file(url: str, target: Path, *, title: str, client: Client | None = None) -> None:
@@ -322,11 +322,11 @@ def fetch_file(url: str, target: Path, *, title: str, client: Client | None = No
             try:
                 _append(client, part, bar)
                 break
-            except Unreachable as error:
+            except TransientError as error:
                 failures = 1 if part.num_bytes() - before >= CHUNK else failures + 1
                 if failures >= client.attempts:
                     kept = f"{part.num_bytes():,} bytes are kept"
-                    raise Unreachable(
+                    raise TransientError(
                         f"{error} (given up after {failures} attempts; {kept} in {part.path})"
                     ) from error
                 time.sleep(client.wait_s(failures, error))

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from data.fetch.http import Gone, Unreachable
+from data.fetch.http import NotFoundError, TransientError
 from data.fetch.pictures import open_picture
-from data.fetch.sources import Place
+from data.fetch.sources import Source
 from data.fetch.videos import check_video
 from data.paths import is_other_process
 from data.progress import progress
@@ -79,7 +79,7 @@ def _num_bytes(path: Path) -> int:
         return -1
 
 
-class Ledger:
+class MediaIndex:
     """What is known of pictures and videos, in a file of a JSON object a line that only grows. Threads may share it."""
 
     def __init__(self, path: Path) -> None:
@@ -106,7 +106,7 @@ class Ledger:
             self._whole = True
             self._entries[entry.path] = entry
 
-    def settled(self, path: str, folder: Path, places: Sequence[Place]) -> Checked | None:
+    def settled(self, path: str, folder: Path, places: Sequence[Source]) -> Checked | None:
         """What is known of a path, if its file is as it was, and, for a fault, no place is new and none may answer later."""
         entry = self._entries.get(path)
         if entry is None or (entry.fault and not (entry.final and {*map(str, places)} <= {*entry.tried})):
@@ -137,14 +137,14 @@ def _writing(target: Path) -> Iterator[None]:
                 "written to, or put the file there, or take its source out of data.pictures to do without it"
             ) from error
         if error.errno in OF_THE_PATH:
-            raise Gone(f"{target} can't be written: {error.strerror}") from error
+            raise NotFoundError(f"{target} can't be written: {error.strerror}") from error
         raise
 
 
-class _Bringer:
+class _Fetcher:
     """Looks at one medium, and brings it if it is not there."""
 
-    def __init__(self, folder: Path, places: Mapping[str, Sequence[Place]]) -> None:
+    def __init__(self, folder: Path, places: Mapping[str, Sequence[Source]]) -> None:
         self.folder, self.places = folder, places
         # Threads are as many as a network can use; so many pictures decoded at once would only take memory.
         self.decoding = threading.BoundedSemaphore(os.cpu_count() or 1)
@@ -174,7 +174,7 @@ class _Bringer:
             if part.exists():
                 part.unlink()
 
-    def _from_places(self, kind: str, path: str, places: Sequence[Place]) -> Checked | Fault:
+    def _from_places(self, kind: str, path: str, places: Sequence[Source]) -> Checked | Fault:
         reasons, final = [], True
         for place in places:
             for number in range(NUM_READS):
@@ -184,8 +184,8 @@ class _Bringer:
                     UserError
                 ):  # it is a ValueError, but of the settings or the installation, and not of this picture
                     raise
-                except (Gone, Unreachable) as error:
-                    final = final and isinstance(error, Gone)
+                except (NotFoundError, TransientError) as error:
+                    final = final and isinstance(error, NotFoundError)
                     reasons.append(str(error))
                     break
                 except (OSError, ValueError) as error:
@@ -229,10 +229,10 @@ class _Bringer:
         return medium, replace(entry, tried=tuple(map(str, places))) if entry.fault else entry, asked
 
 
-class _Health:
+class _FailureGuard:
     """Ends a command whose addresses are wrong, or whose network is gone, before tens of thousands of vain requests."""
 
-    def __init__(self, places: Mapping[str, Sequence[Place]]) -> None:
+    def __init__(self, places: Mapping[str, Sequence[Source]]) -> None:
         self.places = places
         self.num_good, self.num_bad, self.in_a_row = Counter[str](), Counter[str](), Counter[str]()
 
@@ -266,12 +266,12 @@ def _clean(folders: Iterable[Path]) -> None:
                     file.unlink()
 
 
-def bring(
+def fetch_media(
     media: Iterable[Medium],
     folder: Path,
     *,
-    places: Mapping[str, Sequence[Place]],
-    ledger: Ledger,
+    places: Mapping[str, Sequence[Source]],
+    ledger: MediaIndex,
     num_threads: int = 32,
 ) -> dict[str, Fault]:
     """See to it that media are whole in a folder; those that are missing or damaged are brought from their source's places.
@@ -300,10 +300,10 @@ def bring(
     todo = [medium for path, medium in by_path.items() if known[path] is None]
     found = [entry for entry in known.values() if entry is not None]
     _clean({(folder / path).parent for _, path, _ in todo})
-    health = _Health(places)
+    health = _FailureGuard(places)
     # Not an executor: its threads would keep a command that was interrupted until the last server has answered.
     with ThreadPool(min(num_threads, len(todo)) or 1) as pool:
-        results = pool.imap_unordered(_Bringer(folder, places), todo)
+        results = pool.imap_unordered(_Fetcher(folder, places), todo)
         bar = progress(results, total=len(by_path), start=len(found), title="pictures", unit="file")
         faults = sum(bool(entry.fault) for entry in found)
         for (_, _, source), entry, asked in bar:

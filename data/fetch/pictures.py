@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from data.conversations import BadRow
+from data.conversations import BadExample
 from vzip import UserError
 
 MAX_BAD_SHARE = 0.01
@@ -42,7 +42,7 @@ def open_picture(picture: Path | bytes) -> Image.Image:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def refuse_if_too_bad(bad: Sequence[BadRow], num_rows: int) -> None:
+def check_bad_share(bad: Sequence[BadExample], num_rows: int) -> None:
     """Raises UserError, with counts by source and examples, if more than `MAX_BAD_SHARE` of the rows are bad."""
     if len(bad) <= MAX_BAD_SHARE * num_rows:
         return

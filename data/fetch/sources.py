@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from urllib.parse import quote, urlsplit
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
-from data.fetch.http import Client, Gone, Unreachable
+from data.fetch.http import Client, NotFoundError, TransientError
 from vzip import UserError
 
 BLOCK = 4 << 20
@@ -32,7 +32,7 @@ SLACK = 1024
 ALLOWED = "a base address (http://, https://), a zip file at such an address, a folder, or a zip file"
 
 
-class Place(Protocol):
+class Source(Protocol):
     """One place that pictures are taken from; `str` of it is what the settings call it."""
 
     def read(self, path: str) -> bytes:
@@ -92,8 +92,8 @@ class Folder:
                 if file.is_file():
                     return file.read_bytes()
         except OSError as error:
-            raise Unreachable(f"{file}: {error.strerror}") from error
-        raise Gone(f"{self.entry} holds no {path}")
+            raise TransientError(f"{file}: {error.strerror}") from error
+        raise NotFoundError(f"{self.entry} holds no {path}")
 
 
 class _Bytes(Protocol):
@@ -129,7 +129,7 @@ class _Remote:
         return self.client.get(self.url, first=first, last=last)
 
 
-class _Window(io.RawIOBase):
+class _RangeWindow(io.RawIOBase):
     """What zipfile reads a directory from: a seekable file, of which the tail is there and blocks are read when needed."""
 
     def __init__(self, content: _Bytes, size: int) -> None:
@@ -177,11 +177,11 @@ class Archive:
     def _read_directory(self) -> dict[str, list[ZipInfo]]:
         try:
             self._size = self._content.size()
-            with ZipFile(io.BufferedReader(_Window(self._content, self._size))) as archive:
+            with ZipFile(io.BufferedReader(_RangeWindow(self._content, self._size))) as archive:
                 members = archive.NameToInfo.values()  # of members with the same name, the last
-        except Unreachable:
+        except TransientError:
             raise
-        except (Gone, BadZipFile, NotImplementedError, ValueError, struct.error, OSError) as error:
+        except (NotFoundError, BadZipFile, NotImplementedError, ValueError, struct.error, OSError) as error:
             raise UserError(f"{self._setting}: {self.entry} can't be read as a zip file: {error}") from error
         by_name = defaultdict(list)
         for member in members:
@@ -217,11 +217,11 @@ class Archive:
             if num_same == len(names) or num_same >= num_wanted:
                 found.append(((num_same, -len(names)), member))
         if not found:
-            raise Gone(f"{self.entry} holds no {path}")
+            raise NotFoundError(f"{self.entry} holds no {path}")
         best = max(rank for rank, _ in found)
         best_members = [member for rank, member in found if rank == best]
         if len(best_members) > 1:
-            raise Gone(
+            raise NotFoundError(
                 f"{self.entry} holds {path} more than once: {', '.join(member.filename for member in best_members[:3])}"
             )
         return best_members[0]
@@ -230,21 +230,25 @@ class Archive:
         member = self._find(path)
         name = f"{member.filename} in {self.entry}"
         if member.flag_bits & 1:
-            raise Gone(f"{name} is encrypted")
+            raise NotFoundError(f"{name} is encrypted")
         if member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
-            raise Gone(
+            raise NotFoundError(
                 f"{name} is compressed by method {member.compress_type}; stored (0) and deflate (8) can be read"
             )
         if max(member.file_size, member.compress_size) > MAX_MEMBER:
-            raise Gone(f"{name} has {member.file_size:,} bytes, and at most {MAX_MEMBER:,} are taken")
+            raise NotFoundError(
+                f"{name} has {member.file_size:,} bytes, and at most {MAX_MEMBER:,} are taken"
+            )
         try:
             data = self._raw(member)
             if member.compress_type == ZIP_DEFLATED:
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, member.file_size + 1)
         except (zlib.error, struct.error, ValueError) as error:
-            raise Gone(f"{name} is damaged: {error}") from error
+            raise NotFoundError(f"{name} is damaged: {error}") from error
         if len(data) != member.file_size or zlib.crc32(data) != member.CRC:
-            raise Gone(f"{name} is damaged: it has another checksum than the zip file's directory says")
+            raise NotFoundError(
+                f"{name} is damaged: it has another checksum than the zip file's directory says"
+            )
         return data
 
     def _raw(self, member: ZipInfo) -> bytes:
@@ -267,7 +271,7 @@ class Archive:
         return data[start : start + member.compress_size]
 
 
-def place_of(entry: str, client: Client, *, setting: str = "data.fetch.pictures") -> Place:
+def parse_source(entry: str, client: Client, *, setting: str = "data.fetch.pictures") -> Source:
     """The place that an entry of a setting names; nothing is asked for yet. Raises UserError if it is none."""
     wrong = f"{setting}: {entry!r} is not {ALLOWED}"
     if "://" in entry:
@@ -287,7 +291,7 @@ def place_of(entry: str, client: Client, *, setting: str = "data.fetch.pictures"
     raise UserError(f"{wrong}: there is no such file or folder")
 
 
-def open_places(pictures: Mapping[str, Any] | None, client: Client) -> dict[str, list[Place]]:
+def open_sources(pictures: Mapping[str, Any] | None, client: Client) -> dict[str, list[Source]]:
     """The places of each source, by the setting `data.fetch.pictures`: for a source an entry, a list of them, or null.
 
     Raises:
@@ -299,5 +303,5 @@ def open_places(pictures: Mapping[str, Any] | None, client: Client) -> dict[str,
         entries = [] if entries is None else [entries] if isinstance(entries, str) else entries
         if not isinstance(entries, Sequence) or not all(isinstance(entry, str) for entry in entries):
             raise UserError(f"{setting}={entries} must be a list of places, each {ALLOWED}")
-        places[source] = [place_of(entry, client, setting=setting) for entry in entries]
+        places[source] = [parse_source(entry, client, setting=setting) for entry in entries]
     return places

@@ -61,7 +61,7 @@ def _frame_paths(folder: Path) -> list[Path]:
     return sorted(paths, key=_natural)
 
 
-def _refuse_truncated(container: Any, stream: Any) -> None:
+def _check_truncated(container: Any, stream: Any) -> None:
     """MP4 and MOV list each frame's place before the data is read. Other containers can't be told from shorter videos."""
     if "mov" not in container.format.name.split(","):
         return
@@ -71,7 +71,7 @@ def _refuse_truncated(container: Any, stream: Any) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+def _open_container(path: Path) -> Iterator[tuple[Any, Any]]:
     """(container, video stream) of a file; FFmpeg's errors, also those of the `with` body, come out as ValueError."""
     with path.open(
         "rb"
@@ -89,7 +89,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
                 raise ValueError("no video stream")
             if stream.codec_context is None:
                 raise ValueError("no decoder for its format")
-            _refuse_truncated(container, stream)
+            _check_truncated(container, stream)
             fault = "damaged"
             yield container, stream
     except (
@@ -99,7 +99,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         raise ValueError(f"{fault}: {getattr(error, 'strerror', error)}") from error
 
 
-def _picture(frame: Any) -> Image.Image:
+def _frame_picture(frame: Any) -> Image.Image:
     """A decoded frame as upright RGB: a phone held sideways says so beside the frames."""
     picture: Image.Image = frame.to_image()
     return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
@@ -107,7 +107,7 @@ def _picture(frame: Any) -> Image.Image:
 
 def _claimed(path: Path) -> int:
     """How many frames a file says it has, or has packets: cheap, mostly right, never to be trusted."""
-    with _opened(path) as (container, stream):
+    with _open_container(path) as (container, stream):
         return stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
 
 
@@ -115,10 +115,10 @@ def _decode(path: Path, wanted: set[int]) -> tuple[dict[int, Image.Image], int]:
     """The `wanted` ones of a file's frames by their number, and how many frames there really are, up to the first damage."""
     pictures, count = {}, 0
     try:
-        with _opened(path) as (container, stream):
+        with _open_container(path) as (container, stream):
             for frame in container.decode(stream):
                 if count in wanted:
-                    pictures[count] = _picture(frame)
+                    pictures[count] = _frame_picture(frame)
                 count += 1
     except ValueError as error:
         if not count:
@@ -160,8 +160,8 @@ def check_video(path: Path) -> None:
     if path.is_dir():
         open_picture(_frame_paths(path)[0])
         return
-    with _opened(path) as (container, stream):
+    with _open_container(path) as (container, stream):
         frame = next(container.decode(stream), None)
         if frame is None:
             raise ValueError("no frames")
-        _picture(frame)
+        _frame_picture(frame)

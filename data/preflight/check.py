@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from data.conversations import BadRow
+from data.conversations import BadExample
 from data.fetch.pictures import FORMATS, open_picture
 from data.fetch.videos import check_video
 from data.progress import progress
@@ -36,11 +36,11 @@ MEASURES = {
     "expanded": "tokens in the language model",
     "labels": "label tokens",
 }
-"""Columns of `Lengths` that are described, and what they are."""
+"""Columns of `ExampleLengths` that are described, and what they are."""
 
 
 @dataclass(frozen=True)
-class Lengths:
+class ExampleLengths:
     """The subset's rows as columns, also those of which the cut leaves no label. int64[rows] where nothing else is said."""
 
     ids: np.ndarray
@@ -91,7 +91,9 @@ def _cut_turn(labels: np.ndarray) -> int:
     return int(num_begun + (not carries_loss[-1]))
 
 
-def measure(table: pa.Table, family: Family, reducer: Reducer, *, num_frames: int = 1) -> Lengths:
+def measure_lengths(
+    table: pa.Table, family: Family, reducer: Reducer, *, num_frames: int = 1
+) -> ExampleLengths:
     """The lengths of tokenized rows.
 
     Args:
@@ -110,7 +112,7 @@ def measure(table: pa.Table, family: Family, reducer: Reducer, *, num_frames: in
     cut_turns = np.zeros(len(table), dtype=np.int64)
     for row in np.flatnonzero(table["num_whole_tokens"].to_numpy() > num_tokens).tolist():
         cut_turns[row] = _cut_turn(table["labels"][row].values.to_numpy())
-    return Lengths(
+    return ExampleLengths(
         ids=table["id"].to_numpy(),
         sources=table["source"].to_numpy(),
         media=media,
@@ -143,7 +145,7 @@ def _look(kind: str, path: Path, size: tuple[int, int] | None, *, decode: bool) 
 
 def check_files(
     table: pa.Table, folder: Path, *, seed: int = 0, num_decoded: int = NUM_DECODED
-) -> list[BadRow]:
+) -> list[BadExample]:
     """What is wrong with the rows' files, each with the first row that has it: every one by its header, in threads.
 
     Args:
@@ -164,16 +166,16 @@ def check_files(
             media.setdefault(("video", path), (row["id"], row["source"], None))
     sample = set(random.Random(seed).sample(sorted(media), min(num_decoded, len(media))))
 
-    def fault(entry: tuple[str, str]) -> BadRow | None:
+    def fault(entry: tuple[str, str]) -> BadExample | None:
         (kind, path), (row_id, source, size) = entry, media[entry]
         try:
             _look(kind, folder / path, size, decode=entry in sample)
         except UserError:  # it is a ValueError, but of the installation and not of this row
             raise
         except FileNotFoundError:
-            return BadRow(row_id, source, f"{path}: missing")
+            return BadExample(row_id, source, f"{path}: missing")
         except (OSError, ValueError) as error:
-            return BadRow(row_id, source, f"{path}: {error}")
+            return BadExample(row_id, source, f"{path}: {error}")
         return None
 
     with ThreadPoolExecutor() as pool:
@@ -187,7 +189,7 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     return {"mean": round(mean, 1), "p10": p10, "p50": p50, "p90": p90, "max": most}
 
 
-def _summary(lengths: Lengths, rows: np.ndarray, max_positions: int) -> dict[str, Any]:
+def _summary(lengths: ExampleLengths, rows: np.ndarray, max_positions: int) -> dict[str, Any]:
     """Of bool[rows]."""
     trained, cut = rows & lengths.trained, rows & (lengths.cut_turns > 0)
     lost = int((lengths.whole_labels - lengths.labels)[rows].sum())
@@ -208,8 +210,8 @@ def _summary(lengths: Lengths, rows: np.ndarray, max_positions: int) -> dict[str
 
 
 def report(
-    lengths: Lengths,
-    files: Sequence[BadRow],
+    lengths: ExampleLengths,
+    files: Sequence[BadExample],
     left_out: Sequence[Mapping[str, Any]],
     *,
     max_tokens: int,
@@ -232,7 +234,7 @@ def report(
     more = {source: {"left_out": refused[source], "broken_files": broken[source]} for source in sources}
     too_long = np.flatnonzero(lengths.trained & (lengths.expanded > max_positions)).tolist()
     faults = list(files) + [
-        BadRow(
+        BadExample(
             str(lengths.ids[row]),
             str(lengths.sources[row]),
             f"{lengths.expanded[row]} tokens, more than {max_positions}",
@@ -251,7 +253,7 @@ def report(
     }
 
 
-def refuse_faults(found: Mapping[str, Any], folder: Path) -> None:
+def check_faults(found: Mapping[str, Any], folder: Path) -> None:
     """Raises UserError, with counts by source, examples and what to do, if a `report` has faults; it is in `folder`."""
     faults = found["faults"]
     if not faults:

@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from rich.console import Console
 from rich.table import Table
 
-from data.preflight.check import MEASURES, Lengths
+from data.preflight.check import MEASURES, ExampleLengths
 
 MAX_PANELS = 8
 """Sources that the picture shows, the largest ones."""
@@ -71,7 +71,7 @@ def _bars(axes: Axes, values: np.ndarray, bins: list[float], colour: str) -> Non
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_report(lengths: Lengths, found: Mapping[str, Any], path: Path) -> None:
+def draw_report(lengths: ExampleLengths, found: Mapping[str, Any], path: Path) -> None:
     """Write a PNG: the spread of the rows' lengths and label tokens, for each of the `MAX_PANELS` largest sources.
 
     A subset of which no row has a label has no spread, and no picture.

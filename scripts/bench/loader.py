@@ -120,7 +120,7 @@ def records(
         }
 
 
-def make_collator(model: str) -> Collator:
+def make_loader_collator(model: str) -> Collator:
     """The loader's collator for a model of 336 pixels, without weights."""
     config_class, processor_class, reducer = MODELS[model]
     config = config_class()
@@ -223,9 +223,9 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def measure(model: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure_loader(model: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures of a model."""
-    sizes, collate, tokens = write_pictures(folder), make_collator(model), folder / "tokens.arrow"
+    sizes, collate, tokens = write_pictures(folder), make_loader_collator(model), folder / "tokens.arrow"
     image_id = collate.family.placeholder_id("image")
     write_arrow(records(recorded_lengths(), sizes, image_id), SCHEMA, tokens)
     batches, seconds = first_batch(tokens, folder, collate)
@@ -248,7 +248,7 @@ def measure(model: str, arguments: argparse.Namespace, folder: Path) -> dict[str
     }
 
 
-def show(model: str, found: dict[str, Any]) -> None:
+def print_loader(model: str, found: dict[str, Any]) -> None:
     """Print the table of a model."""
     table = Table(title=f"loader, {model}, 336 px", title_justify="left", show_header=False)
     for num_workers, rates in found["rates"].items():
@@ -294,8 +294,8 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     for model in arguments.model:
         with tempfile.TemporaryDirectory() as folder:
-            figures[model] = measure(model, arguments, Path(folder))
-        show(model, figures[model])
+            figures[model] = measure_loader(model, arguments, Path(folder))
+        print_loader(model, figures[model])
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"hardware": machine, **figures}, indent=2))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data.batches.collate import MicroBatch, PackedBatch, Packer
-from data.batches.dataset import BatchPlan, Layout, MicroBatches, PackedLayout, PaddedLayout, has_media
+from data.batches.dataset import BatchLayout, BatchPlan, MicroBatches, PackedLayout, PaddedLayout, has_media
 from data.batches.packing import shared_prefix
 from data.examples.tokens import Example
 from scripts.bench.released import eager_copy, released_tokens
@@ -44,7 +44,7 @@ def released(family: Family) -> Family:
     return Released(family.model)
 
 
-class Way:
+class EnginePath:
     """One way to run the steps: its micro batches, its loss, and AdamW.
 
     Args:
@@ -104,8 +104,8 @@ class Way:
         return sum(batch.input_ids.numel() for batch in chain(*self.batches))
 
 
-def lay_out(
-    steps: Sequence[Sequence[Example]], layout: Callable[[Sequence[Example], BatchPlan], Layout]
+def cut_micro_batches(
+    steps: Sequence[Sequence[Example]], layout: Callable[[Sequence[Example], BatchPlan], BatchLayout]
 ) -> list[MicroBatches]:
     """Micro batches of each step's rows."""
     found = []
@@ -117,26 +117,28 @@ def lay_out(
 
 def make_fast(
     family: Family, reducer: Reducer, steps: Sequence[Sequence[Example]], *, tokens: int, device: torch.device
-) -> Way:
+) -> EnginePath:
     """The way that `make tune` takes."""
     collate = make_collator(family, reducer)
     prefix = shared_prefix([*chain(*steps)], [family.placeholder_id("image")])
     packer = Packer(collate, num_prefix=len(prefix))
 
-    def layout(examples: Sequence[Example], plan: BatchPlan) -> Layout:
+    def layout(examples: Sequence[Example], plan: BatchPlan) -> BatchLayout:
         num_run, taught = packer.lengths(examples)[None], has_media(examples)
         return PackedLayout([packer], examples, plan, tokens=tokens, num_run=num_run, taught=taught)
 
     loss = FastLoss(family, [reducer], prefix=prefix, compiled=device.type == "cuda")
-    return Way(loss, lay_out(steps, layout), device)
+    return EnginePath(loss, cut_micro_batches(steps, layout), device)
 
 
 def make_reference(
     family: Family, reducer: Reducer, steps: Sequence[Sequence[Example]], *, micro: int, device: torch.device
-) -> Way:
+) -> EnginePath:
     """The stock way."""
     layout = partial(PaddedLayout, make_collator(family, reducer), micro=micro)
-    return Way(ReferenceLoss(released(family), reducer, learns_text=False), lay_out(steps, layout), device)
+    return EnginePath(
+        ReferenceLoss(released(family), reducer, learns_text=False), cut_micro_batches(steps, layout), device
+    )
 
 
 def fitting_tokens(family: Family, reducer: Reducer, device: torch.device) -> int:

@@ -66,7 +66,7 @@ def _shrunk(architecture: Mapping[str, Any]) -> dict[str, Any]:
     return made | parts
 
 
-def build(name: str, *, tiny: bool, device: torch.device) -> Family:
+def build_shape(name: str, *, tiny: bool, device: torch.device) -> Family:
     """The model of configs/model/NAME.yaml with random weights, made on the device; a `tiny` one in float32."""
     model = yaml.safe_load((ROOT / "configs" / "model" / f"{name}.yaml").read_text())["model"]
     family = pkgutil.resolve_name(model["_target_"])
@@ -167,7 +167,7 @@ class Prefill:
 
 
 @dataclass(frozen=True)
-class Settings:
+class GenerationCase:
     """How a benchmark is run."""
 
     new_tokens: int
@@ -175,7 +175,7 @@ class Settings:
     device: torch.device
 
 
-def measure(cases: Mapping[str, Prefill], settings: Settings) -> dict[str, dict[str, Any]]:
+def measure_prefill(cases: Mapping[str, Prefill], settings: GenerationCase) -> dict[str, dict[str, Any]]:
     """Sizes of each case, and seconds of each of `PARTS` in each round, the cases in turns."""
     prefilled = {name: case.language() for name, case in cases.items()}
     works = {
@@ -216,7 +216,7 @@ def make_cases(families: Mapping[str, Family], *, batch: int) -> dict[str, Prefi
     }
 
 
-def show(title: str, found: Mapping[str, Mapping[str, Any]]) -> None:
+def print_prefill(title: str, found: Mapping[str, Mapping[str, Any]]) -> None:
     """Print the table of a series of cases: milliseconds, and ratios of the first case's to the row's."""
     table = Table(title=title, title_justify="left")
     for column in ("model, tokens", "visual", "LM ms", "ratio", "formula", "all ms", "ratio", "formula"):
@@ -238,15 +238,17 @@ def show(title: str, found: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def run_series(
-    names: Sequence[str], *, tiny: bool, batches: Sequence[int], settings: Settings
+    names: Sequence[str], *, tiny: bool, batches: Sequence[int], settings: GenerationCase
 ) -> list[dict[str, Any]]:
     """Figures of models in each batch size, printed as they come; the models are gone afterwards."""
-    families = {name: build(name, tiny=tiny, device=settings.device) for name in names}
+    families = {name: build_shape(name, tiny=tiny, device=settings.device) for name in names}
     made = []
     for batch in batches:
-        found = measure(make_cases(families, batch=batch), settings)
+        found = measure_prefill(make_cases(families, batch=batch), settings)
         scale = "tiny, float32" if tiny else "bf16"
-        show(f"{' against '.join(reversed(names))} ({scale}), batch {batch}, {NUM_TEXT} text tokens", found)
+        print_prefill(
+            f"{' against '.join(reversed(names))} ({scale}), batch {batch}, {NUM_TEXT} text tokens", found
+        )
         made.append({"models": names, "batch": batch, "cases": found})
     return made
 
@@ -267,7 +269,7 @@ def main() -> None:
     if arguments.shape != "tiny" and not torch.cuda.is_available():
         parser.error(f"--shape {arguments.shape} needs a GPU, and there is none; `--shape tiny` is for a CPU")
     device, tiny = best_device(), arguments.shape == "tiny"
-    settings = Settings(new_tokens=arguments.new_tokens, rounds=arguments.rounds, device=device)
+    settings = GenerationCase(new_tokens=arguments.new_tokens, rounds=arguments.rounds, device=device)
     machine, series = where(device), []
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     for names in SHAPES[arguments.shape]:

@@ -21,7 +21,7 @@ from scripts.common.timing import ROOT
 from vzip.cost import attention_flops, linear_flops, row_cost
 from vzip.families import Family
 from vzip.families.llava import Llava
-from vzip.media import LEVELS, levels_of
+from vzip.media import LEVELS, lookup_table
 from vzip.reducers import Reducer
 from vzip.reducers.visionzip import VisionZip
 from vzip.templates.encode import IGNORED
@@ -137,7 +137,7 @@ class Noise:
         shape = (NUM_PICTURES, *tiles, 3, side, side)
         self.pictures = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
         self.levels, self.num_tokens = (
-            levels_of("image", CLIPImageProcessorPil()),
+            lookup_table("image", CLIPImageProcessorPil()),
             family.num_image_tokens(reducer, self.size),
         )
 

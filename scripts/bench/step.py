@@ -34,7 +34,7 @@ from torch import Tensor
 
 from data.batches.collate import PackedBatch
 from data.paths import write_json
-from scripts.bench.paths import Way, fitting_tokens, kept_widths, make_fast, make_reference
+from scripts.bench.paths import EnginePath, fitting_tokens, kept_widths, make_fast, make_reference
 from scripts.bench.shapes import Shape, make_family, make_steps, necessary_flops, necessary_tokens, shape_of
 from scripts.common.timing import (
     alternating,
@@ -71,14 +71,14 @@ def compare(found: Tensor, expected: Tensor, dtype: str, tolerance: float) -> fl
     return error
 
 
-def step_difference(fast: Way, reference: Way, dtype: str, tolerance: float) -> float:
+def step_difference(fast: EnginePath, reference: EnginePath, dtype: str, tolerance: float) -> float:
     """Of both ways' gradients of a whole step. In bf16 both have the fast path's tower: rounding draws the least salient kept
     patch there, and a gradient of random weights hangs on which it is.
     """
     plain = reference
     if dtype != "float32":
         loss = ReferenceLoss(fast.loss.family, reference.loss.reducer, learns_text=False)
-        plain = Way(loss, reference.steps, reference.device)
+        plain = EnginePath(loss, reference.steps, reference.device)
     return compare(fast.gradient(fast.batches[0]), plain.gradient(reference.batches[0]), dtype, tolerance)
 
 
@@ -123,7 +123,7 @@ class Laps:
         self.last = now
 
 
-def stage_seconds(way: Way) -> dict[str, float]:
+def stage_seconds(way: EnginePath) -> dict[str, float]:
     """Seconds of each of `STAGES` in step 0, which is slower for being watched."""
     lap, family = Laps(way.device), way.loss.family
     handles = [
@@ -153,7 +153,7 @@ def rates(amounts: Sequence[float], seconds: dict[str, list[float]]) -> dict[str
     }
 
 
-def timed(fast: Way, reference: Way, *, rounds: int) -> dict[str, Any]:
+def timed(fast: EnginePath, reference: EnginePath, *, rounds: int) -> dict[str, Any]:
     """Seconds of steps and of their stages, memory, and what follows from them, by way."""
     ways, device = {"reference": reference, "fast": fast}, fast.device
     seconds = alternating({name: way.step for name, way in ways.items()}, rounds=rounds, device=device)
@@ -172,7 +172,7 @@ def timed(fast: Way, reference: Way, *, rounds: int) -> dict[str, Any]:
     }
 
 
-def measure(shape: Shape, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def measure_step(shape: Shape, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """All figures of a model. Exits where the gradients are not the same."""
     dtype, num_rows, micro = (
         getattr(torch, arguments.dtype),
@@ -229,7 +229,7 @@ def measure(shape: Shape, arguments: argparse.Namespace, device: torch.device) -
     }
 
 
-def show(name: str, found: dict[str, Any], *, extrapolated: bool) -> None:
+def print_step(name: str, found: dict[str, Any], *, extrapolated: bool) -> None:
     """Print the table of a model."""
     ways = ("reference", "fast")
     table = Table(
@@ -274,7 +274,7 @@ def show(name: str, found: dict[str, Any], *, extrapolated: bool) -> None:
     console.print(*lines, sep="\n")
 
 
-def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_bench_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """The command's arguments, by default those it was called with."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -298,16 +298,16 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Measure, print, and write what was asked for."""
-    arguments, device = parse(), best_device()
+    arguments, device = parse_bench_arguments(), best_device()
     figures: dict[str, Any] = {"where": where(device), "shapes": {}}
     print(", ".join(f"{name} {value}" for name, value in figures["where"].items()))
     for name in arguments.shape:
         try:
-            found = measure(shape_of(name), arguments, device)
+            found = measure_step(shape_of(name), arguments, device)
         except UserError as error:
             sys.exit(f"error: {error}")
         gc.collect()  # the model, before the next one
-        show(name, found, extrapolated=name != "tiny")
+        print_step(name, found, extrapolated=name != "tiny")
         figures["shapes"][name] = found
         if arguments.json is not None:  # after each model: a machine may be taken back
             write_json(arguments.json, figures)

@@ -22,7 +22,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from data.paths import write_json
 from scripts.bench.released import LAYER, eager_copy, released_tokens
 from scripts.common.timing import alternating, best_device, count, peak_memory, where, writable
-from vzip.reducers.base import Reduction
+from vzip.reducers.base import ReducerOutput
 from vzip.reducers.visionzip import VisionZip
 from vzip.tap import run_tower
 
@@ -52,18 +52,18 @@ def make_tower(architecture: dict[str, int], *, device: torch.device, dtype: tor
 
 
 @torch.no_grad()
-def reduce_ours(tower: nn.Module, pixel_values: Tensor, reducer: VisionZip = REDUCER) -> Reduction:
+def reduce_ours(tower: nn.Module, pixel_values: Tensor, reducer: VisionZip = REDUCER) -> ReducerOutput:
     """float[B, 3, height, width] behind the tower and the reducer, as an attached model runs them."""
     return reducer(run_tower(tower, pixel_values, feature_layer=LAYER, num_dropped=1, attention_layer=LAYER))
 
 
 @torch.no_grad()
-def reduce_released(tower: nn.Module, pixel_values: Tensor, reducer: VisionZip = REDUCER) -> Reduction:
+def reduce_released(tower: nn.Module, pixel_values: Tensor, reducer: VisionZip = REDUCER) -> ReducerOutput:
     """The same with an `eager_copy`, the released code's way."""
     return reducer(released_tokens(tower, pixel_values))
 
 
-def share_in_common(one: Reduction, other: Reduction) -> float:
+def share_in_common(one: ReducerOutput, other: ReducerOutput) -> float:
     """Of the kept and merged-into tokens of all pictures: 1 where both ways have the same ones."""
     pairs = zip(
         torch.cat([one.dominant, one.contextual], dim=1).tolist(),
@@ -73,14 +73,14 @@ def share_in_common(one: Reduction, other: Reduction) -> float:
     return statistics.mean(len(set(a) & set(b)) / len(a) for a, b in pairs)
 
 
-def measure(tower: nn.Module, *, batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
+def measure_tower(tower: nn.Module, *, batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
     """Figures of one batch size. Exits where float32 does not give the same tokens both ways."""
     config: Any = tower.config
     pixels = torch.randn(
         batch, 3, config.image_size, config.image_size, device=device, dtype=next(tower.parameters()).dtype
     )
     eager, made, peaks = eager_copy(tower), {}, {}
-    works: dict[str, Callable[[], Reduction]] = {
+    works: dict[str, Callable[[], ReducerOutput]] = {
         "released": lambda: reduce_released(eager, pixels),
         "ours": lambda: reduce_ours(tower, pixels),
     }
@@ -108,7 +108,7 @@ def measure(tower: nn.Module, *, batch: int, rounds: int, device: torch.device) 
     }
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def print_tower(rows: list[dict[str, Any]]) -> None:
     """Print the table."""
     table = Table(title="vision tower + reducer, CLIP ViT-L/14-336, 54 + 10 tokens", title_justify="left")
     for column in (
@@ -170,9 +170,10 @@ def main() -> None:
         )
         reduce_released(eager_copy(tower), first)  # libraries set themselves up, which would count as memory
         rows += [
-            measure(tower, batch=batch, rounds=arguments.rounds, device=device) for batch in arguments.batch
+            measure_tower(tower, batch=batch, rounds=arguments.rounds, device=device)
+            for batch in arguments.batch
         ]
-    show(rows)
+    print_tower(rows)
     if arguments.json is not None:
         write_json(arguments.json, {"where": machine, "rows": rows})
 

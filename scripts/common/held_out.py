@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from data.conversations import Row
+from data.conversations import Conversation
 from data.paths import write_json
 from train import config
 from train.evaluate import Evaluator
@@ -37,7 +37,7 @@ def settings_of(run: Path) -> DictConfig:
     return cfg
 
 
-def with_pictures(run: Path) -> list[tuple[Row, Path]]:
+def with_pictures(run: Path) -> list[tuple[Conversation, Path]]:
     """The held-out rows of a run that have a picture, each with the path of its first one; none where it asks no questions.
 
     Raises:
@@ -51,7 +51,7 @@ def with_pictures(run: Path) -> list[tuple[Row, Path]]:
     return [(row, folder / row.images[0]) for row in held_out_rows(cfg) if row.images]
 
 
-def held_out_with_pictures(run: Path) -> list[tuple[Row, Path]]:
+def held_out_with_pictures(run: Path) -> list[tuple[Conversation, Path]]:
     """`with_pictures`, of which there are some.
 
     Raises:
@@ -122,7 +122,7 @@ def free_row(
         _Engine(comparison.family),
         _Answers(folder),
         comparison.processor,
-        config.build(cfg.model.template),
+        config.instantiate_target(cfg.model.template),
     )
     (row,) = evaluator.rows(name, [reducer])
     return row

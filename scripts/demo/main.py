@@ -18,8 +18,8 @@ from starlette.middleware import Middleware
 
 from data.fetch.pictures import open_picture
 from scripts.common.timing import count
-from scripts.demo.page import STYLE, Example, NoOtherHosts, Page, gr
-from scripts.demo.sessions import Rows
+from scripts.demo.page import STYLE, ExamplePicture, NoOtherHosts, Page, gr
+from scripts.demo.sessions import SharedModel
 from train import config
 from vzip import Comparison, UserError
 from vzip.templates import encode as templates
@@ -49,7 +49,7 @@ def free_port(host: str, port: int) -> int:
         ) from error
 
 
-def held_out_examples(run: Path) -> list[Example]:
+def held_out_examples(run: Path) -> list[ExamplePicture]:
     """The first pictures that a run was evaluated with, those that can still be opened, each with a question about it."""
     settings, answers = run / "config.yaml", run / "answers_full.json"
     if not (settings.is_file() and answers.is_file()):
@@ -58,16 +58,16 @@ def held_out_examples(run: Path) -> list[Example]:
     questions: dict[str, str] = {}
     for given in json.loads(answers.read_text()):
         questions.setdefault(given["image"], given["question"].replace(templates.IMAGE, "").strip())
-    found: list[Example] = []
+    found: list[ExamplePicture] = []
     for image, question in questions.items():
         if len(found) == NUM_EXAMPLES:
             break
         with suppress(OSError, ValueError):  # gone, damaged, a video, or none at all
-            found.append(Example(open_picture(folder / image), question))
+            found.append(ExamplePicture(open_picture(folder / image), question))
     return found
 
 
-def open_rows(source: str, *, base: str | None, template: str | None, max_new_tokens: int) -> Rows:
+def open_rows(source: str, *, base: str | None, template: str | None, max_new_tokens: int) -> SharedModel:
     """Raises UserError for what is neither a finished run nor a model, or a model that nobody knows how to ask."""
     comparison = Comparison.open(source, base=base)
     if template is not None:
@@ -79,10 +79,10 @@ def open_rows(source: str, *, base: str | None, template: str | None, max_new_to
             f"{source} has no chat template; say how it is to be asked: --template vicuna (LLaVA-1.5, LLaVA-NeXT with Vicuna), "
             f"mistral, or chatml (Qwen2, SmolLM2)"
         )
-    return Rows(comparison, max_new_tokens=max_new_tokens)
+    return SharedModel(comparison, max_new_tokens=max_new_tokens)
 
 
-def title_of(source: str, rows: Rows) -> str:
+def title_of(source: str, rows: SharedModel) -> str:
     """Markdown that says what answers here."""
     model, reducer = rows.comparison.family.model, rows.reducer(rows.budget)
     tuned = f", tuned for a budget of {' or '.join(map(str, rows.tuned))}" if rows.tuned else ""

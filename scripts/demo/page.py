@@ -12,8 +12,8 @@ import gradio as gr
 from PIL import Image
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from scripts.demo.sessions import Conversation, Rows
-from scripts.demo.show import as_figures, as_messages, describe, open_upload
+from scripts.demo.sessions import Session, SharedModel
+from scripts.demo.show import as_figures, as_messages, describe_tokens, open_upload
 from vzip import UserError
 from vzip.overlay import attention_map, kept_tokens, merged_tokens
 
@@ -63,7 +63,7 @@ class NoOtherHosts:
 
 
 @dataclass(frozen=True)
-class Example:
+class ExamplePicture:
     """A held-out picture with a question about it."""
 
     picture: Image.Image
@@ -79,7 +79,7 @@ class Page:
         examples: offered beside the upload.
     """
 
-    def __init__(self, rows: Rows, *, title: str, examples: Sequence[Example]) -> None:
+    def __init__(self, rows: SharedModel, *, title: str, examples: Sequence[ExamplePicture]) -> None:
         self.rows, self.examples = rows, examples
         with gr.Blocks(title="vzip", analytics_enabled=False, delete_cache=(600, 3600)) as self.blocks:
             self.conversation = gr.State(None, time_to_live=3600)
@@ -175,7 +175,7 @@ class Page:
                 )
                 self.figures[name] = gr.Markdown(elem_id=f"figures-{name}", elem_classes="figures")
 
-    def _title(self, name: str, conversation: Conversation | None) -> str:
+    def _title(self, name: str, conversation: Session | None) -> str:
         """What stands above a row's answers."""
         if conversation is None:
             return f"**{name}**: {PROJECTORS[name]}"
@@ -210,16 +210,16 @@ class Page:
         """A new conversation, and what is seen of its picture."""
         budget = self.rows.nearest(wanted)
         seen = self.rows.look(picture, budget)
-        conversation = Conversation(self.rows, picture, budget)
+        conversation = Session(self.rows, picture, budget)
         drawn = [draw(seen.tile, side=SIDE) for draw in DRAWINGS.values()]
         return {
             self.message: "",
-            self.summary: describe(seen),
+            self.summary: describe_tokens(seen),
             **dict(zip(self.drawings, drawn, strict=True)),
             **self._turns(conversation),
         }
 
-    def _turns(self, conversation: Conversation | None) -> dict[Any, Any]:
+    def _turns(self, conversation: Session | None) -> dict[Any, Any]:
         shown: dict[Any, Any] = {self.conversation: conversation, self.hint: ""}
         for name in self.rows.names:
             turns = conversation.turns[name] if conversation else []
@@ -250,15 +250,15 @@ class Page:
         empty: dict[Any, Any] = dict.fromkeys([self.picture, *self.drawings])
         return {self.message: "", self.summary: NO_PICTURE, **empty, **self._turns(None)}
 
-    def rebudget(self, conversation: Conversation | None, budget: float) -> dict[Any, Any]:
+    def rebudget(self, conversation: Session | None, budget: float) -> dict[Any, Any]:
         """The budget is another one: other tokens, and so another conversation."""
         return self._begun(conversation.picture, budget) if conversation else {self.message: ""}
 
-    def restart(self, conversation: Conversation | None) -> dict[Any, Any]:
+    def restart(self, conversation: Session | None) -> dict[Any, Any]:
         """Forget the turns."""
         return self._turns(conversation.restart() if conversation else None)
 
-    def ask(self, conversation: Conversation | None, question: str) -> Iterator[dict[Any, Any]]:
+    def ask(self, conversation: Session | None, question: str) -> Iterator[dict[Any, Any]]:
         """Ask all rows, one after the other, so that each is timed alone."""
         if conversation is None or not question.strip():
             yield {

@@ -42,7 +42,7 @@ class Seen:
     """The same in the row `full`."""
 
 
-class Rows:
+class SharedModel:
     """What can be asked of a comparison, by any number of conversations.
 
     Args:
@@ -129,17 +129,17 @@ class Rows:
 
     def warm_up(self) -> None:
         """Ask once in each row, so that no row's first answer pays for what libraries do when they first run."""
-        conversation = Conversation(self, Image.new("RGB", (64, 64)), self.budget)
+        conversation = Session(self, Image.new("RGB", (64, 64)), self.budget)
         for name in conversation.open_rows:
             for _ in zip(range(3), conversation.ask(name, "What is this?"), strict=False):
                 pass
 
 
 @dataclass(eq=False)  # the page keeps it as it is, one a visitor
-class Conversation:
+class Session:
     """Questions about one picture at one budget, each row with its own cache."""
 
-    rows: Rows
+    rows: SharedModel
     picture: Image.Image
     budget: int
     turns: dict[str, list[Turn]] = field(init=False)
@@ -165,9 +165,9 @@ class Conversation:
         """Those that can be asked."""
         return [name for name in self.rows.names if not self.closed(name)]
 
-    def restart(self) -> "Conversation":
+    def restart(self) -> "Session":
         """A new one about the same picture."""
-        return Conversation(self.rows, self.picture, self.budget)
+        return Session(self.rows, self.picture, self.budget)
 
     def ask(self, name: str, question: str) -> Iterator[Turn]:
         """The turn as its answer grows. A question that is refused is a turn that says so."""

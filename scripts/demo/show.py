@@ -31,7 +31,7 @@ def open_upload(path: str) -> Image.Image:
         raise UserError(f"This file is no picture that can be read; choose another one ({kinds}).") from error
 
 
-def describe(seen: Seen) -> str:
+def describe_tokens(seen: Seen) -> str:
     """What the drawings show, in numbers, as Markdown."""
     tile = seen.tile
     share = tile.saliency.flatten()[tile.dominant].sum() / tile.saliency.sum()

@@ -65,7 +65,7 @@ def _make(folder: Path, requirements: Path) -> None:
         )
 
 
-def environment(folder: Path = FOLDER, *, requirements: Path = REQUIREMENTS) -> Path:
+def eval_python(folder: Path = FOLDER, *, requirements: Path = REQUIREMENTS) -> Path:
     """The Python of the environment, which is made where it is missing, or was made of other requirements.
 
     Raises:

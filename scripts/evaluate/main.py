@@ -26,10 +26,10 @@ from huggingface_hub import constants
 
 from data.paths import write_json
 from scripts.common.timing import count
-from scripts.evaluate.environment import environment
-from scripts.evaluate.questions import questions_of
-from scripts.evaluate.table import print_table, table_of
-from scripts.evaluate.target import Row, subject_of
+from scripts.evaluate.environment import eval_python
+from scripts.evaluate.questions import write_questions
+from scripts.evaluate.table import print_scores, table_of
+from scripts.evaluate.target import EvaluationSetting, subject_of
 from scripts.evaluate.tasks import BY_NAME, FAILED, PAPER, TASK, published_rows
 from train.config import exit_on_user_error
 from vzip import UserError
@@ -94,13 +94,18 @@ def tasks_to_run(named: str | None, *, online: bool) -> tuple[list[str], list[st
 def questions_to_ask(run: Path | None) -> tuple[Path | None, list[str]]:
     """(folder of the held-out questions, why they are left out)."""
     try:
-        return questions_of(run), []
+        return write_questions(run), []
     except UserError as error:
         return None, [f"{TASK} is left out: {error}"]
 
 
 def cells_of(
-    rows: Sequence[Row], tasks: Sequence[str], *, questions: Path | None, folder: Path, stamp: dict[str, Any]
+    rows: Sequence[EvaluationSetting],
+    tasks: Sequence[str],
+    *,
+    questions: Path | None,
+    folder: Path,
+    stamp: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """What the harness is to run, the held-out questions, where there are some, and the tasks, with the file of each.
 
@@ -135,7 +140,7 @@ def run_harness(job: dict[str, Any], *, processes: int, online: bool) -> int:
 
     Of several processes, one that a task fails in takes the others with it: they are started again for the cells behind.
     """
-    command, variables = harness_command(environment(), processes=processes), dict(os.environ)
+    command, variables = harness_command(eval_python(), processes=processes), dict(os.environ)
     if not online:
         variables["HF_HUB_OFFLINE"] = "1"  # or everything that is looked for is asked for again and again
     if processes > 1 and not torch.cuda.is_available():
@@ -151,7 +156,7 @@ def run_harness(job: dict[str, Any], *, processes: int, online: bool) -> int:
     return code
 
 
-def parse() -> argparse.Namespace:
+def parse_eval_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -189,7 +194,7 @@ def processes_of(arguments: argparse.Namespace) -> int:
 
 @exit_on_user_error
 def main() -> None:
-    arguments = parse()
+    arguments = parse_eval_arguments()
     processes = processes_of(arguments)
     subject = subject_of(arguments)
     online = hub_answers()
@@ -228,7 +233,7 @@ def main() -> None:
             subject.folder / "results.json", {"source": arguments.source, "limit": arguments.limit, **table}
         )
         part = f", the first {arguments.limit} questions of each task" if arguments.limit else ""
-        print_table(table, title=arguments.source + part)
+        print_scores(table, title=arguments.source + part)
     if code == 2:  # the harness has said what to change
         sys.exit(code)
     if lacking := [f"{cell['name']}: {cell['task']}" for cell in cells if finished(cell) is None]:

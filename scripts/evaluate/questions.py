@@ -11,9 +11,9 @@ import datasets
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from data.conversations import Row
+from data.conversations import Conversation
 from data.fetch.videos import read_frames
-from data.paths import data_dir, write_json, atomic_write
+from data.paths import atomic_write, data_dir, write_json
 from scripts.common.timing import ROOT
 from scripts.evaluate.tasks import TASK
 from train import config
@@ -36,7 +36,7 @@ FEATURES = datasets.Features(
 [[question, answer], ...]; the question, with its placeholders; the true answer; the question's type."""
 
 
-def _settings(run: Path | None) -> DictConfig:
+def _run_config(run: Path | None) -> DictConfig:
     """Those of a run that has held-out questions, else the embedded default's. Raises UserError if the questions are gone."""
     config.register()
     own = OmegaConf.load(run / "config.yaml") if run is not None and (run / "config.yaml").is_file() else None
@@ -56,7 +56,7 @@ def _png(frame: Any) -> dict[str, Any]:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def _documents(row: Row, folder: Path, num_frames: int) -> Iterator[dict[str, Any]]:
+def _documents(row: Conversation, folder: Path, num_frames: int) -> Iterator[dict[str, Any]]:
     """The questions of a conversation, each with the turns before it and the media up to it, as train/evaluate.py asks them."""
     images = [{"bytes": (folder / path).read_bytes(), "path": None} for path in row.images]
     videos = [[_png(frame) for frame in read_frames(folder / path, num_frames)] for path in row.videos]
@@ -84,7 +84,7 @@ def _task(cfg: DictConfig, folder: Path, documents: Sequence[dict[str, Any]]) ->
     }
 
 
-def questions_of(run: Path | None) -> Path:
+def write_questions(run: Path | None) -> Path:
     """The held-out questions of a run, or, where it has none, or without a run, those of the embedded default.
 
     Returns:
@@ -93,7 +93,7 @@ def questions_of(run: Path | None) -> Path:
     Raises:
         UserError: their data is not there: not any more, or the embedded default was never prepared.
     """
-    cfg = _settings(run)
+    cfg = _run_config(run)
     images, documents = Path(cfg.data.image_folder).expanduser(), list[dict[str, Any]]()
     for row in held_out_rows(cfg):
         documents += _documents(row, images, cfg.model.get("num_frames", 1))

@@ -71,7 +71,7 @@ def _text(row: Mapping[str, Any], column: str) -> str:
     return f"{row['scores'][column]:.1f}" + ("" if share is None else f" ({share:.0f}%)")
 
 
-def print_table(table: Mapping[str, Any], *, title: str) -> None:
+def print_scores(table: Mapping[str, Any], *, title: str) -> None:
     """Print lmms-eval's tables, and ours."""
     console = Console()
     for name, text in table["tables"].items():

@@ -31,7 +31,7 @@ LARGE = 2**28
 
 
 @dataclass(frozen=True)
-class Row:
+class EvaluationSetting:
     """A row of the table."""
 
     name: str
@@ -39,20 +39,22 @@ class Row:
     budget: int | None
 
 
-def _named(row: str, budgets: Sequence[int | None]) -> list[Row]:
-    return [Row(row if len(budgets) == 1 else f"{row}-{budget}", row, budget) for budget in budgets]
+def _config_name(row: str, budgets: Sequence[int | None]) -> list[EvaluationSetting]:
+    return [
+        EvaluationSetting(row if len(budgets) == 1 else f"{row}-{budget}", row, budget) for budget in budgets
+    ]
 
 
-def rows_of_run(run: Path) -> list[Row]:
+def rows_of_run(run: Path) -> list[EvaluationSetting]:
     """Raises UserError for a folder that is no finished run."""
     meta = read_finished(run)
     reducers = reducers_of(meta)
-    rows, start = _named("tuned", list(reducers)), meta["base"].get("projector")
+    rows, start = _config_name("tuned", list(reducers)), meta["base"].get("projector")
     if start is not None and not Path(start).is_file():
         print(f"rows full and free are left out: {start}, from which training started, is no longer there")
         return rows
-    free = [] if isinstance(next(iter(reducers.values())), Identity) else _named("free", list(reducers))
-    return [Row("full", "full", None), *free, *rows]
+    free = [] if isinstance(next(iter(reducers.values())), Identity) else _config_name("free", list(reducers))
+    return [EvaluationSetting("full", "full", None), *free, *rows]
 
 
 def digest(paths: Iterable[Path]) -> str:
@@ -66,10 +68,10 @@ def digest(paths: Iterable[Path]) -> str:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Target:
     """What is evaluated."""
 
-    rows: list[Row]
+    rows: list[EvaluationSetting]
     folder: Path
     run: Path | None
     batch_size: int
@@ -87,20 +89,20 @@ def recipe_template(model: str) -> dict[str, Any] | None:
     for path in sorted((ROOT / "configs" / "model").glob("*.yaml")):
         own = OmegaConf.load(path).model
         if own.id == model:
-            return asdict(config.build(own.template))
+            return asdict(config.instantiate_target(own.template))
     return None
 
 
-def _of_model(arguments: argparse.Namespace, export: Path | None) -> Subject:
+def _of_model(arguments: argparse.Namespace, export: Path | None) -> Target:
     """An export, which has the row tuned alone; or a base model. Raises UserError for budgets that do not go with it."""
     source = str(arguments.source)
     if export is not None:
         meta = read_meta(export)
-        rows, names = _named("tuned", list(reducers_of(meta))), [meta["base"]["id"]]
+        rows, names = _config_name("tuned", list(reducers_of(meta))), [meta["base"]["id"]]
     elif arguments.budget:
         rows = [
-            Row("full", "full", None),
-            *(Row(f"free-{budget}", "free", budget) for budget in arguments.budget),
+            EvaluationSetting("full", "full", None),
+            *(EvaluationSetting(f"free-{budget}", "free", budget) for budget in arguments.budget),
         ]
         names = [source]
     else:
@@ -115,10 +117,10 @@ def _of_model(arguments: argparse.Namespace, export: Path | None) -> Subject:
     )
     model = digest(files) if Path(source).is_dir() else source
     template = recipe_template(source) if export is None else None
-    return Subject(rows, folder, None, arguments.batch_size or BATCH, model, names, template)
+    return Target(rows, folder, None, arguments.batch_size or BATCH, model, names, template)
 
 
-def subject_of(arguments: argparse.Namespace) -> Subject:
+def subject_of(arguments: argparse.Namespace) -> Target:
     """Raises UserError for a folder that is neither a finished run nor a model, and for budgets that do not go with it."""
     run = locate(arguments.source)
     if run is not None and arguments.budget:
@@ -132,4 +134,4 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
     batch = arguments.batch_size or OmegaConf.select(cfg, "evaluate.batch", default=BATCH)
     names = [OmegaConf.select(cfg, "model.name"), read_meta(run)["base"]["id"]]
     model = digest([run / WEIGHTS, run / META, *sorted((run / ADAPTER).glob("*"))])
-    return Subject(rows, arguments.out or run / "eval", run, batch, model, names)
+    return Target(rows, arguments.out or run / "eval", run, batch, model, names)

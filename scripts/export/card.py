@@ -114,7 +114,7 @@ def _use_peft(meta: dict[str, Any], name: str) -> str:
     )
 
 
-def _scores(run: Path) -> str:
+def _score_lines(run: Path) -> str:
     path = run / "result.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     if not rows:
@@ -140,7 +140,7 @@ def _data(run: Path, meta: dict[str, Any]) -> str:
     )
 
 
-def _settings(run: Path) -> str:
+def _setting_lines(run: Path) -> str:
     path = run / "config.yaml"
     if not path.is_file():
         return "Not recorded."
@@ -178,9 +178,9 @@ def model_card(run: Path, folder: Path, *, to: str, base: str) -> str:
             _front_matter(base, to) + f"# {name}, tuned behind a token reducer",
             f"What was tuned belongs to the base model `{name}` and to the reducer {reducers}.",
             f"## Use\n\n{use[to]()}",
-            f"## Scores\n\n{_scores(run)}",
+            f"## Scores\n\n{_score_lines(run)}",
             f"## Data\n\n{_data(run, meta)}",
-            f"## Settings\n\n{_settings(run)}",
+            f"## Settings\n\n{_setting_lines(run)}",
             f"## Licences\n\n{licences} The code that made it, `vzip`, is under {CODE_LICENCE}.\n",
         ]
     )

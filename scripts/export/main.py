@@ -22,7 +22,7 @@ from vzip.runs.projector import read_meta
 FORMATS = ("hf", "llava", "peft")
 
 
-def refuse_target(target: Path, *, force: bool) -> None:
+def check_target(target: Path, *, force: bool) -> None:
     """Raises UserError for a place that has something already; an older export may be replaced."""
     if not target.exists():
         return
@@ -77,7 +77,7 @@ def export(args: argparse.Namespace) -> Path:
     if args.to != "hf" and (args.copy or args.budget is not None):
         raise UserError(f"--copy and --budget are of TO=hf, not of TO={args.to}: leave them out")
     base = args.base or read_meta(run)["base"]["id"]
-    refuse_target(target, force=args.force)
+    check_target(target, force=args.force)
     try:
         with written_beside(target) as folder:
             if args.to == "hf":

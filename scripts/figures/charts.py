@@ -62,7 +62,9 @@ def _range(values: Sequence[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def attention_maps(numbers: Mapping[str, Any], drawn: Sequence[tuple[Image.Image, Image.Image]]) -> Figure:
+def draw_attention_maps(
+    numbers: Mapping[str, Any], drawn: Sequence[tuple[Image.Image, Image.Image]]
+) -> Figure:
     """(picture, attention map) of each picture, side by side."""
     columns = min(2, len(drawn))
     rows = -(-len(drawn) // columns)
@@ -97,7 +99,7 @@ def layers_seen(shares: Sequence[float]) -> str:
     return f"Attention is {first}{most}{last}"
 
 
-def top_share(numbers: Mapping[str, Any]) -> Figure:
+def draw_top_share(numbers: Mapping[str, Any]) -> Figure:
     """The share of the attention that the top k patches hold, by layer, a line for each k."""
     figure = _figure(8.8, 4.8)
     axes = figure.subplots()
@@ -136,7 +138,7 @@ def top_share(numbers: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def softmax_gradient(numbers: Mapping[str, Any]) -> Figure:
+def draw_softmax_gradient(numbers: Mapping[str, Any]) -> Figure:
     """Above, the gradient against the attention weight; below, how many weights there are of each size."""
     figure = _figure(7, 5.6)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -171,7 +173,7 @@ def softmax_gradient(numbers: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def kept_tokens(numbers: Mapping[str, Any], drawn: Sequence[Sequence[Image.Image]]) -> Figure:
+def draw_kept_tokens(numbers: Mapping[str, Any], drawn: Sequence[Sequence[Image.Image]]) -> Figure:
     """One row a picture: the picture, then what is kept of it at each budget."""
     budgets = numbers["budgets"]
     figure = _figure(2.3 * (1 + len(budgets)) + 0.3, 2.35 * len(drawn) + 1.25)
@@ -223,7 +225,7 @@ def _draw_series(axes: Axes, points: Sequence[Mapping[str, Any]], name: str) -> 
     axes.scatter(*zip(*every, strict=True), color=colour, marker=marker, alpha=0.4, s=16)
 
 
-def recovery(numbers: Mapping[str, Any]) -> Figure:
+def draw_recovery(numbers: Mapping[str, Any]) -> Figure:
     """Score over visual tokens, one panel a kind of question: free, tuned and random, and the line of full."""
     kinds = numbers["kinds"]
     figure = _figure(1 + 3.9 * len(kinds), 4.6)
@@ -259,7 +261,7 @@ def change_seen(before: float, after: float) -> str:
     )
 
 
-def without_dominant(numbers: Mapping[str, Any]) -> Figure:
+def draw_without_dominant(numbers: Mapping[str, Any]) -> Figure:
     """Bars of free, and where it is known tuned, with both parts and without either; one panel a kind of question."""
     kinds, variants = numbers["kinds"], numbers["variants"]
     figure = _figure(1 + 4.1 * len(kinds), 4.4)

@@ -27,7 +27,7 @@ NUM_PICTURES = 16
 
 
 @dataclass(frozen=True)
-class Subject:
+class FigureInputs:
     """What is drawn: a model, the pictures it is shown, and, of a finished run, where it is."""
 
     comparison: Comparison
@@ -105,7 +105,7 @@ class Subject:
         return [share * family.budget_tiles for share in shares]
 
 
-def _opened(paths: Iterable[Path]) -> list[Image.Image]:
+def _open_pictures(paths: Iterable[Path]) -> list[Image.Image]:
     pictures = []
     for path in paths:
         try:
@@ -115,7 +115,7 @@ def _opened(paths: Iterable[Path]) -> list[Image.Image]:
     return pictures
 
 
-def make_subject(arguments: argparse.Namespace) -> Subject:
+def make_subject(arguments: argparse.Namespace) -> FigureInputs:
     """Raises UserError for what is neither a finished run nor a model, or has nothing to look at."""
     source = Path(arguments.source)
     run = source if (source / "config.yaml").is_file() else None
@@ -129,8 +129,8 @@ def make_subject(arguments: argparse.Namespace) -> Subject:
         arguments.pictures
         or list(dict.fromkeys(path for _, path in held_out_with_pictures(source)))[:NUM_PICTURES]
     )
-    return Subject(
-        pictures=_opened(paths),
+    return FigureInputs(
+        pictures=_open_pictures(paths),
         comparison=Comparison.open(arguments.source),
         folder=arguments.out or source / "figures",
         run=run,

@@ -24,12 +24,12 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from data.paths import write_json, atomic_write
+from data.paths import atomic_write, write_json
 from scripts.common.held_out import free_row
 from scripts.common.timing import count, output
 from scripts.figures import charts
 from scripts.figures.attention import num_holding, softmax_gradient, top_shares
-from scripts.figures.inputs import Subject, make_subject
+from scripts.figures.inputs import FigureInputs, make_subject
 from scripts.figures.scores import Score, comparable_scores, same_but_budget, score_of, without_a_part
 from train import config
 from vzip import UserError
@@ -46,7 +46,7 @@ MAX_KINDS = 3
 """Kinds of questions that have a panel each; of more, only "all" is shown."""
 
 
-def _attention_maps(subject: Subject) -> tuple[Figure, dict[str, Any]]:
+def _attention_maps(subject: FigureInputs) -> tuple[Figure, dict[str, Any]]:
     family, shown = subject.comparison.family, subject.pictures[:NUM_SHOWN]
     tiles = [
         look(family, subject.reducer, subject.comparison.processor.image_processor, picture)
@@ -63,10 +63,12 @@ def _attention_maps(subject: Subject) -> tuple[Figure, dict[str, Any]]:
             for shares in found
         ]
     }
-    return charts.attention_maps(numbers, [(tile.picture, attention_map(tile)) for tile in tiles]), numbers
+    return charts.draw_attention_maps(
+        numbers, [(tile.picture, attention_map(tile)) for tile in tiles]
+    ), numbers
 
 
-def _top_share(subject: Subject) -> tuple[Figure, dict[str, Any]]:
+def _top_share(subject: FigureInputs) -> tuple[Figure, dict[str, Any]]:
     about = subject.about
     num_patches = about["num_patches"]
     counts = [max(1, round(share * num_patches)) for share in TOPS]
@@ -77,15 +79,15 @@ def _top_share(subject: Subject) -> tuple[Figure, dict[str, Any]]:
         for top, shares in zip(counts, zip(*held, strict=True), strict=True)
     ]
     numbers = about | {"titled": TITLED, "lines": lines}
-    return charts.top_share(numbers), numbers
+    return charts.draw_top_share(numbers), numbers
 
 
-def _softmax_gradient(subject: Subject) -> tuple[Figure, dict[str, Any]]:
+def _softmax_gradient(subject: FigureInputs) -> tuple[Figure, dict[str, Any]]:
     numbers = subject.about | softmax_gradient(layer for _, layer in subject.attention)
-    return charts.softmax_gradient(numbers), numbers
+    return charts.draw_softmax_gradient(numbers), numbers
 
 
-def _kept_tokens(subject: Subject) -> tuple[Figure, dict[str, Any]]:
+def _kept_tokens(subject: FigureInputs) -> tuple[Figure, dict[str, Any]]:
     family, processor = subject.comparison.family, subject.comparison.processor
     drawn: list[list[Image.Image]] = [[] for _ in subject.pictures[:NUM_SHOWN]]
     budgets = []
@@ -99,10 +101,10 @@ def _kept_tokens(subject: Subject) -> tuple[Figure, dict[str, Any]]:
         parts = {"dominant": reducer.dominant, "contextual": reducer.contextual}
         budgets.append({"budget": budget, **parts, "attention": statistics.mean(held)})
     numbers = {"num_patches": family.num_patches, "has_cls": family.has_cls, "budgets": budgets}
-    return charts.kept_tokens(numbers, drawn), numbers
+    return charts.draw_kept_tokens(numbers, drawn), numbers
 
 
-def _scores(subject: Subject) -> list[Score]:
+def _run_scores(subject: FigureInputs) -> list[Score]:
     """Raises UserError where there is no finished run, or one that asked nothing."""
     if subject.run is None:
         raise UserError("this figure shows scores, which only a finished run has; give its folder")
@@ -113,7 +115,7 @@ def _scores(subject: Subject) -> list[Score]:
     return scores
 
 
-def _free(subject: Subject, reducer: VisionZip) -> Score:
+def _free(subject: FigureInputs, reducer: VisionZip) -> Score:
     """Asked here, on the run's held-out questions."""
     assert subject.run is not None
     name = f"free-{reducer.dominant}-{reducer.contextual}"
@@ -126,8 +128,8 @@ def _of_questions(scores: Sequence[Score]) -> dict[str, Any]:
     return {"kinds": kinds if len(kinds) <= MAX_KINDS else ["all"], "num_questions": scores[0].num_questions}
 
 
-def _recovery(subject: Subject) -> tuple[Figure, dict[str, Any]]:
-    scores = same_but_budget(_scores(subject), subject.reducer)
+def _recovery(subject: FigureInputs) -> tuple[Figure, dict[str, Any]]:
+    scores = same_but_budget(_run_scores(subject), subject.reducer)
     for budget in subject.budgets:
         reducer = subject.with_budget(budget)
         if not any(score.series == "free" and score.reducer == reducer for score in scores):
@@ -143,7 +145,7 @@ def _recovery(subject: Subject) -> tuple[Figure, dict[str, Any]]:
     names = ("series", "num_visual_tokens", "seed", "run", "metrics")
     points = [{name: getattr(score, name) for name in names} for score in scores]
     numbers = _of_questions(scores) | {"points": points}
-    return charts.recovery(numbers), numbers
+    return charts.draw_recovery(numbers), numbers
 
 
 def _mean(metrics: Iterable[Mapping[str, float]]) -> dict[str, float] | None:
@@ -152,8 +154,8 @@ def _mean(metrics: Iterable[Mapping[str, float]]) -> dict[str, float] | None:
     return {kind: statistics.mean(each[kind] for each in given) for kind in given[0]} if given else None
 
 
-def _without_dominant(subject: Subject) -> tuple[Figure, dict[str, Any]]:
-    scores, reducer = _scores(subject), subject.reducer
+def _without_dominant(subject: FigureInputs) -> tuple[Figure, dict[str, Any]]:
+    scores, reducer = _run_scores(subject), subject.reducer
     dominant, contextual = split_budget(reducer.dominant + reducer.contextual)
     variants = []
     for name, variant in without_a_part(replace(reducer, dominant=dominant, contextual=contextual)).items():
@@ -168,10 +170,10 @@ def _without_dominant(subject: Subject) -> tuple[Figure, dict[str, Any]]:
             {"name": name, "dominant": variant.dominant, "contextual": variant.contextual, **found}
         )
     numbers = _of_questions(scores) | {"variants": variants}
-    return charts.without_dominant(numbers), numbers
+    return charts.draw_without_dominant(numbers), numbers
 
 
-FIGURES: dict[str, Callable[[Subject], tuple[Figure, dict[str, Any]]]] = {
+FIGURES: dict[str, Callable[[FigureInputs], tuple[Figure, dict[str, Any]]]] = {
     "attention-maps": _attention_maps,
     "top-share": _top_share,
     "softmax-gradient": _softmax_gradient,
@@ -181,7 +183,7 @@ FIGURES: dict[str, Callable[[Subject], tuple[Figure, dict[str, Any]]]] = {
 }
 
 
-def draw(subject: Subject, name: str) -> Path:
+def draw_figures(subject: FigureInputs, name: str) -> Path:
     """Write NAME.png and NAME.json, each whole or not at all: the path of the PNG. Raises UserError as the figure does."""
     figure, numbers = FIGURES[name](subject)
     path = subject.folder / f"{name}.png"
@@ -216,7 +218,7 @@ def main() -> None:
     subject, made = make_subject(arguments), []
     for name in arguments.figures or FIGURES:
         try:
-            made.append(draw(subject, name))
+            made.append(draw_figures(subject, name))
             print(made[-1])
         except UserError as error:
             if arguments.figures:

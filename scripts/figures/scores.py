@@ -92,7 +92,7 @@ def _finished(run: Path) -> _Finished:
         return _Finished(
             measured_on=(meta["base"]["fingerprint"], meta["base"].get("projector"), *questions),
             recipe=_recipe(cfg),
-            scores=_scores(run, meta, result),
+            scores=_finished_scores(run, meta, result),
         )
     except UserError:
         raise
@@ -100,7 +100,7 @@ def _finished(run: Path) -> _Finished:
         raise UserError(f"{run} is no run of this version: {type(error).__name__} {error}") from error
 
 
-def _scores(run: Path, meta: dict[str, Any], result: dict[str, Any]) -> list[Score]:
+def _finished_scores(run: Path, meta: dict[str, Any], result: dict[str, Any]) -> list[Score]:
     reducers = reducers_of(meta)
     first = next(iter(reducers.values()))
     by_name: dict[str, tuple[str, Reducer]] = {"full": ("full", Identity())}

@@ -11,12 +11,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data.batches.media import Processed
-from data.cache.features import Layout, cache_settings, folder_of, rows_of
-from data.cache.make_features import FeatureMaker, rows_a_shard, write_features
+from data.cache.features import CacheLayout, cache_settings, folder_of, media_of_examples
+from data.cache.make_features import FeatureMaker, examples_per_shard, write_features
 from data.examples.prepare import prepare
 from train import config
 from train.checks import check
-from train.models import load_model
+from train.models import load_family
 from vzip.runs.projector import fingerprint
 
 
@@ -24,10 +24,10 @@ def cache_features(cfg: DictConfig) -> Path:
     """The folder of the whole cache; what a killed command made is not made again."""
     reducer, template, num_frames = (
         config.build_reducer(cfg),
-        config.build(cfg.model.template),
+        config.instantiate_target(cfg.model.template),
         cfg.model.get("num_frames", 1),
     )
-    family, processor = load_model(cfg)
+    family, processor = load_family(cfg)
     family.refuse_unfit(reducer)
     family.refuse_uncacheable(reducer)
     subset = prepare(config.selection(cfg))
@@ -38,10 +38,10 @@ def cache_features(cfg: DictConfig) -> Path:
         reducer,
         processor,
         base_fingerprint=fingerprint(family),
-        rows=rows_of(examples),
+        rows=media_of_examples(examples),
         num_frames=num_frames,
     )
-    layout = Layout(settings, len(examples), rows_a_shard(family, reducer, settings))
+    layout = CacheLayout(settings, len(examples), examples_per_shard(family, reducer, settings))
     family.model.to("cuda" if torch.cuda.is_available() else "cpu")
     maker = FeatureMaker(
         family, reducer, Processed(processor, family.without_weights(), reducer, num_frames=num_frames)

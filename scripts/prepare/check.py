@@ -8,11 +8,11 @@ from omegaconf import DictConfig
 
 from data.examples.prepare import prepare
 from data.paths import write_json
-from data.preflight.check import check_files, measure, refuse_faults, report
+from data.preflight.check import check_faults, check_files, measure_lengths, report
 from data.preflight.show import draw_report, print_report
 from train import config
 from train.checks import check
-from train.models import count_model, load_processor
+from train.models import count_model, load_unreduced_processor
 
 
 @hydra.main(config_path="../../configs", config_name="tune", version_base="1.3")
@@ -24,10 +24,13 @@ def main(cfg: DictConfig) -> None:
     subset = prepare(config.selection(cfg))
     if config.asks_questions(cfg):
         prepare(config.held_out(cfg))
-    template, tokenizer = config.build(cfg.model.template), load_processor(cfg).tokenizer
+    template, tokenizer = (
+        config.instantiate_target(cfg.model.template),
+        load_unreduced_processor(cfg).tokenizer,
+    )
     table = subset.examples(template, tokenizer, max_tokens=cfg.data.max_tokens).table
 
-    lengths = measure(table, family, reducer, num_frames=cfg.model.get("num_frames", 1))
+    lengths = measure_lengths(table, family, reducer, num_frames=cfg.model.get("num_frames", 1))
     files = check_files(table, subset.image_folder, seed=cfg.seed)
     found = report(
         lengths,
@@ -40,7 +43,7 @@ def main(cfg: DictConfig) -> None:
     draw_report(lengths, found, subset.folder / "check.png")
     print_report(found)
     print(f"{subset.folder}: check.json, check.png")
-    refuse_faults(found, subset.folder)
+    check_faults(found, subset.folder)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data.examples.prepare import MANIFEST, Subset, prepare
-from data.fetch.http import Client, Gone, Unreachable, fetch_file
-from data.fetch.sources import open_places
+from data.fetch.http import Client, NotFoundError, TransientError, fetch_file
+from data.fetch.sources import open_sources
 from train import config
 from train.checks import check
 from vzip import UserError
@@ -27,14 +27,14 @@ def fetch_instructions(address: str, path: Path) -> None:
         with FileLock(f"{path}.lock"):  # of two commands one fetches
             if not path.exists():
                 fetch_file(address, path, title=path.name)
-    except (Gone, Unreachable) as error:
+    except (NotFoundError, TransientError) as error:
         raise UserError(
             f"data.address={address} could not be fetched: {error}\nCheck the network, give another address, or put the file "
             f"at data.path={path}"
         ) from error
 
 
-def print_report(subset: Subset) -> None:
+def print_fetched(subset: Subset) -> None:
     """What was drawn and what was left out, by source."""
     manifest = subset.manifest
     left_out, replaced = Counter(), Counter()
@@ -64,9 +64,9 @@ def main(cfg: DictConfig) -> None:
     path, client = Path(cfg.data.path).expanduser(), Client()
     if not path.exists() and cfg.data.address:
         fetch_instructions(cfg.data.address, path)
-    places = open_places(cfg.data.pictures, client)
+    places = open_sources(cfg.data.pictures, client)
     for wanted in [config.selection(cfg), *([config.held_out(cfg)] if config.asks_questions(cfg) else [])]:
-        print_report(prepare(wanted, places=places, replace_unreachable=cfg.data.replace_unreachable))
+        print_fetched(prepare(wanted, places=places, replace_unreachable=cfg.data.replace_unreachable))
 
 
 if __name__ == "__main__":

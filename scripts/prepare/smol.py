@@ -40,7 +40,7 @@ from transformers import (
 
 from data.paths import data_dir
 from data.progress import progress
-from scripts.prepare.tiny import prepare as prepare_tiny
+from scripts.prepare.tiny import prepare_tiny as prepare_tiny
 from scripts.prepare.tiny import rename_token
 from train.config import exit_on_user_error
 from vzip import UserError
@@ -258,7 +258,7 @@ def write_split(questions: list[list[Any]], split: str, target: Path, *, held_ou
     target.write_text(json.dumps(rows, indent=0))
 
 
-def build(target: Path, wheels: Path) -> None:
+def build_smol(target: Path, wheels: Path) -> None:
     """Make everything in `target`."""
     steps = iter(progress(range(3), total=3, title="prepare", unit="part"))
     next(steps)
@@ -290,7 +290,7 @@ def main() -> None:
         )
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / "smol"
-        build(made, Path(scratch))
+        build_smol(made, Path(scratch))
         (made / done.name).write_text(json.dumps(stamp))
         shutil.rmtree(target, ignore_errors=True)
         made.rename(target)

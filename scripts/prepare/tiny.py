@@ -44,7 +44,7 @@ def rename_token(tokenizer: Any, old: str, new: str) -> Any:
         return AutoTokenizer.from_pretrained(scratch)
 
 
-def build(name: str, architecture: dict[str, Any], tokenizer: Any) -> Any:
+def build_tiny(name: str, architecture: dict[str, Any], tokenizer: Any) -> Any:
     """The processor of a tiny model."""
     if name == "next-tiny":
         images = LlavaNextImageProcessorPil(
@@ -72,7 +72,7 @@ def architectures() -> dict[str, dict[str, Any]]:
     return found
 
 
-def prepare(tokenizer_folder: Path, target: Path) -> None:
+def prepare_tiny(tokenizer_folder: Path, target: Path) -> None:
     """Write a folder for each tiny model below `target`, unless they are there as the configs have them now."""
     wanted, stamp = architectures(), target / "prepared.json"
     if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
@@ -80,6 +80,6 @@ def prepare(tokenizer_folder: Path, target: Path) -> None:
     tokenizer = rename_token(AutoTokenizer.from_pretrained(tokenizer_folder), VIDEO_TOKEN, "<video>")
     shutil.rmtree(target, ignore_errors=True)
     for name, architecture in wanted.items():
-        build(name, architecture, tokenizer).save_pretrained(target / name)
+        build_tiny(name, architecture, tokenizer).save_pretrained(target / name)
         (target / name / "config.json").write_text(json.dumps({"model_type": architecture["model_type"]}))
     stamp.write_text(json.dumps(wanted))

@@ -106,7 +106,7 @@ def test_a_file_composes_resolves_and_builds(path):
     assert config.run_name(cfg)
     built = [node for node in targets(cfg) if node is not cfg.model]
     assert len(built) == 2  # the reducer and the template
-    assert isinstance(config.build(cfg.model.template), Template)
+    assert isinstance(config.instantiate_target(cfg.model.template), Template)
     family, reducer = counted(cfg.model.name), config.build_reducer(cfg)
     family.refuse_unfit(reducer)
     assert 1 <= family.num_image_tokens(reducer) <= family.num_image_tokens(Identity())
@@ -237,7 +237,9 @@ def test_a_data_set_names_its_files_and_an_estimate(name):
 
 
 def test_every_adapter_on_disk_has_a_file():
-    reducers = {config.build(composed(f"reducer={name}").reducer).name for name in members("reducer")}
+    reducers = {
+        config.instantiate_target(composed(f"reducer={name}").reducer).name for name in members("reducer")
+    }
     assert reducers == set(names())
     assert {type(counted(name)) for name in members("model")} == set(families().values())
 

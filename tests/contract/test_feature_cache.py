@@ -8,7 +8,7 @@ import torch
 import vzip
 from data.batches.collate import Collator, Packer
 from data.batches.media import Processed
-from data.cache.features import Cached, Layout, cache_settings
+from data.cache.features import Cached, CacheLayout, cache_settings
 from data.cache.make_features import FeatureMaker, write_features
 from data.examples.tokens import kinds_of
 from tests.helpers import tiny
@@ -77,7 +77,7 @@ class Runs:
             num_frames=NUM_FRAMES,
         )
         media = Processed(processor(kind), self.seeing.without_weights(), reducer, num_frames=NUM_FRAMES)
-        layout = Layout(settings, len(self.examples), rows_a_shard)
+        layout = CacheLayout(settings, len(self.examples), rows_a_shard)
         write_features(
             folder / "cache",
             layout,

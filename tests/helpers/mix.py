@@ -11,8 +11,31 @@ from PIL import Image
 COUNTS = {"coco": 364_100, "vg": 86_417, "ocr_vqa": 80_000, "gqa": 72_140, "textvqa": 21_953, "text": 40_688}
 """Rows of the real mix by source; "text" are those without a picture."""
 WORDS = tuple(
-    "the a red car left right two people street sign says small dog near tree what where which is on of in".split()
-)  # noqa: SIM905
+    [
+        "the",
+        "a",
+        "red",
+        "car",
+        "left",
+        "right",
+        "two",
+        "people",
+        "street",
+        "sign",
+        "says",
+        "small",
+        "dog",
+        "near",
+        "tree",
+        "what",
+        "where",
+        "which",
+        "is",
+        "on",
+        "of",
+        "in",
+    ]
+)
 SHORT = "\nAnswer the question using a single word or phrase."
 
 

@@ -11,7 +11,7 @@ from email.utils import formatdate
 
 import pytest
 
-from data.fetch.http import Client, Gone, Unreachable, fetch_file
+from data.fetch.http import Client, NotFoundError, TransientError, fetch_file
 from tests.helpers.server import Server, client
 from vzip import UserError
 
@@ -58,7 +58,7 @@ def test_what_passes_is_tried_again(tmp_path, fault, part):
 @pytest.mark.parametrize("fault", ["drop", "truncate", "stall", "503", "429"])
 def test_what_does_not_pass_is_unreachable(tmp_path, fault):
     with serving(tmp_path, fault) as server:
-        with pytest.raises(Unreachable, match=rf"{server.url}/a.bin: .*given up after 3 attempts"):
+        with pytest.raises(TransientError, match=rf"{server.url}/a.bin: .*given up after 3 attempts"):
             client(**STALLED.get(fault, {})).get(f"{server.url}/a.bin")
         assert server.requests["/a.bin"] == 3
 
@@ -72,14 +72,14 @@ def test_nobody_there_and_no_such_host_are_unreachable(tmp_path):
     with serving(tmp_path) as server:
         url = server.url
     for address in (f"{url}/a.bin", "http://nowhere.invalid/a.bin"):
-        with pytest.raises(Unreachable, match=address):
+        with pytest.raises(TransientError, match=address):
             client(attempts=1).get(address)
 
 
 @pytest.mark.parametrize(("fault", "words"), [("404", "answered 404"), ("loop", "too many redirects")])
 def test_what_is_not_there_is_not_asked_for_again(tmp_path, fault, words):
     with serving(tmp_path, fault) as server:
-        with pytest.raises(Gone, match=words):
+        with pytest.raises(NotFoundError, match=words):
             client().get(f"{server.url}/a.bin")
         assert server.requests["/a.bin"] <= 7 and (fault == "loop" or server.requests["/a.bin"] == 1)
 
@@ -88,7 +88,7 @@ def test_what_is_not_there_is_not_asked_for_again(tmp_path, fault, words):
     "url", ["ftp://127.0.0.1/a", "file:///etc/hostname", "a.bin", "http://", "http://[", "http://a..b/"]
 )
 def test_what_is_no_web_address_is_gone(url):
-    with pytest.raises(Gone):
+    with pytest.raises(NotFoundError):
         client(attempts=1).get(url)
 
 
@@ -101,10 +101,10 @@ def test_redirects_are_followed_with_their_range(tmp_path):
 def test_a_server_that_sends_no_parts_is_told_apart(tmp_path):
     with serving(tmp_path, "whole", content=bytes(4_000_000)) as server:
         for ask in (lambda url: client().get(url, first=0, last=9), client().size):
-            with pytest.raises(Gone, match="sends no parts of files"):
+            with pytest.raises(NotFoundError, match="sends no parts of files"):
                 ask(f"{server.url}/a.bin")
         assert server.requests["/a.bin"] == 2
-        with pytest.raises(Gone, match="sends from byte 2 where 1"):
+        with pytest.raises(NotFoundError, match="sends from byte 2 where 1"):
             with Server(tmp_path, {"/a.bin": "shifted"}) as other:
                 client().get(f"{other.url}/a.bin", first=1, last=9)
 
@@ -112,7 +112,7 @@ def test_a_server_that_sends_no_parts_is_told_apart(tmp_path):
 @pytest.mark.parametrize("fault", [None, "short"])
 def test_more_than_a_picture_can_have_is_not_taken(tmp_path, fault):
     with serving(tmp_path, fault, content=bytes(1_000_000)) as server:
-        with pytest.raises(Gone, match=r"100,000"):
+        with pytest.raises(NotFoundError, match=r"100,000"):
             client(max_bytes=100_000).get(f"{server.url}/a.bin")
         assert server.requests["/a.bin"] == 1
 
@@ -120,7 +120,7 @@ def test_more_than_a_picture_can_have_is_not_taken(tmp_path, fault):
 def test_a_byte_now_and_then_is_not_waited_for_for_ever(tmp_path):
     with serving(tmp_path, "trickle", trickle_s=0.01) as server:
         start = time.monotonic()
-        with pytest.raises(Unreachable, match=r"only \d+ bytes came in 0.5 s"):
+        with pytest.raises(TransientError, match=r"only \d+ bytes came in 0.5 s"):
             client(total_s=0.5).get(f"{server.url}/a.bin")
         assert time.monotonic() - start < 30  # all of it would take 102
         assert server.requests["/a.bin"] == 1
@@ -138,7 +138,7 @@ def test_a_server_says_how_long_to_wait(tmp_path, fault, how):
     with serving(tmp_path, [fault], retry_after=asked) as server:
         start = time.monotonic()
         if how == "day":  # longer than this picture may take
-            with pytest.raises(Unreachable, match=fault):
+            with pytest.raises(TransientError, match=fault):
                 client(total_s=50).get(f"{server.url}/a.bin")
             assert server.requests["/a.bin"] == 1
         else:
@@ -148,10 +148,10 @@ def test_a_server_says_how_long_to_wait(tmp_path, fault, how):
 
 def test_waits_double_spread_and_end():
     here = Client()
-    waits = [[here.wait_s(failures, Unreachable("")) for _ in range(50)] for failures in (1, 2, 3, 20)]
+    waits = [[here.wait_s(failures, TransientError("")) for _ in range(50)] for failures in (1, 2, 3, 20)]
     assert all(0.5 <= wait <= 1.5 for wait in waits[0]) and all(2 <= wait <= 6 for wait in waits[2])
     assert len(set(waits[1])) > 10
-    assert set(waits[3]) == {60.0} and here.wait_s(1, Unreachable("", wait_s=7.5)) == 7.5
+    assert set(waits[3]) == {60.0} and here.wait_s(1, TransientError("", wait_s=7.5)) == 7.5
 
 
 def test_the_environments_proxy_is_used_but_for_hosts_without(tmp_path, monkeypatch):
@@ -159,7 +159,7 @@ def test_the_environments_proxy_is_used_but_for_hosts_without(tmp_path, monkeypa
         monkeypatch.setenv("http_proxy", proxy.url.replace("http://", "http://user:word@"))
         assert client().get("http://far.invalid/a.bin") == CONTENT
         monkeypatch.setenv("no_proxy", "far.invalid")
-        with pytest.raises(Unreachable):
+        with pytest.raises(TransientError):
             client(attempts=1).get("http://far.invalid/a.bin")
         assert proxy.requests["/a.bin"] == 1
     monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:1")
@@ -187,7 +187,7 @@ def test_a_file_is_fetched_and_goes_on_where_it_broke_off(tmp_path, faults):
 def test_a_later_command_asks_only_for_the_rest(tmp_path):
     target = tmp_path / "mine" / "b.bin"
     with serving(tmp_path, ["truncate", "503", "503"]) as server:
-        with pytest.raises(Unreachable, match=r"5,120 bytes are kept in .*b\.bin\.part"):
+        with pytest.raises(TransientError, match=r"5,120 bytes are kept in .*b\.bin\.part"):
             fetch(server, target)
         assert not target.exists()
         fetch(server, target)
@@ -207,7 +207,7 @@ def test_a_later_command_asks_only_for_the_rest(tmp_path):
 def test_it_starts_over_where_it_must(tmp_path, fault, changed, num_requests):
     target = tmp_path / "mine" / "b.bin"
     with serving(tmp_path, ["truncate", "404", fault]) as server:
-        with pytest.raises(Gone, match="404"):
+        with pytest.raises(NotFoundError, match="404"):
             fetch(server, target)
         (tmp_path / "a.bin").write_bytes(changed)
         fetch(server, target)
@@ -217,7 +217,7 @@ def test_it_starts_over_where_it_must(tmp_path, fault, changed, num_requests):
 def test_a_part_that_is_longer_than_the_file_is_thrown_away(tmp_path):
     target = tmp_path / "mine" / "b.bin"
     with serving(tmp_path, ["truncate", "404"]) as server:
-        with pytest.raises(Gone):
+        with pytest.raises(NotFoundError):
             fetch(server, target)
         with target.with_name("b.bin.part").open("ab") as part:
             part.write(bytes(20_000))
@@ -237,7 +237,7 @@ def test_a_part_of_which_nothing_is_known_is_thrown_away(tmp_path, about):
 def test_all_that_is_left_to_do_is_to_rename(tmp_path):
     target = tmp_path / "mine" / "b.bin"
     with serving(tmp_path, ["truncate", "404"]) as server:
-        with pytest.raises(Gone):
+        with pytest.raises(NotFoundError):
             fetch(server, target)
         target.with_name("b.bin.part").write_bytes(CONTENT)
         fetch(server, target)

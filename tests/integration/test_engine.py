@@ -18,7 +18,7 @@ from data.examples.prepare import Selection, prepare
 from tests.conftest import ROOT
 from tests.helpers import tiny
 from train import config
-from train.batches import lay_out
+from train.batches import make_batches
 from train.checkpoint import RunFolder
 from train.engine import Engine
 from train.losses import media_inputs
@@ -58,7 +58,7 @@ def engine_on(cfg, model, examples, *settings):
     trainable = make_trainable(family, cfg.tune)
     plan = BatchPlan(size=cfg.batch.size, world_size=1, num_steps=4, seed=0)
     collate = Collator(tiny.processor(), family, handle.reducer)
-    batches, loss = lay_out(cfg, family, trainable, [collate], examples, plan)
+    batches, loss = make_batches(cfg, family, trainable, [collate], examples, plan)
     return Engine(loss, trainable, cfg), batches, collate
 
 

@@ -8,8 +8,8 @@ import datasets
 import pytest
 
 from scripts.evaluate import main as evaluation
-from scripts.evaluate.environment import environment
-from scripts.evaluate.questions import questions_of
+from scripts.evaluate.environment import eval_python
+from scripts.evaluate.questions import write_questions
 from scripts.evaluate.tasks import TASK
 from tests.helpers import tiny
 from tests.helpers.commands import start, tune
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.integration
 def python():
     """lmms-eval's Python, which a package index is needed to make."""
     try:
-        return environment()
+        return eval_python()
     except UserError as error:
         pytest.skip(str(error))
 
@@ -186,7 +186,7 @@ def test_the_plugin_does_what_lmms_eval_expects(run, python, tmp_path):
         tmp_path,
         next(python.parent.parent.glob("lib/*/site-packages/lmms_eval/tasks/textvqa/textvqa_val.yaml")),
     )
-    command = [str(python), "-c", textwrap.dedent(SCRIPT), str(run), str(questions_of(run)), str(tmp_path)]
+    command = [str(python), "-c", textwrap.dedent(SCRIPT), str(run), str(write_questions(run)), str(tmp_path)]
     done = start(command, HF_HUB_OFFLINE="1")
     assert done.returncode == 0 and "all right" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "free" / "task.json").read_text())

@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.fetch.media import Checked, Ledger, bring
+from data.fetch.media import Checked, MediaIndex, fetch_media
 from data.fetch.pictures import open_picture
-from data.fetch.sources import open_places, place_of
+from data.fetch.sources import open_sources, parse_source
 from tests.helpers import tiny
 from tests.helpers.server import Server, client, seeded
 from vzip import UserError
@@ -58,10 +58,10 @@ class Run:
 
     def __init__(self, folder, *, read_s=30.0, **pictures):
         self.folder, self.path = folder / "images", folder / "checked.jsonl"
-        self.places = open_places(pictures, client(read_s=read_s))
+        self.places = open_sources(pictures, client(read_s=read_s))
 
     def bring(self, media, **options):
-        return bring(media, self.folder, places=self.places, ledger=Ledger(self.path), **options)
+        return fetch_media(media, self.folder, places=self.places, ledger=MediaIndex(self.path), **options)
 
     def lines(self):
         return [json.loads(line) for line in self.path.read_text().splitlines()]
@@ -91,7 +91,7 @@ def test_pictures_come_from_their_places_once(tmp_path):
         assert run.bring(media) == {}
         assert set(server.requests.values()) == {1} and len(server.requests) == 60
         assert len(run.lines()) == 60  # nothing was looked at twice
-    sizes = Ledger(run.path).sizes()
+    sizes = MediaIndex(run.path).sizes()
     assert sizes == {path: (8, 8 + number % 5) for number, (_, path, _) in enumerate(media)}
 
 
@@ -109,7 +109,7 @@ def test_only_the_subset_of_a_zip_file_at_an_address_comes(tmp_path):
     media = [("image", f"gqa/images/{number}.jpg", "gqa") for number in range(0, 400, 40)]
     with Server(tmp_path) as server:
         run = Run(tmp_path, gqa=[f"{server.url}/images.zip"])
-        assert run.bring(media) == {} and len(Ledger(run.path).sizes()) == 10
+        assert run.bring(media) == {} and len(MediaIndex(run.path).sizes()) == 10
         assert (
             server.sent["/images.zip"]
             < 128 * 1024 + 10 * 13_000
@@ -190,7 +190,7 @@ def test_the_traps_of_real_data(tmp_path, there):
         and "truncated" in reasons["truncated"]
     )
     assert reasons["gone"] == "missing" if there else "answered 404" in reasons["gone"]
-    assert Ledger(run.path).sizes() == {
+    assert MediaIndex(run.path).sizes() == {
         f"coco/{name}.jpg": (20, 10) if name == "sideways" else (10, 20) for name in GOOD
     }
     for name, content in GOOD.items():  # bytes stay as they came
@@ -382,7 +382,7 @@ def test_videos_are_looked_at_and_brought_too(tmp_path):
         faults = run.bring(media)
         assert set(faults) == {"coco/empty", "coco/text.mp4", "coco/gone.mp4"}
         assert "no frames" in faults["coco/empty"].reason
-    assert len(run.lines()) == 5 and Ledger(run.path).sizes() == {}
+    assert len(run.lines()) == 5 and MediaIndex(run.path).sizes() == {}
     assert (run.folder / "coco/clip.mp4").read_bytes() == moving()
 
 
@@ -478,7 +478,7 @@ def test_a_command_that_is_killed_goes_on(tmp_path):
         assert len(again) == 200 - len(there) and not {f"/train/{path.name}" for path in there} & set(again)
     leftover = f"coco/train/.{os.getppid()}-1.vzip-part"
     assert run.files() == {path for _, path, _ in media} | {leftover}
-    assert set(Ledger(run.path).sizes()) == {path for _, path, _ in media}
+    assert set(MediaIndex(run.path).sizes()) == {path for _, path, _ in media}
 
 
 def test_an_interrupted_command_ends_at_once(tmp_path):
@@ -486,7 +486,7 @@ def test_an_interrupted_command_ends_at_once(tmp_path):
     media, seen = publish(tmp_path / "published", 40), []
     plan = {f"/train/{number}.jpg": "stall" for number in range(20, 40)}
 
-    class Impatient(Ledger):
+    class Impatient(MediaIndex):
         def record(self, entry):
             super().record(entry)
             seen.append(entry)
@@ -494,10 +494,10 @@ def test_an_interrupted_command_ends_at_once(tmp_path):
                 raise KeyboardInterrupt
 
     with Server(tmp_path / "published", plan) as server:
-        places = {"coco": [place_of(server.url, client())]}
+        places = {"coco": [parse_source(server.url, client())]}
         start = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            bring(
+            fetch_media(
                 media,
                 tmp_path / "images",
                 places=places,
@@ -505,12 +505,12 @@ def test_an_interrupted_command_ends_at_once(tmp_path):
                 num_threads=8,
             )
         assert time.monotonic() - start < 15  # and not the 30 that an answer is waited for
-    assert len(Ledger(tmp_path / "checked.jsonl").sizes()) == 10
+    assert len(MediaIndex(tmp_path / "checked.jsonl").sizes()) == 10
 
 
 def test_a_ledger_keeps_what_it_was_told(tmp_path):
     path = tmp_path / "checked.jsonl"
-    ledger = Ledger(path)
+    ledger = MediaIndex(path)
     assert ledger.sizes() == {} and not path.exists()
     ledger.record(Checked("a\n.jpg", 10, 3, 4, "ab"))
     ledger.record(Checked("b.jpg", -1, fault="gone ü", final=False, tried=("http://x/",)))
@@ -518,17 +518,17 @@ def test_a_ledger_keeps_what_it_was_told(tmp_path):
         {"path": "a\n.jpg", "bytes": 10, "height": 3, "width": 4, "digest": "ab"},
         {"path": "b.jpg", "bytes": -1, "fault": "gone ü", "final": False, "tried": ["http://x/"]},
     ]
-    again = Ledger(path)
+    again = MediaIndex(path)
     assert again.sizes() == {"a\n.jpg": (3, 4)} and again._entries == ledger._entries
     again.record(Checked("a\n.jpg", 10, fault="now it is damaged"))
-    assert Ledger(path).sizes() == {}
+    assert MediaIndex(path).sizes() == {}
 
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_a_ledger_that_was_cut_or_mangled_loses_only_those_lines(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("ledger") / "checked.jsonl"
-    ledger = Ledger(path)
+    ledger = MediaIndex(path)
     for number in range(4):
         ledger.record(Checked(f"{number}.jpg", 10 + number, 5, 6))
     content = path.read_bytes()
@@ -542,10 +542,10 @@ def test_a_ledger_that_was_cut_or_mangled_loses_only_those_lines(tmp_path_factor
         )
         content, whole = b"".join(lines), 3
     path.write_bytes(content)
-    again = Ledger(path)
+    again = MediaIndex(path)
     assert len(again.sizes()) == whole
     again.record(Checked("new.jpg", 1, 2, 3))
-    assert Ledger(path).sizes() == again.sizes() and len(again.sizes()) == whole + 1
+    assert MediaIndex(path).sizes() == again.sizes() and len(again.sizes()) == whole + 1
 
 
 SEEDS = [*GOOD.values(), encoded("TIFF"), encoded("BMP", "P")]
@@ -573,6 +573,6 @@ def test_whatever_comes_is_a_good_picture_or_a_fault(tmp_path_factory, seed, num
         assert faults["coco/1.jpg"].final and faults["coco/1.jpg"].reason and run.files() == set()
     else:
         assert (
-            Ledger(run.path).sizes() == {"coco/1.jpg": open_picture(file).size[::-1]}
+            MediaIndex(run.path).sizes() == {"coco/1.jpg": open_picture(file).size[::-1]}
             and file.read_bytes() == content
         )

@@ -325,7 +325,7 @@ def test_a_tower_where_the_config_says_comes_first(tmp_path):
     far = tmp_path / "far" / "clip"
     save_tower(far, tiny.llava(seed=1))
     assert towers.find_clip(str(folder), str(far))[0] == str(far)
-    assert [str(place) for place in towers.tower_places("liuhaotian/llava-v1.5-7b", "openai/clip")] == [
+    assert [str(place) for place in towers.tower_locations("liuhaotian/llava-v1.5-7b", "openai/clip")] == [
         "openai/clip"
     ]
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.fetch.http import Gone, Unreachable
-from data.fetch.sources import Archive, open_places, place_of
+from data.fetch.http import NotFoundError, TransientError
+from data.fetch.sources import Archive, open_sources, parse_source
 from tests.helpers.server import Server, client
 from vzip import UserError
 
@@ -51,10 +51,10 @@ def test_a_base_address_is_that_of_the_source(tmp_path):
         (tmp_path / "zip" / name).write_bytes(name.encode())
     with Server(tmp_path) as server:
         for base in (f"{server.url}/zip", f"{server.url}/zip/", f"{server.url}/zip/?key=secret"):
-            place = place_of(base, QUICK)
+            place = parse_source(base, QUICK)
             assert [place.read(f"coco/{name}") for name in names] == [name.encode() for name in names]
         assert place.read("top.jpg") == b"top.jpg" and str(place).endswith("secret")
-        with pytest.raises(Gone, match=r"/zip/train2017/2\.jpg.*404"):
+        with pytest.raises(NotFoundError, match=r"/zip/train2017/2\.jpg.*404"):
             place.read("coco/train2017/2.jpg")
 
 
@@ -62,10 +62,10 @@ def test_a_base_address_is_that_of_the_source(tmp_path):
 def test_a_folder_may_be_that_of_all_pictures_or_lie_deep_below(tmp_path, below):
     (tmp_path / "coco" / "train2017").mkdir(parents=True)
     (tmp_path / "coco" / "train2017" / "1.jpg").write_bytes(b"one")
-    place = place_of(str(tmp_path / below), QUICK)
+    place = parse_source(str(tmp_path / below), QUICK)
     assert place.read("coco/train2017/1.jpg") == b"one"
     for path in ("coco/train2017/2.jpg", "coco/train2017"):
-        with pytest.raises(Gone, match=path):
+        with pytest.raises(NotFoundError, match=path):
             place.read(path)
 
 
@@ -74,7 +74,7 @@ def test_paths_that_leave_are_never_read(tmp_path, path):
     save_zip(tmp_path / "a.zip", ["a.jpg"])
     for entry in (tmp_path, tmp_path / "a.zip", "http://127.0.0.1:1/"):
         with pytest.raises(AssertionError):
-            place_of(str(entry), QUICK).read(path)
+            parse_source(str(entry), QUICK).read(path)
 
 
 METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]
@@ -83,7 +83,7 @@ METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]
 @pytest.mark.parametrize("method", METHODS)
 def test_members_of_a_zip_file_are_read_in_parallel(tmp_path, method):
     contents = save_zip(tmp_path / "a.zip", [f"images/{number}.jpg" for number in range(300)], method=method)
-    found = read_all(place_of(str(tmp_path / "a.zip"), QUICK), [f"gqa/{name}" for name in contents])
+    found = read_all(parse_source(str(tmp_path / "a.zip"), QUICK), [f"gqa/{name}" for name in contents])
     assert found == {f"gqa/{name}": content for name, content in contents.items()}
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
 
@@ -93,7 +93,7 @@ def test_of_a_zip_file_at_an_address_only_the_wanted_members_come(tmp_path, meth
     names = [f"images/{number}.jpg" for number in range(600)]
     contents = save_zip(tmp_path / "a.zip", names, method=method, num_bytes=20_000)
     with Server(tmp_path, delay_s=0.002) as server:
-        place = place_of(f"{server.url}/a.zip?download=true", QUICK)
+        place = parse_source(f"{server.url}/a.zip?download=true", QUICK)
         wanted = names[::60]
         assert read_all(place, [f"gqa/{name}" for name in wanted]) == {
             f"gqa/{name}": contents[name] for name in wanted
@@ -111,7 +111,7 @@ def test_a_directory_that_is_longer_than_what_is_read_first(tmp_path, monkeypatc
     contents = save_zip(tmp_path / "a.zip", names, num_bytes=10)
     monkeypatch.setattr("data.fetch.sources.BLOCK", 50_000)
     with Server(tmp_path) as server:
-        place = place_of(f"{server.url}/a.zip", QUICK)
+        place = parse_source(f"{server.url}/a.zip", QUICK)
         assert place.read(f"gqa/{names[7]}") == contents[names[7]]
         assert 4 <= server.requests["/a.zip"] < 20
 
@@ -123,7 +123,7 @@ def test_zip64_and_very_many_members(tmp_path):
             archive.writestr(zipfile.ZipInfo(f"images/{number}.jpg"), b"%d" % number)
     with Server(tmp_path) as server:
         for entry in (str(tmp_path / "a.zip"), f"{server.url}/a.zip"):
-            place = place_of(entry, QUICK)
+            place = parse_source(entry, QUICK)
             assert [place.read(f"gqa/images/{number}.jpg") for number in (0, 65_535, 69_999)] == [
                 b"0",
                 b"65535",
@@ -139,7 +139,7 @@ def test_members_behind_four_gigabytes(tmp_path):
         assert archive.getinfo("images/1.jpg").header_offset == 5 << 30
     with Server(tmp_path) as server:
         for entry in (str(tmp_path / "a.zip"), f"{server.url}/a.zip"):
-            assert place_of(entry, QUICK).read("gqa/images/1.jpg") == b"content"
+            assert parse_source(entry, QUICK).read("gqa/images/1.jpg") == b"content"
         assert server.sent["/a.zip"] < 200_000
 
 
@@ -162,9 +162,9 @@ def test_members_behind_four_gigabytes(tmp_path):
 )
 def test_the_member_is_the_one_with_the_longest_common_end(tmp_path, names, path, expected):
     contents = save_zip(tmp_path / "a.zip", names)
-    place = place_of(str(tmp_path / "a.zip"), QUICK)
+    place = parse_source(str(tmp_path / "a.zip"), QUICK)
     if expected is None:
-        with pytest.raises(Gone, match=path):
+        with pytest.raises(NotFoundError, match=path):
             place.read(path)
     else:
         assert place.read(path) == contents[expected]
@@ -185,7 +185,7 @@ def test_headers_that_are_longer_than_the_directory_says(tmp_path):
     (tmp_path / "a.zip").write_bytes(data)
     with Server(tmp_path) as server:
         for entry in (str(tmp_path / "a.zip"), f"{server.url}/a.zip"):
-            assert place_of(entry, QUICK).read("gqa/images/1.jpg") == b"content"
+            assert parse_source(entry, QUICK).read("gqa/images/1.jpg") == b"content"
 
 
 def damage(path, name, how):
@@ -224,8 +224,8 @@ def test_members_that_can_not_be_read_are_gone(tmp_path, how, words, remote):
     )
     damage(tmp_path / "a.zip", "images/1.jpg", how)
     with Server(tmp_path) as server:
-        place = place_of(f"{server.url}/a.zip" if remote else str(tmp_path / "a.zip"), QUICK)
-        with pytest.raises(Gone, match=rf"images/1\.jpg in .*a\.zip {words}"):
+        place = parse_source(f"{server.url}/a.zip" if remote else str(tmp_path / "a.zip"), QUICK)
+        with pytest.raises(NotFoundError, match=rf"images/1\.jpg in .*a\.zip {words}"):
             place.read("gqa/images/1.jpg")
 
 
@@ -241,8 +241,8 @@ def test_a_mangled_zip_file_gives_the_right_bytes_or_one_of_two_errors(tmp_path_
     path.write_bytes(mangled[: data.draw(st.integers(len(mangled) // 2, len(mangled)))])
     for name, content in contents.items():
         try:
-            assert place_of(str(path), QUICK).read(f"gqa/{name}") == content
-        except (Gone, UserError) as error:
+            assert parse_source(str(path), QUICK).read(f"gqa/{name}") == content
+        except (NotFoundError, UserError) as error:
             assert "mangled.zip" in str(error)
 
 
@@ -251,7 +251,7 @@ def test_a_zip_file_that_is_none_is_the_users_mistake(tmp_path, content):
     (tmp_path / "a.zip").write_bytes(content)
     with Server(tmp_path) as server:
         for entry in (str(tmp_path / "a.zip"), f"{server.url}/a.zip"):
-            (place,) = open_places({"gqa": entry}, QUICK)["gqa"]
+            (place,) = open_sources({"gqa": entry}, QUICK)["gqa"]
             for _ in range(2):
                 with pytest.raises(
                     UserError, match=r"data\.pictures\.gqa: .*a\.zip can't be read as a zip file"
@@ -265,7 +265,7 @@ def test_a_zip_file_that_is_none_is_the_users_mistake(tmp_path, content):
 def test_a_zip_file_at_a_wrong_address_is_the_users_mistake(tmp_path, fault, words):
     save_zip(tmp_path / "a.zip", ["images/1.jpg"])
     with Server(tmp_path, {"/a.zip": fault}) as server:
-        (place,) = open_places({"gqa": [f"{server.url}/a.zip"]}, QUICK)["gqa"]
+        (place,) = open_sources({"gqa": [f"{server.url}/a.zip"]}, QUICK)["gqa"]
         with pytest.raises(UserError, match=rf"(?s)data\.pictures\.gqa: .*{words}"):
             place.read("gqa/images/1.jpg")
 
@@ -273,10 +273,10 @@ def test_a_zip_file_at_a_wrong_address_is_the_users_mistake(tmp_path, fault, wor
 def test_a_zip_file_whose_server_is_down_is_asked_once_for_all_threads(tmp_path):
     save_zip(tmp_path / "a.zip", ["images/1.jpg"])
     with Server(tmp_path, {"/a.zip": "503"}) as server:
-        place, errors = place_of(f"{server.url}/a.zip", QUICK), []
+        place, errors = parse_source(f"{server.url}/a.zip", QUICK), []
 
         def read():
-            with pytest.raises(Unreachable) as error:
+            with pytest.raises(TransientError) as error:
                 place.read("gqa/images/1.jpg")
             errors.append(error)
 
@@ -292,7 +292,7 @@ def test_faults_on_the_way_are_survived(tmp_path):
     contents = save_zip(tmp_path / "a.zip", [f"images/{number}.jpg" for number in range(40)])
     faults = ["503", "drop", None, "truncate", None, "429", None, None, "drop", "stall"] * 3
     with Server(tmp_path, {"/a.zip": faults}) as server:
-        place = place_of(f"{server.url}/a.zip", client(attempts=8, read_s=1.0))
+        place = parse_source(f"{server.url}/a.zip", client(attempts=8, read_s=1.0))
         found = read_all(place, [f"gqa/{name}" for name in contents])
         assert [found[f"gqa/{name}"] for name in contents] == list(contents.values())
 
@@ -305,17 +305,17 @@ def test_entries_that_are_no_place_are_the_users_mistake(entry):
     with pytest.raises(
         UserError, match=r"data\.pictures\.vg: .* is not a base address .*, a folder, or a zip file"
     ):
-        open_places({"coco": None, "vg": [entry]}, QUICK)
+        open_sources({"coco": None, "vg": [entry]}, QUICK)
 
 
 @pytest.mark.parametrize("entries", [3, [None], {"a": "b"}, [["http://host/"]]])
 def test_what_is_no_list_of_places_is_the_users_mistake(entries):
     with pytest.raises(UserError, match=r"data\.pictures\.vg=.* must be a list of places"):
-        open_places({"vg": entries}, QUICK)
+        open_sources({"vg": entries}, QUICK)
 
 
 def test_places_of_all_sources(tmp_path):
-    places = open_places(
+    places = open_sources(
         {"coco": ["http://host/", str(tmp_path)], "vg": "https://host/a.ZIP", "gqa": None, "text": []}, QUICK
     )
     assert {source: [str(place) for place in found] for source, found in places.items()} == {
@@ -324,4 +324,4 @@ def test_places_of_all_sources(tmp_path):
         "gqa": [],
         "text": [],
     }
-    assert isinstance(places["vg"][0], Archive) and open_places(None, QUICK) == {}
+    assert isinstance(places["vg"][0], Archive) and open_sources(None, QUICK) == {}

@@ -12,13 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.bench import prefill as bench_prefill
 from scripts.bench import tower as bench_tower
-from scripts.bench.prefill import FRACTIONS, SHAPES, Prefill, build, made_up_inputs
+from scripts.bench.prefill import FRACTIONS, SHAPES, Prefill, build_shape, made_up_inputs
 from scripts.bench.released import eager_copy, released_tokens
 from scripts.common.timing import alternating, peak_flops, peak_memory, sheet_peak, where, writable
 from tests.helpers import tiny
 from vzip.cost import attention_flops, linear_flops
 from vzip.families import family_of
-from vzip.reducers.base import Reduction
+from vzip.reducers.base import ReducerOutput
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
 from vzip.tap import run_tower, tower_layout
@@ -160,7 +160,7 @@ def test_the_towers_attention_is_not_near_uniform():
 def test_the_share_in_common_is_of_sets():
     def kept(dominant, contextual):
         none = torch.zeros(2, 0)
-        return Reduction(none, torch.tensor(dominant), torch.tensor(contextual), none)
+        return ReducerOutput(none, torch.tensor(dominant), torch.tensor(contextual), none)
 
     one = kept([[0, 3, 5], [0, 1, 2]], [[7], [8]])
     other = kept([[0, 5, 7], [0, 1, 4]], [[3], [8]])
@@ -199,7 +199,7 @@ def test_bench_tower_stops_where_the_tokens_differ(monkeypatch):
     )
     tower = bench_tower.make_tower(SMALL | SMALL_PICTURE, device=CPU, dtype=torch.float32)
     with pytest.raises(SystemExit, match="different tokens"):
-        bench_tower.measure(tower, batch=1, rounds=1, device=CPU)
+        bench_tower.measure_tower(tower, batch=1, rounds=1, device=CPU)
 
 
 CASES = [
@@ -237,7 +237,7 @@ def test_what_is_timed_is_what_the_model_generates(kind, reducer):
 
 @pytest.mark.parametrize("name", ["llava-7b", "next-7b"])
 def test_the_formula_counts_what_runs(name):
-    family = build(name, tiny=True, device=CPU)
+    family = build_shape(name, tiny=True, device=CPU)
     reducer = VisionZip(budget=64 * family.budget_tiles, tiles=family.budget_tiles)
     case = Prefill(family, reducer, made_up_inputs(family, reducer, batch=1))
     size, counted = case.size(case.language()), {}
@@ -262,8 +262,8 @@ def test_the_formula_counts_what_runs(name):
 
 def test_the_shapes_are_the_published_ones_and_the_tiny_ones_have_their_proportions():
     names = {name for series in SHAPES.values() for names in series for name in names}
-    published = {name: build(name, tiny=False, device=META) for name in names}
-    small = {name: build(name, tiny=True, device=META) for name in names}
+    published = {name: build_shape(name, tiny=False, device=META) for name in names}
+    small = {name: build_shape(name, tiny=True, device=META) for name in names}
     for name in names:
         assert published[name].num_patches == small[name].num_patches == 576
         assert (

@@ -88,7 +88,7 @@ def test_gradients_that_differ_end_it(monkeypatch, checked):
     with pytest.raises(
         SystemExit, match=r"the gradients differ by .* in float32, more than 0; times would say nothing"
     ):
-        bench.measure(SMALL, bench.parse(["--rounds", "1", "--dtype", "float32"]), CPU)
+        bench.measure_step(SMALL, bench.parse_bench_arguments(["--rounds", "1", "--dtype", "float32"]), CPU)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")

@@ -8,23 +8,23 @@ import sys
 import pytest
 from hypothesis import given, settings
 
-from data.conversations import Row, parse_row
+from data.conversations import Conversation, parse_conversation
 from tests.conftest import ROOT
 from tests.helpers.broken import JSON, good, good_video, messages, mutated
 
 
 def test_one_image_several_and_none():
-    one = parse_row(
+    one = parse_conversation(
         {
             "id": "a",
             "image": "coco/1.jpg",
             "conversations": messages("<image>\nwhat?", "a cat", "sure?", "yes"),
         }
     )
-    several = parse_row(
+    several = parse_conversation(
         {"image": ["vg/1.jpg", "gqa/2.jpg"], "conversations": messages("<image>", "x", "and <image>", "y")}
     )
-    none = parse_row({"id": "c", "conversations": messages("hello", "hi")})
+    none = parse_conversation({"id": "c", "conversations": messages("hello", "hi")})
 
     assert one.images == ("coco/1.jpg",) and one.turns == (("<image>\nwhat?", "a cat"), ("sure?", "yes"))
     assert several.images == ("vg/1.jpg", "gqa/2.jpg") and several.id == ""
@@ -32,13 +32,13 @@ def test_one_image_several_and_none():
 
 
 def test_one_video_several_and_both_kinds():
-    one = parse_row(
+    one = parse_conversation(
         {"video": "valley/1.mp4", "conversations": messages("<video>\nwhat?", "a cat", "sure?", "yes")}
     )
-    several = parse_row(
+    several = parse_conversation(
         {"video": ["a/1.mp4", "b/frames"], "conversations": messages("<video>", "x", "and <video>", "y")}
     )
-    both = parse_row(
+    both = parse_conversation(
         {
             "image": ["coco/1.jpg", "coco/2.jpg"],
             "video": "a/1.mp4",
@@ -51,7 +51,7 @@ def test_one_video_several_and_both_kinds():
     )
     assert several.videos == ("a/1.mp4", "b/frames")
     assert both.images == ("coco/1.jpg", "coco/2.jpg") and both.videos == ("a/1.mp4",)
-    assert parse_row(good()).videos == ()
+    assert parse_conversation(good()).videos == ()
 
 
 @pytest.mark.parametrize(
@@ -68,12 +68,12 @@ def test_one_video_several_and_both_kinds():
 )
 def test_source_and_kind(extra, source, kind):
     question = "".join(f"<{key}>" for key in ("image", "video") if key in extra) or "q"
-    row = parse_row({"conversations": messages(question, "a"), **extra})
+    row = parse_conversation({"conversations": messages(question, "a"), **extra})
     assert (row.source, row.kind) == (source, kind)
 
 
 def test_a_number_as_id_becomes_text():
-    assert parse_row({**good(), "id": 7}).id == "7"
+    assert parse_conversation({**good(), "id": 7}).id == "7"
 
 
 def test_digest_depends_on_content_not_on_the_order_of_keys():
@@ -83,11 +83,14 @@ def test_digest_depends_on_content_not_on_the_order_of_keys():
         {key: message[key] for key in reversed(message)} for message in row["conversations"]
     ]
 
-    assert list(backwards) != list(row) and parse_row(backwards).digest == parse_row(row).digest
-    assert parse_row({**row, "id": "other"}).digest != parse_row(row).digest
     assert (
-        parse_row({**row, "conversations": messages("<image>\nwhat?", "a dog")}).digest
-        != parse_row(row).digest
+        list(backwards) != list(row)
+        and parse_conversation(backwards).digest == parse_conversation(row).digest
+    )
+    assert parse_conversation({**row, "id": "other"}).digest != parse_conversation(row).digest
+    assert (
+        parse_conversation({**row, "conversations": messages("<image>\nwhat?", "a dog")}).digest
+        != parse_conversation(row).digest
     )
 
 
@@ -97,11 +100,11 @@ def test_digest_is_the_same_in_another_process():
     code = "import json, sys; from data.conversations import parse_row; print(parse_row(json.loads(sys.argv[1])).digest)"
     command, env = [sys.executable, "-c", code, json.dumps(row)], os.environ | {"PYTHONHASHSEED": "7"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [parse_row(row).digest]
+    assert done.stdout.split() == [parse_conversation(row).digest]
 
 
 def test_an_answer_before_the_first_question_is_skipped_as_llava_does():
-    row = parse_row({"conversations": [{"from": "gpt", "value": "and so on"}, *messages("q", "a")]})
+    row = parse_conversation({"conversations": [{"from": "gpt", "value": "and so on"}, *messages("q", "a")]})
     assert row.turns == (("q", "a"),)
 
 
@@ -152,7 +155,7 @@ BROKEN = {
 @pytest.mark.parametrize("row", BROKEN.values(), ids=BROKEN)
 def test_a_malformed_row_gives_a_reason(row):
     with pytest.raises(ValueError) as error:
-        parse_row(row)
+        parse_conversation(row)
     assert str(error.value)
 
 
@@ -160,7 +163,7 @@ def test_reasons_tell_the_faults_apart():
     reasons = set()
     for row in BROKEN.values():
         with pytest.raises(ValueError) as error:
-            parse_row(row)
+            parse_conversation(row)
         reasons.add(str(error.value))
     assert len(reasons) >= 18
 
@@ -168,26 +171,26 @@ def test_reasons_tell_the_faults_apart():
 def test_a_reason_says_which_kind_is_wrong():
     for row, kind in ((BROKEN["absolute path"], "image"), (BROKEN["absolute video"], "video")):
         with pytest.raises(ValueError, match=kind):
-            parse_row(row)
+            parse_conversation(row)
     with pytest.raises(ValueError, match="2 <video> in the questions, but 1 videos"):
-        parse_row(BROKEN["a video too few"])
+        parse_conversation(BROKEN["a video too few"])
 
 
 def test_text_that_is_half_a_character_is_bad():
     # JSON can hold half of a surrogate pair, but no tokenizer takes it and no file can be written with it.
     with pytest.raises(ValueError, match="surrogates"):
-        parse_row({**good(1), "conversations": messages("<image>", "\ud83d")})
+        parse_conversation({**good(1), "conversations": messages("<image>", "\ud83d")})
 
 
 @settings(max_examples=200, deadline=None)
 @given(entry=mutated() | JSON)
 def test_whatever_an_entry_holds_it_is_a_row_or_gives_a_reason(entry):
     try:
-        row = parse_row(entry)
+        row = parse_conversation(entry)
     except ValueError as error:
         assert str(error)
         return
-    assert isinstance(row, Row) and row.turns and row.source
+    assert isinstance(row, Conversation) and row.turns and row.source
     assert len(row.images) == sum(question.count("<image>") for question, _ in row.turns)
     assert len(row.videos) == sum(question.count("<video>") for question, _ in row.turns)
     assert not any(path.startswith("/") or ".." in path.split("/") for path in row.images + row.videos)

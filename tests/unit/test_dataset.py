@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import vzip
 from data.batches.collate import Collator
 from data.batches.dataset import loader
-from data.conversations import parse_row
+from data.conversations import parse_conversation
 from data.examples.tokens import Example, kinds_of
 from data.fetch.pictures import open_picture
 from tests.helpers import tiny
@@ -222,7 +222,7 @@ def test_num_labels_counts_the_whole_global_batch(split):
 
 @pytest.fixture(scope="module")
 def training_examples(data_folder):
-    rows = [parse_row(row) for row in json.loads((data_folder / "train.json").read_text())]
+    rows = [parse_conversation(row) for row in json.loads((data_folder / "train.json").read_text())]
     examples = tokenized(rows, vicuna(), data_folder / "images")
     assert len(examples) == 24
     return examples
@@ -257,7 +257,7 @@ def test_a_mistake_in_a_worker_process_has_no_traceback_in_its_message(tmp_path)
 
 def talk(*texts, **extra):
     messages = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
-    return parse_row({"conversations": messages, **extra})
+    return parse_conversation({"conversations": messages, **extra})
 
 
 TEMPLATES = pytest.mark.parametrize(

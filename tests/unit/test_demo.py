@@ -11,8 +11,8 @@ import pytest
 import vzip
 from data.fetch.pictures import open_picture
 from scripts.demo.main import free_port, held_out_examples, open_rows
-from scripts.demo.sessions import Conversation, Rows, Turn
-from scripts.demo.show import as_figures, as_messages, describe, open_upload
+from scripts.demo.sessions import Session, SharedModel, Turn
+from scripts.demo.show import as_figures, as_messages, describe_tokens, open_upload
 from tests.helpers import tiny
 from tests.unit.test_io import attached, save_run, tune
 from vzip import Comparison, UserError
@@ -39,7 +39,7 @@ def last(conversation, name, question):
 
 
 def test_each_row_answers_as_the_model_that_is_loaded_for_it_alone(rows, run):
-    conversation = Conversation(rows, tiny.picture(), rows.budget)
+    conversation = Session(rows, tiny.picture(), rows.budget)
     answers = [
         last(conversation, name, question).text
         for question in ("what?", "why?")
@@ -54,7 +54,7 @@ def test_each_row_answers_as_the_model_that_is_loaded_for_it_alone(rows, run):
 
 
 def test_conversations_share_the_model_and_not_their_turns(rows):
-    first, second, alone = (Conversation(rows, tiny.picture(seed), 6) for seed in (1, 2, 1))
+    first, second, alone = (Session(rows, tiny.picture(seed), 6) for seed in (1, 2, 1))
     for conversation in (first, second):
         last(conversation, "tuned", "what?")
     last(alone, "tuned", "what?")
@@ -66,7 +66,7 @@ def test_conversations_share_the_model_and_not_their_turns(rows):
 
 
 def test_the_tuned_row_is_closed_where_it_was_not_tuned(rows):
-    conversation = Conversation(rows, tiny.picture(), 9)
+    conversation = Session(rows, tiny.picture(), 9)
     assert conversation.open_rows == ["full", "free"]
     assert conversation.closed("tuned") == "for a budget of 6 alone; move the slider there"
     assert (
@@ -75,7 +75,7 @@ def test_the_tuned_row_is_closed_where_it_was_not_tuned(rows):
 
 
 def test_a_reader_who_leaves_gives_the_model_back(rows):
-    conversation, made = Conversation(rows, tiny.picture(), 6), []
+    conversation, made = Session(rows, tiny.picture(), 6), []
 
     def long_work():
         with rows.comparison.row("free"):
@@ -103,7 +103,7 @@ def test_what_goes_wrong_in_the_models_thread_reaches_the_reader(rows):
 
 
 def test_a_refused_question_is_a_turn_that_says_so(rows):
-    conversation = Conversation(rows, tiny.picture(), 6)
+    conversation = Session(rows, tiny.picture(), 6)
     (turn,) = conversation.ask("free", "an <image>?")
     assert "spells <image>" in turn.refusal
     assert "spells &lt;image&gt;" in as_messages(conversation.turns["free"])[-1]["content"]
@@ -115,13 +115,13 @@ def test_a_refused_question_is_a_turn_that_says_so(rows):
 def test_every_family_can_be_looked_at_and_asked_at_all_budgets_that_are_offered(kind, tmp_path):
     comparison = Comparison.open(tiny.save_llava(tmp_path, kind), device="cpu")
     comparison.processor.chat_template = chat_template(vicuna(), comparison.processor.tokenizer)
-    rows, picture = Rows(comparison, max_new_tokens=2), tiny.picture(1, 90, 60)
+    rows, picture = SharedModel(comparison, max_new_tokens=2), tiny.picture(1, 90, 60)
     rows.warm_up()
     for budget in {rows.budgets[0], rows.budget, rows.budgets[-1]}:
-        seen, conversation = rows.look(picture, budget), Conversation(rows, picture, budget)
+        seen, conversation = rows.look(picture, budget), Session(rows, picture, budget)
         assert last(conversation, "free", "what?").num_visual_tokens == seen.num_tokens
-        assert f"{seen.num_full_tokens:,} → {seen.num_tokens:,} visual tokens" in describe(seen)
-        assert ("tiles" in describe(seen)) == (seen.num_tiles > 1) == (kind in tiny.TILED)
+        assert f"{seen.num_full_tokens:,} → {seen.num_tokens:,} visual tokens" in describe_tokens(seen)
+        assert ("tiles" in describe_tokens(seen)) == (seen.num_tiles > 1) == (kind in tiny.TILED)
 
 
 def test_a_slider_between_budgets_takes_the_nearest(rows):
@@ -133,11 +133,11 @@ def test_a_model_without_a_chat_template_wants_one(tiny_folder):
         open_rows(str(tiny_folder), base=None, template=None, max_new_tokens=5)
     rows = open_rows(str(tiny_folder), base=None, template="vicuna", max_new_tokens=5)
     assert rows.names == ("full", "free") and rows.budget == 1
-    assert last(Conversation(rows, tiny.picture(), 3), "free", "what?").num_visual_tokens == 3
+    assert last(Session(rows, tiny.picture(), 3), "free", "what?").num_visual_tokens == 3
 
 
 def test_figures_have_a_line_for_each_turn(rows):
-    conversation = Conversation(rows, tiny.picture(), 6)
+    conversation = Session(rows, tiny.picture(), 6)
     answers = [last(conversation, "tuned", question) for question in ("what?", "why?")]
     *_, first, second = as_figures(conversation.turns["tuned"]).splitlines()
     assert f"| {answers[0].num_prompt_tokens} of {answers[0].num_prompt_tokens} |" in first

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scripts import efficiency
-from scripts.efficiency import Question, Row, made_up_questions, paper_flops
+from scripts.efficiency import EfficiencySetting, PrefillQuestion, made_up_questions, paper_flops
 from tests.helpers import tiny
 from tests.unit.test_io import attached, refused, save_run, tune
 from vzip import Comparison
@@ -138,10 +138,10 @@ def test_every_family_is_measured(kind, tmp_path, monkeypatch, capsys):
 def test_what_is_timed_is_what_the_row_answers(run):
     comparison = Comparison.open(run, device="cpu")
     questions = [
-        Question(text, tiny.picture(seed)) for seed, text in enumerate(("a?", "what is it?", "why?"))
+        PrefillQuestion(text, tiny.picture(seed)) for seed, text in enumerate(("a?", "what is it?", "why?"))
     ]
     for name in ("full", "tuned"):
-        row = Row(comparison, name, budget=None)
+        row = EfficiencySetting(comparison, name, budget=None)
         answers = row.answer(questions, batch=2, new_tokens=4)
         assert answers == row.answer(questions, batch=1, new_tokens=4)  # padding changes nothing
         case = row.prefill(questions[1], batch=2)
@@ -158,7 +158,7 @@ def test_what_is_timed_is_what_the_row_answers(run):
 
 def test_questions_are_asked_in_the_models_chat_template():
     processor = tiny.processor()
-    question = Question("what?", tiny.picture())
+    question = PrefillQuestion("what?", tiny.picture())
     assert efficiency.prompts(processor, [question]) == ["<image>\nwhat?"]
     processor.chat_template = chat_template(chatml("be brief"), processor.tokenizer)
     (prompt,) = efficiency.prompts(processor, [question])

@@ -23,7 +23,14 @@ from vzip import UserError
 from vzip.families import families, family_of
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
-from vzip.runs.projector import META, describe, fingerprint, load_projector, reducers_of, save_checkpoint
+from vzip.runs.projector import (
+    META,
+    fingerprint,
+    load_projector,
+    projector_meta,
+    reducers_of,
+    save_checkpoint,
+)
 
 
 @cache
@@ -204,7 +211,7 @@ def save_run(folder, base, *reducers, model_type="llava"):
         for name, value in family.model.named_parameters()
         if name.startswith(family.projector_name)
     }
-    meta = describe(family, *reducers, base=str(base), base_fingerprint=fingerprint(family))
+    meta = projector_meta(family, *reducers, base=str(base), base_fingerprint=fingerprint(family))
     save_checkpoint(folder, tensors, meta | {"dtype": "float32", "adapter": False})
     return folder, tensors
 

@@ -27,13 +27,13 @@ from tests.unit.test_io import edit_meta, save_run, tune
 from tests.unit.test_train_parts import settings_of
 from train.trainable import make_trainable
 from vzip import Comparison, UserError
-from vzip.checkpoints.original.llava import _llava_config, _refuse_unfit
+from vzip.checkpoints.original.llava import _check_config, _llava_config
 from vzip.checkpoints.original.renaming import read_projector
 from vzip.families import families
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
 from vzip.runs.export import _original_config, llava_config, write_hf, write_llava, write_peft
-from vzip.runs.projector import ADAPTER, WEIGHTS, describe, fingerprint, save_checkpoint
+from vzip.runs.projector import ADAPTER, WEIGHTS, fingerprint, projector_meta, save_checkpoint
 
 IN_TRANSFORMERS = [kind for kind in tiny.KINDS if kind != "mini-gemini"]
 LORA = {"projector": "projector_lora", "language_model": "language_lora"}
@@ -257,7 +257,7 @@ def save_lora_run(folder, base, target):
     projector = {
         name: p.detach().clone() for name, p in named.items() if name.startswith(family.projector_name)
     }
-    meta = describe(family, reducer, base=str(base), base_fingerprint=print_of_base)
+    meta = projector_meta(family, reducer, base=str(base), base_fingerprint=print_of_base)
     save_checkpoint(
         folder, projector, meta | {"dtype": "float32", "adapter": True, "trained": list(tuned.parameters)}
     )
@@ -327,7 +327,7 @@ def test_llavas_config_describes_the_same_model(tiny_folder):
     """As our own reader of that layout understands it; the vocabulary ends where `<image>` was added."""
     family = attached(tiny_folder).family
     written = json.loads(json.dumps(llava_config(family, tiny.processor(), "some/clip")))
-    _refuse_unfit("here", written)
+    _check_config("here", written)
     config = family.model.config
     read = _llava_config(written, config.vision_config)
     for name in (
@@ -493,7 +493,7 @@ def test_a_card_that_is_no_yaml_names_no_licence_and_is_no_export(tmp_path):
     target = command.export(arguments(save_run(tmp_path / "run", attached(base), base), "llava"))
     assert "licence, which is unknown here" in (target / "README.md").read_text()
     with pytest.raises(UserError, match="is no export, so that it is not replaced"):
-        command.refuse_target(base, force=True)
+        command.check_target(base, force=True)
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])

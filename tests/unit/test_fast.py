@@ -14,7 +14,7 @@ from tests.helpers import tiny
 from vzip import UserError
 from vzip.fast import fused
 from vzip.fast.attention import packed_attention
-from vzip.fast.language import PackedLanguage, refuse_unfit
+from vzip.fast.language import PackedLanguage, check_language_model
 from vzip.fast.loss import cross_entropy
 from vzip.fast.segments import Segments
 
@@ -124,7 +124,7 @@ def test_a_machine_that_can_not_compile_is_told(monkeypatch):
     with pytest.raises(
         UserError, match=r"no kernels here \(InvalidCxxCompiler: No .* found\); set compile=false"
     ):
-        fused.refuse_uncompiled(torch.device("cpu"), torch.float32)
+        fused.check_compiles(torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.integration
@@ -183,14 +183,14 @@ def test_packed_rows_are_the_stock_models(kind, recompute):
 
 
 def test_models_that_the_fast_path_does_not_know_are_refused():
-    refuse_unfit(MistralConfig(sliding_window=100), longest=100)
-    refuse_unfit(Qwen2Config(sliding_window=100, use_sliding_window=False), longest=1000)
+    check_language_model(MistralConfig(sliding_window=100), longest=100)
+    check_language_model(Qwen2Config(sliding_window=100, use_sliding_window=False), longest=1000)
     with pytest.raises(UserError, match=r"attends to 100 tokens, the longest row has 101.*engine=reference"):
-        refuse_unfit(MistralConfig(sliding_window=100), longest=101)
+        check_language_model(MistralConfig(sliding_window=100), longest=101)
     with pytest.raises(UserError, match="not 'llama' with 'gelu'"):
-        refuse_unfit(LlamaConfig(hidden_act="gelu"), longest=1)
+        check_language_model(LlamaConfig(hidden_act="gelu"), longest=1)
     with pytest.raises(UserError, match=r"attention_dropout=0\.1"):
-        refuse_unfit(LlamaConfig(attention_dropout=0.1), longest=1)
+        check_language_model(LlamaConfig(attention_dropout=0.1), longest=1)
 
 
 @pytest.mark.gpu

@@ -13,13 +13,13 @@ from data.batches.collate import Collator
 from data.batches.dataset import loader
 from data.batches.media import Processed
 from data.cache import make_features
-from data.cache.features import Cached, Layout, cache_settings, folder_of, shard_path
-from data.cache.make_features import FeatureMaker, rows_a_shard, write_features
+from data.cache.features import Cached, CacheLayout, cache_settings, folder_of, shard_path
+from data.cache.make_features import FeatureMaker, examples_per_shard, write_features
 from tests.helpers import tiny
 from tests.helpers.rows import IMAGE_ROWS, NUM_FRAMES, VIDEO_ROWS, examples_of, padded, rows_of
 from vzip import UserError
 from vzip.families import family_of
-from vzip.families.features import Reduced
+from vzip.families.features import VisualFeatures
 from vzip.media import normalised
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
@@ -67,7 +67,7 @@ def write(folder, examples, kind="clip", reducer=REDUCER, *, last=None, shard=SH
     media = Watched(
         processor(kind), family(kind).without_weights(), reducer, num_frames=NUM_FRAMES, last=last
     )
-    layout = Layout(described(kind, reducer), len(examples), shard)
+    layout = CacheLayout(described(kind, reducer), len(examples), shard)
     write_features(folder, layout, examples, FeatureMaker(family(kind), reducer, media), batch=batch)
     return media.rows
 
@@ -152,7 +152,7 @@ def test_shards_are_cut_by_size(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(make_features, "SHARD_BYTES", 20_000)
     texts = ["<image>one"] * 30 + ["<video>two"] * (4 if kind in tiny.VIDEO else 0)
     examples, folder = examples_of(texts, tmp_path), tmp_path / "cache"
-    write(folder, examples, kind, shard=rows_a_shard(family(kind), REDUCER, described(kind)), batch=8)
+    write(folder, examples, kind, shard=examples_per_shard(family(kind), REDUCER, described(kind)), batch=8)
     cached = Cached(folder, described(kind))
     sizes = []
     for number in range(cached.layout.num_shards):
@@ -192,7 +192,7 @@ def test_any_rows_are_read_as_they_were_made(made_one_by_one, kind, rows, shard)
         chosen = [examples[row] for row in rows if name in examples[row].media]
         if chosen:
             alone = [normalised(media.load(name, [example]), torch.float32) for example in chosen]
-            want = Reduced.join([family(kind).reduce_media(REDUCER, name, inputs) for inputs in alone])
+            want = VisualFeatures.join([family(kind).reduce_media(REDUCER, name, inputs) for inputs in alone])
             got = cached.load(name, [examples[row] for row in rows])
             assert same(got, vars(want))
             assert cached.counts(name, got) == [

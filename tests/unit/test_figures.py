@@ -28,7 +28,7 @@ from vzip.families import family_of
 from vzip.overlay import first_tile
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip, split_budget
-from vzip.runs.projector import describe, fingerprint
+from vzip.runs.projector import fingerprint, projector_meta
 from vzip.tap import MAX_SCORES
 
 
@@ -165,12 +165,12 @@ def test_shares_are_of_what_patches_get(has_cls, whose):
         "titled": 0,
     }
     picture = tiny.picture()
-    maps = charts.attention_maps(
+    maps = charts.draw_attention_maps(
         about | {"pictures": [{"holding_half": 2, "most": 0.3}]}, [(picture, picture)]
     )
-    top = charts.top_share(about | {"lines": [{"top": 1, "uniform": 0.25, "shares": [0.3]}]})
+    top = charts.draw_top_share(about | {"lines": [{"top": 1, "uniform": 0.25, "shares": [0.3]}]})
     budget = {"budget": 2, "dominant": 1, "contextual": 1, "attention": 0.3}
-    kept = charts.kept_tokens(about | {"budgets": [budget]}, [[picture, picture]])
+    kept = charts.draw_kept_tokens(about | {"budgets": [budget]}, [[picture, picture]])
     said = [maps.get_suptitle(), top.axes[0].get_ylabel(), kept.get_suptitle()]
     assert all(whose in text for text in said), said
 
@@ -186,7 +186,7 @@ def score_in(row, reducer):
 def finished_run(folder, base, reducer, *, seed=0, rows=("full", "free", "tuned"), others=(), **changes):
     """The files of a finished run that its comparison with others needs."""
     handle = attached(base, reducer=reducer)
-    described = describe(
+    described = projector_meta(
         handle.family, reducer, *others, base=str(base), base_fingerprint=fingerprint(handle.family)
     )
     save_run(
@@ -352,7 +352,7 @@ def test_scores_over_budgets_are_drawn_from_runs_alone(runs, tmp_path, tiny_fold
     finished_run(runs / "dominant", tiny_folder, VisionZip(dominant=6, contextual=0), rows=("full", "free"))
     subject = subject_of(runs / "mine", tmp_path)
     for name in ("recovery", "without-dominant"):
-        figures.draw(subject, name)
+        figures.draw_figures(subject, name)
     points = read(subject.folder, "recovery")["points"]
     assert {(point["series"], point["num_visual_tokens"]) for point in points} >= {
         ("random", 6),
@@ -382,7 +382,7 @@ def test_a_run_of_another_split_than_the_papers_is_drawn_as_it_is(runs, tmp_path
     )  # evaluate.baselines=false
     subject = subject_of(alone, tmp_path)
     for name in ("recovery", "kept-tokens"):
-        figures.draw(subject, name)
+        figures.draw_figures(subject, name)
     assert [
         (point["series"], point["num_visual_tokens"]) for point in read(subject.folder, "recovery")["points"]
     ] == [("tuned", 6)]
@@ -400,7 +400,7 @@ def test_recovery_without_a_score_is_refused(runs, tmp_path, monkeypatch):
     (score, *_) = comparable_scores(runs / "mine")
     monkeypatch.setattr(figures, "comparable_scores", lambda *_: [replace(score, reducer=Other())])
     refused(
-        figures.draw,
+        figures.draw_figures,
         subject_of(runs / "mine", tmp_path),
         "recovery",
         words=["has no row of VisionZip", "--budgets"],
@@ -444,10 +444,12 @@ def test_bad_input_is_refused_with_what_to_do(runs, tmp_path, tiny_folder, monke
     (runs / "more" / "meta.json").unlink()
     refused(subject_of, runs / "more", tmp_path, words=["has not finished"])
     subject = subject_of(tiny_folder, tmp_path, budgets=[99])
-    refused(figures.draw, subject, "recovery", words=["only a finished run"])
-    refused(figures.draw, subject, "kept-tokens", words=["reducer.budget=99", "larger than"])
+    refused(figures.draw_figures, subject, "recovery", words=["only a finished run"])
+    refused(figures.draw_figures, subject, "kept-tokens", words=["reducer.budget=99", "larger than"])
     assert not subject.folder.exists()  # nothing half-written
     subject = subject_of(tiny_folder, tmp_path, out=tmp_path / "text.png" / "x")
-    refused(figures.draw, subject, "attention-maps", words=["--out=", "text.png/x", "can't be written"])
+    refused(
+        figures.draw_figures, subject, "attention-maps", words=["--out=", "text.png/x", "can't be written"]
+    )
     monkeypatch.setattr(sys, "argv", ["figures.py", str(tiny_folder), "--figures", "histogram"])
     refused(figures.main.__wrapped__, words=["--figures histogram", "attention-maps", "recovery"])

@@ -14,10 +14,10 @@ from vzip import UserError
 from vzip.runs.projector import (
     META,
     WEIGHTS,
-    describe,
     fingerprint,
     load_projector,
     locate,
+    projector_meta,
     read_meta,
     reducers_of,
     save_checkpoint,
@@ -44,7 +44,7 @@ def projector_of(handle):
 def save_run(folder, handle, base, **changes):
     """What a run writes at its end."""
     tensors = projector_of(handle)
-    meta = describe(
+    meta = projector_meta(
         handle.family, handle.reducer, base=str(base), base_fingerprint=fingerprint(handle.family)
     )
     meta |= {"num_image_tokens": 6, "dtype": "float32", "adapter": False, "trained": list(tensors)}
@@ -330,7 +330,7 @@ def test_an_old_random_run_loads_too(tmp_path, tiny_folder):
 def test_reducers_of_gives_what_describe_wrote(other):
     name, settings, _ = OTHERS[other]
     reducer, family = vzip.reducers.create(name, settings), vzip.families.family_of(tiny.llava())
-    meta = json.loads(json.dumps(describe(family, reducer, base="x", base_fingerprint="y")))
+    meta = json.loads(json.dumps(projector_meta(family, reducer, base="x", base_fingerprint="y")))
     (again,) = reducers_of(meta).values()
     assert (type(again), again.settings(), repr(again)) == (type(reducer), reducer.settings(), repr(reducer))
     assert meta["reducer"]["name"] == name  # and is left in place

@@ -19,10 +19,10 @@ import vzip
 from data.fetch.videos import read_frames
 from scripts.evaluate import main as evaluation
 from scripts.evaluate import target as eval_subject
-from scripts.evaluate.environment import environment
+from scripts.evaluate.environment import eval_python
 from scripts.evaluate.held_out_task import held_out
-from scripts.evaluate.questions import questions_of
-from scripts.evaluate.table import print_table, table_of
+from scripts.evaluate.questions import write_questions
+from scripts.evaluate.table import print_scores, table_of
 from scripts.evaluate.target import digest, rows_of_run
 from scripts.evaluate.tasks import PAPER, TASK, published_rows, scores_of
 from tests.conftest import ROOT
@@ -33,7 +33,7 @@ from tests.unit.test_videos import numbers_of, write_video
 from train import config
 from train.evaluate import _normal
 from vzip import UserError
-from vzip.integrations.answering import Answerer, Settings, _frames, cut
+from vzip.integrations.answering import Answerer, GenerationSettings, _frames, cut
 from vzip.runs.export import write_hf
 from vzip.runs.projector import ADAPTER, read_meta
 from vzip.templates.encode import chatml, encode, vicuna
@@ -65,7 +65,7 @@ def run(tmp_path_factory, tiny_folder):
 
 @pytest.fixture(scope="module")
 def answerer(run):
-    return Answerer(Settings(pretrained=str(run), device="cpu"))
+    return Answerer(GenerationSettings(pretrained=str(run), device="cpu"))
 
 
 # Settings
@@ -91,11 +91,11 @@ def answerer(run):
 )
 def test_a_mistake_in_the_settings_is_named(given, words):
     with pytest.raises(UserError, match=words):
-        Settings.of(given)
+        GenerationSettings.of(given)
 
 
 def test_settings_come_as_numbers_or_text():
-    made = Settings.of({"pretrained": "x", "batch_size": "4", "budget": 64, "row": None})
+    made = GenerationSettings.of({"pretrained": "x", "batch_size": "4", "budget": 64, "row": None})
     assert (made.batch_size, made.budget, made.row) == (4, 64, None)
 
 
@@ -108,7 +108,7 @@ def test_settings_come_as_numbers_or_text():
     ],
 )
 def test_settings_choose_the_row(run, given, row, num_tokens):
-    chosen = Answerer(Settings.of({"pretrained": str(run), "device": "cpu", **given}))
+    chosen = Answerer(GenerationSettings.of({"pretrained": str(run), "device": "cpu", **given}))
     question = asked("what?", image(0))
     (found,) = chosen.answers([question], GREEDY)
     with vzip.Comparison.open(run, device="cpu").row(
@@ -129,12 +129,12 @@ def test_settings_choose_the_row(run, given, row, num_tokens):
 
 def test_a_budget_that_the_run_was_not_tuned_for_is_refused(run):
     with pytest.raises(UserError, match="not tuned for budget=9"):
-        Answerer(Settings(pretrained=str(run), budget=9, device="cpu"))
+        Answerer(GenerationSettings(pretrained=str(run), budget=9, device="cpu"))
 
 
 def test_a_base_model_without_a_chat_template_is_refused(tiny_folder):
     with pytest.raises(UserError, match="has no chat template"):
-        Answerer(Settings(pretrained=str(tiny_folder), budget=6, device="cpu"))
+        Answerer(GenerationSettings(pretrained=str(tiny_folder), budget=6, device="cpu"))
 
 
 # Answers
@@ -164,7 +164,7 @@ def test_a_batch_is_answered_as_its_questions_alone(kind, tmp_path):
         asked("moves?", *([video(2)] if kind in tiny.VIDEO else [image(5)])),
     ]
     answering = Answerer(
-        Settings.of({"pretrained": str(tmp_path), "budget": 6, "dtype": "float32", "device": "cpu"})
+        GenerationSettings.of({"pretrained": str(tmp_path), "budget": 6, "dtype": "float32", "device": "cpu"})
     )
     together = answering.answers(questions, GREEDY)
     assert together == [answering.answers([question], GREEDY)[0] for question in questions]
@@ -179,7 +179,7 @@ def test_an_answer_ends_at_the_templates_end_token_as_well_as_the_models(tmp_pat
     model.save_pretrained(tmp_path)
     processor.chat_template = chat_template(chatml("kind"), processor.tokenizer)
     processor.save_pretrained(tmp_path)
-    answering = Answerer(Settings(pretrained=str(tmp_path), budget=6, device="cpu"))
+    answering = Answerer(GenerationSettings(pretrained=str(tmp_path), budget=6, device="cpu"))
     head = answering.comparison.family.lm_head
     head.register_forward_hook(lambda module, args, output: output.index_fill(-1, torch.tensor([end]), 99.0))
     (answer,) = answering.answers([asked("what?", image(0))], GREEDY)
@@ -269,7 +269,7 @@ def documents_of(folder):
 
 
 def test_questions_are_asked_as_the_recipe_asks_them(questioned):
-    task, documents = documents_of(questions_of(questioned))
+    task, documents = documents_of(write_questions(questioned))
     assert [metric["metric"] for metric in task["metric_list"]] == ["open", "all"]
     assert task["generation_kwargs"]["max_new_tokens"] == 8
     assert [document["answer"] for document in documents] == ["A cat.", "a dog", "2"]
@@ -294,11 +294,11 @@ def test_questions_are_asked_as_the_recipe_asks_them(questioned):
 
 
 def test_the_same_questions_are_the_same_file(questioned):
-    first = questions_of(questioned)
+    first = write_questions(questioned)
     made = (first / "questions.parquet").stat().st_mtime_ns
-    assert questions_of(questioned) == first and (first / "questions.parquet").stat().st_mtime_ns == made
+    assert write_questions(questioned) == first and (first / "questions.parquet").stat().st_mtime_ns == made
     tiny.picture(7).save(questioned.parent / "0.png")
-    assert questions_of(questioned) != first
+    assert write_questions(questioned) != first
 
 
 @pytest.mark.parametrize("answer", ["Yes.", " yes ", "no", "'A  Cat'!", "", "...", "Ja, ja."])
@@ -444,7 +444,7 @@ for number, cell in enumerate(json.loads(path.read_text())["cells"], start=1):
 
 def test_a_task_that_fails_in_several_processes_is_left_out_and_the_others_are_asked(tmp_path, monkeypatch):
     (tmp_path / "harness.py").write_text(HARNESS)
-    monkeypatch.setattr(evaluation, "environment", lambda: Path(sys.executable))
+    monkeypatch.setattr(evaluation, "eval_python", lambda: Path(sys.executable))
     monkeypatch.setattr(
         evaluation, "harness_command", lambda python, processes: [str(python), str(tmp_path / "harness.py")]
     )
@@ -516,7 +516,7 @@ def test_an_environment_that_pip_cannot_fill_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     (tmp_path / "requirements.txt").write_text("no-such-package-at-all==1.0\n")
     with pytest.raises(UserError, match="pip can't install lmms-eval"):
-        environment(tmp_path / "environment", requirements=tmp_path / "requirements.txt")
+        eval_python(tmp_path / "environment", requirements=tmp_path / "requirements.txt")
     assert not (tmp_path / "environment" / "made-of").exists()  # the next command tries again
 
 
@@ -576,7 +576,7 @@ def test_the_table_has_per_cent_of_full_and_the_papers_rows(capsys):
         ),  # over what was asked here alone
         ("tuned", 57.0, pytest.approx(100 * 57.0 / 61.9)),
     ]
-    print_table(table, title="a model")
+    print_scores(table, title="a model")
     shown = capsys.readouterr().out
     assert (
         "a table" in shown and "54.0 (90%)" in shown and "55.1 (89%)" in shown and shown.count("paper") == 3

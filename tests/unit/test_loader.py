@@ -38,7 +38,7 @@ from tests.unit.test_dataset import IMAGE_ID, PROCESSOR, SPLITS, family, talk
 from train.engine import to_device
 from train.losses import media_inputs
 from vzip import UserError
-from vzip.media import LEVELS, FrameProcessor, levels_of, model_inputs, normalised, pixels_of
+from vzip.media import LEVELS, FrameProcessor, lookup_table, model_inputs, normalised, pixels_of
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
 from vzip.templates.encode import IGNORED, vicuna
@@ -73,7 +73,7 @@ def on_the_device(kind, processor, media, dtype=torch.float32):
     """Pictures or videos the loader's way."""
     made = model_inputs(kind, processor(media, return_tensors="pt", do_rescale=False, do_normalize=False))
     assert pixels_of(made).dtype == torch.uint8
-    return normalised(made | {LEVELS: levels_of(kind, processor)}, dtype)
+    return normalised(made | {LEVELS: lookup_table(kind, processor)}, dtype)
 
 
 def expected(kind, processor, media):
@@ -98,9 +98,9 @@ def test_pixels_are_what_the_processor_makes_to_the_bit(name, settings):
 
 @pytest.mark.parametrize("settings", ["as it is", "other values"])
 def test_settings_change_the_levels(settings):
-    levels = levels_of("image", PROCESSORS["CLIP"](**SETTINGS[settings]))
+    levels = lookup_table("image", PROCESSORS["CLIP"](**SETTINGS[settings]))
     assert levels.shape == (3, 256) and (levels.diff(dim=1) > 0).all()
-    assert torch.equal(levels, levels_of("image", PROCESSORS["CLIP"]())) == (settings == "as it is")
+    assert torch.equal(levels, lookup_table("image", PROCESSORS["CLIP"]())) == (settings == "as it is")
 
 
 def test_in_half_precision_pixels_are_the_rounded_ones():

@@ -19,7 +19,7 @@ from train.checks import check
 from train.config import build_reducer
 from train.memory import (
     Card,
-    Lengths,
+    LongestExamples,
     Packing,
     card_of,
     fit_packing,
@@ -27,7 +27,7 @@ from train.memory import (
     micro_batch_memory,
     resident_memory,
 )
-from train.models import load_model, quantise
+from train.models import load_family, quantize_language_model
 from train.plan import print_plan
 from train.trainable import make_trainable
 from vzip import UserError
@@ -43,7 +43,7 @@ def packing_of(*overrides, longest=300, prefix=40, world_size=1, **changes):
     """What the card of the settings holds."""
     cfg = OmegaConf.merge(composed(*overrides), changes)
     check(cfg)
-    name, size = cfg.model.name, {"lengths": Lengths(longest, prefix), "world_size": world_size}
+    name, size = cfg.model.name, {"lengths": LongestExamples(longest, prefix), "world_size": world_size}
     return fit_packing(cfg, counted(name), card_of(cfg), num_trainable=PROJECTOR[name], **size)
 
 
@@ -51,7 +51,7 @@ def needed(cfg, packing, *, longest=300, prefix=40, world_size=1):
     """Bytes of a run with that micro batch."""
     family = counted(cfg.model.name)
     resident = resident_memory(cfg, family, num_trainable=PROJECTOR[cfg.model.name], world_size=world_size)
-    return resident + micro_batch_memory(cfg, family, packing, Lengths(longest, prefix))
+    return resident + micro_batch_memory(cfg, family, packing, LongestExamples(longest, prefix))
 
 
 # Bytes of a token
@@ -306,7 +306,7 @@ def test_what_can_not_be_quantised_is_refused(overrides, message):
 def test_a_missing_package_is_named_before_anything_is_loaded(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"inexact=nf4 .*`pip install bitsandbytes`"):
-        load_model(composed("inexact=nf4", "model.id=/nowhere"))
+        load_family(composed("inexact=nf4", "model.id=/nowhere"))
 
 
 NEAR = {"nf4": 0.5, "int8": 0.05}
@@ -342,7 +342,7 @@ def test_a_quantised_model_is_near_and_belongs_to_the_same_base(monkeypatch, kin
         return [output.detach(), *(p.grad.clone() for p in family.projector.parameters())]
 
     exact = outcome()
-    quantise(family, inexact)
+    quantize_language_model(family, inexact)
     frozen = {name: p.clone() for name, p in family.language_model.named_parameters() if not p.requires_grad}
     found = outcome()
     assert not torch.equal(found[0], exact[0])

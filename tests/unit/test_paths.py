@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from data.paths import write_json, atomic_write
+from data.paths import atomic_write, write_json
 from tests.conftest import ROOT
 
 

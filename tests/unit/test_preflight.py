@@ -11,10 +11,10 @@ from PIL import Image
 from rich.console import Console
 
 from data.batches.collate import Collator
-from data.conversations import BadRow, parse_row
+from data.conversations import BadExample, parse_conversation
 from data.examples.tokens import Examples, write_tokens
 from data.paths import write_json
-from data.preflight.check import check_files, measure, refuse_faults, report
+from data.preflight.check import check_faults, check_files, measure_lengths, report
 from data.preflight.show import MAX_PANELS, MAX_TURNS, draw_report, print_report
 from tests.helpers import tiny
 from vzip import UserError
@@ -29,7 +29,7 @@ SIZES = {"coco/1.png": (tiny.SIDE, tiny.SIDE), "coco/2.png": (40, 90), "vg/3.png
 
 def row(number, *turns, **media):
     messages = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(turns)]
-    return parse_row({"id": f"row-{number}", "conversations": messages, **media})
+    return parse_conversation({"id": f"row-{number}", "conversations": messages, **media})
 
 
 ROWS = [
@@ -65,7 +65,7 @@ def family(kind="clip"):
 
 
 def measured(rows, folder, *, kind="clip", reducer=None, **settings):
-    return measure(
+    return measure_lengths(
         examples_of(rows, folder, **settings).table, family(kind), reducer or Random(budget=4), num_frames=3
     )
 
@@ -123,7 +123,7 @@ def test_the_report_counts_by_source(folder):
         {"id": "x", "source": "vg", "reason": "missing"},
         {"id": "y", "source": "gone", "reason": "missing"},
     ]
-    found = reported(lengths, [BadRow("row-0", "coco", "coco/1.png: missing")], left_out)
+    found = reported(lengths, [BadExample("row-0", "coco", "coco/1.png: missing")], left_out)
     assert {source: part["rows"] for source, part in found["sources"].items()} == {
         "coco": 2,
         "vg": 2,
@@ -179,12 +179,12 @@ def test_rows_that_the_model_can_not_take_are_faults_and_the_advice_helps(folder
     with pytest.raises(
         UserError, match=rf"row-\d: {longest} tokens, more than {longest - 1}\n.*data.max_tokens="
     ) as caught:
-        refuse_faults(found, folder)
+        check_faults(found, folder)
     room = int(str(caught.value).split("data.max_tokens=")[1].split()[0])
     assert reported(measured(ROWS, folder, max_tokens=room), max_positions=longest - 1)["faults"] == []
 
     with pytest.raises(UserError, match=r"too long, set a smaller reducer\.budget"):
-        refuse_faults(reported(lengths, max_positions=2), folder)
+        check_faults(reported(lengths, max_positions=2), folder)
 
 
 def test_good_files_have_no_fault(folder):
@@ -226,7 +226,7 @@ def test_a_broken_picture_is_found_once_with_its_first_row(folder, how, reason):
     with pytest.raises(
         UserError, match=r"1 files.*0 rows.*coco: 1.*\n  row-2: vg/3.png.*\nPut the files back.*make data"
     ):
-        refuse_faults(found, folder)
+        check_faults(found, folder)
 
 
 def test_the_sample_depends_on_the_seed_alone(folder):

@@ -14,7 +14,7 @@ from data.examples.hf_folder import HfFolder
 from data.examples.prepare import Selection, prepare
 from data.fetch.http import Client
 from data.fetch.pictures import open_picture
-from data.fetch.sources import place_of
+from data.fetch.sources import parse_source
 from tests.helpers import tiny
 from tests.helpers.broken import JSON, mutated, pictures
 from vzip import UserError
@@ -46,7 +46,7 @@ def save_rows(folder, num_rows=200, *, without=()):
 
 
 def places(folder):
-    place = place_of(str(folder), Client())
+    place = parse_source(str(folder), Client())
     return {"coco": [place], "vg": [place]}
 
 
@@ -320,7 +320,7 @@ def test_a_place_that_has_not_got_a_source_is_refused(tmp_path):
     selection = save_rows(tmp_path, 90)
     shutil.rmtree(tmp_path / "images" / "vg")
     (tmp_path / "empty").mkdir()
-    nowhere = place_of(str(tmp_path / "empty"), Client())
+    nowhere = parse_source(str(tmp_path / "empty"), Client())
     with pytest.raises(UserError, match=r"of vg only 0 of 9 rows can be used; check data\.pictures\.vg"):
         prepare(selection, places={"vg": [nowhere]})
 

@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from tests.conftest import ROOT
 from train import config, hardware
-from train.checkpoint import RunFolder, environment
+from train.checkpoint import RunFolder, environment_record
 from train.hardware import device_name
 
 CPUINFO = (
@@ -36,7 +36,7 @@ def test_a_run_of_a_sweep_records_the_command_of_itself(monkeypatch, mode):
         if mode == "MULTIRUN"
         else ["+exp=sweep-budget"]
     )
-    assert environment(job, world_size=1)["command"] == ["train/tune.py", *alone]
+    assert environment_record(job, world_size=1)["command"] == ["train/tune.py", *alone]
 
 
 def test_settings_are_written_whole(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.examples.subset import draw
+from data.examples.subset import draw_subset
 from data.examples.table import open_table
 from tests.conftest import ROOT
 from vzip import UserError
@@ -43,7 +43,10 @@ def drawn_of(tmp_path_factory):
             path.write_text(json.dumps(entries))
             table = open_table(path)
         ids = table.column("id")
-        return [ids[position] for position in draw(table, **{"fraction": 1.0, "seed": 0, **wanted}).positions]
+        return [
+            ids[position]
+            for position in draw_subset(table, **{"fraction": 1.0, "seed": 0, **wanted}).positions
+        ]
 
     return drawn
 
@@ -153,5 +156,5 @@ def test_the_subset_is_the_same_in_another_process(tmp_path, monkeypatch):
     command = [sys.executable, "-c", code, str(path)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     monkeypatch.setenv("VZIP_DATA", str(tmp_path / "mine"))
-    here = draw(open_table(path), fraction=0.3, seed=5).positions
+    here = draw_subset(open_table(path), fraction=0.3, seed=5).positions
     assert json.loads(done.stdout) == here and len(here) == 27

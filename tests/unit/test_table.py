@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.conversations import Row
+from data.conversations import Conversation
 from data.examples import json_stream
 from data.examples.json_stream import read_list
 from data.examples.table import open_table
@@ -112,7 +112,7 @@ def test_every_form_gives_the_same_rows(tmp_path, form):
         reference.row(position) for position in range(5)
     ]
     assert table.sha256 == reference.sha256 and not table.bad_rows()
-    assert isinstance(table.row(3), Row) and table.row(3).id == "row-3"
+    assert isinstance(table.row(3), Conversation) and table.row(3).id == "row-3"
 
 
 def test_bad_rows_are_listed_and_the_others_survive(tmp_path):

@@ -1,11 +1,11 @@
-"""Token ids and labels on disk: what `encode` gives, opened at once, also in other processes."""
+"""Token ids and labels on disk: what `run_vision_tower` gives, opened at once, also in other processes."""
 
 import pickle
 
 import numpy as np
 import pytest
 
-from data.conversations import parse_row
+from data.conversations import parse_conversation
 from data.examples.tokens import Examples, example_of, kinds_of, tokens_key, write_tokens
 from tests.helpers import tiny
 from vzip import UserError
@@ -16,7 +16,7 @@ TOKENIZER = tiny.tokenizer()
 
 def row(number, *turns, **media):
     messages = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(turns)]
-    return parse_row({"id": f"row-{number}", "conversations": messages, **media})
+    return parse_conversation({"id": f"row-{number}", "conversations": messages, **media})
 
 
 ROWS = [

@@ -267,7 +267,7 @@ def test_the_name_does_not_change_with_what_is_no_part_of_a_run(override):
 
 
 def test_build_makes_what_the_target_names():
-    reducer = config.build(settings_of("model.budget=64", "reducer.merge=average").reducer)
+    reducer = config.instantiate_target(settings_of("model.budget=64", "reducer.merge=average").reducer)
     assert reducer == VisionZip(dominant=54, contextual=10, merge="average")
 
 
@@ -281,7 +281,7 @@ def test_build_makes_what_the_target_names():
 )
 def test_build_turns_a_reducers_mistake_into_that_very_error(override, message):
     with pytest.raises(UserError) as error:
-        config.build(settings_of(override).reducer)
+        config.instantiate_target(settings_of(override).reducer)
     assert str(error.value).startswith(message)
 
 
@@ -289,12 +289,12 @@ def test_build_turns_a_reducers_mistake_into_that_very_error(override, message):
 def test_build_turns_any_other_mistake_into_a_user_error(node):
     target = "vzip.reducers.random.Random"
     with pytest.raises(UserError, match=target):
-        config.build(OmegaConf.create({"_target_": target, **node}))
+        config.instantiate_target(OmegaConf.create({"_target_": target, **node}))
 
 
 def test_build_names_a_target_that_does_not_exist():
     with pytest.raises(UserError, match=r"vzip\.reducers\.nosuch"):
-        config.build(OmegaConf.create({"_target_": "vzip.reducers.nosuch.NoSuch"}))
+        config.instantiate_target(OmegaConf.create({"_target_": "vzip.reducers.nosuch.NoSuch"}))
 
 
 @pytest.mark.integration

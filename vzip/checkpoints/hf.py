@@ -31,7 +31,7 @@ def _explained(path: str) -> Iterator[None]:
         ) from error
 
 
-def load_model(model_class: Any, path: str, *, dtype: torch.dtype) -> Any:
+def load_hf_model(model_class: Any, path: str, *, dtype: torch.dtype) -> Any:
     """The model of a folder or hub id, on the CPU, in eval mode.
 
     Raises:
@@ -46,7 +46,7 @@ def load_model(model_class: Any, path: str, *, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def load_processor(path: str) -> Any:
+def load_hf_processor(path: str) -> Any:
     """Its processor. Raises OSError where there is none, and UserError for files that are broken."""
     with _explained(path):
         return AutoProcessor.from_pretrained(path)

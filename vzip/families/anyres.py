@@ -110,7 +110,7 @@ def released_order(
     """int64[(1 + tiles) * T]: which of the image's tokens, tile after tile, stand in the language model, in that order.
 
     Args:
-        dominant: int64[1 + tiles, D], as in `Reduction`.
+        dominant: int64[1 + tiles, D], as in `ReducerOutput`.
         grid: of the image; None for a single tile, behind which -1, `image_newline`, stands.
         num_tokens: T, tokens of a tile.
         num_cls: 1 where CLS leads the dominant tokens, else 0.

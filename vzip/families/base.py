@@ -21,8 +21,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vzip.checkpoints import hf as whole
 from vzip.checkpoints.shards import read_config
 from vzip.errors import UserError
-from vzip.families.features import Reduced
-from vzip.reducers.base import Reducer, Reduction, VisionTokens
+from vzip.families.features import VisualFeatures
+from vzip.reducers.base import Reducer, ReducerOutput, VisionTokens
 from vzip.tap import layer_index, run_tower, tower_layout
 
 
@@ -31,7 +31,7 @@ def num_dropped(config: Any) -> int:
     return 1 if config.vision_feature_select_strategy == "default" else 0
 
 
-def encode(
+def run_vision_tower(
     tower: nn.Module, config: Any, reducer: Reducer, pixel_values: Tensor, **settings: Any
 ) -> VisionTokens:
     """Vision tokens of float[B, 3, height, width], with the attention that the reducer asks for.
@@ -75,8 +75,8 @@ class Family:
     model_class: ClassVar[type]
     """Their class."""
     original: ClassVar[Any] = None
-    """Module of `vzip.checkpoints` for folders in the layout of the model's own code: `is_original`, `load_model`,
-    `load_processor`."""
+    """Module of `vzip.checkpoints` for folders in the layout of the model's own code: `is_original`, `load_family`,
+    `load_unreduced_processor`."""
     projector_name: ClassVar[str] = "model.multi_modal_projector"
     """Name of the projector among the model's modules."""
     frozen_names: ClassVar[Mapping[str, str]] = {"vision tower": "model.vision_tower"}
@@ -106,14 +106,14 @@ class Family:
             raise UserError(
                 f"{path} holds a model of type {kind!r}, not {cls.model_type!r}; give one of that family"
             )
-        return whole.load_model(cls.model_class, path, dtype=dtype)
+        return whole.load_hf_model(cls.model_class, path, dtype=dtype)
 
     @classmethod
     def load_processor(cls, path: str) -> Any:
         """Its processor, unreduced. Raises as above."""
         if cls.original is not None and cls.original.is_original(read_config(path)):
             return cls.original.load_processor(path)
-        return whole.load_processor(path)
+        return whole.load_hf_processor(path)
 
     @classmethod
     def from_architecture(cls, architecture: dict[str, Any], *, dtype: torch.dtype) -> Any:
@@ -226,14 +226,14 @@ class Family:
         self.num_tile_tokens(reducer)
         self.num_layers_run(reducer)
 
-    def reduce(self, reducer: Reducer, pixel_values: Tensor, **kwargs: Any) -> Reduction:
+    def reduce(self, reducer: Reducer, pixel_values: Tensor, **kwargs: Any) -> ReducerOutput:
         """The reducer's output for float[B, 3, height, width], each picture by itself, before the projector."""
         return reducer(self.vision_tokens(self.model.model, reducer, pixel_values, **kwargs))
 
     def refuse_uncacheable(self, reducer: Reducer) -> None:
         """Raises UserError, before any work, if `reduced` can't give all that the projector's output depends on."""
 
-    def reduce_media(self, reducer: Reducer, kind: str, inputs: Mapping[str, Tensor]) -> Reduced:
+    def reduce_media(self, reducer: Reducer, kind: str, inputs: Mapping[str, Tensor]) -> VisualFeatures:
         """All images, or all videos, of what `vzip.media.model_inputs` returns, behind the reducer."""
         (_, pixels), *more = inputs.items()
         return self.reduced(kind, self.model.model, reducer, pixels, **dict(more))
@@ -241,10 +241,10 @@ class Family:
     def media_features(self, reducer: Reducer, kind: str, inputs: Mapping[str, Tensor]) -> Tensor:
         """float[n, d_llm]: projected tokens of all images, or all videos, one after the other.
 
-        `inputs` are what `vzip.media.model_inputs` returns; or the fields of a `Reduced`, which need neither tower nor reducer.
+        `inputs` are what `vzip.media.model_inputs` returns; or the fields of a `VisualFeatures`, which need neither tower nor reducer.
         """
         if "features" in inputs:
-            return self.placed(self.model.model, Reduced(**inputs))
+            return self.placed(self.model.model, VisualFeatures(**inputs))
         (_, pixels), *more = inputs.items()
         return torch.cat(self.features(kind, self.model.model, reducer, pixels, **dict(more)))
 
@@ -261,16 +261,16 @@ class Family:
     def vision_tokens(cls, inner: Any, reducer: Reducer, pixel_values: Tensor, **kwargs: Any) -> VisionTokens:
         """What the reducer gets of float[B, 3, height, width]."""
         tower = inner.get_submodule(next(iter(cls.frozen_names.values())).removeprefix("model."))
-        return encode(tower, inner.config, reducer, pixel_values, **kwargs)
+        return run_vision_tower(tower, inner.config, reducer, pixel_values, **kwargs)
 
     @classmethod
-    def reduced(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> Reduced:
+    def reduced(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> VisualFeatures:
         """All images, or all videos, behind the reducer and before the projector; `pixels` and `inputs` are the seam's."""
         features = reducer(cls.vision_tokens(inner, reducer, pixels, **inputs)).features
-        return Reduced.as_it_is(features, num_media=len(features))
+        return VisualFeatures.as_it_is(features, num_media=len(features))
 
     @classmethod
-    def placed(cls, inner: Any, reduced: Reduced) -> Tensor:
+    def placed(cls, inner: Any, reduced: VisualFeatures) -> Tensor:
         """float[n, d_llm]: the projected tokens, each at its place; here they stand as they are."""
         return project(inner, reduced.features).flatten(0, -2)
 
@@ -291,7 +291,7 @@ class Family:
         if set(self.seams) & set(vars(inner)):
             raise UserError("a reducer is attached to this model already; call detach() on its handle first")
         for name, kind in self.seams.items():
-            seam = _seam(getattr(type(inner), name), type(self), kind, reducer)
+            seam = _patched_method(getattr(type(inner), name), type(self), kind, reducer)
             setattr(inner, name, types.MethodType(seam, inner))
 
     def uninstall(self) -> None:
@@ -299,7 +299,7 @@ class Family:
             delattr(self.model.model, name)
 
 
-def _seam(
+def _patched_method(
     method: Callable[..., Any], family: type[Family], kind: str, reducer: Reducer
 ) -> Callable[..., Any]:
     """The family's features as a method with the signature of `method`, which generate() reads."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Reduced:
+class VisualFeatures:
     """m tokens of images, or of videos, one after the other, for n places in the language model.
 
     Its fields are also what a model takes in place of pictures: see `Family.media_features`.
@@ -36,7 +36,7 @@ class Reduced:
         return cls(features, order, torch.tensor([len(order)]))
 
     @classmethod
-    def join(cls, parts: Sequence["Reduced"]) -> Self:
+    def join(cls, parts: Sequence["VisualFeatures"]) -> Self:
         """All the parts' images, or videos, one after the other; features are float[m, d]."""
         features = [part.features.flatten(0, -2) for part in parts]
         starts = accumulate(map(len, features), initial=0)

@@ -15,7 +15,7 @@ from transformers.image_processing_utils import select_best_resolution
 from vzip.errors import UserError
 from vzip.families.anyres import Grid, released_order, spatial_order
 from vzip.families.base import Family, num_dropped, project
-from vzip.families.features import Reduced
+from vzip.families.features import VisualFeatures
 from vzip.reducers.base import Reducer, VisionTokens
 
 
@@ -66,7 +66,9 @@ def _tile_counts(grids: Sequence[Grid | None]) -> list[int]:
     return [1 if grid is None else grid.num_tiles for grid in grids]
 
 
-def _released(inner: Any, reducer: Reducer, tokens: VisionTokens, grids: Sequence[Grid | None]) -> Reduced:
+def _released(
+    inner: Any, reducer: Reducer, tokens: VisionTokens, grids: Sequence[Grid | None]
+) -> VisualFeatures:
     """The images' tokens in the order "released"."""
     reduction, counts = reducer(tokens), _tile_counts(grids)
     num_tokens = reduction.features.shape[1]
@@ -78,10 +80,14 @@ def _released(inner: Any, reducer: Reducer, tokens: VisionTokens, grids: Sequenc
         for dominant, grid in zip(torch.split(reduction.dominant, counts), grids, strict=True)
     ]
     images = zip(torch.split(reduction.features, counts), orders, strict=True)
-    return Reduced.join([Reduced.of_image(features.flatten(0, 1), order) for features, order in images])
+    return VisualFeatures.join(
+        [VisualFeatures.of_image(features.flatten(0, 1), order) for features, order in images]
+    )
 
 
-def _spatial(inner: Any, reducer: Reducer, tokens: VisionTokens, grids: Sequence[Grid | None]) -> Reduced:
+def _spatial(
+    inner: Any, reducer: Reducer, tokens: VisionTokens, grids: Sequence[Grid | None]
+) -> VisualFeatures:
     """The images' tokens in the order "spatial"."""
     side = inner.config.vision_config.image_size // inner.config.vision_config.patch_size
     device = tokens.features.device
@@ -100,8 +106,8 @@ def _spatial(inner: Any, reducer: Reducer, tokens: VisionTokens, grids: Sequence
     images, tiles = [], iter(range(len(shown)))
     for grid, count in zip(grids, _tile_counts(grids), strict=True):
         kept_of, places_of = zip(*(reduced[tile] for tile in islice(tiles, count)), strict=True)
-        images.append(Reduced.of_image(torch.cat(kept_of), spatial_order(places_of, grid)))
-    return Reduced.join(images)
+        images.append(VisualFeatures.of_image(torch.cat(kept_of), spatial_order(places_of, grid)))
+    return VisualFeatures.join(images)
 
 
 class LlavaNext(Family):
@@ -188,14 +194,14 @@ class LlavaNext(Family):
         return cls.vision_tokens(inner, reducer, stack_tiles(pixels, _tile_counts(grids)), **inputs), grids
 
     @classmethod
-    def reduced(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> Reduced:
+    def reduced(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> VisualFeatures:
         """As the other families', in the reducer's order of tiles, which is not the model's own."""
         assert reducer.anyres != "model", "the model's own packing works behind the projector"
         order = _spatial if reducer.anyres == "spatial" else _released
         return order(inner, reducer, *cls.tiles(inner, reducer, pixels, **inputs))
 
     @classmethod
-    def placed(cls, inner: Any, reduced: Reduced) -> Tensor:
+    def placed(cls, inner: Any, reduced: VisualFeatures) -> Tensor:
         tokens = super().placed(inner, reduced)
         return torch.cat([tokens, inner.image_newline.to(tokens)[None]])[reduced.order]
 

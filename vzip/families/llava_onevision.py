@@ -18,9 +18,9 @@ from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionP
 from vzip.errors import UserError
 from vzip.families.anyres import Grid
 from vzip.families.base import project
-from vzip.families.features import Reduced
+from vzip.families.features import VisualFeatures
 from vzip.families.llava_next import LlavaNext
-from vzip.media import load_video_processor, refuse_empty, stack_frames
+from vzip.media import check_num_frames, load_video_processor, stack_frames
 from vzip.reducers.base import Reducer
 
 TAKES_VIDEOS = version.parse(transformers.__version__) >= version.parse("5.18")
@@ -75,7 +75,7 @@ class LlavaOnevision(LlavaNext):
             raise UserError(
                 f"videos of {self.model_type!r} models need transformers 5.18 or newer; this is {transformers.__version__}"
             )
-        refuse_empty(num_frames)
+        check_num_frames(num_frames)
         side = math.ceil(self.tile_side // self.model.config.vision_config.patch_size / 2)
         return num_frames * (side * side if reducer.anyres == "model" else self.num_tile_tokens(reducer)) + 1
 
@@ -88,14 +88,14 @@ class LlavaOnevision(LlavaNext):
         return images
 
     @classmethod
-    def reduced(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> Reduced:
+    def reduced(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> VisualFeatures:
         """As LLaVA-NeXT's; of a video all frames, and one newline behind them."""
         if kind == "image":
             return super().reduced(kind, inner, reducer, pixels, **inputs)
         features = reducer(cls.vision_tokens(inner, reducer, stack_frames(pixels), **inputs)).features
-        frames = Reduced.as_it_is(features, num_media=len(pixels))
+        frames = VisualFeatures.as_it_is(features, num_media=len(pixels))
         order = F.pad(frames.order.view(len(pixels), -1), (0, 1), value=-1)
-        return Reduced(features, order.flatten(), frames.counts + 1)
+        return VisualFeatures(features, order.flatten(), frames.counts + 1)
 
     @classmethod
     def features(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> list[Tensor]:

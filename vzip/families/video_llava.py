@@ -4,9 +4,9 @@ from typing import Any, ClassVar
 
 from transformers import VideoLlavaForConditionalGeneration, VideoLlavaProcessor
 
-from vzip.families.base import Family, encode
-from vzip.families.features import Reduced
-from vzip.media import load_video_processor, refuse_empty, stack_frames
+from vzip.families.base import Family, run_vision_tower
+from vzip.families.features import VisualFeatures
+from vzip.media import check_num_frames, load_video_processor, stack_frames
 from vzip.reducers.base import Reducer
 
 
@@ -25,16 +25,16 @@ class VideoLlava(Family):
 
     def num_video_tokens(self, reducer: Reducer, num_frames: int) -> int:
         """All frames; without a reducer the model keeps the CLS of each."""
-        refuse_empty(num_frames)
+        check_num_frames(num_frames)
         return num_frames * reducer.num_tokens(self.num_patches, has_cls=self.has_cls, num_dropped=0)
 
     @classmethod
-    def reduced(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> Reduced:
+    def reduced(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> VisualFeatures:
         """As the other families'; each frame of a video is reduced by itself, and a video is its frames one after the other."""
         if kind == "video":
-            tokens = encode(
+            tokens = run_vision_tower(
                 inner.video_tower, inner.config, reducer, stack_frames(pixels), num_dropped=0, **inputs
             )
-            return Reduced.as_it_is(reducer(tokens).features, num_media=len(pixels))
+            return VisualFeatures.as_it_is(reducer(tokens).features, num_media=len(pixels))
         legacy = inputs.pop("pixel_values_images", None)  # generate() passes on what the processor calls them
         return super().reduced(kind, inner, reducer, legacy if pixels is None else pixels, **inputs)

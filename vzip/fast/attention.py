@@ -127,7 +127,7 @@ class _BlockAttention(torch.autograd.Function):
 
 
 @cache
-def _has_package() -> bool:
+def _has_flash_package() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
@@ -139,7 +139,7 @@ def _flash(queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, sc
     """float[T, H, c] of queries float[T, H, c], keys and values float[T + R * P, K, c]; causal from the end of each row."""
     bounds = (segments.query_bounds, segments.key_bounds)
     longest = (max(segments.lengths), max(segments.lengths) + segments.num_prefix)
-    if _has_package():
+    if _has_flash_package():
         from flash_attn import flash_attn_varlen_func
 
         mixed: Tensor = flash_attn_varlen_func(
@@ -169,7 +169,7 @@ def has_flash(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or width > 256:
         return False
-    there = _has_package() or _torch_release() >= (2, 11)
+    there = _has_flash_package() or _torch_release() >= (2, 11)
     return there and torch.cuda.get_device_capability(device) >= (8, 0)
 
 

@@ -53,7 +53,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)
 
 
-def refuse_uncompiled(device: torch.device, dtype: torch.dtype) -> None:
+def check_compiles(device: torch.device, dtype: torch.dtype) -> None:
     """Raises UserError where torch.compile can make no kernel."""
     gate, up = torch.ones(2, 8, 8, device=device, dtype=dtype).unbind()
     try:
@@ -96,12 +96,12 @@ class _SwiGLU(torch.autograd.Function):
 
 
 @cache
-def _has_package() -> bool:
+def _has_liger_package() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
 
 
 def _has_liger(device: torch.device) -> bool:
-    return device.type == "cuda" and _has_package()
+    return device.type == "cuda" and _has_liger_package()
 
 
 def rms_norm(norm: Any, hidden: Tensor, *, compiled: bool = False) -> Tensor:

@@ -24,7 +24,7 @@ MODEL_TYPES = ("llama", "mistral", "qwen2")
 """Language models whose layers are known to be of a norm, attention, a norm and a SwiGLU MLP, all frozen."""
 
 
-def refuse_unfit(config: Any, *, longest: int) -> None:
+def check_language_model(config: Any, *, longest: int) -> None:
     """Raises UserError unless the fast path takes a language model of this config, with rows of up to `longest` tokens."""
     advice = "use engine=reference for it"
     if config.model_type not in MODEL_TYPES or config.hidden_act != "silu":

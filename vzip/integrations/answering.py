@@ -34,7 +34,7 @@ def _whole(name: str, value: Any) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class GenerationSettings:
     """What model, in which row, and how it is run."""
 
     pretrained: str
@@ -141,7 +141,7 @@ class Answerer:
         processor: of the current row.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: GenerationSettings) -> None:
         """Raises UserError as `Comparison.open` and `take` do."""
         self.settings = settings
         dtype = getattr(torch, settings.dtype) if settings.dtype else None

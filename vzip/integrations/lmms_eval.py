@@ -21,7 +21,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
 from vzip.errors import UserError
-from vzip.integrations.answering import Answerer, Conversation, Generated, Settings
+from vzip.integrations.answering import Answerer, Conversation, Generated, GenerationSettings
 
 NAME = "vzip"
 
@@ -35,7 +35,7 @@ class Vzip(lmms):  # type: ignore[misc]
     """A run, or a base model, in one of its rows.
 
     Args:
-        arguments: those of `--model_args`, `--batch_size` and `--device`: see `Settings`.
+        arguments: those of `--model_args`, `--batch_size` and `--device`: see `GenerationSettings`.
 
     Raises:
         UserError: a mistake in them, or nothing that can be loaded.
@@ -54,7 +54,9 @@ class Vzip(lmms):  # type: ignore[misc]
             raise UserError(
                 f"device={device}: each of {self.world_size} processes has a device of its own; leave it out"
             )
-        self.answerer = Answerer(Settings.of({**arguments, "device": device or str(self.accelerator.device)}))
+        self.answerer = Answerer(
+            GenerationSettings.of({**arguments, "device": device or str(self.accelerator.device)})
+        )
 
     @property
     def device(self) -> torch.device:

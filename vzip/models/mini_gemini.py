@@ -62,7 +62,7 @@ class MiniGeminiConfig(LlavaConfig):  # type: ignore[misc]
         return side
 
 
-def refuse_unfit(config: MiniGeminiConfig) -> None:
+def check_mini_gemini_config(config: MiniGeminiConfig) -> None:
     """Raises UserError for a config that mining can't serve: regions that are not whole, or tokens that are not patches."""
     high: Any = config.high_resolution_config
     stride = high.patch_size * config.grid
@@ -168,12 +168,12 @@ def cut_regions(high_features: Tensor, num_patches: int) -> Tensor:
 
 
 class MiniGeminiModel(LlavaModel):  # type: ignore[misc]
-    """`LlavaModel` with `high_resolution_tower` and `mining`. Raises UserError for a config that `refuse_unfit` refuses."""
+    """`LlavaModel` with `high_resolution_tower` and `mining`. Raises UserError for a config that `check_mini_gemini_config` refuses."""
 
     config: MiniGeminiConfig
 
     def __init__(self, config: MiniGeminiConfig) -> None:
-        refuse_unfit(config)
+        check_mini_gemini_config(config)
         super().__init__(config)
         high: Any = config.high_resolution_config
         self.high_resolution_tower = HighResolutionTower(high)
@@ -256,7 +256,7 @@ def make_processor(config: MiniGeminiConfig, tokenizer: Any, *, pad: bool = True
         pad: whether to pad pictures to squares with the mean colour before resizing, as all public models want it;
             otherwise the middle is cut out.
     """
-    refuse_unfit(config)
+    check_mini_gemini_config(config)
     high: Any = config.high_resolution_config
     side = high.image_size
     # LlavaProcessor counts placeholders from the size of `pixel_values`: with the region of a patch in pixels of the

@@ -5,9 +5,9 @@ import pkgutil
 from typing import Any
 
 from vzip.errors import UserError
-from vzip.reducers.base import Reducer, Reduction, VisionTokens
+from vzip.reducers.base import Reducer, ReducerOutput, VisionTokens
 
-__all__ = ["Reducer", "Reduction", "VisionTokens", "create", "names", "with_budget"]
+__all__ = ["Reducer", "ReducerOutput", "VisionTokens", "create", "names", "with_budget"]
 
 
 def names() -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from vzip.errors import UserError, refuse_no_count
+from vzip.errors import UserError, check_count
 
 ANYRES = ("released", "spatial")
 """Orders of the tokens of several tiles that a reducer can choose."""
@@ -17,7 +17,7 @@ ANYRES = ("released", "spatial")
 
 def budget_of_a_tile(budget: int, tiles: int) -> int:
     """The share of one tile in a budget that is the total of `tiles`. Raises UserError if it is none, or can't be shared."""
-    refuse_no_count("reducer.budget", budget, 1)
+    check_count("reducer.budget", budget, 1)
     if budget % tiles:
         below, above = budget // tiles * tiles, -(-budget // tiles) * tiles
         raise UserError(
@@ -44,7 +44,7 @@ class VisionTokens:
 
 
 @dataclass(frozen=True)
-class Reduction:
+class ReducerOutput:
     """The tokens that leave a reducer, and where every vision token went."""
 
     features: Tensor
@@ -80,4 +80,4 @@ class Reducer(Protocol):
         """Constructor arguments that give this reducer again; JSON types only."""
         ...
 
-    def __call__(self, tokens: VisionTokens) -> Reduction: ...
+    def __call__(self, tokens: VisionTokens) -> ReducerOutput: ...

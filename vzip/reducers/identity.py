@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vzip.reducers.base import Reduction, VisionTokens
+from vzip.reducers.base import ReducerOutput, VisionTokens
 
 
 class Identity:
@@ -24,10 +24,10 @@ class Identity:
     def num_tokens(self, num_patches: int, *, has_cls: bool, num_dropped: int) -> int:
         return num_patches + int(has_cls) - num_dropped
 
-    def __call__(self, tokens: VisionTokens) -> Reduction:
+    def __call__(self, tokens: VisionTokens) -> ReducerOutput:
         num_images, num_tokens, _ = tokens.features.shape
         index = torch.arange(num_tokens, device=tokens.features.device).expand(num_images, -1)
-        return Reduction(
+        return ReducerOutput(
             features=tokens.features[:, tokens.num_dropped :],
             dominant=index[:, tokens.num_dropped :],
             contextual=index[:, :0],

@@ -4,8 +4,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from vzip.errors import UserError, one_of
-from vzip.reducers.base import ANYRES, Reduction, VisionTokens, budget_of_a_tile
+from vzip.errors import UserError, check_choice
+from vzip.reducers.base import ANYRES, ReducerOutput, VisionTokens, budget_of_a_tile
 from vzip.reducers.visionzip import take
 
 
@@ -27,7 +27,7 @@ class Random:
     anyres: str
 
     def __init__(self, *, budget: int, tiles: int = 1, anyres: str = "released") -> None:
-        one_of("reducer.anyres", anyres, ANYRES)
+        check_choice("reducer.anyres", anyres, ANYRES)
         self.budget, self.anyres = budget_of_a_tile(budget, tiles), anyres
 
     def __repr__(self) -> str:
@@ -44,7 +44,7 @@ class Random:
             )
         return self.budget
 
-    def __call__(self, tokens: VisionTokens) -> Reduction:
+    def __call__(self, tokens: VisionTokens) -> ReducerOutput:
         num_images, num_tokens, _ = tokens.features.shape
         num_patches = num_tokens - int(tokens.has_cls)
         self.num_tokens(num_patches, has_cls=tokens.has_cls, num_dropped=tokens.num_dropped)
@@ -52,6 +52,6 @@ class Random:
         kept = order.to(tokens.features.device) + int(tokens.has_cls)
         slots = torch.full((num_images, num_tokens), -1, device=kept.device)
         slots.scatter_(1, kept, torch.arange(self.budget, device=kept.device).expand(num_images, -1))
-        return Reduction(
+        return ReducerOutput(
             features=take(tokens.features, kept), dominant=kept, contextual=kept[:, :0], slots=slots
         )

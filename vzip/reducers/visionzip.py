@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vzip.errors import UserError, one_of, refuse_no_count
-from vzip.reducers.base import ANYRES, Reduction, VisionTokens, budget_of_a_tile
+from vzip.errors import UserError, check_choice, check_count
+from vzip.reducers.base import ANYRES, ReducerOutput, VisionTokens, budget_of_a_tile
 
 MERGES = ("sum", "average")
 
@@ -105,9 +105,9 @@ class VisionZip:
 
     def __post_init__(self, budget: int | None, tiles: int) -> None:
         self._tiles = 1 if budget is None else tiles  # what an error speaks of
-        one_of("reducer.merge", self.merge, MERGES)
-        one_of("reducer.anyres", self.anyres, ANYRES)
-        one_of("reducer.keep_cls", self.keep_cls, (True, False))
+        check_choice("reducer.merge", self.merge, MERGES)
+        check_choice("reducer.anyres", self.anyres, ANYRES)
+        check_choice("reducer.keep_cls", self.keep_cls, (True, False))
         share = None if budget is None else budget_of_a_tile(budget, tiles)
         if self.dominant is None and self.contextual is None and share is not None:
             self.dominant, self.contextual = split_budget(share)
@@ -116,8 +116,8 @@ class VisionZip:
                 f"give reducer.budget, or both reducer.dominant and reducer.contextual "
                 f"(got budget={budget}, dominant={self.dominant}, contextual={self.contextual})"
             )
-        refuse_no_count("reducer.dominant", self.dominant, 0)
-        refuse_no_count("reducer.contextual", self.contextual, 0)
+        check_count("reducer.dominant", self.dominant, 0)
+        check_count("reducer.contextual", self.contextual, 0)
         total = self.dominant + self.contextual
         if not total:
             raise UserError(
@@ -160,7 +160,7 @@ class VisionZip:
             )
         return budget
 
-    def __call__(self, tokens: VisionTokens) -> Reduction:
+    def __call__(self, tokens: VisionTokens) -> ReducerOutput:
         features, saliency, keys = tokens.features, tokens.saliency, tokens.keys
         assert saliency is not None and keys is not None, "VisionZip needs the tapped layer's attention"
         num_images, num_tokens, _ = features.shape
@@ -173,7 +173,7 @@ class VisionZip:
         )
         kept = take(features, dominant)
         if self.contextual == 0:
-            return Reduction(features=kept, dominant=dominant, contextual=dominant[:, :0], slots=slots)
+            return ReducerOutput(features=kept, dominant=dominant, contextual=dominant[:, :0], slots=slots)
 
         remaining = remaining_tokens(dominant, num_tokens, has_cls=tokens.has_cls)
         target_at, other_at, assigned = assign_to_targets(take(keys, remaining), self.contextual)
@@ -182,6 +182,6 @@ class VisionZip:
         order = torch.arange(self.contextual, device=features.device).expand(num_images, -1)
         slots.scatter_(1, targets, self.dominant + order)
         slots.scatter_(1, others, self.dominant + assigned)
-        return Reduction(
+        return ReducerOutput(
             features=torch.cat([kept, merged], dim=1), dominant=dominant, contextual=targets, slots=slots
         )

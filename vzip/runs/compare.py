@@ -21,7 +21,7 @@ from vzip.runs.projector import (
     locate,
     read_meta,
     reducers_of,
-    refuse_mismatch,
+    check_fits,
 )
 from vzip.reducers import Reducer, with_budget
 from vzip.reducers.identity import Identity
@@ -46,7 +46,7 @@ def _load_base(cls: type[Family], source: str, *, dtype: torch.dtype, way_out: s
     return family, processor
 
 
-def refuse_untuned(budget: int | None, tuned: Collection[int | None]) -> None:
+def check_tuned_budget(budget: int | None, tuned: Collection[int | None]) -> None:
     """Raises UserError for a budget that is not among those that a projector was tuned for; None is the first of them."""
     if budget is not None and budget not in tuned:
         known = ", ".join(map(str, tuned))
@@ -134,7 +134,7 @@ class Comparison:
             raise UserError(f"{folder} is of the family {meta['base']['model_type']!r}, which this version does not know")
         family, processor = _load_base(kind, source, dtype=getattr(torch, meta["dtype"]), way_out=way_out)
         reducers = {budget_of(family, reducer): reducer for reducer in reducers_of(meta).values()}
-        refuse_mismatch(meta, family, next(iter(reducers.values())))  # before a cast, which would round what is compared
+        check_fits(meta, family, next(iter(reducers.values())))  # before a cast, which would round what is compared
         if dtype is not None:
             _cast(family, dtype)
         if described := meta.get("template"):
@@ -179,7 +179,7 @@ class Comparison:
         if budget is None or budget in self.reducers:
             return self.reducers[budget] if budget else next(iter(self.reducers.values()))
         if row == "tuned":
-            refuse_untuned(budget, self.reducers)
+            check_tuned_budget(budget, self.reducers)
         tiles = self.family.budget_tiles
         if not self.reducers:
             return VisionZip(budget=budget, tiles=tiles)
@@ -242,7 +242,7 @@ def load(
     """
     known = reducers_of(read_meta(locate(path) or Path(path)))
     if None not in known:  # a file written before budgets were says nothing, so that the model has to be asked
-        refuse_untuned(budget, known)
+        check_tuned_budget(budget, known)
     comparison = Comparison.open(path, base=base, dtype=dtype, device=device)
     handle = comparison.attach("tuned", budget=budget)
     return handle.family.model, handle.processor(comparison.processor)

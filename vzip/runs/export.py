@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vzip.checkpoints.shards import read_config
-from vzip.runs.compare import Comparison, refuse_untuned
+from vzip.runs.compare import Comparison, check_tuned_budget
 from vzip.errors import UserError
 from vzip.families import Family
-from vzip.runs.projector import ADAPTER, CONFIG, EXPORT, WEIGHTS, describe, fingerprint, is_export, read_finished
+from vzip.runs.projector import ADAPTER, CONFIG, EXPORT, WEIGHTS, projector_meta, fingerprint, is_export, read_finished
 from vzip.reducers import Reducer
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -55,7 +55,7 @@ def _open(run: Path, base: str | None) -> tuple[Comparison, str]:
 
 def _with_first(reducers: Mapping[int, Reducer], budget: int | None) -> list[Reducer]:
     """The reducers with that of `budget` first. Raises UserError for one that is not there."""
-    refuse_untuned(budget, reducers)
+    check_tuned_budget(budget, reducers)
     return sorted(reducers.values(), key=lambda reducer: budget is not None and reducer is not reducers[budget])
 
 
@@ -144,7 +144,7 @@ def write_hf(run: Path, folder: Path, *, base: str | None = None, budget: int | 
     opened, base = _open(run, base)
     reducers, merged = _with_first(opened.reducers, budget), opened.meta["adapter"]
     family = opened.tuned_family()
-    described = describe(family, *reducers, base=base_name(opened.meta["base"]["id"]), base_fingerprint=fingerprint(family))
+    described = projector_meta(family, *reducers, base=base_name(opened.meta["base"]["id"]), base_fingerprint=fingerprint(family))
     described |= {"adapter": False, "merged_adapter": merged, "num_image_tokens": family.num_image_tokens(reducers[0])}
     shards = [] if merged else _base_shards(base, type(family))
     for shard in shards:

@@ -54,7 +54,7 @@ def budget_of(family: Family, reducer: Reducer) -> int:
     return family.num_tile_tokens(reducer) * family.budget_tiles
 
 
-def describe(
+def projector_meta(
     family: Family, *reducers: Reducer, base: str, base_fingerprint: str, projector: str | None = None
 ) -> dict[str, Any]:
     """The part of `meta.json` that says what a projector belongs to: the base, with the file of the projector that training
@@ -149,7 +149,7 @@ def read_finished(run: Path) -> dict[str, Any]:
     return meta
 
 
-def refuse_mismatch(meta: Mapping[str, Any], family: Family, reducer: Reducer) -> None:
+def check_fits(meta: Mapping[str, Any], family: Family, reducer: Reducer) -> None:
     """Raises UserError, with the reason, if a projector of `meta` does not belong to this model and reducer."""
     base = meta["base"]
     if base["model_type"] != family.model_type:
@@ -204,7 +204,7 @@ def load_projector(handle: Handle, folder: str | Path) -> None:
     """
     folder = Path(folder)
     meta = read_meta(folder)
-    refuse_mismatch(meta, handle.family, handle.reducer)
+    check_fits(meta, handle.family, handle.reducer)
     load_weights(handle.family, folder / WEIGHTS)
     if meta["adapter"]:
         load_adapter(handle.family, folder)

@@ -33,7 +33,7 @@ def end_ids(model: Any, processor: Any) -> set[int]:
 
 
 def chat_template(template: Template, tokenizer: Any) -> str:
-    """The Jinja text of a template: the same conversation as `vzip.templates.encode.encode` makes.
+    """The Jinja text of a template: the same conversation as `vzip.templates.encode.run_vision_tower` makes.
 
     A message's content is a string, or a list of parts of the types "image", "video" and "text"; pictures go to the front, each
     followed by a newline, as in training. Of several parts of text each begins a new line: whoever cuts a question at its

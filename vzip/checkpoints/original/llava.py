@@ -29,10 +29,10 @@ from vzip.checkpoints.original.renaming import (
     PROJECTOR,
     ROWS,
     TOWER,
+    check_settings,
     fill,
     language_weights,
     projector_weights,
-    refuse_settings,
     text_config,
     tower_weights,
     vocab_size,
@@ -60,11 +60,11 @@ def is_original(config: Mapping[str, Any]) -> bool:
     return config.get("mm_vision_tower") is not None
 
 
-def _refuse_unfit(path: str, config: Mapping[str, Any]) -> None:
+def _check_config(path: str, config: Mapping[str, Any]) -> None:
     """Raises UserError, before any work, for a setting that the model built here would not have."""
     if str(config.get("image_aspect_ratio")).startswith("anyres"):
         raise _is_next(path, f"image_aspect_ratio is {config['image_aspect_ratio']!r}")
-    refuse_settings(path, config, _SETTINGS)
+    check_settings(path, config, _SETTINGS)
     if not isinstance(layer := config.get("mm_vision_select_layer", -2), int):
         raise UserError(
             f"{path}, config.json: mm_vision_select_layer is {layer!r}; it must be one whole number, e.g. -2"
@@ -114,7 +114,7 @@ def load_model(path: str, *, dtype: torch.dtype) -> Any:
             weights that are not exactly the model's.
     """
     config = read_config(path)
-    _refuse_unfit(path, config)
+    _check_config(path, config)
     tower, vision = find_clip(path, config["mm_vision_tower"])
     tensors = _convert(path, config)
     if not any(name.startswith("model.vision_tower.") for name in tensors):
@@ -146,7 +146,7 @@ def load_tokenizer(path: str) -> Any:
     try:
         file = _file(path, "tokenizer.model")
         if file and not _file(path, "tokenizer.json"):
-            tokenizer = sentencepieces.load_tokenizer(path, file)
+            tokenizer = sentencepieces.load_sentencepiece_tokenizer(path, file)
         else:
             tokenizer = AutoTokenizer.from_pretrained(path, config=text_config(config))
     except UserError:
@@ -179,10 +179,10 @@ def load_processor(path: str) -> Any:
 
     Raises:
         OSError: no such folder or hub id.
-        UserError: as `load_model` and `load_tokenizer`, or a tower without `preprocessor_config.json`.
+        UserError: as `load_family` and `load_sentencepiece_tokenizer`, or a tower without `preprocessor_config.json`.
     """
     config = read_config(path)
-    _refuse_unfit(path, config)
+    _check_config(path, config)
     tower, vision = find_clip(path, config["mm_vision_tower"])
     try:
         images = LlavaImageProcessorPil.from_pretrained(

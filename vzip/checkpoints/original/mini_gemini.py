@@ -22,16 +22,16 @@ from vzip.checkpoints.original.renaming import (
     LANGUAGE,
     PROJECTOR,
     TOWER,
+    check_settings,
     few,
     fill,
     language_weights,
     projector_weights,
-    refuse_settings,
     text_config,
     tower_weights,
     vocab_size,
 )
-from vzip.checkpoints.original.towers import clip_weights, find_clip, tower_places
+from vzip.checkpoints.original.towers import clip_weights, find_clip, tower_locations
 from vzip.checkpoints.shards import read_config, read_tensors, read_weights
 from vzip.errors import UserError
 from vzip.models.mini_gemini import MiniGeminiConfig, MiniGeminiForConditionalGeneration, make_processor
@@ -77,9 +77,9 @@ def is_original(config: Mapping[str, Any]) -> bool:
     return config.get("mm_vision_tower_aux") is not None
 
 
-def _refuse_settings(path: str, config: Mapping[str, Any]) -> None:
+def _check_config(path: str, config: Mapping[str, Any]) -> None:
     """Raises UserError, before any work, for a setting that the model built here would not have."""
-    refuse_settings(path, config, _SETTINGS)
+    check_settings(path, config, _SETTINGS)
     for key, kind in (("mm_vision_tower", str), ("mm_vision_tower_aux", str), ("image_size_aux", int)):
         if not isinstance(config.get(key), kind):
             raise UserError(
@@ -98,7 +98,10 @@ def _open_clip_weights(path: str, name: str) -> dict[str, Tensor]:
     Raises UserError where there is no such file, and for tensors in it that are of no known use.
     """
     files = [
-        place / file for place in tower_places(path, name) for file in _OPEN_CLIP if (place / file).is_file()
+        place / file
+        for place in tower_locations(path, name)
+        for file in _OPEN_CLIP
+        if (place / file).is_file()
     ]
     hub = HUB_TOWERS.get(Path(name).name, name)
     try:
@@ -159,7 +162,7 @@ def _config(config: Mapping[str, Any], vision: Any, high: Any) -> MiniGeminiConf
     )
 
 
-def _named(path: str, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+def _tower_id(path: str, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """All tensors of the checkpoint but the high-resolution tower's, under the model's names; unknown ones under their own."""
     tensors = language_weights(weights, config) | projector_weights(weights, path)
     tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in tower_weights(weights).items()}
@@ -181,13 +184,13 @@ def load_model(path: str, *, dtype: torch.dtype) -> MiniGeminiForConditionalGene
             broken, or weights that are not exactly the model's.
     """
     config = read_config(path)
-    _refuse_settings(path, config)
+    _check_config(path, config)
     tower, vision = find_clip(path, config["mm_vision_tower"], HUB_TOWERS)
     weights = read_weights(path)
     held = any(_HIGH.fullmatch(name) for name in weights)
     high = convnext_weights(weights if held else _open_clip_weights(path, config["mm_vision_tower_aux"]))
     model_config = _config(config, vision, _convnext_config(path, high, config["image_size_aux"]))
-    tensors = _named(path, weights, config)
+    tensors = _tower_id(path, weights, config)
     tensors |= {f"model.high_resolution_tower.{name}": tensor for name, tensor in high.items()}
     if not any(name.startswith("model.vision_tower.") for name in tensors):
         tensors |= {
@@ -204,10 +207,10 @@ def load_processor(path: str) -> LlavaProcessor:
 
     Raises:
         OSError: no such folder or hub id.
-        UserError: as `load_model`, or a tokenizer that does not fit `vocab_size`.
+        UserError: as `load_family`, or a tokenizer that does not fit `vocab_size`.
     """
     config = read_config(path)
-    _refuse_settings(path, config)
+    _check_config(path, config)
     vision = find_clip(path, config["mm_vision_tower"], HUB_TOWERS)[1]
     model_config = _config(config, vision, ConvNextConfig(image_size=config["image_size_aux"]))
     tokenizer = load_tokenizer(path)

@@ -141,7 +141,7 @@ def read_projector(path: Path) -> dict[str, Tensor]:
     return projector_weights(tensors, f"projector {path}")
 
 
-def refuse_settings(
+def check_settings(
     path: str, config: Mapping[str, Any], settings: Mapping[str, tuple[Any, tuple[Any, ...]]]
 ) -> None:
     """Raises UserError for a setting of config.json that is not among the values that can be had.
@@ -155,7 +155,7 @@ def refuse_settings(
             )
 
 
-def refuse_mismatch(path: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_tensors(path: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raises UserError, naming the keys, unless the tensors are the model's, one by one."""
     wrong = []
     if missing := expected.keys() - tensors.keys():
@@ -181,7 +181,7 @@ def fill(path: str, model_class: Any, config: Any, tensors: dict[str, Tensor], *
     Tensors may be views of files until here, so that one copy of the model is held, in `dtype`.
     """
     with torch.device("meta"):
-        refuse_mismatch(path, tensors, model_class(config).state_dict())
+        check_tensors(path, tensors, model_class(config).state_dict())
     for name in tensors:
         tensors[name] = tensors[name].to(
             dtype, copy=True

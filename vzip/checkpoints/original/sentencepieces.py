@@ -12,7 +12,7 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 from vzip.errors import UserError
 
 
-def load_tokenizer(path: str, model_file: Path) -> Any:
+def load_sentencepiece_tokenizer(path: str, model_file: Path) -> Any:
     """LlamaTokenizer of a folder or hub id that has `tokenizer.model` and no `tokenizer.json`.
 
     transformers 5 puts the merges in the order of the pieces' ids. SentencePiece goes by their scores, and the two differ for

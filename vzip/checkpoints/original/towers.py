@@ -13,7 +13,7 @@ from vzip.checkpoints.shards import read_config
 from vzip.errors import UserError
 
 
-def tower_places(path: str, name: str) -> list[Path]:
+def tower_locations(path: str, name: str) -> list[Path]:
     """Folders where the tower `name` of the checkpoint `path` may be, best first.
 
     `name` itself is the first, as LLaVA's code takes it. Then `name`, and its last part, in the checkpoint's folder and beside
@@ -41,7 +41,7 @@ def find_clip(path: str, name: str, hub_ids: Mapping[str, str] | None = None) ->
     """
     hub_id = (hub_ids or {}).get(Path(name).name, name)
     tower = next(
-        (str(place) for place in tower_places(path, name) if (place / "config.json").is_file()), hub_id
+        (str(place) for place in tower_locations(path, name) if (place / "config.json").is_file()), hub_id
     )
     try:
         kind = read_config(tower).get("model_type")
@@ -60,7 +60,7 @@ def find_clip(path: str, name: str, hub_ids: Mapping[str, str] | None = None) ->
 def clip_weights(path: str, tower: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors of a CLIP's folder or hub id, under the names in `CLIPVisionModel`. Raises UserError unless all are there."""
     try:
-        model = whole.load_model(CLIPVisionModel, tower, dtype=dtype)
+        model = whole.load_hf_model(CLIPVisionModel, tower, dtype=dtype)
     except (OSError, UserError) as error:
         raise UserError(
             f"{path}, config.json: the weights of mm_vision_tower {tower} can't be loaded: {error}"
