@@ -34,18 +34,20 @@ def _fast(
     packers = [
         Packer(collate, num_prefix=len(prefix), reducer=number) for number, collate in enumerate(collators)
     ]
-    taught = has_media(examples) | trainable.in_language
+    has_gradient = has_media(examples) | trainable.in_language
     num_run = torch.stack([packer.lengths(examples) for packer in packers])
-    longest = int(num_run[:, taught].max())
+    longest = int(num_run[:, has_gradient].max())
     check_language_model(family.model.config.get_text_config(), longest=len(prefix) + longest)
     lengths = LongestExamples(longest, prefix=len(prefix))
     packing = choose_packing(cfg, family, num_trainable=trainable.num_parameters, lengths=lengths)
-    layout = PackedLayout(packers, examples, plan, num_run=num_run, taught=taught, tokens=packing.tokens)
+    layout = PackedLayout(
+        packers, examples, plan, num_run=num_run, has_gradient=has_gradient, tokens=packing.tokens
+    )
     attention = "FlashAttention" if flash_runs(cfg, family) else "attention in blocks of rows of like length"
     print_rank0(f"fast path: {layout}, behind a shared prefix of {len(prefix)}; {attention}")
     if packing.recompute:
         print_rank0("  to save memory, the MLPs are run again in the backward pass")
-    if not_run := int((~taught).sum()):
+    if not_run := int((~has_gradient).sum()):
         print_rank0(f"  {not_run:,} rows without a picture are counted, but not run: their gradient is zero")
     reducers, on_gpu = [each.reducer for each in collators], torch.cuda.is_available()
     if compiled := on_gpu if cfg.compile is None else cfg.compile:
@@ -64,7 +66,7 @@ def _reference(
     """Padded, all rows."""
     layout = PaddedLayout(collators[0], examples, plan, micro=cfg.batch.micro)
     print_rank0(f"reference path: {layout}")
-    return layout, ReferenceLoss(family, collators[0].reducer, learns_text=trainable.in_language)
+    return layout, ReferenceLoss(family, collators[0].reducer, text_has_gradient=trainable.in_language)
 
 
 WAYS = {"fast": _fast, "reference": _reference}
@@ -91,10 +93,10 @@ def make_batches(
     Raises:
         UserError: nothing to learn from, a language model that the fast path does not take, or a row that the memory does not.
     """
-    taught = has_media(examples) | trainable.in_language
-    if not taught.any():
+    has_gradient = has_media(examples) | trainable.in_language
+    if not has_gradient.any():
         raise UserError(
             f"no row of data.path={cfg.data.path} has an image or a video: the projector can learn nothing"
         )
     layout, loss = WAYS[cfg.engine](cfg, family, trainable, collators, examples, plan)
-    return MicroBatches(layout, plan, rank=deepspeed.comm.get_rank(), taught=taught), loss
+    return MicroBatches(layout, plan, rank=deepspeed.comm.get_rank(), has_gradient=has_gradient), loss

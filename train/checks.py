@@ -100,12 +100,12 @@ def _check_tune(cfg: DictConfig) -> None:
     check_count("tune.lora.r", lora.r, 1)
 
 
-def _check_inexact(cfg: DictConfig) -> None:
-    if cfg.inexact not in (None, "nf4", "int8"):
-        raise UserError(f"inexact={cfg.inexact} must be one of: nf4, int8; or null, for exact gradients")
-    if cfg.inexact and cfg.deepspeed.zero_optimization.stage == 3:
+def _check_quantize(cfg: DictConfig) -> None:
+    if cfg.quantize not in (None, "nf4", "int8"):
+        raise UserError(f"quantize={cfg.quantize} must be one of: nf4, int8; or null, for exact gradients")
+    if cfg.quantize and cfg.deepspeed.zero_optimization.stage == 3:
         raise UserError(
-            f"inexact={cfg.inexact} does not go with ZeRO 3, which can't share quantised weights: deepspeed=zero0"
+            f"quantize={cfg.quantize} does not go with ZeRO 3, which can't share quantised weights: deepspeed=zero0"
         )
 
 
@@ -130,5 +130,5 @@ def check(cfg: DictConfig) -> None:
             raise UserError(f"{name}={value} must be true or false")
     for name, allowed in CHOICES.items():
         check_choice(name, OmegaConf.select(cfg, name), allowed)
-    for part in (_check_name, _check_optim, _check_data, _check_tune, _check_inexact, check_budgets):
+    for part in (_check_name, _check_optim, _check_data, _check_tune, _check_quantize, check_budgets):
         part(cfg)

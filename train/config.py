@@ -96,7 +96,7 @@ class Config:
     evaluate: Evaluate = field(default_factory=Evaluate)
     memory_gb: float | None = None
     """Of one card, in GB; null: what it has. Says how many tokens a micro batch may hold."""
-    inexact: str | None = None
+    quantize: str | None = None
     """"nf4" or "int8": the frozen linear layers of the language model in 4 or 8 bits; the gradients are no longer exact."""
     engine: str = "fast"
     """"fast", or "reference": the plain way to the same gradients, padded and checkpointed, to compare with."""
@@ -155,7 +155,7 @@ def selection(cfg: DictConfig) -> Selection:
         fraction=data.fraction,
         seed=cfg.seed,
         sources=None if data.sources is None else tuple(data.sources),
-        text_rows=data.text_rows,
+        text_examples=data.text_examples,
     )
 
 
@@ -212,16 +212,16 @@ def register() -> None:
     OmegaConf.register_new_resolver("native_dtype", native_dtype, replace=True)
 
 
-def batch_plan(cfg: DictConfig, *, num_rows: int, world_size: int) -> BatchPlan:
+def batch_plan(cfg: DictConfig, *, num_examples: int, world_size: int) -> BatchPlan:
     """Steps, and how each global batch is cut. Raises UserError if it can't be cut that way."""
-    if not num_rows:
+    if not num_examples:
         raise UserError(
             f"no row of data.path={cfg.data.path} has an answer to learn from within data.max_tokens={cfg.data.max_tokens}; "
             f"give a LLaVA-format JSON file with some, or allow more tokens"
         )
-    if cfg.batch.size > num_rows:
+    if cfg.batch.size > num_examples:
         raise UserError(
-            f"batch.size={cfg.batch.size} is more than the {num_rows} rows that there are; choose at most as many, or a larger "
+            f"batch.size={cfg.batch.size} is more than the {num_examples} rows that there are; choose at most as many, or a larger "
             f"data.fraction (now {cfg.data.fraction})"
         )
     if cfg.engine == "reference" and cfg.batch.size % (cfg.batch.micro * world_size):
@@ -234,7 +234,7 @@ def batch_plan(cfg: DictConfig, *, num_rows: int, world_size: int) -> BatchPlan:
         raise UserError(
             f"batch.size={cfg.batch.size} is not a multiple of batch.micro={cfg.batch.micro} x {world_size} ranks; {advice}"
         )
-    steps = max(1, round(cfg.optim.epochs * num_rows / cfg.batch.size))
+    steps = max(1, round(cfg.optim.epochs * num_examples / cfg.batch.size))
     return BatchPlan(
         size=cfg.batch.size,
         world_size=world_size,

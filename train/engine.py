@@ -67,7 +67,7 @@ class Engine:
         self.device = torch.device(self.deepspeed.device)
         self.stage = self.deepspeed.zero_optimization_stage()
 
-    def whole_model(self) -> AbstractContextManager[None]:
+    def gathered_parameters(self) -> AbstractContextManager[None]:
         """For calls of parts of the model: gathers, under ZeRO 3, what no part's hook would (LLaVA-NeXT's image_newline)."""
         loose = list(self.family.model.model.parameters(recurse=False))
         gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
@@ -76,7 +76,7 @@ class Engine:
         return gathered
 
     def step(
-        self, micro_batches: Sequence[MicroBatch], *, lr: float, num_labels: int, num_taught_labels: int
+        self, micro_batches: Sequence[MicroBatch], *, lr: float, num_labels: int, num_grad_labels: int
     ) -> tuple[float, float]:
         """One AdamW step: (mean loss over the label tokens that teach, gradient norm before clipping).
 
@@ -94,14 +94,14 @@ class Engine:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, part in enumerate(micro_batches, start=1):
             self.deepspeed.set_gradient_accumulation_boundary(number == len(micro_batches))
-            with self.whole_model():
-                loss, taught = self.deepspeed(to_device(part, self.device))
-            total += taught
+            with self.gathered_parameters():
+                loss, has_gradient = self.deepspeed(to_device(part, self.device))
+            total += has_gradient
             self.deepspeed.backward(loss * scale)
         norm = self._unsharded_norm()
         self.deepspeed.step()
         deepspeed.comm.all_reduce(total)
-        return total.item() / max(num_taught_labels, 1), norm if norm is not None else float(
+        return total.item() / max(num_grad_labels, 1), norm if norm is not None else float(
             self.deepspeed.get_global_grad_norm()
         )
 

@@ -20,7 +20,7 @@ from data.progress import progress
 from train.checkpoint import RunFolder
 from train.config import asks_questions
 from train.engine import Engine, to_device
-from train.examples import held_out_rows
+from train.examples import held_out_conversations
 from train.losses import media_inputs
 from train.memory import fitting_questions
 from train.ranks import all_gather_list, print_rank0
@@ -86,7 +86,7 @@ class Evaluator:
         if asks_questions(cfg):
             folder, limit = Path(cfg.data.image_folder).expanduser(), cfg.evaluate.questions
             self.questions = held_out_questions(
-                held_out_rows(cfg), template, processor.tokenizer, folder, limit=limit
+                held_out_conversations(cfg), template, processor.tokenizer, folder, limit=limit
             )
         else:
             print_rank0("no evaluation: data.held_out is not set, or evaluate.questions is 0")
@@ -143,7 +143,7 @@ class Evaluator:
         parts = [mine[start : start + size] for start in range(0, len(mine), size)]
         found = []
         for part in progress(parts, total=len(parts), title=title, unit="batch", shown=rank == 0):
-            with self.engine.whole_model():
+            with self.engine.gathered_parameters():
                 answers = self._generate([self.questions[index].example for index in part], collate)
             found += list(zip(part, answers, strict=True))
         by_index = dict(all_gather_list(found))

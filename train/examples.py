@@ -46,7 +46,7 @@ def training_subset(cfg: DictConfig) -> Subset:
     return subset
 
 
-def held_out_rows(cfg: DictConfig) -> list[Conversation]:
+def held_out_conversations(cfg: DictConfig) -> list[Conversation]:
     """The rows of `data.held_out`."""
     return list(prepare(held_out(cfg)).rows())
 

@@ -48,7 +48,7 @@ def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, 
             parts,
             lr=lr,
             num_labels=batches.num_labels(step),
-            num_taught_labels=batches.num_taught_labels(step),
+            num_grad_labels=batches.num_grad_labels(step),
         )
         seconds = time.perf_counter() - start
         num_tokens = batches.num_tokens(step)

@@ -56,9 +56,14 @@ class ReferenceLoss(nn.Module):
         learns_text: whether a row without a picture teaches the tuned weights anything, as it does LoRA in the language model.
     """
 
-    def __init__(self, family: Family, reducer: Reducer, *, learns_text: bool) -> None:
+    def __init__(self, family: Family, reducer: Reducer, *, text_has_gradient: bool) -> None:
         super().__init__()
-        self.family, self.model, self.reducer, self.learns_text = family, family.model, reducer, learns_text
+        self.family, self.model, self.reducer, self.text_has_gradient = (
+            family,
+            family.model,
+            reducer,
+            text_has_gradient,
+        )
 
     def forward(self, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
         """(sum of the cross entropy over all label tokens, the same of the rows that teach)."""
@@ -78,8 +83,8 @@ class ReferenceLoss(nn.Module):
         placeholders = torch.tensor(
             [self.family.placeholder_id(kind) for kind in batch.media], device=losses.device
         )
-        teaches = torch.isin(batch.input_ids, placeholders).any(dim=1) | self.learns_text
-        return losses.sum(), losses.detach()[teaches].sum()
+        has_gradient = torch.isin(batch.input_ids, placeholders).any(dim=1) | self.text_has_gradient
+        return losses.sum(), losses.detach()[has_gradient].sum()
 
 
 class FastLoss(nn.Module):
@@ -107,6 +112,6 @@ class FastLoss(nn.Module):
         embeddings = embed(self.family, self.reducers[batch.reducer], batch)
         hidden = self.language(embeddings, Segments(batch.lengths, self._prefixes), batch.at_labels)
         loss = cross_entropy(self.model.lm_head, hidden, batch.targets)
-        if not batch.num_rows:
+        if not batch.num_examples:
             loss = 0.0 * loss
         return loss, loss.detach()

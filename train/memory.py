@@ -97,7 +97,7 @@ def card_of(cfg: DictConfig) -> Card:
 def resident_memory(cfg: DictConfig, family: Family, *, num_trainable: int, world_size: int) -> int:
     """Bytes that one rank holds at all times: weights, gradients and moments of what is tuned, DeepSpeed's and CUDA's own."""
     zero = cfg.deepspeed.zero_optimization
-    weights = weight_memory(family, inexact=cfg.inexact)
+    weights = weight_memory(family, quantize=cfg.quantize)
     tuned = 12 * num_trainable  # float32 gradients and two moments; the weights are among `weights`
     if zero.stage > 0:  # a copy of the weights, and a buffer that is made whole whatever the gradients need
         tuned += 4 * num_trainable + 4 * int(zero.get("reduce_bucket_size", DEEPSPEED_BUCKET))
@@ -119,7 +119,7 @@ def micro_batch_memory(cfg: DictConfig, family: Family, packing: Packing, length
     """Bytes that a micro batch takes beside them: of several budgets the smallest, which has the most pictures."""
     reducer = min(build_reducers(cfg), key=family.num_tile_tokens)
     size = {"num_tokens": packing.tokens, "num_prefix": lengths.prefix}
-    memory = packed_memory(family, reducer, **size, recompute=packing.recompute, inexact=cfg.inexact)
+    memory = packed_memory(family, reducer, **size, recompute=packing.recompute, quantize=cfg.quantize)
     if flash_runs(cfg, family):
         return memory
     text = family.model.config.get_text_config()
@@ -129,7 +129,7 @@ def micro_batch_memory(cfg: DictConfig, family: Family, packing: Packing, length
 def _too_small(card: Card, what: str, needed: int) -> UserError:
     return UserError(
         f"{what} need {needed / (1 - SPARE) / 1e9:.1f} GB, more than {card.name}; use a larger card (hardware=80gb says what "
-        f"it would hold), deepspeed=zero3 on several cards, deepspeed=zero3_offload, inexact=nf4 (inexact gradients), or "
+        f"it would hold), deepspeed=zero3 on several cards, deepspeed=zero3_offload, quantize=nf4 (quantize gradients), or "
         f"shorter rows (data.max_tokens)"
     )
 

@@ -42,11 +42,11 @@ def load_family(cfg: DictConfig) -> tuple[Family, Any]:
     """(family around the model, processor), on the CPU, in `model.dtype`, with the starting projector.
 
     Raises:
-        UserError: no weights at `model.id`, a `model.projector` that does not fit, or no package for `inexact`.
+        UserError: no weights at `model.id`, a `model.projector` that does not fit, or no package for `quantize`.
     """
-    if cfg.inexact and importlib.util.find_spec("bitsandbytes") is None:
+    if cfg.quantize and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            f"inexact={cfg.inexact} needs a package that is not there; `pip install bitsandbytes`, or inexact=null"
+            f"quantize={cfg.quantize} needs a package that is not there; `pip install bitsandbytes`, or quantize=null"
         )
     cls, dtype = get_class(cfg.model["_target_"]), getattr(torch, cfg.model.dtype)
     processor = load_unreduced_processor(cfg)
@@ -64,12 +64,12 @@ def load_family(cfg: DictConfig) -> tuple[Family, Any]:
     return family, processor
 
 
-def quantize_language_model(family: Family, inexact: str | None) -> None:
+def quantize_language_model(family: Family, quantize: str | None) -> None:
     """Hold the language model's frozen linear layers in 4 bits ("nf4") or 8 ("int8"), where they will run; None does nothing.
 
     Take the model's fingerprint, and open what is tuned, before: a projector tuned this way belongs to the model as it was.
     """
-    if inexact is None:
+    if quantize is None:
         return
     import bitsandbytes
 
@@ -81,7 +81,7 @@ def quantize_language_model(family: Family, inexact: str | None) -> None:
             (layer.in_features, layer.out_features),
             {"bias": layer.bias is not None, "device": "meta"},
         )
-        if inexact == "nf4":
+        if quantize == "nf4":
             held = bitsandbytes.nn.Linear4bit(
                 *shape, compute_dtype=layer.weight.dtype, quant_type="nf4", **settings
             )
@@ -98,7 +98,7 @@ def quantize_language_model(family: Family, inexact: str | None) -> None:
         held.bias = layer.bias
         family.language_model.set_submodule(name, held.to("cuda" if torch.cuda.is_available() else "cpu"))
     print_rank0(
-        f"inexact={inexact}: the language model is quantised, and gradients are no longer those of the exact model"
+        f"quantize={quantize}: the language model is quantised, and gradients are no longer those of the exact model"
     )
 
 

@@ -13,7 +13,7 @@ from train.memory import LongestExamples, card_of, fit_packing, micro_batch_memo
 from train.models import count_model
 from train.trainable import make_trainable, print_trainable
 from vzip import UserError
-from vzip.cost import padded_memory, row_cost, weight_memory
+from vzip.cost import example_cost, padded_memory, weight_memory
 from vzip.families import Family
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
@@ -110,8 +110,8 @@ def _memory_rows(
         how = "MLPs computed again in the backward pass" if packing.recompute else "nothing computed twice"
         micro = f"up to {packing.tokens:,} packed tokens, {how}"
         memory += micro_batch_memory(cfg, family, packing, lengths)
-    weights = weight_memory(family, inexact=cfg.inexact)
-    held = f", the language model in {cfg.inexact}: gradients are not exact" if cfg.inexact else ""
+    weights = weight_memory(family, quantize=cfg.quantize)
+    held = f", the language model in {cfg.quantize}: gradients are not exact" if cfg.quantize else ""
     return {
         "a micro batch": micro,
         "memory a rank": f"{memory / 1e9:,.1f} GB, of {card.name}; all weights {weights / 1e9:,.1f} GB{held}",
@@ -127,10 +127,10 @@ def print_plan(cfg: DictConfig, *, world_size: int) -> None:
     print_trainable(family, trainable)
 
     expected = cfg.data.expected
-    num_rows = round(expected.rows * cfg.data.fraction)
-    batches = batch_plan(cfg, num_rows=num_rows, world_size=world_size)
+    num_examples = round(expected.rows * cfg.data.fraction)
+    batches = batch_plan(cfg, num_examples=num_examples, world_size=world_size)
     num_tiles, num_visual_tokens = _visual(family, cfg, reducer)
-    cost = row_cost(
+    cost = example_cost(
         family,
         reducer,
         num_tiles=num_tiles,
@@ -152,7 +152,7 @@ def print_plan(cfg: DictConfig, *, world_size: int) -> None:
         "reducer": "; ".join(map(repr, reducers))
         + ("; the plan is of the largest" if len(reducers) > 1 else ""),
         **_token_rows(family, cfg, reducer),
-        "rows": f"{num_rows:,} = {cfg.data.fraction:g} of {expected.rows:,}, at {expected.text_tokens} text tokens (estimated)",
+        "rows": f"{num_examples:,} = {cfg.data.fraction:g} of {expected.rows:,}, at {expected.text_tokens} text tokens (estimated)",
         "batches": str(batches),
         "compute": f"{flops / 1e15:,.1f} PFLOP for all tokens, of which engine=fast runs fewer; a row: {parts}",
         **memory_rows,

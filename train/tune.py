@@ -65,10 +65,10 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
     )
     trainable = make_trainable(family, cfg.tune)
     print_rank0(print_trainable, family, trainable)
-    quantize_language_model(family, cfg.inexact)
+    quantize_language_model(family, cfg.quantize)
 
     examples = training_examples(cfg, subset, template, processor.tokenizer)
-    plan = config.batch_plan(cfg, num_rows=len(examples), world_size=world_size)
+    plan = config.batch_plan(cfg, num_examples=len(examples), world_size=world_size)
     collators = training_collators(
         cfg, processor, family, reducers, examples, base_fingerprint=meta["base"]["fingerprint"]
     )

@@ -70,7 +70,7 @@ class Chat:
         if processor.chat_template is None:
             raise UserError(
                 "this model's processor has no chat template, so that how to ask it is unknown; set processor.chat_template, "
-                "e.g. to vzip.chat_template.chat_template(vzip.templates.vicuna(), processor.tokenizer)"
+                "e.g. to vzip.templates.jinja.chat_template(vzip.templates.vicuna(), processor.tokenizer)"
             )
         self.model, self.processor, self.picture = model, processor, picture.convert("RGB")
         self.max_new_tokens = max_new_tokens

@@ -35,7 +35,7 @@ def attention_flops(config: Any, num_tokens: int) -> int:
 
 
 @dataclass(frozen=True)
-class RowCost:
+class ExampleCost:
     """FLOPs of one training row: an image and its text."""
 
     tower: int
@@ -50,9 +50,9 @@ class RowCost:
         return self.tower + self.projector + self.language
 
 
-def row_cost(
+def example_cost(
     family: Family, reducer: Reducer, *, num_tiles: int, num_visual_tokens: int, num_text_tokens: int
-) -> RowCost:
+) -> ExampleCost:
     """The cost of tuning on one row: `num_tiles` pictures (images, tiles or frames), what they are reduced to, and text."""
     vision: Any = family.tower.config
     text: Any = family.language_model.config
@@ -62,7 +62,7 @@ def row_cost(
     tokens = num_visual_tokens + num_text_tokens
     language = tokens * (linear_flops(family.language_model) + linear_flops(family.lm_head))
     language += attention_flops(text, tokens) // 2  # causal: half of it
-    return RowCost(
+    return ExampleCost(
         tower=tower * family.num_layers_run(reducer) // vision.num_hidden_layers
         + num_tiles * family.other_flops,
         projector=2 * num_visual_tokens * linear_flops(family.projector),
@@ -77,12 +77,12 @@ def frozen_linears(family: Family) -> Iterator[tuple[str, nn.Linear]]:
             yield name, module
 
 
-def weight_memory(family: Family, *, inexact: str | None = None) -> int:
-    """Bytes of all weights, with the language model's frozen linear layers held in `inexact` ("nf4", "int8")."""
-    held = {id(layer.weight): layer for _, layer in frozen_linears(family)} if inexact else {}
+def weight_memory(family: Family, *, quantize: str | None = None) -> int:
+    """Bytes of all weights, with the language model's frozen linear layers held in `quantize` ("nf4", "int8")."""
+    held = {id(layer.weight): layer for _, layer in frozen_linears(family)} if quantize else {}
     others: int = sum(p.numel() * p.element_size() for p in family.model.parameters() if id(p) not in held)
     num_quantised = sum(layer.in_features * layer.out_features for layer in held.values())
-    return others + (math.ceil(num_quantised * QUANTISED_BYTES[inexact]) if inexact else 0)
+    return others + (math.ceil(num_quantised * QUANTISED_BYTES[quantize]) if quantize else 0)
 
 
 def head_width(config: Any) -> int:
@@ -91,7 +91,7 @@ def head_width(config: Any) -> int:
 
 
 def kept_memory(
-    config: Any, *, itemsize: int, recompute: bool = False, inexact: str | None = None, lora: bool = False
+    config: Any, *, itemsize: int, recompute: bool = False, quantize: str | None = None, lora: bool = False
 ) -> int:
     """Bytes that one layer of the language model keeps for the backward pass, for one token of the fast path.
 
@@ -103,7 +103,7 @@ def kept_memory(
     width, inner, head = config.hidden_size, config.intermediate_size, head_width(config)
     values = 2 * width + 2 * head * (config.num_attention_heads + config.num_key_value_heads)
     values += width if recompute else 2 * inner
-    if inexact == "int8":
+    if quantize == "int8":
         values += width if recompute else 2 * width + inner
     inputs = (
         3 * width + head * config.num_attention_heads + (0 if recompute else 2 * width + inner) if lora else 0
@@ -129,7 +129,7 @@ def packed_memory(
     num_tokens: int,
     num_prefix: int,
     recompute: bool = False,
-    inexact: str | None = None,
+    quantize: str | None = None,
 ) -> int:
     """Bytes beside the weights that a micro batch of `num_tokens` packed tokens takes in the fast path, at the most.
 
@@ -140,7 +140,7 @@ def packed_memory(
     text, vision = config.text_config, config.vision_config
     itemsize = next(family.language_model.parameters()).element_size()
     lora = any("lora_" in name for name, _ in family.language_model.named_parameters())
-    kept = partial(kept_memory, text, itemsize=itemsize, inexact=inexact, lora=lora)
+    kept = partial(kept_memory, text, itemsize=itemsize, quantize=quantize, lora=lora)
     # The layer that runs has products and gradients of its own, about one and a half times what it keeps.
     language = text.num_hidden_layers * kept(recompute=recompute) + 3 * kept() // 2
     ends = (
@@ -148,10 +148,12 @@ def packed_memory(
     )  # projector and embeddings
     logits = 12 * min(num_tokens * text.vocab_size, MAX_LOGITS)
 
-    num_rows = math.ceil(num_tokens / (family.budget_tiles * family.num_tile_tokens(reducer) + SHORT_TEXT))
+    num_examples = math.ceil(
+        num_tokens / (family.budget_tiles * family.num_tile_tokens(reducer) + SHORT_TEXT)
+    )
     prefix = num_prefix * 2 * itemsize * head_width(text) * text.num_key_value_heads * text.num_hidden_layers
     pictures = family.budget_tiles * _picture_memory(family)
-    return int(num_tokens * (language + ends) + logits + num_rows * (prefix + pictures))
+    return int(num_tokens * (language + ends) + logits + num_examples * (prefix + pictures))
 
 
 def blocked_memory(config: Any, *, longest: int, num_prefix: int) -> int:

@@ -19,7 +19,7 @@ MEDIA_INPUTS = {
 }
 """Arguments of a model by kind of media, images first, the pixels foremost; Video-LLaVA has its own name for an image's."""
 
-LEVELS = "levels"
+LOOKUP = "levels"
 """Name, among inputs of one kind, of the table `lookup_table`, which makes of their uint8 pixels what the model takes."""
 
 
@@ -62,17 +62,17 @@ def normalised(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Te
 
     Args:
         inputs: of `model_inputs`; with pixels that were neither rescaled nor normalised, uint8[..., 3, height, width], the
-            processor's `lookup_table` is among them by the name `LEVELS`, and is used up. The result is, to the bit, what the
+            processor's `lookup_table` is among them by the name `LOOKUP`, and is used up. The result is, to the bit, what the
             processor makes itself, but for tiles that pad a batch of images of several tiles, which no model looks at: they are
             black, where the processor's are 0.
         dtype: of what is not whole numbers.
     """
     arguments = dict(inputs)
-    if (levels := arguments.pop(LEVELS, None)) is not None:
+    if (lookup := arguments.pop(LOOKUP, None)) is not None:
         name, pixels = next(iter(arguments.items()))
         channel = torch.arange(3, dtype=torch.int32, device=pixels.device).view(3, 1, 1)
         index = (pixels.int() + 256 * channel).flatten()
-        arguments[name] = levels.to(dtype).flatten().index_select(0, index).view(pixels.shape)
+        arguments[name] = lookup.to(dtype).flatten().index_select(0, index).view(pixels.shape)
     return {
         name: value.to(dtype) if value.is_floating_point() else value for name, value in arguments.items()
     }

@@ -72,7 +72,7 @@ class PackedBatch(MicroBatch):
     """int64[n]: places of the tokens that a label follows."""
     targets: Tensor
     """int64[n]: the labels."""
-    num_rows: int
+    num_examples: int
     """0 where there was nothing to run, and a single token is run for nothing."""
     reducer: int
     """Number of the reducer that the rows were expanded for."""
@@ -136,7 +136,7 @@ class Collator:
 
         @cache  # of 66,000 rows, many have pictures of the same size
         def num_visual(sizes: tuple[tuple[int, int] | None, ...], num_videos: int) -> int:
-            images = self.family.num_row_tokens(self.reducer, sizes)
+            images = self.family.num_example_tokens(self.reducer, sizes)
             return images + (
                 num_videos * self.family.num_video_tokens(self.reducer, self.num_frames) if num_videos else 0
             )
@@ -227,6 +227,6 @@ class Packer:
             lengths=tuple(map(len, parts)),
             at_labels=torch.tensor(at_labels),
             targets=torch.tensor(targets),
-            num_rows=len(examples),
+            num_examples=len(examples),
             reducer=self.reducer,
         )

@@ -17,8 +17,8 @@ from data.examples.tokens import Example, Examples
 from vzip import UserError
 
 
-def _permutation(num_rows: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+def _permutation(num_examples: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
 
 
 def has_media(examples: Sequence[Example]) -> Tensor:
@@ -122,15 +122,15 @@ class PackedLayout:
         *,
         tokens: int,
         num_run: Tensor,
-        taught: Tensor,
+        has_gradient: Tensor,
     ) -> None:
         self.collates, self.examples, self.plan, self.tokens = packers, examples, plan, tokens
-        self.num_run, self.taught = num_run.numpy(), taught.numpy()
+        self.num_run, self.has_gradient = num_run.numpy(), has_gradient.numpy()
         self.lengths = torch.stack([packer.collate.lengths(examples) for packer in packers])
 
     def parts(self, step: int, rows: Sequence[int]) -> list[MicroBatchSpec]:
         """As `Layout.parts`."""
-        run, seed = [row for row in rows if self.taught[row]], (self.plan.seed, step)
+        run, seed = [row for row in rows if self.has_gradient[row]], (self.plan.seed, step)
         return pack(run, self.num_run, tokens=self.tokens, world_size=self.plan.world_size, seed=seed)
 
     def __str__(self) -> str:
@@ -150,16 +150,16 @@ class MicroBatches(Dataset[MicroBatch]):
         taught: bool[rows], the rows that the tuned parameters learn from; a text alone tells a projector nothing.
     """
 
-    def __init__(self, layout: BatchLayout, plan: BatchPlan, *, rank: int, taught: Tensor) -> None:
+    def __init__(self, layout: BatchLayout, plan: BatchPlan, *, rank: int, has_gradient: Tensor) -> None:
         self.layout, self.plan = layout, plan
-        num_rows = len(layout.examples)
-        num_epochs = -(-plan.num_steps * plan.size // num_rows)
-        stream = torch.cat([_permutation(num_rows, plan.seed, epoch) for epoch in range(num_epochs)])
+        num_examples = len(layout.examples)
+        num_epochs = -(-plan.num_steps * plan.size // num_examples)
+        stream = torch.cat([_permutation(num_examples, plan.seed, epoch) for epoch in range(num_epochs)])
         self.rows = stream[: plan.num_steps * plan.size].view(plan.num_steps, plan.size)
         cuts = [layout.parts(step, rows) for step, rows in enumerate(self.rows.tolist())]
         self._starts = [0, *accumulate(len(parts) // plan.world_size for parts in cuts)]
         self._parts = [part for parts in cuts for part in parts[rank :: plan.world_size]]
-        self._labels, self._taught = _num_labels(layout.examples), taught
+        self._labels, self._has_gradient = _num_labels(layout.examples), has_gradient
         self._tokens = [self._num_tokens(rows, parts) for rows, parts in zip(self.rows, cuts, strict=True)]
 
     def _num_tokens(self, rows: Tensor, parts: Sequence[MicroBatchSpec]) -> int:
@@ -186,10 +186,10 @@ class MicroBatches(Dataset[MicroBatch]):
         """Label tokens of the whole global batch of a step, on all ranks."""
         return int(self._labels[self.rows[step]].sum())
 
-    def num_taught_labels(self, step: int) -> int:
+    def num_grad_labels(self, step: int) -> int:
         """Those of the rows that are learned from."""
         rows = self.rows[step]
-        return int(self._labels[rows][self._taught[rows]].sum())
+        return int(self._labels[rows][self._has_gradient[rows]].sum())
 
     def num_tokens(self, step: int) -> int:
         """Tokens of a step's rows on all ranks, after expansion and without padding."""

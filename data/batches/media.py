@@ -13,7 +13,7 @@ from data.fetch.pictures import open_picture
 from data.fetch.videos import read_frames
 from vzip import UserError
 from vzip.families import Family
-from vzip.media import LEVELS, lookup_table, model_inputs, pixels_of
+from vzip.media import LOOKUP, lookup_table, model_inputs, pixels_of
 from vzip.reducers import Reducer
 
 
@@ -52,13 +52,13 @@ class Processed:
             "video": getattr(processor, "video_processor", None),
         }
         self.family, self.reducer, self.num_frames = family, reducer, num_frames
-        self.levels = {kind: lookup_table(kind, self.processors[kind]) for kind in family.kinds}
+        self.lookup = {kind: lookup_table(kind, self.processors[kind]) for kind in family.kinds}
 
     def _process(self, kind: str, rows: list[list[Any]]) -> dict[str, Tensor]:
         """Of rows of pictures, or of videos as lists of frames."""
         given = rows if kind == "image" else list(chain(*rows))
         made = self.processors[kind](given, return_tensors="pt", do_rescale=False, do_normalize=False)
-        return {**model_inputs(kind, made), LEVELS: self.levels[kind]}
+        return {**model_inputs(kind, made), LOOKUP: self.lookup[kind]}
 
     def _open(self, kind: str, path: Path) -> Any:
         try:

@@ -56,11 +56,11 @@ def shared_prefix(examples: Sequence[Example], placeholders: Sequence[int]) -> l
     """The ids that all rows with images begin with, up to the first image; none of them, nor the next one, is a label."""
     rows = FlatTokens.of(examples)
     images = rows.first(np.isin(rows.ids, placeholders))
-    teaching = images < rows.stops - rows.starts
-    if not teaching.any():
+    has_gradient = images < rows.stops - rows.starts
+    if not has_gradient.any():
         return []
-    limit = int(np.minimum(images, rows.first(rows.labels != IGNORED) - 1)[teaching].min())
-    starts, prefix = rows.starts[teaching], []
+    limit = int(np.minimum(images, rows.first(rows.labels != IGNORED) - 1)[has_gradient].min())
+    starts, prefix = rows.starts[has_gradient], []
     for place in range(limit):
         found = rows.ids[starts + place]
         if (found != found[0]).any():

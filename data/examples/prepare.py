@@ -42,7 +42,7 @@ class Selection:
     fraction: float = 1.0
     seed: int = 0
     sources: tuple[str, ...] | None = None
-    text_rows: bool = True
+    text_examples: bool = True
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,12 @@ def _manifest(
         "fraction": selection.fraction,
         "seed": selection.seed,
         "sources": selection.sources,
-        "text_rows": selection.text_rows,
+        "text_rows": selection.text_examples,
         "num_rows": len(positions),
         "num_rows_by_source": dict(sorted(Counter(sources[position] for position in positions).items())),
         "hash": content(positions),
         "drawn_hash": content(drawn),  # before rows were replaced
-        "bad_rows": [vars(row) for row in table.bad_rows()] + list(left_out),
+        "bad_rows": [vars(row) for row in table.bad_examples()] + list(left_out),
         "ids": [ids[position] for position in positions],
         "positions": list(positions),
     }
@@ -162,26 +162,26 @@ class _Check:
     def __init__(
         self,
         folder: Path,
-        ledger: MediaIndex,
+        media_index: MediaIndex,
         places: Mapping[str, Sequence[Source]],
         *,
         replace_unreachable: bool,
     ) -> None:
-        self.folder, self.ledger, self.places, self.replace_unreachable = (
+        self.folder, self.media_index, self.places, self.replace_unreachable = (
             folder,
-            ledger,
+            media_index,
             places,
             replace_unreachable,
         )
         self.bad: list[BadExample] = []
-        self.num_rows = 0
+        self.num_examples = 0
 
     def __call__(self, rows: Sequence[Conversation]) -> dict[str, str]:
         """What is wrong, by path. Raises UserError where too much is, or servers did not answer."""
         media = [
             (kind, path, row.source) for row in rows for kind, paths in row.media.items() for path in paths
         ]
-        faults = fetch_media(media, self.folder, places=self.places, ledger=self.ledger)
+        faults = fetch_media(media, self.folder, places=self.places, media_index=self.media_index)
         reasons = {path: fault.reason for path, fault in faults.items()}
         passing = [path for path, fault in faults.items() if not fault.final]
         if passing and not self.replace_unreachable:
@@ -196,8 +196,10 @@ class _Check:
             if not self.places.get(row.source) and (fault := _fault(row, reasons))
         ]
         self.bad += [BadExample(row.id, row.source, fault) for row, fault in bad]
-        self.num_rows = self.num_rows or len(rows)  # later calls are of rows that replace some of the first
-        check_bad_share(self.bad, self.num_rows)
+        self.num_examples = self.num_examples or len(
+            rows
+        )  # later calls are of rows that replace some of the first
+        check_bad_share(self.bad, self.num_examples)
         return reasons
 
 
@@ -219,7 +221,7 @@ def prepare(
         UserError: data that is missing or broken, or too many rows that can't be used.
     """
     table, image_folder = open_table(selection.path), Path(selection.image_folder)
-    check_bad_share(table.bad_rows(), len(table))
+    check_bad_share(table.bad_examples(), len(table))
     folder = data_dir() / "prepared" / f"{Path(selection.path).stem}-{_key(selection, table)}"
     if places is not None or not (folder / MANIFEST).is_file():
         chosen = draw_subset(
@@ -227,17 +229,19 @@ def prepare(
             fraction=selection.fraction,
             seed=selection.seed,
             sources=selection.sources,
-            text_rows=selection.text_rows,
+            text_examples=selection.text_examples,
         )
         if Path(selection.path).is_dir():
             inside = HfFolder(selection.path)
             places = {source: [inside] for source in chosen.candidates}
         folder.mkdir(parents=True, exist_ok=True)
-        ledger = MediaIndex(folder / CHECKED)
-        check = _Check(image_folder, ledger, places or {}, replace_unreachable=replace_unreachable)
+        media_index = MediaIndex(folder / CHECKED)
+        check = _Check(image_folder, media_index, places or {}, replace_unreachable=replace_unreachable)
         positions, left_out = _replace_unusable(table, chosen, check)
         _check_lost_sources(chosen, positions, left_out)
-        media = ledger.content(path for row in map(table.row, positions) for path in row.images + row.videos)
+        media = media_index.content(
+            path for row in map(table.row, positions) for path in row.images + row.videos
+        )
         manifest = _manifest(selection, table, chosen.positions, positions, left_out)
         write_json(folder / MANIFEST, manifest | {"media_hash": media})
     return Subset(folder, json.loads((folder / MANIFEST).read_text()), table, image_folder)

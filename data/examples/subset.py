@@ -39,7 +39,12 @@ class DrawnSubset:
 
 
 def draw_subset(
-    table: Table, *, fraction: float, seed: int, sources: Sequence[str] | None = None, text_rows: bool = True
+    table: Table,
+    *,
+    fraction: float,
+    seed: int,
+    sources: Sequence[str] | None = None,
+    text_examples: bool = True,
 ) -> DrawnSubset:
     """`fraction` of the usable rows of each source (rounded up), in an order that depends on seed and content alone.
 
@@ -63,7 +68,7 @@ def draw_subset(
     for position, (source, digest, has_media, fault) in enumerate(
         zip(*map(table.column, names), strict=True)
     ):
-        if fault is None and (has_media or text_rows):
+        if fault is None and (has_media or text_examples):
             keys[position] = hashlib.sha256(f"{seed}:{digest}".encode()).hexdigest()
             by_source[source].append(position)
     if unknown := set(sources or ()) - set(by_source):

@@ -46,7 +46,7 @@ class Table:
     """Of the content of all rows."""
 
     def __len__(self) -> int:
-        return int(self.columns.num_rows)
+        return int(self.columns.num_examples)
 
     def column(self, name: str) -> list[Any]:
         """A column of all rows."""
@@ -57,7 +57,7 @@ class Table:
         """A row without a fault."""
         return parse_conversation(json.loads(self.columns["row"][position].as_py()))
 
-    def bad_rows(self) -> list[BadExample]:
+    def bad_examples(self) -> list[BadExample]:
         """The rows that can't be used."""
         bad = self.columns.filter(self.columns["fault"].is_valid()).select(["id", "source", "fault"])
         return [BadExample(row["id"], row["source"], row["fault"]) for row in bad.to_pylist()]

@@ -271,7 +271,7 @@ def fetch_media(
     folder: Path,
     *,
     places: Mapping[str, Sequence[Source]],
-    ledger: MediaIndex,
+    media_index: MediaIndex,
     num_threads: int = 32,
 ) -> dict[str, Fault]:
     """See to it that media are whole in a folder; those that are missing or damaged are brought from their source's places.
@@ -295,7 +295,8 @@ def fetch_media(
     """
     by_path = {path: (kind, path, source) for kind, path, source in media}
     known = {
-        path: ledger.settled(path, folder, places.get(source, ())) for path, (_, _, source) in by_path.items()
+        path: media_index.settled(path, folder, places.get(source, ()))
+        for path, (_, _, source) in by_path.items()
     }
     todo = [medium for path, medium in by_path.items() if known[path] is None]
     found = [entry for entry in known.values() if entry is not None]
@@ -307,7 +308,7 @@ def fetch_media(
         bar = progress(results, total=len(by_path), start=len(found), title="pictures", unit="file")
         faults = sum(bool(entry.fault) for entry in found)
         for (_, _, source), entry, asked in bar:
-            ledger.record(entry)
+            media_index.record(entry)
             found.append(entry)
             faults += bool(entry.fault)
             bar.set_postfix(faults=faults, refresh=False)

@@ -42,16 +42,16 @@ def open_picture(picture: Path | bytes) -> Image.Image:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def check_bad_share(bad: Sequence[BadExample], num_rows: int) -> None:
+def check_bad_share(bad: Sequence[BadExample], num_examples: int) -> None:
     """Raises UserError, with counts by source and examples, if more than `MAX_BAD_SHARE` of the rows are bad."""
-    if len(bad) <= MAX_BAD_SHARE * num_rows:
+    if len(bad) <= MAX_BAD_SHARE * num_examples:
         return
     counts = ", ".join(
         f"{source}: {count}" for source, count in sorted(Counter(row.source for row in bad).items())
     )
     examples = "\n".join(f"  {row.id}: {row.reason}" for row in bad[:5])
     raise UserError(
-        f"{len(bad)} of {num_rows} rows can't be used ({counts}); at most {MAX_BAD_SHARE:.0%} may be bad. First ones:\n"
+        f"{len(bad)} of {num_examples} rows can't be used ({counts}); at most {MAX_BAD_SHARE:.0%} may be bad. First ones:\n"
         f"{examples}\nRepair them, or take them out of data.path. If all pictures are missing, check data.image_folder; "
         f"`make data` brings those that data.pictures says where to find."
     )

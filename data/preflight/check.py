@@ -77,7 +77,7 @@ def _visual_tokens(table: pa.Table, family: Family, reducer: Reducer, num_frames
 
     @cache  # many rows have pictures of the same sizes
     def count(sides: tuple[int, ...]) -> int:
-        return family.num_row_tokens(reducer, list(zip(sides[::2], sides[1::2], strict=True)))
+        return family.num_example_tokens(reducer, list(zip(sides[::2], sides[1::2], strict=True)))
 
     num_videos = table["num_videos"].to_numpy()
     visual = np.array([count(tuple(sides)) for sides in table["sizes"].to_pylist()], dtype=np.int64)

@@ -185,11 +185,16 @@ def first_batch(tokens: Path, pictures: Path, collate: Collator) -> tuple[MicroB
     examples = Examples(tokens, pictures)
     plan = BatchPlan(size=GLOBAL, world_size=1, num_steps=len(examples) // GLOBAL, seed=0)
     prefix = shared_prefix(examples, [collate.family.placeholder_id(kind) for kind in collate.kinds])
-    packer, taught = Packer(collate, num_prefix=len(prefix)), has_media(examples)
+    packer, has_gradient = Packer(collate, num_prefix=len(prefix)), has_media(examples)
     layout = PackedLayout(
-        [packer], examples, plan, tokens=TOKENS, num_run=packer.lengths(examples)[None], taught=taught
+        [packer],
+        examples,
+        plan,
+        tokens=TOKENS,
+        num_run=packer.lengths(examples)[None],
+        has_gradient=has_gradient,
     )
-    batches = MicroBatches(layout, plan, rank=0, taught=taught)
+    batches = MicroBatches(layout, plan, rank=0, has_gradient=has_gradient)
     ordered = time.perf_counter() - start
     next(loader(batches, first=0, num_workers=1))
     return batches, {"order_s": ordered, "first_batch_s": time.perf_counter() - start}

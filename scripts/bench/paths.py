@@ -111,7 +111,7 @@ def cut_micro_batches(
     found = []
     for seed, examples in enumerate(steps):
         plan = BatchPlan(size=len(examples), world_size=1, num_steps=1, seed=seed)
-        found.append(MicroBatches(layout(examples, plan), plan, rank=0, taught=has_media(examples)))
+        found.append(MicroBatches(layout(examples, plan), plan, rank=0, has_gradient=has_media(examples)))
     return found
 
 
@@ -124,8 +124,10 @@ def make_fast(
     packer = Packer(collate, num_prefix=len(prefix))
 
     def layout(examples: Sequence[Example], plan: BatchPlan) -> BatchLayout:
-        num_run, taught = packer.lengths(examples)[None], has_media(examples)
-        return PackedLayout([packer], examples, plan, tokens=tokens, num_run=num_run, taught=taught)
+        num_run, has_gradient = packer.lengths(examples)[None], has_media(examples)
+        return PackedLayout(
+            [packer], examples, plan, tokens=tokens, num_run=num_run, has_gradient=has_gradient
+        )
 
     loss = FastLoss(family, [reducer], prefix=prefix, compiled=device.type == "cuda")
     return EnginePath(loss, cut_micro_batches(steps, layout), device)
@@ -137,7 +139,9 @@ def make_reference(
     """The stock way."""
     layout = partial(PaddedLayout, make_collator(family, reducer), micro=micro)
     return EnginePath(
-        ReferenceLoss(released(family), reducer, learns_text=False), cut_micro_batches(steps, layout), device
+        ReferenceLoss(released(family), reducer, text_has_gradient=False),
+        cut_micro_batches(steps, layout),
+        device,
     )
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 import vzip
 from data.paths import write_json
 from scripts.common.timing import ROOT, alternating, best_device, count, where, writable
-from vzip.cost import attention_flops, linear_flops, row_cost
+from vzip.cost import attention_flops, example_cost, linear_flops
 from vzip.families import Family
 from vzip.media import model_inputs, pixels_of
 from vzip.reducers import Reducer
@@ -151,7 +151,7 @@ class Prefill:
         num_tiles = pixels_of(model_inputs("image", self.inputs)).shape[:-3].numel() // len(
             self.inputs["input_ids"]
         )
-        cost = row_cost(family, self.reducer, num_tiles=num_tiles, **counts)
+        cost = example_cost(family, self.reducer, num_tiles=num_tiles, **counts)
         language = num_tokens * linear_flops(family.language_model) + linear_flops(
             family.lm_head
         )  # logits of the last one

@@ -18,10 +18,10 @@ from transformers import CLIPImageProcessorPil
 from data.batches.collate import Collator
 from data.examples.tokens import Example
 from scripts.common.timing import ROOT
-from vzip.cost import attention_flops, linear_flops, row_cost
+from vzip.cost import attention_flops, example_cost, linear_flops
 from vzip.families import Family
 from vzip.families.llava import Llava
-from vzip.media import LEVELS, lookup_table
+from vzip.media import LOOKUP, lookup_table
 from vzip.reducers import Reducer
 from vzip.reducers.visionzip import VisionZip
 from vzip.templates.encode import IGNORED
@@ -136,14 +136,14 @@ class Noise:
         generator = torch.Generator().manual_seed(0)
         shape = (NUM_PICTURES, *tiles, 3, side, side)
         self.pictures = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-        self.levels, self.num_tokens = (
+        self.lookup, self.num_tokens = (
             lookup_table("image", CLIPImageProcessorPil()),
             family.num_image_tokens(reducer, self.size),
         )
 
     def _inputs(self, pictures: Tensor) -> dict[str, Tensor]:
         sizes = {"image_sizes": torch.tensor([self.size] * len(pictures))} if pictures.dim() == 5 else {}
-        return {"pixel_values": pictures, **sizes, LEVELS: self.levels}
+        return {"pixel_values": pictures, **sizes, LOOKUP: self.lookup}
 
     def load(self, kind: str, examples: Sequence[Example]) -> dict[str, Tensor]:
         """As `Media.load`."""
@@ -182,7 +182,7 @@ def _row(
     )
 
 
-def make_steps(family: Family, *, num_steps: int, num_rows: int, seed: int = 0) -> list[list[Example]]:
+def make_steps(family: Family, *, num_steps: int, num_examples: int, seed: int = 0) -> list[list[Example]]:
     """The rows of each step: lengths drawn from the recorded ones, each step with the mix's share of rows without a picture.
 
     Ids are random, but the first 35, which are the same. Of a row without a picture a third of the tokens are labels, as in the
@@ -196,10 +196,10 @@ def make_steps(family: Family, *, num_steps: int, num_rows: int, seed: int = 0) 
     image_id, side = family.placeholder_id("image"), TILES * family.tile_side
     ids = np.setdiff1d(np.arange(FIRST_ID, family.model.config.text_config.vocab_size), [image_id])
     prefix = generator.choice(ids, NUM_PREFIX)
-    num_alone = round(num_rows * len(alone) / (len(alone) + len(texts)))
+    num_alone = round(num_examples * len(alone) / (len(alone) + len(texts)))
     steps = []
     for _ in range(num_steps):
-        places = generator.choice(len(texts), num_rows - num_alone, replace=False)
+        places = generator.choice(len(texts), num_examples - num_alone, replace=False)
         drawn = [
             (length, count, image_id) for length, count in zip(texts[places], labels[places], strict=True)
         ]
@@ -232,7 +232,7 @@ def necessary_flops(family: Family, reducer: Reducer, examples: Sequence[Example
     """
     size, text = (TILES * family.tile_side,) * 2, family.model.config.text_config
     num_visual, language = family.num_image_tokens(reducer, size), family.language_model
-    picture = row_cost(
+    picture = example_cost(
         family, reducer, num_tiles=family.num_tiles(size), num_visual_tokens=num_visual, num_text_tokens=0
     )
     last = language.layers[-1]

@@ -77,7 +77,7 @@ def step_difference(fast: EnginePath, reference: EnginePath, dtype: str, toleran
     """
     plain = reference
     if dtype != "float32":
-        loss = ReferenceLoss(fast.loss.family, reference.loss.reducer, learns_text=False)
+        loss = ReferenceLoss(fast.loss.family, reference.loss.reducer, text_has_gradient=False)
         plain = EnginePath(loss, reference.steps, reference.device)
     return compare(fast.gradient(fast.batches[0]), plain.gradient(reference.batches[0]), dtype, tolerance)
 
@@ -89,7 +89,7 @@ def few_rows_difference(shape: Shape, *, device: torch.device, dtype: str) -> fl
         make_family(shape.shallow(FEW_LAYERS), device=device, dtype=getattr(torch, dtype)),
         shape.reducer,
     )
-    steps = make_steps(family, num_steps=1, num_rows=FEW_ROWS)
+    steps = make_steps(family, num_steps=1, num_examples=FEW_ROWS)
     fast = make_fast(family, reducer, steps, tokens=2048, device=device)
     reference = make_reference(family, reducer, steps, micro=FEW_ROWS // 2, device=device)
     for way in (fast, reference):
@@ -174,13 +174,13 @@ def timed(fast: EnginePath, reference: EnginePath, *, rounds: int) -> dict[str, 
 
 def measure_step(shape: Shape, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """All figures of a model. Exits where the gradients are not the same."""
-    dtype, num_rows, micro = (
+    dtype, num_examples, micro = (
         getattr(torch, arguments.dtype),
         arguments.rows or shape.rows,
         arguments.micro or shape.micro,
     )
     family, reducer = make_family(shape, device=device, dtype=dtype), shape.reducer
-    steps = make_steps(family, num_steps=arguments.rounds, num_rows=num_rows)
+    steps = make_steps(family, num_steps=arguments.rounds, num_examples=num_examples)
     tokens = arguments.tokens or fitting_tokens(family, reducer, device)
     few = {
         name: few_rows_difference(shape, device=device, dtype=name) for name in {"float32", arguments.dtype}
@@ -207,7 +207,7 @@ def measure_step(shape: Shape, arguments: argparse.Namespace, device: torch.devi
     return found | {
         "reducer": repr(reducer),
         "dtype": arguments.dtype,
-        "rows": num_rows,
+        "rows": num_examples,
         "micro": micro,
         "tokens": tokens,
         "gradient_difference": difference,
@@ -224,7 +224,8 @@ def measure_step(shape: Shape, arguments: argparse.Namespace, device: torch.devi
         "kept_widths": kept_widths(family, first, fast.loss.prefix, device),
         "first_step_s": lap.seconds["first step"],
         "tenth_minutes": {
-            name: TENTH / num_rows * statistics.median(times) / 60 for name, times in found["seconds"].items()
+            name: TENTH / num_examples * statistics.median(times) / 60
+            for name, times in found["seconds"].items()
         },
     }
 

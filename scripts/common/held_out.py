@@ -13,7 +13,7 @@ from data.conversations import Conversation
 from data.paths import write_json
 from train import config
 from train.evaluate import Evaluator
-from train.examples import held_out_rows
+from train.examples import held_out_conversations
 from train.ranks import init_distributed
 from vzip import Comparison, UserError
 from vzip.families import Family
@@ -48,7 +48,7 @@ def with_pictures(run: Path) -> list[tuple[Conversation, Path]]:
         return []
     init_distributed()
     folder = Path(cfg.data.image_folder).expanduser()
-    return [(row, folder / row.images[0]) for row in held_out_rows(cfg) if row.images]
+    return [(row, folder / row.images[0]) for row in held_out_conversations(cfg) if row.images]
 
 
 def held_out_with_pictures(run: Path) -> list[tuple[Conversation, Path]]:
@@ -76,7 +76,7 @@ class _Engine:
     def __init__(self, family: Family) -> None:
         self.family, self.device = family, family.model.device
 
-    def whole_model(self) -> nullcontext[None]:
+    def gathered_parameters(self) -> nullcontext[None]:
         return nullcontext()
 
 

@@ -17,7 +17,7 @@ from data.paths import atomic_write, data_dir, write_json
 from scripts.common.timing import ROOT
 from scripts.evaluate.tasks import TASK
 from train import config
-from train.examples import held_out_rows
+from train.examples import held_out_conversations
 from vzip import UserError
 from vzip.templates.encode import IMAGE, VIDEO
 
@@ -95,7 +95,7 @@ def write_questions(run: Path | None) -> Path:
     """
     cfg = _run_config(run)
     images, documents = Path(cfg.data.image_folder).expanduser(), list[dict[str, Any]]()
-    for row in held_out_rows(cfg):
+    for row in held_out_conversations(cfg):
         documents += _documents(row, images, cfg.model.get("num_frames", 1))
         if len(documents) >= cfg.evaluate.questions:
             break

@@ -14,7 +14,7 @@ from vzip.runs.projector import read_meta, reducers_of
 
 TAG = "vzip"
 """Of every export, in its card; what has it may be pushed, or replaced."""
-SETTINGS = ("reducer", "tune", "optim", "batch", "engine", "inexact", "seed")
+SETTINGS = ("reducer", "tune", "optim", "batch", "engine", "quantize", "seed")
 CODE_LICENCE = "Apache-2.0"
 
 

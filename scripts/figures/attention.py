@@ -91,7 +91,7 @@ def softmax_gradient(layers: Iterable[LayerAttention]) -> dict[str, Any]:
     """
     edges = torch.logspace(torch.tensor(SMALLEST).log10().item(), 0, BINS + 1)
     sums = torch.zeros(3, BINS, dtype=torch.float64)  # number, weight, gradient
-    top, num_rows, num_tokens = torch.zeros(2, dtype=torch.float64), 0, 0
+    top, num_examples, num_tokens = torch.zeros(2, dtype=torch.float64), 0, 0
     for layer in layers:
         for rows in layer.rows():
             gradient = rows * (1 - rows)
@@ -100,7 +100,7 @@ def softmax_gradient(layers: Iterable[LayerAttention]) -> dict[str, Any]:
                 total += torch.bincount(places, values.flatten().double(), minlength=BINS).cpu()
             most = rows.topk(max(1, rows.shape[1] // 10), dim=1).indices
             top += torch.stack([values.gather(1, most).double().sum() for values in (rows, gradient)]).cpu()
-            num_rows, num_tokens = num_rows + len(rows), rows.shape[1]
+            num_examples, num_tokens = num_examples + len(rows), rows.shape[1]
     bins = [
         {
             "from": low,
@@ -116,7 +116,7 @@ def softmax_gradient(layers: Iterable[LayerAttention]) -> dict[str, Any]:
     ]
     weight, gradient = (top / sums[1:].sum(dim=1)).tolist()
     return {
-        "num_rows": num_rows,
+        "num_rows": num_examples,
         "num_tokens": num_tokens,
         "top_tenth": {"tokens": max(1, num_tokens // 10), "attention": weight, "gradient": gradient},
         "bins": bins,

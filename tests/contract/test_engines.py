@@ -68,17 +68,17 @@ def example_of(row, media, index):
     return Example(ids + [2] * behind, labels + [IGNORED] * behind, paths)
 
 
-def gradients(family, loss, layout, plan, taught, step=0):
+def gradients(family, loss, layout, plan, has_gradient, step=0):
     """Of the projector for a step, and the mean loss shown: summed over the micro batches of all ranks."""
     family.projector.zero_grad()
     shown = 0.0
     for rank in range(plan.world_size):
-        batches = MicroBatches(layout, plan, rank=rank, taught=taught)
+        batches = MicroBatches(layout, plan, rank=rank, has_gradient=has_gradient)
         first = batches.num_before(step)
         for part in range(first, first + batches.num_parts(step)):
-            total, teaching = loss(batches[part])
+            total, has_gradient = loss(batches[part])
             (total / batches.num_labels(step)).backward()
-            shown += float(teaching) / max(batches.num_taught_labels(step), 1)
+            shown += float(has_gradient) / max(batches.num_grad_labels(step), 1)
     return torch.cat([parameter.grad.flatten() for parameter in family.projector.parameters()]), shown
 
 
@@ -91,15 +91,26 @@ def both(family, examples, *, reducer, world_size, micro, tokens, recompute):
     kinds = family.kinds if any("video" in example.media for example in examples) else ("image",)
     collate = Collator(tiny.processor(kind), family, reducer, kinds=kinds, num_frames=2)
     prefix = shared_prefix(examples, [family.placeholder_id(kind) for kind in kinds])
-    taught, packer = has_media(examples), Packer(collate, num_prefix=len(prefix))
+    has_gradient, packer = has_media(examples), Packer(collate, num_prefix=len(prefix))
     padded = PaddedLayout(collate, examples, alone, micro=micro)
     packed = PackedLayout(
-        [packer], examples, plan, tokens=tokens, num_run=packer.lengths(examples)[None], taught=taught
+        [packer],
+        examples,
+        plan,
+        tokens=tokens,
+        num_run=packer.lengths(examples)[None],
+        has_gradient=has_gradient,
     )
     return (
-        gradients(family, ReferenceLoss(family, reducer, learns_text=False), padded, alone, taught),
         gradients(
-            family, FastLoss(family, [reducer], prefix=prefix, recompute=recompute), packed, plan, taught
+            family, ReferenceLoss(family, reducer, text_has_gradient=False), padded, alone, has_gradient
+        ),
+        gradients(
+            family,
+            FastLoss(family, [reducer], prefix=prefix, recompute=recompute),
+            packed,
+            plan,
+            has_gradient,
         ),
     )
 
@@ -147,18 +158,20 @@ def test_fifty_steps_of_both_have_the_same_losses(media):
     )
     given = [(index % 3, ["image"] * (index % 4 > 0), [(3 + index, 4)], 1, index % 3) for index in range(8)]
     examples = [example_of(row, media, index) for index, row in enumerate(given)]
-    collate, plan, taught = (
+    collate, plan, has_gradient = (
         Collator(tiny.processor(), family, reducer),
         BatchPlan(4, 1, 50, 0),
         has_media(examples),
     )
     packer = Packer(collate, num_prefix=len(PREFIX))
     packed = PackedLayout(
-        [packer], examples, plan, tokens=60, num_run=packer.lengths(examples)[None], taught=taught
+        [packer], examples, plan, tokens=60, num_run=packer.lengths(examples)[None], has_gradient=has_gradient
     )
     ways = {
         FastLoss(family, [reducer], prefix=PREFIX): packed,
-        ReferenceLoss(family, reducer, learns_text=False): PaddedLayout(collate, examples, plan, micro=2),
+        ReferenceLoss(family, reducer, text_has_gradient=False): PaddedLayout(
+            collate, examples, plan, micro=2
+        ),
     }
     curves = []
     for loss, layout in ways.items():
@@ -166,7 +179,7 @@ def test_fifty_steps_of_both_have_the_same_losses(media):
         family.projector.requires_grad_(True)
         optimizer, curve = torch.optim.AdamW(family.projector.parameters(), lr=1e-2), []
         for step in range(50):
-            curve.append(gradients(family, loss, layout, plan, taught, step)[1])
+            curve.append(gradients(family, loss, layout, plan, has_gradient, step)[1])
             optimizer.step()
         curves.append(curve)
     assert curves[0] == pytest.approx(curves[1], rel=1e-9)

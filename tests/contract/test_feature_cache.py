@@ -132,7 +132,7 @@ class Runs:
                     Packer(collate, num_prefix=0),
                 )
             else:
-                way, lay_out = ReferenceLoss(family, self.reducer, learns_text=False), collate
+                way, lay_out = ReferenceLoss(family, self.reducer, text_has_gradient=False), collate
             loss, _ = way(lay_out(examples))
             found.append((loss.item(), torch.autograd.grad(loss, list(family.projector.parameters()))))
         return found

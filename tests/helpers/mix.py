@@ -87,14 +87,14 @@ def _picture(draw):
     return file.getvalue()
 
 
-def save_mix(folder: Path, num_rows: int, *, seed: int = 0) -> Path:
+def save_mix(folder: Path, num_examples: int, *, seed: int = 0) -> Path:
     """Write `folder`/published/ with mix.json and all pictures as they are published: the path of mix.json."""
     draw, total = random.Random(seed), sum(COUNTS.values())
     published = folder / "published"
     rows = []
     zips = {"gqa": "gqa/images.zip", "textvqa": "textvqa/train_val_images.zip", "ocr_vqa": "ocr_vqa.zip"}
     for source, count in COUNTS.items():
-        rows += [_row(draw, source, number) for number in range(max(1, round(num_rows * count / total)))]
+        rows += [_row(draw, source, number) for number in range(max(1, round(num_examples * count / total)))]
     archives = {}
     for source, name in zips.items():
         (published / name).parent.mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,7 @@ def padded(examples, collate, *, micro, num_steps, accumulation=1, world_size=1,
         size=micro * accumulation * world_size, world_size=world_size, num_steps=num_steps, seed=seed
     )
     return MicroBatches(
-        PaddedLayout(collate, examples, plan, micro=micro), plan, rank=rank, taught=has_media(examples)
+        PaddedLayout(collate, examples, plan, micro=micro), plan, rank=rank, has_gradient=has_media(examples)
     )
 
 

@@ -198,10 +198,10 @@ def save_mixed_data(folder: Path, kind: str) -> Path:
     return target
 
 
-def save_data(folder: Path, num_rows=24, *, text_only=2, held_out=False, seed=0) -> Path:
+def save_data(folder: Path, num_examples=24, *, text_only=2, held_out=False, seed=0) -> Path:
     """Write rows in LLaVA's format with their pictures below `folder`/images: the path of the JSON file."""
     rows = []
-    for index in range(num_rows):
+    for index in range(num_examples):
         name = f"noise/{'test' if held_out else 'train'}{index}.png"
         path = folder / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)

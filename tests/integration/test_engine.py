@@ -65,7 +65,7 @@ def engine_on(cfg, model, examples, *settings):
 def take_step(engine, batches, step, *, lr):
     """(loss, gradient norm) of a step."""
     parts = [batches[batches.num_before(step) + part] for part in range(batches.num_parts(step))]
-    labels = {"num_labels": batches.num_labels(step), "num_taught_labels": batches.num_taught_labels(step)}
+    labels = {"num_labels": batches.num_labels(step), "num_taught_labels": batches.num_grad_labels(step)}
     return engine.step(parts, lr=lr, **labels)
 
 
@@ -145,7 +145,7 @@ def test_text_alone_is_a_step_of_zero_gradient(cfg, examples, engine):
     engine, batches, _ = engine_on(
         cfg, tiny.llava(), mixed, f"engine={engine}", "batch.size=1", "batch.micro=1"
     )
-    step = next(step for step in range(4) if not batches.num_taught_labels(step))
+    step = next(step for step in range(4) if not batches.num_grad_labels(step))
     assert batches[step].num_placeholders == {"image": 0} and batches.num_labels(step) > 0
     before = digests(engine.family.model, projector=True)
     assert take_step(engine, batches, step, lr=1e-2) == (0, 0)  # the loss is that of rows that teach
@@ -164,7 +164,7 @@ def test_text_teaches_lora_in_the_language_model(cfg, examples):
     for cut in CUTS:
         engine, batches, _ = engine_on(lora, tiny.llava(), examples, *cut.split())
         step = mixed_step(batches)
-        assert batches.num_taught_labels(step) == batches.num_labels(step)
+        assert batches.num_grad_labels(step) == batches.num_labels(step)
         results[cut] = take_step(engine, batches, step, lr=0.0)
     assert all(found == pytest.approx(results[CUTS[0]], rel=1e-5) for found in results.values())
 

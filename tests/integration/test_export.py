@@ -43,7 +43,7 @@ def test_llavas_loader_gets_the_config_of_the_base(run, tmp_path):
         json.loads(path.read_text()) for path in ((tmp_path / base / "config.json"), target / "config.json")
     )
     assert {key: value for key, value in got.items() if key in want} == want
-    assert read_projector(target / "mm_projector.bin").keys() == vzip.io.read_projector(run / WEIGHTS).keys()
+    assert read_projector(target / "mm_projector.bin").keys() == read_projector(run / WEIGHTS).keys()
     assert "`load_pretrained_model(FOLDER, model_base=BASE" in (target / "README.md").read_text()
 
 

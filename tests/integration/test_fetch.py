@@ -61,7 +61,9 @@ class Run:
         self.places = open_sources(pictures, client(read_s=read_s))
 
     def bring(self, media, **options):
-        return fetch_media(media, self.folder, places=self.places, ledger=MediaIndex(self.path), **options)
+        return fetch_media(
+            media, self.folder, places=self.places, media_index=MediaIndex(self.path), **options
+        )
 
     def lines(self):
         return [json.loads(line) for line in self.path.read_text().splitlines()]
@@ -501,7 +503,7 @@ def test_an_interrupted_command_ends_at_once(tmp_path):
                 media,
                 tmp_path / "images",
                 places=places,
-                ledger=Impatient(tmp_path / "checked.jsonl"),
+                media_index=Impatient(tmp_path / "checked.jsonl"),
                 num_threads=8,
             )
         assert time.monotonic() - start < 15  # and not the 30 that an answer is waited for
@@ -510,16 +512,16 @@ def test_an_interrupted_command_ends_at_once(tmp_path):
 
 def test_a_ledger_keeps_what_it_was_told(tmp_path):
     path = tmp_path / "checked.jsonl"
-    ledger = MediaIndex(path)
-    assert ledger.sizes() == {} and not path.exists()
-    ledger.record(Checked("a\n.jpg", 10, 3, 4, "ab"))
-    ledger.record(Checked("b.jpg", -1, fault="gone ü", final=False, tried=("http://x/",)))
+    media_index = MediaIndex(path)
+    assert media_index.sizes() == {} and not path.exists()
+    media_index.record(Checked("a\n.jpg", 10, 3, 4, "ab"))
+    media_index.record(Checked("b.jpg", -1, fault="gone ü", final=False, tried=("http://x/",)))
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"path": "a\n.jpg", "bytes": 10, "height": 3, "width": 4, "digest": "ab"},
         {"path": "b.jpg", "bytes": -1, "fault": "gone ü", "final": False, "tried": ["http://x/"]},
     ]
     again = MediaIndex(path)
-    assert again.sizes() == {"a\n.jpg": (3, 4)} and again._entries == ledger._entries
+    assert again.sizes() == {"a\n.jpg": (3, 4)} and again._entries == media_index._entries
     again.record(Checked("a\n.jpg", 10, fault="now it is damaged"))
     assert MediaIndex(path).sizes() == {}
 
@@ -528,9 +530,9 @@ def test_a_ledger_keeps_what_it_was_told(tmp_path):
 @given(data=st.data())
 def test_a_ledger_that_was_cut_or_mangled_loses_only_those_lines(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("ledger") / "checked.jsonl"
-    ledger = MediaIndex(path)
+    media_index = MediaIndex(path)
     for number in range(4):
-        ledger.record(Checked(f"{number}.jpg", 10 + number, 5, 6))
+        media_index.record(Checked(f"{number}.jpg", 10 + number, 5, 6))
     content = path.read_bytes()
     if data.draw(st.booleans()):
         content = content[: data.draw(st.integers(0, len(content)))]

@@ -61,7 +61,7 @@ def test_our_template_is_the_tokenizers(smol):
 
 def rows_of(split):
     table = open_table(SMOL / "easy_vqa" / f"{split}.json")
-    assert not table.bad_rows()
+    assert not table.bad_examples()
     return [table.row(position) for position in range(len(table))]
 
 

@@ -20,7 +20,7 @@ from scripts.bench.shapes import (
     shape_of,
 )
 from tests.helpers import tiny
-from vzip.cost import row_cost
+from vzip.cost import example_cost
 from vzip.families.llava import Llava
 from vzip.families.llava_next import LlavaNext
 from vzip.templates.encode import IGNORED
@@ -102,7 +102,7 @@ def test_a_large_model_needs_a_gpu(capsys):
 
 
 def test_rows_have_the_recorded_lengths_and_the_mix_of_them(family):
-    steps = make_steps(family, num_steps=2, num_rows=128)
+    steps = make_steps(family, num_steps=2, num_examples=128)
     image_id = family.placeholder_id("image")
     with np.load(LENGTHS) as recorded:
         lengths = set(zip(recorded["text_tokens"].tolist(), recorded["label_tokens"].tolist(), strict=True))
@@ -119,11 +119,11 @@ def test_rows_have_the_recorded_lengths_and_the_mix_of_them(family):
         ]
         assert {2, 3} <= set(starts) <= {1, 2, 3}
     assert len(shared_prefix([*steps[0], *steps[1]], [image_id])) == NUM_PREFIX
-    assert steps == make_steps(family, num_steps=2, num_rows=128)
+    assert steps == make_steps(family, num_steps=2, num_examples=128)
 
 
 def test_both_ways_take_the_same_rows_and_the_reference_runs_the_released_tower(family):
-    steps = make_steps(family, num_steps=1, num_rows=10)
+    steps = make_steps(family, num_steps=1, num_examples=10)
     reference = make_reference(family, SMALL.reducer, steps, micro=4, device=CPU)
     fast = make_fast(family, SMALL.reducer, steps, tokens=1500, device=CPU)
     assert reference.steps[0].num_tokens(0) == fast.steps[0].num_tokens(0)
@@ -140,7 +140,7 @@ def test_tiles_are_counted():
     shape = Shape("small", LlavaNext, tiny.architecture("next"), budget=35)
     family = make_family(shape, device=CPU, dtype=torch.float32)
     collate = make_collator(family, shape.reducer)
-    (rows,) = make_steps(family, num_steps=1, num_rows=4)
+    (rows,) = make_steps(family, num_steps=1, num_examples=4)
     batch = collate(rows)
     assert batch.num_placeholders == {"image": 4 * 35}
     assert batch.media["image"]["pixel_values"].shape[:2] == (4, 5)
@@ -148,9 +148,9 @@ def test_tiles_are_counted():
 
 
 def test_necessary_operations_are_fewer_than_those_of_whole_rows(family):
-    rows = [row for row in make_steps(family, num_steps=1, num_rows=20)[0] if row.media]
+    rows = [row for row in make_steps(family, num_steps=1, num_examples=20)[0] if row.media]
     whole = [
-        row_cost(
+        example_cost(
             family, SMALL.reducer, num_tiles=1, num_visual_tokens=7, num_text_tokens=len(row.ids) - 1
         ).total
         for row in rows

@@ -146,12 +146,16 @@ def lay_out(family, examples):
     packers = [
         Packer(collate, num_prefix=len(prefix), reducer=number) for number, collate in enumerate(collators)
     ]
-    plan, taught = BatchPlan(size=SIZE, world_size=2, num_steps=6, seed=3), has_media(examples)
+    plan, has_gradient = BatchPlan(size=SIZE, world_size=2, num_steps=6, seed=3), has_media(examples)
     num_run = torch.stack([packer.lengths(examples) for packer in packers])
     layout = PackedLayout(
-        packers, examples, plan, tokens=int(num_run.max()) * 2, num_run=num_run, taught=taught
+        packers, examples, plan, tokens=int(num_run.max()) * 2, num_run=num_run, has_gradient=has_gradient
     )
-    return layout, [MicroBatches(layout, plan, rank=rank, taught=taught) for rank in range(2)], prefix
+    return (
+        layout,
+        [MicroBatches(layout, plan, rank=rank, has_gradient=has_gradient) for rank in range(2)],
+        prefix,
+    )
 
 
 def projector_gradient(family, losses):
@@ -183,7 +187,7 @@ def test_a_steps_gradient_is_the_sum_of_what_each_budgets_rows_give_alone(family
     alone = []
     for number, rows in rows_by_reducer.items():
         padded = Collator(tiny.processor(), family, REDUCERS[number])([examples[row] for row in rows])
-        plain = ReferenceLoss(family, REDUCERS[number], learns_text=False)
+        plain = ReferenceLoss(family, REDUCERS[number], text_has_gradient=False)
         alone.append(projector_gradient(family, [plain(padded)[0]]))
     assert torch.linalg.vector_norm(found - sum(alone)) <= 1e-10 * torch.linalg.vector_norm(found)
     assert all(gradient.any() for gradient in alone)

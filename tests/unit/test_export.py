@@ -402,7 +402,7 @@ def test_an_export_is_neither_exported_again_nor_put_on_another_base(run, tmp_pa
     )
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     other = load_file(tmp_path / "all.safetensors")
-    vzip.export.save_file(
+    save_file(
         {name: other[name] for name in index if name in other}, folder / "model-00001-of-00001.safetensors"
     )
     with pytest.raises(UserError, match="frozen weights differ"):
@@ -519,7 +519,7 @@ def full(*_, **__):
 def test_a_place_that_can_not_be_written_is_refused(place, run, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     if place == "full":
-        monkeypatch.setattr(vzip.export.torch, "save", full)
+        monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match=r"can't be written.*\n.*choose another place with --out"):
         command.export(arguments(run, "llava", out=tmp_path / place))
     assert not (tmp_path / "full").exists()

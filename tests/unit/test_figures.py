@@ -282,8 +282,8 @@ def test_runs_that_measured_something_else_are_left_out_or_refused(runs, tmp_pat
     "changes",
     [
         {"batch": {"size": 64}},
-        {"data": {"held_out": "q.json", "text_rows": False}},
-        {"inexact": "nf4"},
+        {"data": {"held_out": "q.json", "text_examples": False}},
+        {"quantize": "nf4"},
         {"model": {"dtype": "x"}},
     ],
     ids=str,

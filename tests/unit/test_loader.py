@@ -38,7 +38,7 @@ from tests.unit.test_dataset import IMAGE_ID, PROCESSOR, SPLITS, family, talk
 from train.engine import to_device
 from train.losses import media_inputs
 from vzip import UserError
-from vzip.media import LEVELS, FrameProcessor, lookup_table, model_inputs, normalised, pixels_of
+from vzip.media import LOOKUP, FrameProcessor, lookup_table, model_inputs, normalised, pixels_of
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
 from vzip.templates.encode import IGNORED, vicuna
@@ -73,7 +73,7 @@ def on_the_device(kind, processor, media, dtype=torch.float32):
     """Pictures or videos the loader's way."""
     made = model_inputs(kind, processor(media, return_tensors="pt", do_rescale=False, do_normalize=False))
     assert pixels_of(made).dtype == torch.uint8
-    return normalised(made | {LEVELS: lookup_table(kind, processor)}, dtype)
+    return normalised(made | {LOOKUP: lookup_table(kind, processor)}, dtype)
 
 
 def expected(kind, processor, media):
@@ -91,16 +91,16 @@ def test_pixels_are_what_the_processor_makes_to_the_bit(name, settings):
     ):
         wanted = expected(kind, process, media)
         made = without_padding(on_the_device(kind, process, media), wanted)
-        assert made.keys() == wanted.keys() and LEVELS not in made
+        assert made.keys() == wanted.keys() and LOOKUP not in made
         assert all(torch.equal(made[name], wanted[name]) for name in made)
         assert pixels_of(wanted).dim() == (5 if kind == "video" or "image_sizes" in made else 4)
 
 
 @pytest.mark.parametrize("settings", ["as it is", "other values"])
 def test_settings_change_the_levels(settings):
-    levels = lookup_table("image", PROCESSORS["CLIP"](**SETTINGS[settings]))
-    assert levels.shape == (3, 256) and (levels.diff(dim=1) > 0).all()
-    assert torch.equal(levels, lookup_table("image", PROCESSORS["CLIP"]())) == (settings == "as it is")
+    lookup = lookup_table("image", PROCESSORS["CLIP"](**SETTINGS[settings]))
+    assert lookup.shape == (3, 256) and (lookup.diff(dim=1) > 0).all()
+    assert torch.equal(lookup, lookup_table("image", PROCESSORS["CLIP"]())) == (settings == "as it is")
 
 
 def test_in_half_precision_pixels_are_the_rounded_ones():
@@ -125,7 +125,7 @@ def test_a_micro_batch_brings_bytes_to_the_device(tmp_path, kind):
     for medium in batch.media:
         assert pixels_of(batch.media[medium]).dtype == torch.uint8
         assert pixels_of(media_inputs(there, medium, torch.bfloat16)).dtype == torch.bfloat16
-        assert media_inputs(there, medium, torch.bfloat16).keys() == batch.media[medium].keys() - {LEVELS}
+        assert media_inputs(there, medium, torch.bfloat16).keys() == batch.media[medium].keys() - {LOOKUP}
 
 
 @pytest.mark.gpu

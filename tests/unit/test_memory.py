@@ -31,7 +31,7 @@ from train.models import load_family, quantize_language_model
 from train.plan import print_plan
 from train.trainable import make_trainable
 from vzip import UserError
-from vzip.cost import kept_memory, packed_memory, row_cost, weight_memory
+from vzip.cost import example_cost, kept_memory, packed_memory, weight_memory
 from vzip.families import families, family_of
 from vzip.fast.language import PackedLanguage
 from vzip.runs.projector import fingerprint
@@ -91,7 +91,7 @@ def test_vicuna_keeps_what_the_cuts_promise():
     assert in_width["int8"] > in_width["plain"] and in_width["lora"] > in_width["plain"]
 
 
-KEPT = {"plain": {}, "recompute": {"recompute": True}, "int8": {"inexact": "int8"}, "lora": {"lora": True}}
+KEPT = {"plain": {}, "recompute": {"recompute": True}, "int8": {"quantize": "int8"}, "lora": {"lora": True}}
 
 
 def test_lora_in_the_language_model_takes_memory_for_its_inputs():
@@ -123,11 +123,11 @@ def test_an_80gb_card_tunes_13b_unquantised():
 
 def test_13b_on_24gb_is_refused_with_what_helps_and_that_helps():
     with pytest.raises(
-        UserError, match=r"need 2\d\.\d GB, more than memory_gb=24; .*hardware=80gb.*zero3.*inexact=nf4"
+        UserError, match=r"need 2\d\.\d GB, more than memory_gb=24; .*hardware=80gb.*zero3.*quantize=nf4"
     ):
         packing_of("model=llava-13b", "hardware=24gb")
-    assert packing_of("model=llava-13b", "hardware=24gb", "inexact=nf4").tokens >= 2048
-    assert packing_of("model=llava-13b", "hardware=24gb", "inexact=int8").tokens >= 1024
+    assert packing_of("model=llava-13b", "hardware=24gb", "quantize=nf4").tokens >= 2048
+    assert packing_of("model=llava-13b", "hardware=24gb", "quantize=int8").tokens >= 1024
     assert packing_of("model=llava-13b", "hardware=24gb", "deepspeed=zero3", world_size=8).tokens >= 1024
     assert packing_of("model=llava-13b", "hardware=24gb", "deepspeed=zero3_offload").tokens >= 1024
 
@@ -266,7 +266,9 @@ def test_the_plan_shows_the_micro_batch_of_the_card(capsys, monkeypatch):
     plan = plan_of(capsys, monkeypatch, "model=llava-7b", "hardware=24gb")
     assert plan["a micro batch"] == "up to 2,048 packed tokens, nothing computed twice"
     assert plan["memory a rank"].endswith("GB, of memory_gb=24; all weights 14.2 GB")
-    plan = plan_of(capsys, monkeypatch, "model=llava-7b", "hardware=24gb", "batch.tokens=3000", "inexact=nf4")
+    plan = plan_of(
+        capsys, monkeypatch, "model=llava-7b", "hardware=24gb", "batch.tokens=3000", "quantize=nf4"
+    )
     assert (
         plan["a micro batch"].startswith("up to 3,000") and "gradients are not exact" in plan["memory a rank"]
     )
@@ -287,15 +289,15 @@ def test_quantised_weights_are_counted_without_the_package():
     family = counted("llava-13b")
     num_linear = 40 * (4 * 5120**2 + 3 * 5120 * 13824)
     exact = weight_memory(family)
-    assert exact - weight_memory(family, inexact="int8") == num_linear
-    assert exact - weight_memory(family, inexact="nf4") == pytest.approx((2 - 0.516) * num_linear, rel=1e-3)
+    assert exact - weight_memory(family, quantize="int8") == num_linear
+    assert exact - weight_memory(family, quantize="nf4") == pytest.approx((2 - 0.516) * num_linear, rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["inexact=int4"], r"inexact=int4 must be one of: nf4, int8"),
-        (["inexact=nf4", "deepspeed=zero3"], r"inexact=nf4 does not go with ZeRO 3.*zero0"),
+        (["quantize=int4"], r"quantize=int4 must be one of: nf4, int8"),
+        (["quantize=nf4", "deepspeed=zero3"], r"quantize=nf4 does not go with ZeRO 3.*zero0"),
     ],
 )
 def test_what_can_not_be_quantised_is_refused(overrides, message):
@@ -305,8 +307,8 @@ def test_what_can_not_be_quantised_is_refused(overrides, message):
 
 def test_a_missing_package_is_named_before_anything_is_loaded(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match=r"inexact=nf4 .*`pip install bitsandbytes`"):
-        load_family(composed("inexact=nf4", "model.id=/nowhere"))
+    with pytest.raises(UserError, match=r"quantize=nf4 .*`pip install bitsandbytes`"):
+        load_family(composed("quantize=nf4", "model.id=/nowhere"))
 
 
 NEAR = {"nf4": 0.5, "int8": 0.05}
@@ -314,12 +316,12 @@ NEAR = {"nf4": 0.5, "int8": 0.05}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-@pytest.mark.parametrize("inexact", ["nf4", "int8"])
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
 @pytest.mark.parametrize(
     "lora", [None, {"target": "language_model", "r": 2, "alpha": 4}], ids=["projector", "lora"]
 )
 @pytest.mark.parametrize("kind", ["clip", "onevision"])
-def test_a_quantised_model_is_near_and_belongs_to_the_same_base(monkeypatch, kind, lora, inexact):
+def test_a_quantised_model_is_near_and_belongs_to_the_same_base(monkeypatch, kind, lora, quantize):
     said = []
     monkeypatch.setattr("train.models.print_rank0", said.append)
     model = tiny.llava(kind)
@@ -327,8 +329,8 @@ def test_a_quantised_model_is_near_and_belongs_to_the_same_base(monkeypatch, kin
     before = fingerprint(family)
     trainable = make_trainable(family, OmegaConf.create({"projector": True, "lora": lora}))
     reducer = build_reducer(composed("model=llava-7b", "reducer.budget=6"))
-    costs = row_cost(family, reducer, num_tiles=1, num_visual_tokens=6, num_text_tokens=9)
-    reckoned = weight_memory(family, inexact=inexact)
+    costs = example_cost(family, reducer, num_tiles=1, num_visual_tokens=6, num_text_tokens=9)
+    reckoned = weight_memory(family, quantize=quantize)
 
     features, direction = torch.randn(1, 7, model.config.vision_config.hidden_size), torch.randn(1, 7, 48)
 
@@ -342,19 +344,19 @@ def test_a_quantised_model_is_near_and_belongs_to_the_same_base(monkeypatch, kin
         return [output.detach(), *(p.grad.clone() for p in family.projector.parameters())]
 
     exact = outcome()
-    quantize_language_model(family, inexact)
+    quantize_language_model(family, quantize)
     frozen = {name: p.clone() for name, p in family.language_model.named_parameters() if not p.requires_grad}
     found = outcome()
     assert not torch.equal(found[0], exact[0])
     for one, other in zip(found, exact, strict=True):
-        assert torch.linalg.vector_norm(one - other) <= NEAR[inexact] * torch.linalg.vector_norm(other)
+        assert torch.linalg.vector_norm(one - other) <= NEAR[quantize] * torch.linalg.vector_norm(other)
     torch.optim.AdamW(trainable.parameters.values(), lr=1.0).step()
     assert all(torch.equal(p, frozen[n]) for n, p in family.language_model.named_parameters() if n in frozen)
     assert not any(
         p.requires_grad for n, p in family.model.named_parameters() if n not in trainable.parameters
     )
-    assert len(said) == 1 and f"inexact={inexact}" in said[0]
+    assert len(said) == 1 and f"quantize={quantize}" in said[0]
     # Counting does not change, and the fingerprint that a run keeps is the one from before.
-    assert weight_memory(family, inexact=inexact) == reckoned
-    assert row_cost(family, reducer, num_tiles=1, num_visual_tokens=6, num_text_tokens=9) == costs
+    assert weight_memory(family, quantize=quantize) == reckoned
+    assert example_cost(family, reducer, num_tiles=1, num_visual_tokens=6, num_text_tokens=9) == costs
     assert fingerprint(family) != before

@@ -37,8 +37,8 @@ def bodies(draw, *, pictures=True):
     words = st.sampled_from([IMAGE_ID, 50, 51, 52] if pictures else [50, 51, 52])
     ids = draw(st.sampled_from(STARTS))
     labels = [IGNORED] * len(ids)
-    for token, taught in draw(st.lists(st.tuples(words, st.booleans()), max_size=10)):
-        ids, labels = [*ids, token], [*labels, token if taught and token != IMAGE_ID else IGNORED]
+    for token, has_gradient in draw(st.lists(st.tuples(words, st.booleans()), max_size=10)):
+        ids, labels = [*ids, token], [*labels, token if has_gradient and token != IMAGE_ID else IGNORED]
     behind = draw(st.lists(words, max_size=3))
     return [*ids, 60, *behind], [*labels, 60, *[IGNORED] * len(behind)]
 
@@ -66,9 +66,9 @@ def needed(example):
 
 def plain_prefix(examples):
     """As `shared_prefix`, token by token."""
-    prefix, teaching = [], [example for example in examples if IMAGE_ID in example.ids]
-    for place, tokens in enumerate(map(set, zip(*(example.ids for example in teaching), strict=False))):
-        labels = {label for example in teaching for label in example.labels[place : place + 2]}
+    prefix, has_gradient = [], [example for example in examples if IMAGE_ID in example.ids]
+    for place, tokens in enumerate(map(set, zip(*(example.ids for example in has_gradient), strict=False))):
+        labels = {label for example in has_gradient for label in example.labels[place : place + 2]}
         if len(tokens) > 1 or tokens == {IMAGE_ID} or labels != {IGNORED}:
             break
         prefix += tokens
@@ -161,9 +161,9 @@ def test_mapped_rows_and_lists_agree(folder, rows):
 @settings(max_examples=40, deadline=None)
 @given(ROWS, st.booleans(), st.sampled_from([1, 2, 5]))
 def test_a_packed_batch_is_its_rows_one_behind_the_other(examples, behind_prefix, num_tokens):
-    teaching = [example for example in examples if example.media]
+    has_gradient = [example for example in examples if example.media]
     prefix = shared_prefix(examples, [IMAGE_ID]) if behind_prefix else []
-    examples = (teaching if prefix else examples) or examples
+    examples = (has_gradient if prefix else examples) or examples
     packer = Packer(collator(num_tokens), num_prefix=len(prefix), reducer=3)
     batch = packer(examples)
 
@@ -181,7 +181,7 @@ def test_a_packed_batch_is_its_rows_one_behind_the_other(examples, behind_prefix
     assert list(batch.lengths) == packer.lengths(examples).tolist() == lengths and min(lengths) > 0
     assert dict(zip(batch.at_labels.tolist(), batch.targets.tolist(), strict=True)) == targets
     assert len(batch.targets) == len(targets) == sum(example.num_labels for example in examples)
-    assert (batch.num_rows, batch.reducer) == (len(examples), 3)
+    assert (batch.num_examples, batch.reducer) == (len(examples), 3)
     assert batch.num_placeholders == {"image": ids.count(IMAGE_ID)}
     pictures = [float(example.index) for example in examples for _ in example.media.get("image", ())]
     assert (
@@ -203,7 +203,7 @@ def test_images_behind_the_last_label_are_run_and_nothing_behind_them():
 
 def test_a_part_without_rows_is_one_token_that_counts_nothing():
     batch = Packer(collator(), num_prefix=4)([])
-    assert batch.input_ids.tolist() == [PAD_ID] and batch.lengths == (1,) and batch.num_rows == 0
+    assert batch.input_ids.tolist() == [PAD_ID] and batch.lengths == (1,) and batch.num_examples == 0
     assert batch.at_labels.tolist() == [0] and batch.targets.tolist() == [PAD_ID]
     assert batch.num_placeholders == {"image": 0} and not batch.media["image"]["features"].any()
     assert batch.input_ids.dtype == batch.at_labels.dtype == batch.targets.dtype == torch.int64
@@ -215,10 +215,10 @@ def test_a_part_without_rows_is_one_token_that_counts_nothing():
 @st.composite
 def packings(draw):
     """(rows, lengths by reducer of more rows than these, tokens, ranks)."""
-    num_rows, num_reducers = draw(st.integers(0, 30)), draw(st.integers(1, 3))
-    column = st.lists(st.integers(1, 60), min_size=num_rows + 5, max_size=num_rows + 5)
+    num_examples, num_reducers = draw(st.integers(0, 30)), draw(st.integers(1, 3))
+    column = st.lists(st.integers(1, 60), min_size=num_examples + 5, max_size=num_examples + 5)
     lengths = draw(st.lists(column, min_size=num_reducers, max_size=num_reducers))
-    rows = draw(st.permutations(range(num_rows + 5)))[:num_rows]
+    rows = draw(st.permutations(range(num_examples + 5)))[:num_examples]
     return rows, np.array(lengths), draw(st.integers(1, 200)), draw(st.integers(1, 4))
 
 
@@ -283,12 +283,12 @@ def source_of(examples, *, world_size, tokens=60, num_steps=3, size=6, every=Fal
     packers = [
         Packer(collator(n), num_prefix=len(prefix), reducer=number) for number, n in enumerate(reducers)
     ]
-    taught, num_run = (
+    has_gradient, num_run = (
         has_media(examples) | every,
         torch.stack([packer.lengths(examples) for packer in packers]),
     )
-    layout = PackedLayout(packers, examples, plan, tokens=tokens, num_run=num_run, taught=taught)
-    return [MicroBatches(layout, plan, rank=rank, taught=taught) for rank in range(world_size)]
+    layout = PackedLayout(packers, examples, plan, tokens=tokens, num_run=num_run, has_gradient=has_gradient)
+    return [MicroBatches(layout, plan, rank=rank, has_gradient=has_gradient) for rank in range(world_size)]
 
 
 @st.composite
@@ -313,13 +313,13 @@ def batches_of(source, step):
 def test_all_ranks_together_run_each_taught_row_of_a_step_once(examples, world_size, tokens, every):
     ranks = source_of(examples, world_size=world_size, tokens=tokens, every=every)
     plain = padded(examples, collator(), micro=6, num_steps=3, seed=3)
-    taught = [every or bool(example.media) for example in examples]
+    has_gradient = [every or bool(example.media) for example in examples]
     assert torch.equal(ranks[0].rows, plain.rows)
     for step, rows in enumerate(plain.rows.tolist()):
         batches = [batch for rank in ranks for batch in batches_of(rank, step)]
         run, learned = (
-            [row for row in rows if taught[row]],
-            sum(examples[row].num_labels for row in rows if taught[row]),
+            [row for row in rows if has_gradient[row]],
+            sum(examples[row].num_labels for row in rows if has_gradient[row]),
         )
         found = [
             token - ROW_IDS for batch in batches for token in batch.input_ids.tolist() if token >= ROW_IDS
@@ -329,8 +329,8 @@ def test_all_ranks_together_run_each_taught_row_of_a_step_once(examples, world_s
         ]
         assert sorted(targets) == sorted(run)
         assert set(found) <= set(run)
-        assert sum(batch.num_rows for batch in batches) == len(run)
-        assert sum(len(batch.targets) for batch in batches if batch.num_rows) == learned
+        assert sum(batch.num_examples for batch in batches) == len(run)
+        assert sum(len(batch.targets) for batch in batches if batch.num_examples) == learned
         for rank in ranks:
             assert rank.num_parts(step) == ranks[0].num_parts(step) >= 1
             assert (
@@ -338,7 +338,7 @@ def test_all_ranks_together_run_each_taught_row_of_a_step_once(examples, world_s
                 == plain.num_labels(step)
                 == sum(examples[row].num_labels for row in rows)
             )
-            assert rank.num_taught_labels(step) == learned
+            assert rank.num_grad_labels(step) == learned
             assert rank.num_tokens(step) == plain.num_tokens(step)
     assert all(len(rank) == sum(rank.num_parts(step) for step in range(3)) for rank in ranks)
 
@@ -365,10 +365,10 @@ def test_a_micro_batch_has_the_tokens_of_its_reducer():
     assert {batch.reducer for batch in batches} == {0, 1}
     for batch in batches:
         num_tokens = (2, 5)[batch.reducer]
-        assert len(batch.input_ids) <= 12 and batch.lengths == (num_tokens,) * batch.num_rows
+        assert len(batch.input_ids) <= 12 and batch.lengths == (num_tokens,) * batch.num_examples
         assert (
             batch.num_placeholders
-            == {"image": batch.num_rows * num_tokens}
+            == {"image": batch.num_examples * num_tokens}
             == {"image": len(batch.media["image"]["features"])}
         )
 
@@ -379,7 +379,7 @@ def test_a_packed_batch_goes_to_the_device_as_a_whole():
     tensors = [there.input_ids, there.at_labels, there.targets, there.media["image"]["features"]]
     assert {value.device.type for value in tensors} == {"meta"}
     assert (
-        (there.lengths, there.num_rows, there.reducer)
-        == (batch.lengths, batch.num_rows, batch.reducer)
+        (there.lengths, there.num_examples, there.reducer)
+        == (batch.lengths, batch.num_examples, batch.reducer)
         == ((3,), 1, 0)
     )

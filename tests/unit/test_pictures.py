@@ -174,7 +174,7 @@ def test_whatever_a_decoder_raises_is_of_the_picture(tmp_path, monkeypatch):
         open_picture(tmp_path / "a.png")
 
 
-def bad_rows(**by_source):
+def bad_examples(**by_source):
     return [
         BadExample(id=f"{source}-{n}", source=source, reason=f"{n}.jpg: missing")
         for source in by_source
@@ -183,19 +183,19 @@ def bad_rows(**by_source):
 
 
 @pytest.mark.parametrize(("num_bad", "num_rows"), [(0, 1), (1, 100), (7, 700), (29, 2900), (6652, 665_298)])
-def test_up_to_one_per_cent_may_be_bad(num_bad, num_rows):
-    check_bad_share(bad_rows(coco=num_bad), num_rows)
+def test_up_to_one_per_cent_may_be_bad(num_bad, num_examples):
+    check_bad_share(bad_examples(coco=num_bad), num_examples)
 
 
 @pytest.mark.parametrize(("num_bad", "num_rows"), [(1, 1), (1, 99), (2, 100), (8, 700), (6653, 665_298)])
-def test_more_than_one_per_cent_is_refused(num_bad, num_rows):
-    with pytest.raises(UserError, match=f"{num_bad} of {num_rows} rows"):
-        check_bad_share(bad_rows(coco=num_bad), num_rows)
+def test_more_than_one_per_cent_is_refused(num_bad, num_examples):
+    with pytest.raises(UserError, match=f"{num_bad} of {num_examples} rows"):
+        check_bad_share(bad_examples(coco=num_bad), num_examples)
 
 
 def test_a_refusal_counts_by_source_and_gives_examples():
     with pytest.raises(UserError) as error:
-        check_bad_share(bad_rows(vg=2, coco=9), 100)
+        check_bad_share(bad_examples(vg=2, coco=9), 100)
     message = str(error.value)
 
     assert "coco: 9, vg: 2" in message

@@ -26,10 +26,10 @@ def _own_data_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("VZIP_DATA", str(tmp_path / "vzip"))
 
 
-def save_rows(folder, num_rows=200, *, without=()):
+def save_rows(folder, num_examples=200, *, without=()):
     """rows.json with rows of three sources, a third each, and pictures below images/, but those that are `without`."""
     rows = []
-    for number in range(num_rows):
+    for number in range(num_examples):
         source = ("coco", "vg", "text")[number % 3]
         turns = [{"from": "human", "value": f"what {number}?"}, {"from": "gpt", "value": "a cat"}]
         row = {"id": f"{source}-{number}", "conversations": turns}
@@ -71,7 +71,7 @@ def test_a_prepared_subset_is_opened_without_a_look_at_the_pictures(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"fraction": 0.4}, {"sources": ("coco",)}, {"text_rows": False}]
+    "change", [{"seed": 1}, {"fraction": 0.4}, {"sources": ("coco",)}, {"text_examples": False}]
 )
 def test_another_selection_is_another_subset(tmp_path, change):
     selection = save_rows(tmp_path)

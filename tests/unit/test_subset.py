@@ -137,7 +137,7 @@ def test_rows_of_text_alone_can_be_left_out(drawn_of):
     pictures = [
         {"id": f"coco-{number}", "image": f"coco/{number}.jpg", "conversations": turns} for number in range(9)
     ]
-    assert counts(drawn_of(ENTRIES + pictures, text_rows=False)) == {"coco": 9}
+    assert counts(drawn_of(ENTRIES + pictures, text_examples=False)) == {"coco": 9}
 
 
 def test_rows_with_a_fault_are_never_drawn(drawn_of):

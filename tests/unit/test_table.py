@@ -111,7 +111,7 @@ def test_every_form_gives_the_same_rows(tmp_path, form):
     assert [table.row(position) for position in range(5)] == [
         reference.row(position) for position in range(5)
     ]
-    assert table.sha256 == reference.sha256 and not table.bad_rows()
+    assert table.sha256 == reference.sha256 and not table.bad_examples()
     assert isinstance(table.row(3), Conversation) and table.row(3).id == "row-3"
 
 
@@ -120,7 +120,7 @@ def test_bad_rows_are_listed_and_the_others_survive(tmp_path):
         write(tmp_path, [entry(0), {"id": 41}, {}, None, entry(4, image="../x.jpg"), entry(5)])
     )
     assert len(table) == 6
-    assert [row.id for row in table.bad_rows()] == ["41", "#2", "#3", "row-4"]
+    assert [row.id for row in table.bad_examples()] == ["41", "#2", "#3", "row-4"]
     assert table.column("fault")[0] is None and "leaves the image folder" in table.column("fault")[4]
     assert [table.row(position).id for position in (0, 5)] == ["row-0", "row-5"]
 
@@ -128,7 +128,7 @@ def test_bad_rows_are_listed_and_the_others_survive(tmp_path):
 def test_a_broken_line_is_one_bad_row(tmp_path):
     lines = [json.dumps(entry(0)), '{"id": 1,,}', json.dumps(entry(2))]
     table = open_table(write(tmp_path, "\n".join(lines), "rows.jsonl"))
-    (bad,) = table.bad_rows()
+    (bad,) = table.bad_examples()
     assert bad.id == "#1" and "line 2 is not valid JSON" in bad.reason and table.row(2).id == "row-2"
 
 
@@ -136,7 +136,7 @@ def test_a_line_that_is_not_utf8_harms_no_other(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(entry(0)).encode() + b'\n{"id": "\xe9"}\n' + json.dumps(entry(2)).encode())
     table = open_table(path)
-    assert len(table.bad_rows()) == 1 and table.row(2).id == "row-2"
+    assert len(table.bad_examples()) == 1 and table.row(2).id == "row-2"
 
 
 def test_broken_json_names_file_line_and_column(tmp_path):
@@ -205,5 +205,5 @@ def test_a_large_file_takes_little_memory(tmp_path):
         text=True,
         check=True,
     )
-    num_rows, megabytes = map(int, done.stdout.split())
-    assert num_rows == 30_000 and megabytes < 100
+    num_examples, megabytes = map(int, done.stdout.split())
+    assert num_examples == 30_000 and megabytes < 100

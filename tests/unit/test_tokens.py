@@ -67,7 +67,7 @@ def test_a_cut_is_recorded_and_a_row_without_an_answer_left_out(tmp_path):
         len(encode(vicuna(), TOKENIZER, [(ROWS[1].turns[0][0], None)])[0]) + 1
     )  # within the first answer of row 1
     examples = written(tmp_path, max_tokens=limit)
-    assert examples.table.num_rows == len(ROWS)
+    assert examples.table.num_examples == len(ROWS)
     assert examples.table["num_whole_tokens"].to_pylist() == [len(ids) for ids in whole]
     assert [example.ids for example in examples] == [whole[1][:limit]] and examples[0].num_labels == 1
 

@@ -37,7 +37,7 @@ from train.models import count_model
 from train.plan import print_plan
 from train.track import Tracker, memory_gb
 from vzip import UserError
-from vzip.cost import row_cost
+from vzip.cost import example_cost
 from vzip.families import family_of
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
@@ -152,7 +152,7 @@ def test_a_value_that_no_run_can_have_is_refused_by_name(override, named):
 )
 def test_a_global_batch_is_cut_exactly(size, micro, world_size, accumulation):
     cfg = settings_of("engine=reference", f"batch.size={size}", f"batch.micro={micro}", "seed=5")
-    plan = config.batch_plan(cfg, num_rows=1000, world_size=world_size)
+    plan = config.batch_plan(cfg, num_examples=1000, world_size=world_size)
     assert plan == BatchPlan(size=size, world_size=world_size, num_steps=max(1, round(1000 / size)), seed=5)
 
     rows, short = (
@@ -163,13 +163,13 @@ def test_a_global_batch_is_cut_exactly(size, micro, world_size, accumulation):
         Collator(tiny.processor(), family_of(tiny.llava()), Identity()), rows, short, micro=micro
     )
     for rank in range(world_size):
-        batches = MicroBatches(layout, short, rank=rank, taught=has_media(rows))
+        batches = MicroBatches(layout, short, rank=rank, has_gradient=has_media(rows))
         assert len(batches) == 2 * accumulation == 2 * batches.num_parts(0)
         assert {len(batches[part].input_ids) for part in range(len(batches))} == {micro}
 
 
 @pytest.mark.parametrize(
-    ("overrides", "num_rows", "num_steps"),
+    ("overrides", "num_examples", "num_steps"),
     [
         ((), 400, 25),
         (("optim.epochs=2.5",), 400, 62),
@@ -178,16 +178,16 @@ def test_a_global_batch_is_cut_exactly(size, micro, world_size, accumulation):
         (("optim.max_steps=700",), 400, 25),
     ],
 )
-def test_steps_follow_from_rows_and_epochs(overrides, num_rows, num_steps):
+def test_steps_follow_from_rows_and_epochs(overrides, num_examples, num_steps):
     for engine in ("fast", "reference"):
         cfg = settings_of(f"engine={engine}", "batch.size=16", "batch.micro=8", *overrides)
-        assert config.batch_plan(cfg, num_rows=num_rows, world_size=1).num_steps == num_steps
+        assert config.batch_plan(cfg, num_examples=num_examples, world_size=1).num_steps == num_steps
 
 
 def test_a_batch_that_can_not_be_cut_names_what_fits():
     def plan(micro, world_size, *, engine="reference"):
         cfg = settings_of(f"engine={engine}", "batch.size=12", f"batch.micro={micro}")
-        return config.batch_plan(cfg, num_rows=100, world_size=world_size)
+        return config.batch_plan(cfg, num_examples=100, world_size=world_size)
 
     with pytest.raises(
         UserError, match=r"batch\.size=12 .* batch\.micro=8 x 1 ranks; batch\.micro can be 1, 2, 3, 4, 6, 12$"
@@ -207,7 +207,7 @@ def test_a_batch_that_can_not_be_cut_names_what_fits():
 def test_what_the_plan_advises_works(size, micro, world_size):
     cfg = OmegaConf.merge(settings_of("engine=reference"), {"batch": {"size": size, "micro": micro}})
     try:
-        plan = config.batch_plan(cfg, num_rows=100, world_size=world_size)
+        plan = config.batch_plan(cfg, num_examples=100, world_size=world_size)
     except UserError as error:
         advice = str(error).split("; ")[1]
         fits = (
@@ -218,7 +218,7 @@ def test_what_the_plan_advises_works(size, micro, world_size):
         assert bool(fits) == (size % world_size == 0)
         for fitting in fits:
             config.batch_plan(
-                OmegaConf.merge(cfg, {"batch": {"micro": fitting}}), num_rows=100, world_size=world_size
+                OmegaConf.merge(cfg, {"batch": {"micro": fitting}}), num_examples=100, world_size=world_size
             )
     else:
         assert plan.size == size and size % (micro * world_size) == 0
@@ -226,9 +226,9 @@ def test_what_the_plan_advises_works(size, micro, world_size):
 
 def test_a_data_file_without_rows_is_a_user_error():
     with pytest.raises(UserError, match="has an answer to learn from"):
-        config.batch_plan(settings_of(), num_rows=0, world_size=1)
+        config.batch_plan(settings_of(), num_examples=0, world_size=1)
     with pytest.raises(UserError, match=r"batch\.size=16 is more than the 3 rows"):
-        config.batch_plan(settings_of("batch.size=16"), num_rows=3, world_size=1)
+        config.batch_plan(settings_of("batch.size=16"), num_examples=3, world_size=1)
 
 
 # Names
@@ -474,7 +474,7 @@ def test_costs_follow_tiles_tokens_and_layers():
 
     def cost(layer=None, *, num_tiles=1, num_visual_tokens=64):
         reducer = VisionZip(budget=64, layer=layer)
-        return row_cost(
+        return example_cost(
             family, reducer, num_tiles=num_tiles, num_visual_tokens=num_visual_tokens, num_text_tokens=100
         )
 
@@ -579,7 +579,7 @@ def our_loss(engine, family, collate, examples):
     """The sum over the label tokens of the rows, packed behind what they all begin with, or padded."""
     reducer = collate.reducer
     if engine == "reference":
-        return ReferenceLoss(family, reducer, learns_text=True)(collate(examples))[0]
+        return ReferenceLoss(family, reducer, text_has_gradient=True)(collate(examples))[0]
     prefix = shared_prefix(examples, [family.placeholder_id(kind) for kind in collate.kinds])
     assert bool(prefix) == any(example.media for example in examples)
     batch = Packer(collate, num_prefix=len(prefix))(examples)

@@ -199,7 +199,7 @@ class Family:
         self.refuse_wrong_size(image_size)
         return self.num_tile_tokens(reducer)
 
-    def num_row_tokens(self, reducer: Reducer, image_sizes: Sequence[tuple[int, int] | None]) -> int:
+    def num_example_tokens(self, reducer: Reducer, image_sizes: Sequence[tuple[int, int] | None]) -> int:
         """Placeholders that all images of one row take together."""
         return sum(self.num_image_tokens(reducer, size) for size in image_sizes)
 

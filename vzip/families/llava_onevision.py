@@ -64,10 +64,10 @@ class LlavaOnevision(LlavaNext):
             )
         return [grid if single else None for grid, single in zip(grids, alone, strict=True)]
 
-    def num_row_tokens(self, reducer: Reducer, image_sizes: Sequence[tuple[int, int] | None]) -> int:
+    def num_example_tokens(self, reducer: Reducer, image_sizes: Sequence[tuple[int, int] | None]) -> int:
         if len(image_sizes) > 1:  # not cut into tiles
             return len(image_sizes) * self.num_grid_tokens(reducer, None)
-        return super().num_row_tokens(reducer, image_sizes)
+        return super().num_example_tokens(reducer, image_sizes)
 
     def num_video_tokens(self, reducer: Reducer, num_frames: int) -> int:
         """All frames, and one newline behind them."""

@@ -19,10 +19,12 @@ class _CrossEntropy(torch.autograd.Function):
     """The gradient is made with the loss, chunk by chunk: no logits wait for the backward pass, and none are made twice."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Any, targets: Tensor, num_rows: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Any, targets: Tensor, num_examples: int) -> Tensor:
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         gradients: list[Tensor] = []
-        for part, wanted in zip(torch.split(hidden, num_rows), torch.split(targets, num_rows), strict=True):
+        for part, wanted in zip(
+            torch.split(hidden, num_examples), torch.split(targets, num_examples), strict=True
+        ):
             # In place: on a CPU, making large tensors costs more than filling them.
             high = F.linear(part, head.weight, head.bias).to(total.dtype)
             highest = high.amax(dim=1, keepdim=True)
@@ -48,10 +50,10 @@ def cross_entropy(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
         hidden: float[n, d].
         targets: int64[n].
     """
-    num_rows = max(1, MAX_LOGITS // head.out_features)
+    num_examples = max(1, MAX_LOGITS // head.out_features)
 
     def chunked(hidden: Tensor) -> Tensor:
-        total: Tensor = _CrossEntropy.apply(hidden, head, targets, num_rows)  # type: ignore[no-untyped-call]
+        total: Tensor = _CrossEntropy.apply(hidden, head, targets, num_examples)  # type: ignore[no-untyped-call]
         return total
 
     # Called as a module, and once: sharded weights are gathered for it, by all ranks, however many labels each of them has.
