@@ -16,7 +16,7 @@ from playwright.sync_api import expect, sync_playwright
 from tests.conftest import ROOT
 from tests.helpers import tiny
 from tests.helpers.commands import environment
-from tests.unit.test_io import attached, save_run, tune
+from tests.helpers.runs import attached, save_run, tune
 from vzip.templates.encode import vicuna
 
 pytestmark = pytest.mark.integration

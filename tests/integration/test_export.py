@@ -11,9 +11,9 @@ import vzip
 from scripts.export import main as command
 from tests.helpers import tiny
 from tests.helpers.commands import start
-from tests.integration.test_llava_checkpoint import save_original
-from tests.unit.test_export import arguments, attached, logits
-from tests.unit.test_io import save_run, tune
+from tests.helpers.original import save_original
+from tests.helpers.runs import attached, logits, save_run, tune
+from tests.unit.test_export import arguments
 from tests.unit.test_mini_gemini import build, save_public
 from vzip.checkpoints.original.renaming import read_projector
 from vzip.runs.projector import WEIGHTS

@@ -11,7 +11,7 @@ import vzip
 from data.paths import data_dir
 from tests.helpers import tiny
 from tests.helpers.commands import assert_same_run, metrics, tune
-from tests.integration.test_llava_checkpoint import save_original
+from tests.helpers.original import save_original
 from vzip.families import families
 
 pytestmark = pytest.mark.integration

@@ -7,7 +7,7 @@ import torch
 
 import vzip
 from tests.helpers import tiny
-from tests.unit.test_io import attached, save_run, tune
+from tests.helpers.runs import attached, save_run, tune
 from vzip import Comparison, UserError
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip

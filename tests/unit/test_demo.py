@@ -14,7 +14,7 @@ from scripts.demo.main import free_port, held_out_examples, open_rows
 from scripts.demo.sessions import Session, SharedModel, Turn
 from scripts.demo.show import as_figures, as_messages, describe_tokens, open_upload
 from tests.helpers import tiny
-from tests.unit.test_io import attached, save_run, tune
+from tests.helpers.runs import attached, save_run, tune
 from vzip import Comparison, UserError
 from vzip.chat import Chat
 from vzip.templates.encode import vicuna

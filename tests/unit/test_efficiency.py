@@ -10,7 +10,8 @@ import torch
 from scripts import efficiency
 from scripts.efficiency import EfficiencySetting, PrefillQuestion, made_up_questions, paper_flops
 from tests.helpers import tiny
-from tests.unit.test_io import attached, refused, save_run, tune
+from tests.helpers.errors import refused
+from tests.helpers.runs import attached, save_run, tune
 from vzip import Comparison
 from vzip.families import family_of
 from vzip.templates.encode import chatml

@@ -16,14 +16,14 @@ import torch
 from huggingface_hub import constants
 from omegaconf import OmegaConf
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaConfig
 
 import vzip
 from scripts import push
 from scripts.export import main as command
 from tests.helpers import tiny
-from tests.unit.test_io import edit_meta, save_run, tune
+from tests.helpers.runs import attached, edit_meta, family_class, logits, save_run, tune
 from tests.unit.test_train_parts import settings_of
 from train.trainable import make_trainable
 from vzip import Comparison, UserError
@@ -37,15 +37,6 @@ from vzip.runs.projector import ADAPTER, WEIGHTS, fingerprint, projector_meta, s
 
 IN_TRANSFORMERS = [kind for kind in tiny.KINDS if kind != "mini-gemini"]
 LORA = {"projector": "projector_lora", "language_model": "language_lora"}
-
-
-def family_class(kind):
-    return families()[tiny.KINDS[kind][0]]
-
-
-def attached(base, kind="clip", *, dtype=torch.float32, **reducer):
-    model = family_class(kind).load_model(str(base), dtype=dtype)
-    return vzip.attach(model, **(reducer or {"dominant": 4, "contextual": 2}))
 
 
 @pytest.fixture(scope="module", params=tiny.KINDS)
@@ -82,11 +73,6 @@ def empty(folder):
 
 def question(processor):
     return processor(images=tiny.picture(3, 60, 100), text="<image>what is it?", return_tensors="pt")
-
-
-def logits(model, processor):
-    with torch.no_grad():
-        return model(**question(processor)).logits
 
 
 def answers(model, processor):

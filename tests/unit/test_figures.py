@@ -23,7 +23,8 @@ from scripts.figures.attention import (
 )
 from scripts.figures.scores import comparable_scores, same_but_budget, without_a_part
 from tests.helpers import tiny
-from tests.unit.test_io import attached, refused, save_run
+from tests.helpers.errors import refused
+from tests.helpers.runs import attached, save_run
 from vzip.families import family_of
 from vzip.overlay import first_tile
 from vzip.reducers.random import Random

@@ -10,6 +10,8 @@ from transformers import LlamaConfig
 
 import vzip
 from tests.helpers import tiny
+from tests.helpers.errors import refused
+from tests.helpers.runs import BUDGET, attached, edit_meta, projector_of, save_run, tune
 from vzip import UserError
 from vzip.runs.projector import (
     META,
@@ -20,45 +22,7 @@ from vzip.runs.projector import (
     projector_meta,
     read_meta,
     reducers_of,
-    save_checkpoint,
 )
-
-BUDGET = {"dominant": 4, "contextual": 2}
-
-
-def attached(folder, **reducer):
-    model = vzip.families.families()["llava"].load_model(str(folder), dtype=torch.float32)
-    return vzip.attach(model, **(reducer or BUDGET))
-
-
-def projector_of(handle):
-    """The projector's tensors under the names that they have in the model."""
-    parameters = handle.family.model.named_parameters()
-    return {
-        name: value.detach().clone()
-        for name, value in parameters
-        if name.startswith(handle.family.projector_name)
-    }
-
-
-def save_run(folder, handle, base, **changes):
-    """What a run writes at its end."""
-    tensors = projector_of(handle)
-    meta = projector_meta(
-        handle.family, handle.reducer, base=str(base), base_fingerprint=fingerprint(handle.family)
-    )
-    meta |= {"num_image_tokens": 6, "dtype": "float32", "adapter": False, "trained": list(tensors)}
-    save_checkpoint(folder, tensors, meta | changes)
-    return folder
-
-
-def tune(handle, seed=1):
-    """Stands in for training: other projector weights."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in handle.family.projector.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator))
-    return handle
 
 
 @pytest.fixture
@@ -66,13 +30,6 @@ def run(tmp_path, tiny_folder):
     """(folder, handle): a finished run, and the attached model that wrote it."""
     handle = tune(attached(tiny_folder))
     return save_run(tmp_path / "run", handle, tiny_folder), handle
-
-
-def refused(function, *arguments, words, **keywords):
-    """The call raises a UserError that has all the words."""
-    with pytest.raises(UserError) as error:
-        function(*arguments, **keywords)
-    assert all(word in str(error.value) for word in words), error.value
 
 
 def unchanged(handle):
@@ -89,12 +46,6 @@ def unchanged(handle):
                 )
 
     return Unchanged()
-
-
-def edit_meta(folder, change):
-    meta = json.loads((folder / META).read_text())
-    change(meta)
-    (folder / META).write_text(json.dumps(meta))
 
 
 def test_files_hold_the_projector_and_what_it_belongs_to(run, tiny_folder):

@@ -27,8 +27,8 @@ from scripts.evaluate.target import digest, rows_of_run
 from scripts.evaluate.tasks import PAPER, TASK, published_rows, scores_of
 from tests.conftest import ROOT
 from tests.helpers import tiny
+from tests.helpers.runs import attached, edit_meta, save_run, tune
 from tests.helpers.server import Server
-from tests.unit.test_io import attached, edit_meta, save_run, tune
 from tests.unit.test_videos import numbers_of, write_video
 from train import config
 from train.evaluate import _normal
