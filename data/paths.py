@@ -9,6 +9,9 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent
+"""The repository."""
+
 
 def data_dir() -> Path:
     """`$VZIP_DATA`, else `vzip` in the user's cache folder (`$XDG_CACHE_HOME` or `~/.cache`)."""

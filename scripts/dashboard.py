@@ -15,9 +15,8 @@ import wandb_workspaces.workspaces as ws
 from wandb.errors import Error
 
 from data.paths import write_json
-from scripts.common.timing import output
 from scripts.report import CURVES, SPEED
-from train.config import exit_on_user_error
+from train.cli import exit_on_user_error, output
 from vzip import UserError
 
 ROWS = ("full", "free", "tuned", "random")

@@ -29,8 +29,8 @@ from data.fetch.pictures import open_picture
 from data.paths import write_json
 from scripts.bench.prefill import GenerationCase, Prefill, measure_prefill
 from scripts.common.held_out import with_pictures
-from scripts.common.timing import alternating, best_device, count, output, peak_memory, where
-from train import config
+from scripts.common.timing import alternating, best_device, peak_memory, where
+from train.cli import count, exit_on_user_error, output
 from vzip import Comparison
 from vzip.cost import weight_memory
 from vzip.families import Family
@@ -245,7 +245,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@config.exit_on_user_error
+@exit_on_user_error
 def main() -> None:
     """Measure, print, write."""
     arguments, device = parse(), best_device()

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scripts.export.card import has_our_card
-from train import config
+from train.cli import exit_on_user_error
 from vzip import UserError
 
 REFUSED = HfHubHTTPError.__bases__
@@ -63,7 +63,7 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
         ) from error
 
 
-@config.exit_on_user_error
+@exit_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -20,9 +20,8 @@ import yaml
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from data.paths import atomic_write
-from scripts.common.timing import ROOT, output
-from train.config import exit_on_user_error
+from data.paths import ROOT, atomic_write
+from train.cli import exit_on_user_error, output
 from vzip import UserError
 
 CURVES = {

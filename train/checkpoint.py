@@ -22,8 +22,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from data.paths import atomic_write, write_json
-from train.config import ROOT, identity, run_name
+from data.paths import ROOT, atomic_write, write_json
+from train.config import identity, run_name
 from train.engine import Engine
 from train.hardware import device_name
 from train.ranks import broadcast_from_rank0

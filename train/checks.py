@@ -7,8 +7,9 @@ from dataclasses import fields
 
 from omegaconf import DictConfig, OmegaConf
 
+from data.paths import ROOT
 from train.budgets import check_budgets
-from train.config import ROOT, Batch, Config, Evaluate, Optim
+from train.config import Batch, Config, Evaluate, Optim
 from vzip import UserError
 from vzip.errors import check_choice, check_count
 

@@ -4,19 +4,12 @@ Groups whose members differ (model, reducer, data, deepspeed, tune) are plain ma
 list of what can be set, and `_target_` names what they build.
 """
 
-import errno
-import functools
 import hashlib
 import json
-import os
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
-import torch
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
@@ -24,14 +17,12 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from data.batches.dataset import BatchPlan
 from data.examples.prepare import Selection
-from data.paths import data_dir
+from data.paths import ROOT, data_dir
 from train.budgets import budgets_of
 from train.hardware import native_dtype
 from vzip import UserError
 from vzip.reducers import Reducer
 
-P = ParamSpec("P")
-ROOT = Path(__file__).resolve().parent.parent
 NOT_PART_OF_A_RUN = ("fresh", "dry_run", "name", "runs", "track")
 NOT_PART_OF_DATA = ("address", "pictures", "replace_unreachable", "num_workers")
 
@@ -168,40 +159,6 @@ def held_out(cfg: DictConfig) -> Selection:
 def asks_questions(cfg: DictConfig) -> bool:
     """Whether the run is evaluated."""
     return bool(cfg.evaluate.questions and cfg.data.held_out)
-
-
-def exit_on_user_error(command: Callable[P, None]) -> Callable[P, None]:
-    """End a command with a message and exit code 2, without a traceback, where its user made a mistake; 130 for Ctrl-C."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        code = 2
-        try:
-            command(*args, **kwargs)
-        except UserError as error:
-            message = str(error)
-        except KeyboardInterrupt:
-            code, message = 130, "stopped; the same command goes on from there"  # what shells give for Ctrl-C
-        except torch.OutOfMemoryError as error:
-            message = (
-                f"the GPU's memory ran out ({str(error).splitlines()[0]}); make batch.tokens smaller, or evaluate.batch where "
-                f"it was answering"
-            )
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            message = (
-                f"the disk is full ({error}); free some space and run the same command again: it resumes"
-            )
-        else:
-            return
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # rank 0 says the same, and its launcher ends the others
-        sys.stdout.flush()
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        os._exit(code)  # other ranks may be waiting in a collective that no clean exit gets out of
-
-    return run
 
 
 def register() -> None:

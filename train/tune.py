@@ -26,6 +26,7 @@ from train import config
 from train.batches import make_batches
 from train.checkpoint import RunFolder
 from train.checks import check
+from train.cli import exit_on_user_error
 from train.control import control_row
 from train.engine import Engine
 from train.evaluate import Evaluator, print_results
@@ -97,7 +98,7 @@ def tune(cfg: DictConfig) -> list[dict[str, Any]]:
 
 
 @hydra.main(config_path="../configs", config_name="tune", version_base="1.3")
-@config.exit_on_user_error
+@exit_on_user_error
 def main(cfg: DictConfig) -> None:
     init_distributed()
     check(cfg)

@@ -23,8 +23,9 @@ from rich.table import Table
 from torch import Tensor
 
 import vzip
-from data.paths import write_json
-from scripts.common.timing import ROOT, alternating, best_device, count, where, writable
+from data.paths import ROOT, write_json
+from scripts.common.timing import alternating, best_device, where
+from train.cli import count, writable
 from vzip.cost import attention_flops, example_cost, linear_flops
 from vzip.families import Family
 from vzip.media import model_inputs, pixels_of

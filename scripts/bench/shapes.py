@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessorPil
 
 from data.batches.collate import Collator
 from data.examples.tokens import Example
-from scripts.common.timing import ROOT
+from data.paths import ROOT
 from vzip.cost import attention_flops, example_cost, linear_flops
 from vzip.families import Family
 from vzip.families.llava import Llava

@@ -21,7 +21,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from data.paths import write_json
 from scripts.bench.released import LAYER, eager_copy, released_tokens
-from scripts.common.timing import alternating, best_device, count, peak_memory, where, writable
+from scripts.common.timing import alternating, best_device, peak_memory, where
+from train.cli import count, writable
 from vzip.reducers.base import ReducerOutput
 from vzip.reducers.visionzip import VisionZip
 from vzip.tap import run_tower

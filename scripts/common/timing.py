@@ -1,6 +1,5 @@
 """What scripts share: works timed in turns, peak memory, the machine that figures hold for, and their files."""
 
-import argparse
 import ctypes
 import datetime
 import gc
@@ -10,17 +9,15 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.paths import ROOT
 from train.hardware import device_name
-from vzip import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -137,32 +134,3 @@ def where(device: torch.device) -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
     }
-
-
-@contextmanager
-def output(option: str, target: Path) -> Iterator[None]:
-    """Around the writing of a file that an option names: makes its folder. Raises UserError where it can't be written."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{option}={target} can't be written: {error}; free some space, or give another path"
-        ) from error
-
-
-def writable(text: str) -> Path:
-    """A command's file to write, whose folder is made. Raises ArgumentTypeError where it can't be."""
-    path = Path(text)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text} can't be written: {error}") from error
-    return path
-
-
-def count(text: str) -> int:
-    """A command's whole number of at least 1. Raises ArgumentTypeError for anything else."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
-    return int(text)

@@ -17,10 +17,9 @@ from omegaconf import OmegaConf
 from starlette.middleware import Middleware
 
 from data.fetch.pictures import open_picture
-from scripts.common.timing import count
 from scripts.demo.page import STYLE, ExamplePicture, NoOtherHosts, Page, gr
 from scripts.demo.sessions import SharedModel
-from train import config
+from train.cli import count, exit_on_user_error
 from vzip import Comparison, UserError
 from vzip.templates import encode as templates
 from vzip.templates.jinja import chat_template
@@ -132,7 +131,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     return parser.parse_args(arguments)
 
 
-@config.exit_on_user_error
+@exit_on_user_error
 def main() -> None:
     """Open the model, then the page."""
     given = read_arguments()

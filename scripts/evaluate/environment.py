@@ -1,7 +1,7 @@
-"""The environment of lmms-eval, `.venv-eval`: its own packages on top of those of the Python that runs this.
+"""The environment of lmms-eval, `.venv-eval`: its own packages on top of those of the running Python.
 
-lmms-eval pins packages that the recipe has in other versions, so it is kept out of `.venv`. torch, transformers and vzip are
-those of `.venv`, so that a model answers as it did after tuning, and nothing large is installed twice.
+lmms-eval pins packages that the recipe has in other versions, so it is not installed into `.venv`. torch, transformers and vzip
+come from `.venv`: a model answers exactly as it did after tuning, and nothing large is installed twice.
 """
 
 import hashlib
@@ -14,68 +14,74 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from scripts.common.timing import ROOT
+from data.paths import ROOT
 from vzip import UserError
 
-FOLDER, REQUIREMENTS = ROOT / ".venv-eval", ROOT / "requirements-eval.txt"
+FOLDER = ROOT / ".venv-eval"
+REQUIREMENTS = ROOT / "requirements-eval.txt"
 PATH_FILE = "beneath.pth"
+"""File that adds the packages of the running Python to the environment."""
+STAMP_FILE = "made-of"
+"""File with a hash of what the environment was made of. It is written last, so a half-made environment has none."""
 
 
-def _beneath() -> list[str]:
-    """Where this Python's packages are."""
+def _own_packages() -> list[str]:
+    """Folders with the packages of the running Python."""
     return [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
 
 
-def _wanted(requirements: Path) -> str:
-    """What the environment depends on."""
-    return hashlib.sha256(
-        "\n".join([requirements.read_text(), sys.version, *_beneath()]).encode()
-    ).hexdigest()
+def _stamp(requirements: Path) -> str:
+    """Hash of everything the environment depends on."""
+    ingredients = [requirements.read_text(), sys.version, *_own_packages()]
+    return hashlib.sha256("\n".join(ingredients).encode()).hexdigest()
 
 
-def _make(folder: Path, requirements: Path) -> None:
-    venv.create(folder, with_pip=False, symlinks=True)
-    python = folder / "bin" / "python"
-    ours = {"base": str(folder), "platbase": str(folder)}
-    packages = Path(sysconfig.get_path("purelib", vars=ours))
-    # Read last: what is installed in the environment itself comes first.
-    (packages / PATH_FILE).write_text(
-        "".join(f"import site; site.addsitedir({path!r})\n" for path in _beneath())
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        str(python),
-        "--disable-pip-version-check",
-        "install",
-        "--quiet",
-    ]
-    done = subprocess.run(
-        [*command, "--no-deps", "--requirement", str(requirements)],
+def _add_own_packages(folder: Path) -> None:
+    """Let the environment see the packages of the running Python, behind its own."""
+    variables = {"base": str(folder), "platbase": str(folder)}
+    packages = Path(sysconfig.get_path("purelib", vars=variables))
+
+    # Python reads .pth files after the folder itself, so what is installed in the environment comes first.
+    lines = [f"import site; site.addsitedir({path!r})\n" for path in _own_packages()]
+    (packages / PATH_FILE).write_text("".join(lines))
+
+
+def _install(python: Path, folder: Path, requirements: Path) -> None:
+    """Install the requirements with the running Python's pip. Raises UserError if pip fails."""
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"]
+    process = subprocess.run(
+        [*pip, "install", "--quiet", "--no-deps", "--requirement", str(requirements)],
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode:
+    if process.returncode:
         raise UserError(
             f"pip can't install lmms-eval into {folder}; connect to a package index and run the same command again:\n"
-            f"{done.stderr[-2000:]}"
+            f"{process.stderr[-2000:]}"
         )
 
 
 def eval_python(folder: Path = FOLDER, *, requirements: Path = REQUIREMENTS) -> Path:
-    """The Python of the environment, which is made where it is missing, or was made of other requirements.
+    """Return the environment's Python. Make the environment if it is missing, or was made of other requirements.
 
     Raises:
-        UserError: pip can't install them.
+        UserError: pip can't install the requirements.
     """
-    stamp, wanted = folder / "made-of", _wanted(requirements)
-    with FileLock(Path(sys.prefix) / f"{folder.name}.lock"):  # of two commands one makes it
-        if not stamp.is_file() or stamp.read_text() != wanted:
-            print(f"making {folder.name}, once: lmms-eval and what it needs", flush=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            _make(folder, requirements)
-            stamp.write_text(wanted)
-    return folder / "bin" / "python"
+    python = folder / "bin" / "python"
+    stamp_file = folder / STAMP_FILE
+    stamp = _stamp(requirements)
+
+    # Of two commands that start together, one makes the environment and the other waits.
+    with FileLock(Path(sys.prefix) / f"{folder.name}.lock"):
+        if stamp_file.is_file() and stamp_file.read_text() == stamp:
+            return python
+
+        print(f"making {folder.name}, once: lmms-eval and what it needs", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        venv.create(folder, with_pip=False, symlinks=True)
+        _add_own_packages(folder)
+        _install(python, folder, requirements)
+        stamp_file.write_text(stamp)
+
+    return python

@@ -20,7 +20,7 @@ from lmms_eval.utils import make_table
 from data.paths import write_json
 from scripts.common.timing import where
 from scripts.evaluate.tasks import FAILED, TASK
-from train.config import exit_on_user_error
+from train.cli import exit_on_user_error
 from vzip import UserError
 from vzip.integrations.lmms_eval import NAME, Vzip
 from vzip.runs.projector import budget_of

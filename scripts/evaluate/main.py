@@ -25,13 +25,12 @@ import torch
 from huggingface_hub import constants
 
 from data.paths import write_json
-from scripts.common.timing import count
 from scripts.evaluate.environment import eval_python
 from scripts.evaluate.questions import write_questions
 from scripts.evaluate.table import print_scores, table_of
 from scripts.evaluate.target import EvaluationSetting, subject_of
 from scripts.evaluate.tasks import BY_NAME, FAILED, PAPER, TASK, published_rows
-from train.config import exit_on_user_error
+from train.cli import count, exit_on_user_error
 from vzip import UserError
 
 HUB_TIMEOUT_S = 5

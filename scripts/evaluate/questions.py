@@ -13,8 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.conversations import Conversation
 from data.fetch.videos import read_frames
-from data.paths import atomic_write, data_dir, write_json
-from scripts.common.timing import ROOT
+from data.paths import ROOT, atomic_write, data_dir, write_json
 from scripts.evaluate.tasks import TASK
 from train import config
 from train.examples import held_out_conversations

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from scripts.common.timing import ROOT
+from data.paths import ROOT
 from train import config
 from vzip import UserError
 from vzip.reducers.identity import Identity

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from scripts.common.timing import count
 from scripts.export.card import has_our_card, model_card
-from train import config
+from train.cli import count, exit_on_user_error
 from vzip import UserError
 from vzip.runs.export import write_hf, write_llava, write_peft
 from vzip.runs.projector import read_meta
@@ -92,7 +91,7 @@ def export(args: argparse.Namespace) -> Path:
     return target
 
 
-@config.exit_on_user_error
+@exit_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

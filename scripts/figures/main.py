@@ -26,12 +26,11 @@ from PIL import Image
 
 from data.paths import atomic_write, write_json
 from scripts.common.held_out import free_row
-from scripts.common.timing import count, output
 from scripts.figures import charts
 from scripts.figures.attention import num_holding, softmax_gradient, top_shares
 from scripts.figures.inputs import FigureInputs, make_subject
 from scripts.figures.scores import Score, comparable_scores, same_but_budget, score_of, without_a_part
-from train import config
+from train.cli import count, exit_on_user_error, output
 from vzip import UserError
 from vzip.overlay import attention_map, kept_tokens, look
 from vzip.reducers.visionzip import VisionZip, split_budget
@@ -194,7 +193,7 @@ def draw_figures(subject: FigureInputs, name: str) -> Path:
     return path
 
 
-@config.exit_on_user_error
+@exit_on_user_error
 def main() -> None:
     """Draw what was asked for, or all that can be drawn."""
     parser = argparse.ArgumentParser(

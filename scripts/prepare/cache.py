@@ -16,6 +16,7 @@ from data.cache.make_features import FeatureMaker, examples_per_shard, write_fea
 from data.examples.prepare import prepare
 from train import config
 from train.checks import check
+from train.cli import exit_on_user_error
 from train.models import load_family
 from vzip.runs.projector import fingerprint
 
@@ -52,7 +53,7 @@ def cache_features(cfg: DictConfig) -> Path:
 
 
 @hydra.main(config_path="../../configs", config_name="tune", version_base="1.3")
-@config.exit_on_user_error
+@exit_on_user_error
 def main(cfg: DictConfig) -> None:
     check(OmegaConf.merge(cfg, {"data": {"cache": True}}))
     start = time.perf_counter()

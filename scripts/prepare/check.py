@@ -12,11 +12,12 @@ from data.preflight.check import check_faults, check_files, measure_lengths, rep
 from data.preflight.show import draw_report, print_report
 from train import config
 from train.checks import check
+from train.cli import exit_on_user_error
 from train.models import count_model, load_unreduced_processor
 
 
 @hydra.main(config_path="../../configs", config_name="tune", version_base="1.3")
-@config.exit_on_user_error
+@exit_on_user_error
 def main(cfg: DictConfig) -> None:
     check(cfg)
     family, reducer = count_model(cfg).without_weights(), config.build_reducer(cfg)

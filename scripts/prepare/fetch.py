@@ -17,6 +17,7 @@ from data.fetch.http import Client, NotFoundError, TransientError, fetch_file
 from data.fetch.sources import open_sources
 from train import config
 from train.checks import check
+from train.cli import exit_on_user_error
 from vzip import UserError
 
 
@@ -58,7 +59,7 @@ def print_fetched(subset: Subset) -> None:
 
 
 @hydra.main(config_path="../../configs", config_name="tune", version_base="1.3")
-@config.exit_on_user_error
+@exit_on_user_error
 def main(cfg: DictConfig) -> None:
     check(cfg)
     path, client = Path(cfg.data.path).expanduser(), Client()

@@ -42,7 +42,7 @@ from data.paths import data_dir
 from data.progress import progress
 from scripts.prepare.tiny import prepare_tiny as prepare_tiny
 from scripts.prepare.tiny import rename_token
-from train.config import exit_on_user_error
+from train.cli import exit_on_user_error
 from vzip import UserError
 
 VERSION = 2

@@ -20,10 +20,10 @@ from transformers import (
     VideoLlavaProcessor,
 )
 
+from data.paths import ROOT
 from vzip.media import build_processor
 from vzip.models.mini_gemini import MiniGeminiConfig, make_processor
 
-ROOT = Path(__file__).resolve().parents[2]
 SIDE, PATCH = 112, 14
 SQUARE = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
 WITH_CLS = {

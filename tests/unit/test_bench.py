@@ -14,8 +14,9 @@ from scripts.bench import prefill as bench_prefill
 from scripts.bench import tower as bench_tower
 from scripts.bench.prefill import FRACTIONS, SHAPES, Prefill, build_shape, made_up_inputs
 from scripts.bench.released import eager_copy, released_tokens
-from scripts.common.timing import alternating, peak_flops, peak_memory, sheet_peak, where, writable
+from scripts.common.timing import alternating, peak_flops, peak_memory, sheet_peak, where
 from tests.helpers import tiny
+from train.cli import writable
 from vzip.cost import attention_flops, linear_flops
 from vzip.families import family_of
 from vzip.reducers.base import ReducerOutput

@@ -29,6 +29,7 @@ from tests.helpers.rows import IMAGE_ROWS, NUM_FRAMES, NUM_LABELS, VIDEO_ROWS, e
 from train import config
 from train.checkpoint import write_json
 from train.checks import check
+from train.cli import exit_on_user_error
 from train.control import control_row
 from train.evaluate import _normal, gap_closed, score
 from train.loop import learning_rate
@@ -311,10 +312,10 @@ def test_build_names_a_target_that_does_not_exist():
         ("KeyboardInterrupt()", "error: stopped; the same command goes on", 130),
     ],
 )
-def test_teach_prints_the_mistake_and_exits(raised, message, code):
+def test_a_user_error_is_printed_and_ends_the_command(raised, message, code):
     program = (
-        "import torch; from train.config import teach; from vzip import UserError\n"
-        f"@teach\ndef main(): raise {raised}\n"
+        "import torch; from train.cli import exit_on_user_error; from vzip import UserError\n"
+        f"@exit_on_user_error\ndef main(): raise {raised}\n"
         "main(); print('went on')"
     )
     env = {key: value for key, value in os.environ.items() if key != "RANK"}
@@ -327,10 +328,10 @@ def test_teach_prints_the_mistake_and_exits(raised, message, code):
     assert done.stdout == ""
 
 
-def test_teach_lets_everything_else_through(monkeypatch):
+def test_other_errors_pass_through(monkeypatch):
     monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"exit {code}"))  # it would end pytest itself
 
-    @config.exit_on_user_error
+    @exit_on_user_error
     def command(error):
         if error:
             raise error
