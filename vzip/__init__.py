@@ -1,8 +1,41 @@
-"""VisionZip for LLaVA-type models of `transformers`: attach a reducer, load a tuned projector."""
+"""VisionZip for LLaVA-type models of `transformers`: attach a reducer, load a tuned projector.
 
-from vzip.attach import Handle, attach
+The names are imported when they are first used, because torch and transformers take seconds to import.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from vzip.errors import UserError
-from vzip.runs.compare import Comparison, load
-from vzip.runs.projector import load_projector
 
-__all__ = ["Comparison", "Handle", "UserError", "attach", "load", "load_projector"]
+if TYPE_CHECKING:
+    from vzip.handle import Handle, attach
+    from vzip.runs.compare import Comparison, load
+    from vzip.runs.projector import load_projector
+
+__version__ = "0.1.0"
+__all__ = ["Comparison", "Handle", "UserError", "__version__", "attach", "load", "load_projector"]
+
+_HOMES = {
+    "Comparison": "vzip.runs.compare",
+    "Handle": "vzip.handle",
+    "attach": "vzip.handle",
+    "load": "vzip.runs.compare",
+    "load_projector": "vzip.runs.projector",
+}
+"""The module of each name that is imported late. None of these names may be a module of `vzip` itself."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, also those that are not imported yet."""
+    return sorted({*globals(), *__all__})

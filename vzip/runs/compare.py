@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vzip.attach import Handle
+from vzip.handle import Handle
 from vzip.templates.jinja import chat_template
 from vzip.errors import UserError
 from vzip.families import Family, families, family_at

@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vzip.attach import Handle
+from vzip.handle import Handle
 from vzip.checkpoints.original.renaming import read_projector
 from vzip.checkpoints.shards import read_config
 from vzip.errors import UserError
