@@ -46,7 +46,7 @@ class Table:
     """Of the content of all rows."""
 
     def __len__(self) -> int:
-        return int(self.columns.num_examples)
+        return int(self.columns.num_rows)
 
     def column(self, name: str) -> list[Any]:
         """A column of all rows."""
