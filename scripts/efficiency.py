@@ -25,15 +25,16 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from data.fetch.pictures import open_picture
 from data.paths import write_json
 from scripts.bench.prefill import GenerationCase, Prefill, measure_prefill
 from scripts.common.held_out import with_pictures
-from scripts.common.timing import alternating, best_device, peak_memory, where
+from scripts.common.timing import alternating, peak_memory, where
 from train.cli import count, exit_on_user_error, output
+from train.hardware import best_device
 from vzip import Comparison
 from vzip.cost import weight_memory
 from vzip.families import Family
+from vzip.pictures import open_picture
 from vzip.templates.encode import IMAGE
 
 MEBIBYTE = 2**20

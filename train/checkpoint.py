@@ -4,12 +4,8 @@
 and pictures; while it trains, also state/.
 """
 
-import datetime
 import json
-import os
-import platform
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict
 from importlib.metadata import version
@@ -17,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from data.paths import ROOT, atomic_write, write_json
+from data.paths import atomic_write, write_json
 from train.config import identity, run_name
 from train.engine import Engine
-from train.hardware import device_name
+from train.hardware import best_device, current_commit, current_environment
 from train.ranks import broadcast_from_rank0
 from vzip import UserError
 from vzip.runs.projector import ADAPTER, save_checkpoint
@@ -34,11 +29,6 @@ from vzip.templates.encode import Template
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "hydra-core", "wandb", "safetensors")
 BYTES_PER_PARAMETER = 28
 """Of disk: two resumable states of float32 weights and AdamW moments, and the result."""
-
-
-def _git(*arguments: str) -> str | None:
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.rstrip() if done.returncode == 0 else None
 
 
 def _command() -> list[str]:
@@ -55,16 +45,17 @@ def _command() -> list[str]:
 
 def environment_record(cfg: DictConfig, *, world_size: int) -> dict[str, Any]:
     """What a run ran on: date, commit, versions, hardware, seed."""
+    environment = current_environment(best_device())
     return {
-        "date": datetime.date.today().isoformat(),
-        "commit": _git("rev-parse", "HEAD"),
-        "modified_files": (_git("status", "--porcelain") or "").splitlines(),
+        "date": environment.date,
+        "commit": environment.commit,
+        "modified_files": environment.modified_files,
         "command": _command(),
-        "python": platform.python_version(),
+        "python": environment.python,
         "packages": {name: version(name) for name in PACKAGES},
         "hardware": {
-            "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-            "num_cpus": os.cpu_count(),
+            "device": environment.device,
+            "num_cpus": environment.num_cpus,
             "world_size": world_size,
         },
         "seed": cfg.seed,
@@ -183,7 +174,7 @@ class RunFolder:
             "adapter": engine.trainable.peft_model is not None,
             "trained": list(engine.trainable.parameters),
             "data": {key: manifest[key] for key in ("hash", "num_rows", "fraction", "seed")},
-            "commit": _git("rev-parse", "HEAD"),
+            "commit": current_commit(),
         }
 
     def answers(self, row: str) -> list[dict[str, Any]] | None:

@@ -24,8 +24,9 @@ from torch import Tensor
 
 import vzip
 from data.paths import ROOT, write_json
-from scripts.common.timing import alternating, best_device, where
+from scripts.common.timing import alternating, where
 from train.cli import count, writable
+from train.hardware import best_device
 from vzip.cost import attention_flops, example_cost, linear_flops
 from vzip.families import Family
 from vzip.media import model_inputs, pixels_of

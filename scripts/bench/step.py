@@ -36,8 +36,9 @@ from data.batches.collate import PackedBatch
 from data.paths import write_json
 from scripts.bench.paths import EnginePath, fitting_tokens, kept_widths, make_fast, make_reference
 from scripts.bench.shapes import Shape, make_family, make_steps, necessary_flops, necessary_tokens, shape_of
-from scripts.common.timing import alternating, best_device, peak_flops, peak_memory, synchronise, where
+from scripts.common.timing import alternating, peak_flops, peak_memory, synchronise, where
 from train.cli import count, writable
+from train.hardware import best_device
 from train.losses import ReferenceLoss
 from vzip import UserError
 from vzip.cost import weight_memory

@@ -21,8 +21,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from data.paths import write_json
 from scripts.bench.released import LAYER, eager_copy, released_tokens
-from scripts.common.timing import alternating, best_device, peak_memory, where
+from scripts.common.timing import alternating, peak_memory, where
 from train.cli import count, writable
+from train.hardware import best_device
 from vzip.reducers.base import ReducerOutput
 from vzip.reducers.visionzip import VisionZip
 from vzip.tap import run_tower

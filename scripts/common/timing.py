@@ -1,12 +1,8 @@
 """What scripts share: works timed in turns, peak memory, the machine that figures hold for, and their files."""
 
 import ctypes
-import datetime
 import gc
-import os
-import platform
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,8 +11,7 @@ from typing import Any
 
 import torch
 
-from data.paths import ROOT
-from train.hardware import device_name
+from train.hardware import current_environment
 
 PEAKS = {
     "H100 PCIe": 756e12,
@@ -27,11 +22,6 @@ PEAKS = {
     "A100": 312e12,
 }
 """Dense bf16 FLOP/s of NVIDIA's data sheets, by a part of the device's name; the first that fits counts."""
-
-
-def best_device() -> torch.device:
-    """The GPU, where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def synchronise(device: torch.device) -> None:
@@ -114,23 +104,15 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     ), f"best of 5 products of {size} x {size} matrices in {str(dtype).removeprefix('torch.')}"
 
 
-def _commit() -> str:
-    """The repository's commit, with "-dirty" where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # a copy without its history, or a machine without git
-        return "unknown"
-
-
 def where(device: torch.device) -> dict[str, Any]:
-    """What figures hold for: device, CPU cores and torch's threads, versions, commit, date."""
+    """What figures hold for: device, CPU cores, torch's threads, versions, commit, date."""
+    environment = current_environment(device)
     return {
-        "device": device_name(device),
-        "cores": os.cpu_count(),
+        "device": environment.device,
+        "cores": environment.num_cpus,
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": _commit(),
-        "date": datetime.date.today().isoformat(),
+        "python": environment.python,
+        "torch": environment.torch,
+        "commit": environment.short_commit,
+        "date": environment.date,
     }
