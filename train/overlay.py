@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.fetch.pictures import open_picture
 from train.ranks import is_main
 from vzip import Handle
 from vzip.overlay import kept_tokens, look
+from vzip.pictures import open_picture
 
 
 def draw_examples(handle: Handle, image_processor: Any, pictures: Sequence[Path], folder: Path) -> list[Path]:

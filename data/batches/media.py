@@ -9,12 +9,12 @@ from PIL import Image
 from torch import Tensor
 
 from data.examples.tokens import Example
-from data.fetch.pictures import open_picture
-from data.fetch.videos import read_frames
 from vzip import UserError
 from vzip.families import Family
 from vzip.media import LOOKUP, lookup_table, model_inputs, pixels_of
+from vzip.pictures import open_picture
 from vzip.reducers import Reducer
+from vzip.videos import read_frames
 
 
 class Media(Protocol):

@@ -19,7 +19,6 @@ from data.examples.subset import DrawnSubset, draw_subset
 from data.examples.table import Table, open_table
 from data.examples.tokens import Examples, tokens_key, write_tokens
 from data.fetch.media import MediaIndex, fetch_media
-from data.fetch.pictures import MAX_BAD_SHARE, check_bad_share
 from data.fetch.sources import Source
 from data.paths import data_dir, write_json
 from data.progress import progress
@@ -30,6 +29,25 @@ NUM_SHOWN = 10
 MANIFEST, CHECKED = "manifest.json", "checked.jsonl"
 VERSION = 2
 """Of the subsets: raise it when other rows are drawn of the same data, or their files hold something else."""
+
+
+MAX_BAD_SHARE = 0.01
+"""Training is refused when more than this share of the rows can't be used."""
+
+
+def check_bad_share(bad: Sequence[BadExample], num_examples: int) -> None:
+    """Raises UserError, with counts by source and examples, if more than `MAX_BAD_SHARE` of the rows are bad."""
+    if len(bad) <= MAX_BAD_SHARE * num_examples:
+        return
+    counts = ", ".join(
+        f"{source}: {count}" for source, count in sorted(Counter(row.source for row in bad).items())
+    )
+    examples = "\n".join(f"  {row.id}: {row.reason}" for row in bad[:5])
+    raise UserError(
+        f"{len(bad)} of {num_examples} rows can't be used ({counts}); at most {MAX_BAD_SHARE:.0%} may be bad. First ones:\n"
+        f"{examples}\nRepair them, or take them out of data.path. If all pictures are missing, check data.image_folder; "
+        f"`make data` brings those that data.pictures says where to find."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +90,7 @@ class Subset:
         if not target.is_file():
             rows = progress(self.rows(), total=self.manifest["num_rows"], title="tokenize", unit="row")
             write_tokens(rows, template, tokenizer, target, max_tokens=max_tokens, sizes=self.sizes())
-        return Examples(target, self.image_folder)
+        return Examples.open(target, self.image_folder)
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """(height, width) of each image by its path in the rows."""

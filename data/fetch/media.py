@@ -17,12 +17,12 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from data.fetch.http import NotFoundError, TransientError
-from data.fetch.pictures import open_picture
 from data.fetch.sources import Source
-from data.fetch.videos import check_video
 from data.paths import is_other_process
 from data.progress import progress
 from vzip import UserError
+from vzip.pictures import open_picture
+from vzip.videos import check_video
 
 MAX_FAILURES = 50
 """Of one source: so many at the start, or servers that don't answer so often in a row, end the command."""

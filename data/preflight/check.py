@@ -18,13 +18,13 @@ import pyarrow as pa
 from PIL import Image
 
 from data.conversations import BadExample
-from data.fetch.pictures import FORMATS, open_picture
-from data.fetch.videos import check_video
 from data.progress import progress
 from vzip import UserError
 from vzip.families import Family
+from vzip.pictures import FORMATS, open_picture
 from vzip.reducers import Reducer
 from vzip.templates.encode import IGNORED
+from vzip.videos import check_video
 
 NUM_DECODED = 1000
 """Pictures and videos of the sample that is decoded."""

@@ -30,14 +30,14 @@ from rich.table import Table
 from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaNextConfig, LlavaNextImageProcessorPil
 
 from data.batches.collate import Collator, MicroBatch, Packer
-from data.batches.dataset import BatchPlan, MicroBatches, PackedLayout, PaddedLayout, has_media, loader
+from data.batches.dataset import BatchPlan, MicroBatches, PackedBatcher, PaddedBatcher, has_media, loader
 from data.batches.packing import shared_prefix
 from data.examples.arrow import write_arrow
 from data.examples.tokens import SCHEMA, Examples
-from data.fetch.pictures import open_picture
 from train.hardware import device_name
 from vzip.families import families
 from vzip.media import pixels_of
+from vzip.pictures import open_picture
 from vzip.reducers.visionzip import VisionZip
 
 LENGTHS = Path(__file__).with_name("mix665k_tenth_lengths.npz")
@@ -186,7 +186,7 @@ def first_batch(tokens: Path, pictures: Path, collate: Collator) -> tuple[MicroB
     plan = BatchPlan(size=GLOBAL, world_size=1, num_steps=len(examples) // GLOBAL, seed=0)
     prefix = shared_prefix(examples, [collate.family.placeholder_id(kind) for kind in collate.kinds])
     packer, has_gradient = Packer(collate, num_prefix=len(prefix)), has_media(examples)
-    layout = PackedLayout(
+    layout = PackedBatcher(
         [packer],
         examples,
         plan,
@@ -202,7 +202,7 @@ def first_batch(tokens: Path, pictures: Path, collate: Collator) -> tuple[MicroB
 
 def padding(batches: MicroBatches, collate: Collator) -> dict[str, float]:
     """Share of the token slots of an epoch that are padding where rows are padded: in the drawn order, and as it is done."""
-    layout = PaddedLayout(collate, batches.layout.examples, batches.plan, micro=MICRO)
+    layout = PaddedBatcher(collate, batches.layout.examples, batches.plan, micro=MICRO)
 
     def share(rows: torch.Tensor) -> float:
         lengths = layout.lengths[0, rows]

@@ -16,11 +16,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from starlette.middleware import Middleware
 
-from data.fetch.pictures import open_picture
 from scripts.demo.page import STYLE, ExamplePicture, NoOtherHosts, Page, gr
 from scripts.demo.sessions import SharedModel
 from train.cli import count, exit_on_user_error
 from vzip import Comparison, UserError
+from vzip.pictures import open_picture
 from vzip.templates import encode as templates
 from vzip.templates.jinja import chat_template
 

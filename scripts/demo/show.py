@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from data.fetch.pictures import FORMATS, open_picture
 from scripts.demo.sessions import Seen, Turn
 from vzip import UserError
+from vzip.pictures import FORMATS, open_picture
 
 MAX_PIXELS = 50_000_000
 

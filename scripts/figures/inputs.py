@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.fetch.pictures import open_picture
 from scripts.common.held_out import held_out_with_pictures
 from scripts.figures.attention import LayerAttention, attention_of_layers
 from vzip import Comparison, UserError
 from vzip.overlay import first_tile
+from vzip.pictures import open_picture
 from vzip.reducers import with_budget
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip

@@ -2,12 +2,12 @@
 
 import torch
 
-from data.batches.dataset import BatchPlan, MicroBatches, PaddedLayout, has_media
+from data.batches.dataset import BatchPlan, MicroBatches, PaddedBatcher, has_media
 from data.examples.tokens import Example, Examples, write_tokens
-from data.fetch.pictures import open_picture
-from data.fetch.videos import read_frames
 from tests.helpers import tiny
+from vzip.pictures import open_picture
 from vzip.templates.encode import IGNORED
+from vzip.videos import read_frames
 
 SIZES = [(tiny.SIDE, tiny.SIDE), (40, 90), (150, 60), (20, 200)]
 """(height, width) of the pictures, in turns; of the frames of a video too."""
@@ -70,7 +70,7 @@ def padded(examples, collate, *, micro, num_steps, accumulation=1, world_size=1,
         size=micro * accumulation * world_size, world_size=world_size, num_steps=num_steps, seed=seed
     )
     return MicroBatches(
-        PaddedLayout(collate, examples, plan, micro=micro), plan, rank=rank, has_gradient=has_media(examples)
+        PaddedBatcher(collate, examples, plan, micro=micro), plan, rank=rank, has_gradient=has_media(examples)
     )
 
 

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.fetch.media import Checked, MediaIndex, fetch_media
-from data.fetch.pictures import open_picture
 from data.fetch.sources import open_sources, parse_source
 from tests.helpers import tiny
 from tests.helpers.server import Server, client, seeded
 from vzip import UserError
+from vzip.pictures import open_picture
 
 pytestmark = pytest.mark.integration
 

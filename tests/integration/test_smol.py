@@ -8,11 +8,11 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from data.examples.table import open_table
-from data.fetch.pictures import open_picture
 from data.paths import data_dir
 from tests.conftest import ROOT
 from tests.helpers.commands import start, tune
 from vzip.families import family_of
+from vzip.pictures import open_picture
 from vzip.runs.projector import load_weights
 from vzip.templates.encode import chatml, encode
 

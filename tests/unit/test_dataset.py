@@ -15,7 +15,6 @@ from data.batches.collate import Collator
 from data.batches.dataset import loader
 from data.conversations import parse_conversation
 from data.examples.tokens import Example, kinds_of
-from data.fetch.pictures import open_picture
 from tests.helpers import tiny
 from tests.helpers.rows import (
     IMAGE_ROWS,
@@ -32,6 +31,7 @@ from tests.helpers.rows import (
 from vzip import UserError
 from vzip.families import family_of
 from vzip.media import model_inputs, normalised, pixels_of
+from vzip.pictures import open_picture
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip

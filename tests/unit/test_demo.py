@@ -9,7 +9,6 @@ from dataclasses import asdict
 import pytest
 
 import vzip
-from data.fetch.pictures import open_picture
 from scripts.demo.main import free_port, held_out_examples, open_rows
 from scripts.demo.sessions import Session, SharedModel, Turn
 from scripts.demo.show import as_figures, as_messages, describe_tokens, open_upload
@@ -17,6 +16,7 @@ from tests.helpers import tiny
 from tests.helpers.runs import attached, save_run, tune
 from vzip import Comparison, UserError
 from vzip.chat import Chat
+from vzip.pictures import open_picture
 from vzip.templates.encode import vicuna
 from vzip.templates.jinja import chat_template
 

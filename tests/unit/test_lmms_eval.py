@@ -16,7 +16,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import vzip
-from data.fetch.videos import read_frames
 from scripts.evaluate import main as evaluation
 from scripts.evaluate import target as eval_subject
 from scripts.evaluate.environment import eval_python
@@ -38,6 +37,7 @@ from vzip.runs.export import write_hf
 from vzip.runs.projector import ADAPTER, read_meta
 from vzip.templates.encode import chatml, encode, vicuna
 from vzip.templates.jinja import chat_template
+from vzip.videos import read_frames
 
 GREEDY = {"max_new_tokens": 5, "temperature": 0.7, "do_sample": False, "image_aspect_ratio": "original"}
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
 
 from data.conversations import BadExample
-from data.fetch.pictures import check_bad_share, open_picture
+from data.examples.prepare import check_bad_share
 from tests.helpers import tiny
 from vzip import UserError
+from vzip.pictures import open_picture
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -182,12 +183,12 @@ def bad_examples(**by_source):
     ]
 
 
-@pytest.mark.parametrize(("num_bad", "num_rows"), [(0, 1), (1, 100), (7, 700), (29, 2900), (6652, 665_298)])
+@pytest.mark.parametrize(("num_bad", "num_examples"), [(0, 1), (1, 100), (7, 700), (29, 2900), (6652, 665_298)])
 def test_up_to_one_per_cent_may_be_bad(num_bad, num_examples):
     check_bad_share(bad_examples(coco=num_bad), num_examples)
 
 
-@pytest.mark.parametrize(("num_bad", "num_rows"), [(1, 1), (1, 99), (2, 100), (8, 700), (6653, 665_298)])
+@pytest.mark.parametrize(("num_bad", "num_examples"), [(1, 1), (1, 99), (2, 100), (8, 700), (6653, 665_298)])
 def test_more_than_one_per_cent_is_refused(num_bad, num_examples):
     with pytest.raises(UserError, match=f"{num_bad} of {num_examples} rows"):
         check_bad_share(bad_examples(coco=num_bad), num_examples)

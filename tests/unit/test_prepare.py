@@ -13,11 +13,11 @@ from PIL import Image
 from data.examples.hf_folder import HfFolder
 from data.examples.prepare import Selection, prepare
 from data.fetch.http import Client
-from data.fetch.pictures import open_picture
 from data.fetch.sources import parse_source
 from tests.helpers import tiny
 from tests.helpers.broken import JSON, mutated, pictures
 from vzip import UserError
+from vzip.pictures import open_picture
 from vzip.templates.encode import vicuna
 
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.fetch.pictures import open_picture
-from data.fetch.videos import check_video, read_frames, sample
 from tests.helpers import tiny
 from vzip import UserError
+from vzip.pictures import open_picture
+from vzip.videos import check_video, read_frames, sample
 
 NUM_FRAMES, SIDE = 75, 64  # 3 s
 

@@ -4,16 +4,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from itertools import chain
+from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
-from PIL import Image
-from transformers.video_utils import load_video
 
 from vzip.errors import UserError
+from vzip.pictures import open_picture, upright_rgb
 from vzip.runs.compare import Comparison
 from vzip.templates.jinja import end_ids
+from vzip.videos import read_frames
 
 FULL = "full"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -84,6 +84,11 @@ class GenerationSettings:
         return made
 
 
+def _picture(image: Any) -> Any:
+    """A picture, or the file at a path, as upright RGB, as in training."""
+    return open_picture(Path(image)) if isinstance(image, str) else upright_rgb(image)
+
+
 def _frames(video: Any, num_frames: int) -> Any:
     """The frames of a video file, first and last among them, as in training; frames stay as they are."""
     if isinstance(video, Mapping):
@@ -93,10 +98,7 @@ def _frames(video: Any, num_frames: int) -> Any:
     if not isinstance(video, str):
         return video
 
-    def sample(metadata: Any, **_: Any) -> Any:
-        return np.linspace(0, metadata.total_num_frames - 1, num_frames, dtype=int)
-
-    return [Image.fromarray(frame) for frame in load_video(video, sample_indices_fn=sample)[0]]
+    return read_frames(Path(video), num_frames)
 
 
 def _generation(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,12 +193,12 @@ class Answerer:
                         f"a question holds a part of type {part['type']!r}, which a {model!r} model does not take"
                     )
             images = [part["url"] for part in parts if part["type"] == "image"]
-            rows["image"].append([Image.open(each) if isinstance(each, str) else each for each in images])
+            rows["image"].append([_picture(image) for image in images])
             rows["video"].append(
                 [_frames(part["url"], self.settings.num_frames) for part in parts if part["type"] == "video"]
             )
         images, videos = (
-            [[each.convert("RGB") for each in row] for row in rows["image"] if row],
+            [row for row in rows["image"] if row],
             [*chain(*rows["video"])],
         )
         return {name: media for name, media in (("images", images), ("videos", videos)) if media}

@@ -1,0 +1,197 @@
+"""Read a few frames of a video, spread evenly over it: a video file, or a folder of pictures.
+
+Training and evaluation both read videos here, so that they see the same frames. Files are decoded with PyAV (package
+`av`), which is imported only when a file is read.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vzip.errors import UserError
+from vzip.pictures import open_picture
+
+FRAME_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+"""Endings of the names of frames. Other files in a folder of frames, such as lists, are ignored."""
+
+
+def sample(num_total: int, num_frames: int) -> list[int]:
+    """Numbers of `num_frames` frames, from the first to the last of `num_total`; a shorter video repeats some.
+
+    Source: repository PKU-YuanGroup/Video-LLaVA, `videollava/model/multimodal_encoder/languagebind/video/processing_video.py`
+    (backend decord), and repository LLaVA-VL/LLaVA-NeXT: numpy's linspace, cut down to whole numbers.
+
+    Raises:
+        ValueError: one of the numbers is below 1.
+    """
+    if num_total < 1:
+        raise ValueError("no frames")
+    if num_frames < 1:
+        raise ValueError(f"{num_frames} frames asked for; at least 1")
+
+    numbers: list[int] = np.linspace(0, num_total - 1, num_frames, dtype=int).tolist()
+    return numbers
+
+
+def read_frames(path: Path, num_frames: int) -> list[Image.Image]:
+    """Read `num_frames` upright RGB pictures, in order, spread over the video as `sample` does.
+
+    If a file is damaged in the middle, the frames before the damage are used, with a warning. A file is decoded once
+    from start to end, and a second time only if it holds another number of frames than it says. At most `num_frames`
+    pictures are in memory. Frames that `sample` repeats are the same object.
+
+    Args:
+        path: a video file, or a folder of pictures, which are taken in the natural order of their names.
+        num_frames: at least 1.
+
+    Raises:
+        OSError, ValueError: the file is missing, truncated or not a video, or has no frames.
+        UserError: PyAV is not installed.
+    """
+    if path.is_dir():
+        return _read_frame_files(_frame_paths(path), num_frames)
+
+    claimed = _claimed_frames(path)
+    pictures, count = _decode(path, set(sample(max(claimed, 1), num_frames)))
+    numbers = sample(count, num_frames)
+
+    # The claim was wrong, so other frames are needed than those that were kept.
+    if count != claimed:
+        pictures, _ = _decode(path, set(numbers))
+
+    return [pictures[number] for number in numbers]
+
+
+def check_video(path: Path) -> None:
+    """Raise what `read_frames` would, judging by the first frame and the file's index: nothing else is decoded."""
+    if path.is_dir():
+        open_picture(_frame_paths(path)[0])
+        return
+
+    with _open_container(path) as (container, stream):
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise ValueError("no frames")
+        _frame_picture(frame)
+
+
+def _natural(path: Path) -> tuple[list[str | int], str]:
+    """Sort key that puts frame_2 before frame_10."""
+    # Text and numbers take turns, so no text is ever compared with a number.
+    parts: list[str | int] = list(re.split(r"(\d+)", path.name))
+    parts[1::2] = map(int, parts[1::2])
+    return parts, path.name
+
+
+def _frame_paths(folder: Path) -> list[Path]:
+    """The pictures in a folder of frames, in order."""
+    paths = []
+    for path in folder.iterdir():
+        if path.suffix.lower() in FRAME_SUFFIXES and not path.name.startswith("."):
+            paths.append(path)
+
+    if not paths:
+        raise ValueError("no frames: the folder holds no pictures")
+    return sorted(paths, key=_natural)
+
+
+def _read_frame_files(paths: list[Path], num_frames: int) -> list[Image.Image]:
+    numbers = sample(len(paths), num_frames)
+    pictures = {number: open_picture(paths[number]) for number in set(numbers)}
+    return [pictures[number] for number in numbers]
+
+
+def _pyav() -> ModuleType:
+    try:
+        import av
+    except ImportError as error:
+        raise UserError("video files are read with PyAV, which is not installed: pip install av") from error
+    return av
+
+
+def _check_truncated(container: Any, stream: Any) -> None:
+    """Raise ValueError if the index lists frames behind the end of the file.
+
+    MP4 and MOV files have such an index before the data. A truncated file of another container can't be told from a
+    shorter video.
+    """
+    if "mov" not in container.format.name.split(","):
+        return
+
+    end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+    if end > container.size:
+        raise ValueError(f"truncated: {container.size} of at least {end} bytes")
+
+
+def _video_stream(av: ModuleType, container: Any) -> Any:
+    """The first stream of a file that is a video. Raises ValueError if there is no such stream, or no decoder for it."""
+    for stream in container.streams.video:
+        # The cover of a song is a picture that calls itself a video.
+        if stream.disposition & av.stream.Disposition.attached_pic:
+            continue
+        if stream.codec_context is None:
+            raise ValueError("no decoder for its format")
+        return stream
+
+    raise ValueError("no video stream")
+
+
+@contextmanager
+def _open_container(path: Path) -> Iterator[tuple[Any, Any]]:
+    """(container, video stream) of a file. FFmpeg's errors, also those of the `with` body, come out as ValueError."""
+    # Python's own errors tell a missing file from a forbidden one. FFmpeg uses these names for other faults too.
+    with path.open("rb"):
+        pass
+
+    av = _pyav()
+    fault = "not a video, or its end is missing"
+    try:
+        with av.open(str(path), metadata_errors="ignore") as container:  # titles need not be UTF-8
+            stream = _video_stream(av, container)
+            _check_truncated(container, stream)
+            fault = "damaged"
+            yield container, stream
+    except (av.FFmpegError, IndexError) as error:
+        # PyAV raises IndexError for a packet of a stream that the start of the file does not announce.
+        raise ValueError(f"{fault}: {getattr(error, 'strerror', error)}") from error
+
+
+def _frame_picture(frame: Any) -> Image.Image:
+    """A decoded frame as upright RGB: a phone held sideways notes that beside the frames."""
+    picture: Image.Image = frame.to_image()
+    if not frame.rotation:
+        return picture
+    return picture.rotate(frame.rotation, expand=True)
+
+
+def _claimed_frames(path: Path) -> int:
+    """How many frames a file says it has, or else how many packets: cheap, mostly right, never to be trusted."""
+    with _open_container(path) as (container, stream):
+        return stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+
+
+def _decode(path: Path, wanted: set[int]) -> tuple[dict[int, Image.Image], int]:
+    """Decode a file: the `wanted` frames by their number, and how many frames there are up to the first damage."""
+    pictures = {}
+    count = 0
+    try:
+        with _open_container(path) as (container, stream):
+            for frame in container.decode(stream):
+                if count in wanted:
+                    pictures[count] = _frame_picture(frame)
+                count += 1
+    except ValueError as error:
+        if not count:
+            raise
+
+        # Finding this before training would mean decoding every video whole, so the run goes on with what there is.
+        warnings.warn(f"{path}: {error} after {count} frames, which are used", stacklevel=2)
+
+    return pictures, count
