@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.table import Table
 
 from data.batches.collate import Collator
 from data.conversations import Conversation
@@ -24,6 +23,7 @@ from train.examples import held_out_conversations
 from train.losses import media_inputs
 from train.memory import fitting_questions
 from train.ranks import all_gather_list, print_rank0
+from train.tables import score_kinds, score_table
 from vzip import attach
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
@@ -236,25 +236,14 @@ def gap_closed(rows: Sequence[dict[str, Any]], kind: str, *, suffix: str = "") -
 
 
 def print_results(rows: Sequence[dict[str, Any]], *, title: str) -> None:
-    """The table: score by kind of question, and in brackets the per cent of `full`."""
+    """Print the table of scores, and how much of the gap between training-free and full tuning closes."""
     if not rows:
         print(f"{title}: tuned; no question was asked, `make eval RUN={title}` asks lmms-eval's")
         return
-    full = next((row["metrics"] for row in rows if row["name"] == "full"), {})
-    kinds = list(rows[0]["metrics"])
-    table = Table("row", "visual tokens", *kinds)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        cells = []
-        for kind in kinds:
-            value = row["metrics"][kind]
-            cells.append(f"{value:.3f}" + (f" ({value / full[kind]:.0%})" if full.get(kind) else ""))
-        table.add_row(row["name"], str(row["num_visual_tokens"]), *cells)
     console = Console()
     console.print(title, soft_wrap=True, highlight=False)
-    console.print(table)
+    console.print(score_table(rows).rich())
     suffixes = [row["name"].removeprefix("tuned") for row in rows if row["name"].startswith("tuned")]
-    for kind, suffix in product(kinds, suffixes):
+    for kind, suffix in product(score_kinds(rows), suffixes):
         if (share := gap_closed(rows, kind, suffix=suffix)) is not None:
             console.print(f"{kind}: tuning closes {share:.0%} of the gap between free{suffix} and full")

@@ -51,7 +51,7 @@ def save_run(folder, name, *, tuned=0.9, finished=True, **env):
 
 
 def blocks(folder):
-    return {run.name: block(run) for run in read_runs(folder) if run.result is not None}
+    return {run.name: block(run) for run in read_runs(folder) if run.is_finished}
 
 
 def test_a_block_says_what_was_run_and_found(tmp_path):
@@ -59,14 +59,14 @@ def test_a_block_says_what_was_run_and_found(tmp_path):
     assert blocks(tmp_path)["one"].splitlines() == [
         "### one",
         "",
-        "`train/tune.py seed=3`: smol, seed 3, 2 steps of 16 rows in 2 s, loss 1.500 to 0.500; data abcdef012345. "
+        "`train/tune.py seed=3`: smol, seed 3, 2 steps of 16 examples in 2 s, loss 1.500 to 0.500; data abcdef012345. "
         "1,200 questions. 2026-01-02, commit 0123456, 1 rank(s) on a card, 2 cores, torch 2.13.0.",
         "",
-        "| row | visual tokens | open | all |",
-        "|---|--:|--:|--:|",
-        "| full | 576 | 1.000 | .000 |",
-        "| free | 64 | .500 (50%) | .000 |",
-        "| tuned | 64 | .900 (90%) | .000 |",
+        "| setting | visual tokens | questions | open | all |",
+        "| --- | --: | --: | --: | --: |",
+        "| full | 576 | 1,200 | 1.000 | .000 |",
+        "| free | 64 | 1,200 | .500 (50%) | .000 |",
+        "| tuned | 64 | 1,200 | .900 (90%) | .000 |",
     ]
 
 
@@ -87,7 +87,8 @@ def test_results_lose_nothing(tmp_path):
         "### gone",
         "### kept",
     ]
-    assert second.count("| tuned | 64 | .900") == 2 and second.count("| tuned | 64 | .800") == 1
+    assert second.count("| tuned | 64 | 1,200 | .900") == 2
+    assert second.count("| tuned | 64 | 1,200 | .800") == 1
     assert update(second, blocks(tmp_path / "now")) == second
 
 
