@@ -7,7 +7,7 @@ import torch
 from omegaconf import DictConfig
 
 from data.batches.collate import Collator, Packer
-from data.batches.dataset import BatchPlan, MicroBatches, PackedLayout, PaddedLayout, has_media
+from data.batches.dataset import BatchPlan, MicroBatches, PackedBatcher, PaddedBatcher, has_media
 from data.batches.packing import shared_prefix
 from data.examples.tokens import Examples
 from train.losses import FastLoss, ReferenceLoss
@@ -27,7 +27,7 @@ def _fast(
     collators: Sequence[Collator],
     examples: Examples,
     plan: BatchPlan,
-) -> tuple[PackedLayout, FastLoss]:
+) -> tuple[PackedBatcher, FastLoss]:
     """Packed. Rows without a picture, and the prefix of the others, are left out where only a projector learns."""
     placeholders = [family.placeholder_id(kind) for kind in collators[0].kinds]
     prefix = [] if trainable.in_language else shared_prefix(examples, placeholders)
@@ -40,11 +40,11 @@ def _fast(
     check_language_model(family.model.config.get_text_config(), longest=len(prefix) + longest)
     lengths = LongestExamples(longest, prefix=len(prefix))
     packing = choose_packing(cfg, family, num_trainable=trainable.num_parameters, lengths=lengths)
-    layout = PackedLayout(
+    batcher = PackedBatcher(
         packers, examples, plan, num_run=num_run, has_gradient=has_gradient, tokens=packing.tokens
     )
     attention = "FlashAttention" if flash_runs(cfg, family) else "attention in blocks of rows of like length"
-    print_rank0(f"fast path: {layout}, behind a shared prefix of {len(prefix)}; {attention}")
+    print_rank0(f"fast path: {batcher}, behind a shared prefix of {len(prefix)}; {attention}")
     if packing.recompute:
         print_rank0("  to save memory, the MLPs are run again in the backward pass")
     if not_run := int((~has_gradient).sum()):
@@ -52,7 +52,7 @@ def _fast(
     reducers, on_gpu = [each.reducer for each in collators], torch.cuda.is_available()
     if compiled := on_gpu if cfg.compile is None else cfg.compile:
         check_compiles(torch.device("cuda" if on_gpu else "cpu"), getattr(torch, cfg.model.dtype))
-    return layout, FastLoss(family, reducers, prefix=prefix, recompute=packing.recompute, compiled=compiled)
+    return batcher, FastLoss(family, reducers, prefix=prefix, recompute=packing.recompute, compiled=compiled)
 
 
 def _reference(
@@ -62,11 +62,11 @@ def _reference(
     collators: Sequence[Collator],
     examples: Examples,
     plan: BatchPlan,
-) -> tuple[PaddedLayout, ReferenceLoss]:
+) -> tuple[PaddedBatcher, ReferenceLoss]:
     """Padded, all rows."""
-    layout = PaddedLayout(collators[0], examples, plan, micro=cfg.batch.micro)
-    print_rank0(f"reference path: {layout}")
-    return layout, ReferenceLoss(family, collators[0].reducer, text_has_gradient=trainable.in_language)
+    batcher = PaddedBatcher(collators[0], examples, plan, micro=cfg.batch.micro)
+    print_rank0(f"reference path: {batcher}")
+    return batcher, ReferenceLoss(family, collators[0].reducer, text_has_gradient=trainable.in_language)
 
 
 WAYS = {"fast": _fast, "reference": _reference}
@@ -98,5 +98,5 @@ def make_batches(
         raise UserError(
             f"no row of data.path={cfg.data.path} has an image or a video: the projector can learn nothing"
         )
-    layout, loss = WAYS[cfg.engine](cfg, family, trainable, collators, examples, plan)
-    return MicroBatches(layout, plan, rank=deepspeed.comm.get_rank(), has_gradient=has_gradient), loss
+    batcher, loss = WAYS[cfg.engine](cfg, family, trainable, collators, examples, plan)
+    return MicroBatches(batcher, plan, rank=deepspeed.comm.get_rank(), has_gradient=has_gradient), loss

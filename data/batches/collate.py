@@ -6,15 +6,15 @@ Legend of shapes: M rows of a micro batch, L the longest row's tokens; T tokens 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from itertools import chain
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data.batches.media import Media, Processed
 from data.batches.packing import num_tail_tokens
-from data.examples.tokens import Example, Examples
+from data.examples.tokens import Example, Examples, FlatTokens, pairs_of_sides
 from vzip import UserError
 from vzip.families import Family
 from vzip.reducers import Reducer
@@ -78,18 +78,17 @@ class PackedBatch(MicroBatch):
     """Number of the reducer that the rows were expanded for."""
 
 
-def _shapes(examples: Sequence[Example]) -> Iterator[tuple[int, tuple[tuple[int, int], ...], int, int]]:
-    """(text tokens, sizes of images, images, videos) of each row."""
-    if isinstance(examples, Examples):  # whole columns: making 66,000 rows would take seconds
-        numbers = (examples.column(name).tolist() for name in ("num_tokens", "num_images", "num_videos"))
-        for (num_tokens, *counts), sides in zip(
-            zip(*numbers, strict=True), examples.column("sizes"), strict=True
-        ):
-            yield num_tokens, tuple(map(tuple, sides.reshape(-1, 2).tolist())), *counts
-    else:
-        for example in examples:
-            num_images, num_videos = (len(example.media.get(kind, ())) for kind in ("image", "video"))
-            yield len(example.ids), example.sizes[:num_images], num_images, num_videos
+def _visual_shapes(examples: Examples) -> Iterator[tuple[tuple[tuple[int, int] | None, ...], int]]:
+    """(sizes of the images, number of videos) of each example. An image whose size is not known has None."""
+    columns = zip(
+        examples.column("num_images").tolist(),
+        examples.column("num_videos").tolist(),
+        examples.column("sizes"),
+        strict=True,
+    )
+    for num_images, num_videos, sides in columns:
+        sizes: tuple[tuple[int, int] | None, ...] = pairs_of_sides(sides)
+        yield sizes or (None,) * num_images, num_videos
 
 
 class Collator:
@@ -128,25 +127,24 @@ class Collator:
         tokenizer = processor.tokenizer
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
-    def lengths(self, examples: Sequence[Example]) -> Tensor:
-        """int64[rows]: tokens of each row after expansion, without opening anything.
+    def lengths(self, examples: Examples) -> Tensor:
+        """int64[examples]: tokens of each example after expansion, without opening any file.
 
-        An image whose size is not known counts as the family's usual one.
+        An image whose size is not known counts as one of the family's usual size.
         """
 
-        @cache  # of 66,000 rows, many have pictures of the same size
-        def num_visual(sizes: tuple[tuple[int, int] | None, ...], num_videos: int) -> int:
-            images = self.family.num_example_tokens(self.reducer, sizes)
-            return images + (
-                num_videos * self.family.num_video_tokens(self.reducer, self.num_frames) if num_videos else 0
-            )
+        # Many of the 66,000 examples of a usual run have images of the same size.
+        @cache
+        def num_visual_tokens(sizes: tuple[tuple[int, int] | None, ...], num_videos: int) -> int:
+            num_tokens = self.family.num_example_tokens(self.reducer, sizes)
+            if num_videos:
+                num_tokens += num_videos * self.family.num_video_tokens(self.reducer, self.num_frames)
+            return num_tokens
 
-        return torch.tensor(
-            [
-                num_tokens + num_visual(sizes or (None,) * num_images, num_videos) - num_images - num_videos
-                for num_tokens, sizes, num_images, num_videos in _shapes(examples)
-            ]
-        )
+        num_visual = [num_visual_tokens(*shape) for shape in _visual_shapes(examples)]
+        num_placeholders = examples.column("num_images") + examples.column("num_videos")
+        num_text = examples.column("num_tokens").astype(np.int64) - num_placeholders
+        return torch.from_numpy(num_text) + torch.tensor(num_visual, dtype=torch.int64)
 
     def _expand(self, example: Example, counts: dict[str, Iterator[int]]) -> tuple[list[int], list[int]]:
         kind_of = {self.family.placeholder_id(kind): kind for kind in example.media}
@@ -187,46 +185,65 @@ class Collator:
 
 
 class Packer:
-    """Lays rows one behind the other, each from behind the shared prefix to the last token whose output is needed.
+    """Lays examples one behind the other, each from behind the shared prefix to the last token whose output is needed.
 
     Args:
-        collate: expands the rows.
-        num_prefix: tokens that every row begins with, and that are left out.
-        reducer: number of the collator's reducer among the engine's.
+        collator: expands the examples.
+        num_prefix: tokens that every example begins with, and that are left out.
+        reducer: number of the collator's reducer among those of the run.
     """
 
-    def __init__(self, collate: Collator, *, num_prefix: int, reducer: int = 0) -> None:
-        self.collate, self.num_prefix, self.reducer = collate, num_prefix, reducer
+    def __init__(self, collator: Collator, *, num_prefix: int, reducer: int = 0) -> None:
+        self.collator = collator
+        self.num_prefix = num_prefix
+        self.reducer = reducer
+        self.placeholders = [collator.family.placeholder_id(kind) for kind in collator.kinds]
 
-    def lengths(self, examples: Sequence[Example]) -> Tensor:
-        """int64[rows]: tokens of each row that are run."""
-        return self.collate.lengths(examples) - self.num_prefix - self._tails(examples)
-
-    def _tails(self, examples: Sequence[Example]) -> Tensor:
-        placeholders = [self.collate.family.placeholder_id(kind) for kind in self.collate.kinds]
-        return torch.from_numpy(num_tail_tokens(examples, placeholders))
+    def lengths(self, examples: Examples) -> Tensor:
+        """int64[examples]: tokens of each example that are run."""
+        tails = num_tail_tokens(examples.flat_tokens(), self.placeholders)
+        return self.collator.lengths(examples) - self.num_prefix - torch.from_numpy(tails)
 
     def __call__(self, examples: Sequence[Example]) -> PackedBatch:
-        """A micro batch; without rows, one of a single token, which is to count nothing."""
-        rows, media, num_placeholders = self.collate.expanded(examples)
-        tails = self._tails(examples).tolist() if examples else []
-        parts, targets, at_labels, num_tokens = [], [], [], 0
-        for (ids, labels), tail in zip(rows, tails, strict=True):
+        """A micro batch. Without examples it has a single token, whose loss must not count."""
+        expanded, media, num_placeholders = self.collator.expanded(examples)
+
+        input_ids: list[int] = []
+        lengths: list[int] = []
+        at_labels: list[int] = []
+        targets: list[int] = []
+        for (ids, labels), tail in zip(expanded, self._num_tail_tokens(expanded), strict=True):
             stop = len(ids) - tail
-            following = labels[self.num_prefix + 1 : stop + 1]
-            at_labels += [num_tokens + place for place, label in enumerate(following) if label != IGNORED]
-            targets += [label for label in following if label != IGNORED]
-            parts.append(ids[self.num_prefix : stop])
-            num_tokens += len(parts[-1])
-        if not parts:
-            parts, targets, at_labels = [[self.collate.pad_id]], [self.collate.pad_id], [0]
+
+            # A token predicts the next one, so the label that matters to it is one place further on.
+            next_labels = labels[self.num_prefix + 1 : stop + 1]
+            for position, label in enumerate(next_labels, start=len(input_ids)):
+                if label != IGNORED:
+                    at_labels.append(position)
+                    targets.append(label)
+
+            input_ids += ids[self.num_prefix : stop]
+            lengths.append(stop - self.num_prefix)
+
+        if not expanded:
+            input_ids = targets = [self.collator.pad_id]
+            lengths = [1]
+            at_labels = [0]
+
         return PackedBatch(
-            input_ids=torch.tensor([*chain(*parts)]),
+            input_ids=torch.tensor(input_ids),
             media=media,
             num_placeholders=num_placeholders,
-            lengths=tuple(map(len, parts)),
+            lengths=tuple(lengths),
             at_labels=torch.tensor(at_labels),
             targets=torch.tensor(targets),
             num_examples=len(examples),
             reducer=self.reducer,
         )
+
+    def _num_tail_tokens(self, expanded: Sequence[Ids]) -> list[int]:
+        """Tokens at the end of each example that are not run. The tail has no placeholder, so expansion does not matter."""
+        if not expanded:
+            return []
+        tails: list[int] = num_tail_tokens(FlatTokens.of(expanded), self.placeholders).tolist()
+        return tails

@@ -1,5 +1,6 @@
-"""From the rows of a run to its micro batches, in an order that depends on seed and step alone."""
+"""From the examples of a run to micro batches, in an order that depends on seed and step alone."""
 
+import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -17,199 +19,248 @@ from data.examples.tokens import Example, Examples
 from vzip import UserError
 
 
-def _permutation(num_examples: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
-
-
-def has_media(examples: Sequence[Example]) -> Tensor:
-    """bool[rows]: whether a row has an image or a video."""
-    if isinstance(examples, Examples):
-        return torch.from_numpy(examples.column("num_images") + examples.column("num_videos") > 0)
-    return torch.tensor([bool(example.media) for example in examples])
-
-
-def _num_labels(examples: Sequence[Example]) -> Tensor:
-    """int64[rows]: label tokens of each row."""
-    if isinstance(examples, Examples):
-        return torch.from_numpy(examples.column("num_labels")).long()
-    return torch.tensor([example.num_labels for example in examples])
+def has_media(examples: Examples) -> Tensor:
+    """bool[examples]: whether an example has an image or a video."""
+    num_media = examples.column("num_images") + examples.column("num_videos")
+    return torch.from_numpy(num_media > 0)
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The steps of a run. Which rows a step takes does not depend on how they are cut into micro batches."""
+    """The steps of a run. Which examples a step takes does not depend on how it is cut into micro batches."""
 
     size: int
-    """Rows of a step, on all ranks."""
+    """Examples of a step, on all ranks together."""
     world_size: int
+    """Number of ranks."""
     num_steps: int
     seed: int
 
     def __str__(self) -> str:
-        return f"{self.num_steps:,} steps of {self.size} rows"
+        return f"{self.num_steps:,} steps of {self.size} examples"
 
 
-class BatchLayout(Protocol):
-    """How the rows of a step become micro batches."""
+class Batcher(Protocol):
+    """Cuts the examples of a step into micro batches."""
 
-    examples: Sequence[Example]
-    collates: Sequence[Callable[[Sequence[Example]], MicroBatch]]
-    """What makes a micro batch of rows, by number of the reducer."""
+    examples: Examples
+    collators: Sequence[Callable[[Sequence[Example]], MicroBatch]]
+    """By number of the reducer: builds a micro batch from its examples."""
     lengths: Tensor
-    """int64[reducers, rows]: tokens of each row after expansion, all of them."""
+    """int64[reducers, examples]: tokens of each example after expansion, also those that need not be run."""
 
-    def parts(self, step: int, rows: Sequence[int]) -> list[MicroBatchSpec]:
-        """The step's micro batches, as many on each rank: of each round one a rank, in turn."""
+    def cut(self, step: int, examples: Sequence[int]) -> list[MicroBatchSpec]:
+        """The step's micro batches, the same number on every rank: rank r takes number r, r + world_size, ..."""
         ...
 
 
-class PaddedLayout:
-    """Rows of like length share a micro batch: within a step, whose loss is a sum over its rows in whatever order, the longest
-    come first. The ranks' micro batches are alike too, and the step's largest need of memory is its first.
+class PaddedBatcher:
+    """Micro batches of examples of similar length, padded to the longest one.
+
+    The longest examples of a step come first, so that the largest need of memory is that of its first micro batch. The
+    loss is a sum over the examples of the step, whatever their order.
 
     Args:
-        collate: pads.
-        examples: the rows of the run.
+        collator: expands and pads.
+        examples: the examples of the run.
         plan: its steps.
-        micro: rows of a micro batch.
+        micro: examples of a micro batch.
     """
 
-    def __init__(
-        self, collate: Collator, examples: Sequence[Example], plan: BatchPlan, *, micro: int
-    ) -> None:
-        self.collates, self.examples, self.plan, self.micro = (collate,), examples, plan, micro
-        self.lengths = collate.lengths(examples)[None]
+    def __init__(self, collator: Collator, examples: Examples, plan: BatchPlan, *, micro: int) -> None:
+        self.collators = (collator,)
+        self.examples = examples
+        self.plan = plan
+        self.micro = micro
+        self.lengths = collator.lengths(examples)[None]
 
-    def parts(self, step: int, rows: Sequence[int]) -> list[MicroBatchSpec]:
-        """As `Layout.parts`."""
-        order = self.lengths[0, torch.tensor(rows)].argsort(descending=True, stable=True).tolist()
-        parts = [
-            MicroBatchSpec([rows[place] for place in order[i : i + self.micro]])
-            for i in range(0, len(rows), self.micro)
-        ]
-        rounds = [parts[i : i + self.plan.world_size] for i in range(0, len(parts), self.plan.world_size)]
-        # The ranks take turns in having the longer rows, so that none has the longest of every round.
-        return [
-            part
-            for number, of_ranks in enumerate(rounds)
-            for part in (of_ranks[::-1] if number % 2 else of_ranks)
-        ]
+    def cut(self, step: int, examples: Sequence[int]) -> list[MicroBatchSpec]:
+        """Implement `Batcher.cut`."""
+        longest_first = self.lengths[0, torch.tensor(examples)].argsort(descending=True, stable=True)
+        ordered = [examples[position] for position in longest_first.tolist()]
+
+        specs = []
+        for start in range(0, len(ordered), self.micro):
+            specs.append(MicroBatchSpec(ordered[start : start + self.micro]))
+
+        # The ranks take turns in having the longer examples, so that none has the longest of every round.
+        in_turns = []
+        for number, start in enumerate(range(0, len(specs), self.plan.world_size)):
+            of_ranks = specs[start : start + self.plan.world_size]
+            in_turns += of_ranks[::-1] if number % 2 else of_ranks
+
+        return in_turns
 
     def __str__(self) -> str:
-        rounds = self.plan.size // self.micro // self.plan.world_size
-        return (
-            f"{self.plan} = {self.micro} micro x {rounds} accumulation x {self.plan.world_size} ranks, padded"
-        )
+        plan = self.plan
+        rounds = plan.size // self.micro // plan.world_size
+        return f"{plan} = {self.micro} micro x {rounds} accumulation x {plan.world_size} ranks, padded"
 
 
-class PackedLayout:
-    """Rows lie one behind the other in micro batches of at most `tokens` tokens; see `data.batches.packing.pack`.
+class PackedBatcher:
+    """Micro batches of at most `tokens` tokens, whose examples lie one behind the other. See `data.batches.packing.pack`.
 
     Args:
-        packers: one a reducer.
-        examples: the rows of the run.
+        packers: one per reducer.
+        examples: the examples of the run.
         plan: its steps.
-        tokens: of a micro batch.
-        num_run: int64[reducers, rows], tokens of each row that are run.
-        taught: bool[rows], those to run.
+        tokens: tokens of a micro batch.
+        num_run: int64[reducers, examples], tokens of each example that are run.
+        has_gradient: bool[examples], whether the trainable parts learn from an example. Only those are run.
     """
 
     def __init__(
         self,
         packers: Sequence[Packer],
-        examples: Sequence[Example],
+        examples: Examples,
         plan: BatchPlan,
         *,
         tokens: int,
         num_run: Tensor,
         has_gradient: Tensor,
     ) -> None:
-        self.collates, self.examples, self.plan, self.tokens = packers, examples, plan, tokens
-        self.num_run, self.has_gradient = num_run.numpy(), has_gradient.numpy()
-        self.lengths = torch.stack([packer.collate.lengths(examples) for packer in packers])
+        self.collators = packers
+        self.examples = examples
+        self.plan = plan
+        self.tokens = tokens
+        self.num_run = num_run.numpy()
+        self.has_gradient = has_gradient.numpy()
+        self.lengths = torch.stack([packer.collator.lengths(examples) for packer in packers])
 
-    def parts(self, step: int, rows: Sequence[int]) -> list[MicroBatchSpec]:
-        """As `Layout.parts`."""
-        run, seed = [row for row in rows if self.has_gradient[row]], (self.plan.seed, step)
-        return pack(run, self.num_run, tokens=self.tokens, world_size=self.plan.world_size, seed=seed)
+    def cut(self, step: int, examples: Sequence[int]) -> list[MicroBatchSpec]:
+        """Implement `Batcher.cut`."""
+        run = [example for example in examples if self.has_gradient[example]]
+        return pack(
+            run,
+            self.num_run,
+            tokens=self.tokens,
+            world_size=self.plan.world_size,
+            seed=(self.plan.seed, step),
+        )
 
     def __str__(self) -> str:
-        drawn = f", each of one of {len(self.collates)} budgets" if len(self.collates) > 1 else ""
-        return f"{self.plan} on {self.plan.world_size} rank(s), in micro batches of at most {self.tokens:,} packed tokens{drawn}"
+        plan = self.plan
+        num_budgets = len(self.collators)
+        drawn = f", each with one of {num_budgets} budgets" if num_budgets > 1 else ""
+        return f"{plan} on {plan.world_size} rank(s), in micro batches of at most {self.tokens:,} packed tokens{drawn}"
 
 
 class MicroBatches(Dataset[MicroBatch]):
-    """A rank's micro batches, step after step.
-
-    Step s takes rows s * size ... of an endless stream of epochs, each a permutation drawn from seed and epoch.
+    """The micro batches of one rank, step after step.
 
     Args:
-        layout: cuts steps into micro batches.
+        batcher: cuts steps into micro batches.
         plan: the steps.
-        rank: whose micro batches these are.
-        taught: bool[rows], the rows that the tuned parameters learn from; a text alone tells a projector nothing.
+        rank: the rank whose micro batches these are.
+        has_gradient: bool[examples], whether the trainable parts learn from an example. A projector learns nothing from
+            text alone.
     """
 
-    def __init__(self, layout: BatchLayout, plan: BatchPlan, *, rank: int, has_gradient: Tensor) -> None:
-        self.layout, self.plan = layout, plan
-        num_examples = len(layout.examples)
-        num_epochs = -(-plan.num_steps * plan.size // num_examples)
-        stream = torch.cat([_permutation(num_examples, plan.seed, epoch) for epoch in range(num_epochs)])
-        self.rows = stream[: plan.num_steps * plan.size].view(plan.num_steps, plan.size)
-        cuts = [layout.parts(step, rows) for step, rows in enumerate(self.rows.tolist())]
-        self._starts = [0, *accumulate(len(parts) // plan.world_size for parts in cuts)]
-        self._parts = [part for parts in cuts for part in parts[rank :: plan.world_size]]
-        self._labels, self._has_gradient = _num_labels(layout.examples), has_gradient
-        self._tokens = [self._num_tokens(rows, parts) for rows, parts in zip(self.rows, cuts, strict=True)]
+    def __init__(self, batcher: Batcher, plan: BatchPlan, *, rank: int, has_gradient: Tensor) -> None:
+        self.batcher = batcher
+        self.plan = plan
+        self.has_gradient = has_gradient
 
-    def _num_tokens(self, rows: Tensor, parts: Sequence[MicroBatchSpec]) -> int:
-        lengths = self.layout.lengths
-        drawn = sum(
-            int((lengths[part.reducer][part.rows] - lengths[0][part.rows]).sum())
-            for part in parts
-            if part.reducer
-        )
-        return int(lengths[0, rows].sum()) + drawn
+        self.examples_by_step = _draw_order(len(batcher.examples), plan)
+        """int64[num_steps, size]: numbers of the examples of each step."""
+
+        specs_by_step = _cut_steps(batcher, self.examples_by_step)
+        self._specs = _own_micro_batches(specs_by_step, rank=rank, world_size=plan.world_size)
+        nums_of_a_rank = [len(specs) // plan.world_size for specs in specs_by_step]
+        self._first_indices = list(accumulate(nums_of_a_rank, initial=0))
+
+        self._num_labels = torch.from_numpy(batcher.examples.column("num_labels").astype(np.int64))
+        self._num_tokens = _count_tokens(batcher.lengths, self.examples_by_step, specs_by_step)
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return len(self._specs)
 
-    def num_before(self, step: int) -> int:
-        """This rank's micro batches before a step."""
-        return self._starts[step]
+    def first_index(self, step: int) -> int:
+        """Index of this rank's first micro batch of a step."""
+        return self._first_indices[step]
 
-    def num_parts(self, step: int) -> int:
+    def num_micro_batches(self, step: int) -> int:
         """Micro batches of a step, the same number on every rank."""
-        return self._starts[step + 1] - self._starts[step]
+        return self._first_indices[step + 1] - self._first_indices[step]
 
     def num_labels(self, step: int) -> int:
-        """Label tokens of the whole global batch of a step, on all ranks."""
-        return int(self._labels[self.rows[step]].sum())
+        """Label tokens of the whole step, on all ranks."""
+        return int(self._num_labels[self.examples_by_step[step]].sum())
 
     def num_grad_labels(self, step: int) -> int:
-        """Those of the rows that are learned from."""
-        rows = self.rows[step]
-        return int(self._labels[rows][self._has_gradient[rows]].sum())
+        """Label tokens of the step's examples that have a gradient, on all ranks."""
+        examples = self.examples_by_step[step]
+        return int(self._num_labels[examples][self.has_gradient[examples]].sum())
 
     def num_tokens(self, step: int) -> int:
-        """Tokens of a step's rows on all ranks, after expansion and without padding."""
-        return self._tokens[step]
+        """Tokens of the step's examples on all ranks, after expansion and without padding."""
+        return self._num_tokens[step]
 
     def __getitem__(self, index: int) -> MicroBatch:
-        part = self._parts[index]
-        return self.layout.collates[part.reducer]([self.layout.examples[row] for row in part.rows])
+        spec = self._specs[index]
+        collator = self.batcher.collators[spec.reducer]
+        return collator([self.batcher.examples[example] for example in spec.examples])
+
+
+def _draw_order(num_examples: int, plan: BatchPlan) -> Tensor:
+    """int64[num_steps, size]: the examples of each step, cut from an endless stream of epochs.
+
+    Each epoch is a permutation drawn from the seed and its number, so that the stream depends on nothing else.
+    """
+    num_drawn = plan.num_steps * plan.size
+    num_epochs = -(-num_drawn // num_examples)
+
+    epochs = []
+    for epoch in range(num_epochs):
+        generator = torch.Generator().manual_seed(plan.seed * 100_003 + epoch)
+        epochs.append(torch.randperm(num_examples, generator=generator))
+
+    return torch.cat(epochs)[:num_drawn].view(plan.num_steps, plan.size)
+
+
+def _cut_steps(batcher: Batcher, examples_by_step: Tensor) -> list[list[MicroBatchSpec]]:
+    """All ranks' micro batches, by step."""
+    return [batcher.cut(step, examples) for step, examples in enumerate(examples_by_step.tolist())]
+
+
+def _own_micro_batches(
+    specs_by_step: Sequence[Sequence[MicroBatchSpec]], *, rank: int, world_size: int
+) -> list[MicroBatchSpec]:
+    """A rank's micro batches of all steps: numbers rank, rank + world_size, ... of each step."""
+    own: list[MicroBatchSpec] = []
+    for specs in specs_by_step:
+        own += specs[rank::world_size]
+    return own
+
+
+def _count_tokens(
+    lengths: Tensor, examples_by_step: Tensor, specs_by_step: Sequence[Sequence[MicroBatchSpec]]
+) -> list[int]:
+    """Tokens of each step on all ranks, after expansion by the reducer that each micro batch has."""
+    totals = []
+    for examples, specs in zip(examples_by_step, specs_by_step, strict=True):
+        # Counted with the first reducer, then corrected: examples that are not run are in no micro batch.
+        total = int(lengths[0, examples].sum())
+        for spec in specs:
+            if spec.reducer:
+                difference = lengths[spec.reducer, spec.examples] - lengths[0, spec.examples]
+                total += int(difference.sum())
+        totals.append(total)
+    return totals
 
 
 @contextmanager
 def explain_workers() -> Iterator[None]:
-    """Around what waits for workers, or may be interrupted by the end of one: their faults come out as UserError."""
+    """Turn faults of data workers into UserError.
+
+    Put it around whatever waits for workers, and around whatever runs beside them: the end of a worker can interrupt it.
+    """
     try:
         yield
     except (UserError, RuntimeError) as error:
         if isinstance(error, UserError):
-            message = (
-                str(error).rsplit("UserError: ", 1)[-1].strip()
-            )  # a worker's comes with its traceback in the message
+            # The message of an error from a worker holds the worker's traceback.
+            message = str(error).rsplit("UserError: ", 1)[-1].strip()
         elif "DataLoader worker" in str(error):
             message = (
                 f"a process that loads data was ended from outside, mostly because memory ran out ({str(error).strip()}); "
@@ -218,25 +269,37 @@ def explain_workers() -> Iterator[None]:
             )
         else:
             raise
-        traceback.clear_frames(
-            error.__traceback__
-        )  # they hold torch's loader, which takes its workers along when it goes
+
+        # The frames hold torch's loader. Once it is freed, its workers end.
+        traceback.clear_frames(error.__traceback__)
         raise UserError(message) from None
 
 
-def loader(batches: MicroBatches, *, first: int, num_workers: int) -> Iterator[MicroBatch]:
-    """Micro batches from step `first` on, made by `num_workers` processes of one thread each (0: by this one).
+def usable_workers(num_workers: int) -> int:
+    """The number of data workers, but no more than the CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(num_workers, len(os.sched_getaffinity(0)))
+    return min(num_workers, os.cpu_count() or 1)
 
-    Each worker is two batches ahead, which lie in shared memory; pinned, where there is a GPU.
+
+def loader(batches: MicroBatches, *, first: int, num_workers: int) -> Iterator[MicroBatch]:
+    """Micro batches from step `first` on, built by worker processes of one thread each, or by this one if there are none.
+
+    Each worker works two batches ahead. They lie in shared memory, which is pinned if there is a GPU.
+
+    Args:
+        batches: the micro batches of this rank.
+        first: the step to begin with.
+        num_workers: worker processes, no more of which are started than there are CPUs.
 
     Raises:
-        UserError: a picture or video that can't be read any more, or a worker that the system has ended.
+        UserError: an image or video can't be read any more, or the system has ended a worker.
     """
     with explain_workers():
         yield from DataLoader(
             batches,
             batch_size=None,
-            sampler=range(batches.num_before(first), len(batches)),
-            num_workers=num_workers,
+            sampler=range(batches.first_index(first), len(batches)),
+            num_workers=usable_workers(num_workers),
             pin_memory=torch.cuda.is_available(),
         )

@@ -1,113 +1,115 @@
-"""Which tokens of the rows have to be run, and which rows share a micro batch of packed tokens."""
+"""Which tokens of an example have to be run, and which examples share a micro batch of packed tokens."""
 
 from collections.abc import Sequence
-from itertools import count
 from typing import NamedTuple
 
 import numpy as np
 
-from data.examples.tokens import Example, Examples
+from data.examples.tokens import Examples, FlatTokens
 from vzip.templates.encode import IGNORED
 
 
-class FlatTokens(NamedTuple):
-    """All rows' ids and labels, one row behind the other."""
+def num_tail_tokens(tokens: FlatTokens, placeholders: Sequence[int]) -> np.ndarray:
+    """int64[examples]: tokens at the end of each example whose output no loss needs.
 
-    ids: np.ndarray
-    labels: np.ndarray
-    starts: np.ndarray
-    stops: np.ndarray
+    These are the last label, which nothing is predicted from, and everything behind it. Tokens of images and videos are
+    always run, so the tail begins behind the last of them.
 
-    @classmethod
-    def of(cls, examples: Sequence[Example]) -> "FlatTokens":
-        if isinstance(examples, Examples):
-            return cls(*examples.flat())
-        stops = np.cumsum([len(example.ids) for example in examples])
-        ids, labels = (
-            np.concatenate([getattr(example, name) for example in examples]) for name in ("ids", "labels")
-        )
-        return cls(ids, labels, np.concatenate([[0], stops[:-1]]), stops)
-
-    def first(self, where: np.ndarray) -> np.ndarray:
-        """int64[rows]: place in its row of each row's first token for which `where` holds; the row's length without one."""
-        places = np.append(np.flatnonzero(where), len(where))
-        found: np.ndarray = np.minimum(places[np.searchsorted(places, self.starts)], self.stops) - self.starts
-        return found
-
-    def last(self, where: np.ndarray) -> np.ndarray:
-        """int64[rows]: place in its row of the last such token; negative if there is none."""
-        places = np.append(-1, np.flatnonzero(where))
-        found: np.ndarray = places[np.searchsorted(places, self.stops) - 1] - self.starts
-        return found
-
-
-def num_tail_tokens(examples: Sequence[Example], placeholders: Sequence[int]) -> np.ndarray:
-    """int64[rows]: tokens at the end of each row whose output nothing needs: the last label, and what stands behind it.
-
-    Tokens of images, by their ids `placeholders`, are always run.
+    Args:
+        tokens: the examples.
+        placeholders: ids of the tokens that stand for images and videos.
     """
-    rows = FlatTokens.of(examples)
-    ends = np.maximum(rows.last(rows.labels != IGNORED), rows.last(np.isin(rows.ids, placeholders)) + 1)
-    tails: np.ndarray = rows.stops - rows.starts - ends
+    last_label = tokens.last(tokens.labels != IGNORED)
+    behind_last_medium = tokens.last(np.isin(tokens.ids, placeholders)) + 1
+    tails: np.ndarray = tokens.lengths - np.maximum(last_label, behind_last_medium)
     return tails
 
 
-def shared_prefix(examples: Sequence[Example], placeholders: Sequence[int]) -> list[int]:
-    """The ids that all rows with images begin with, up to the first image; none of them, nor the next one, is a label."""
-    rows = FlatTokens.of(examples)
-    images = rows.first(np.isin(rows.ids, placeholders))
-    has_gradient = images < rows.stops - rows.starts
-    if not has_gradient.any():
+def shared_prefix(examples: Examples, placeholders: Sequence[int]) -> list[int]:
+    """The ids that all examples with images or videos begin with, up to the first placeholder.
+
+    Neither a token of the prefix nor the one behind it is a label, so no loss needs the output of the prefix.
+
+    Args:
+        examples: the examples of a run.
+        placeholders: ids of the tokens that stand for images and videos.
+    """
+    tokens = examples.flat_tokens()
+    first_medium = tokens.first(np.isin(tokens.ids, placeholders))
+    first_label = tokens.first(tokens.labels != IGNORED)
+
+    has_media = first_medium < tokens.lengths
+    if not has_media.any():
         return []
-    limit = int(np.minimum(images, rows.first(rows.labels != IGNORED) - 1)[has_gradient].min())
-    starts, prefix = rows.starts[has_gradient], []
-    for place in range(limit):
-        found = rows.ids[starts + place]
-        if (found != found[0]).any():
+
+    limit = int(np.minimum(first_medium, first_label - 1)[has_media].min())
+    starts = tokens.starts[has_media]
+    prefix: list[int] = []
+    for position in range(limit):
+        ids = tokens.ids[starts + position]
+        if (ids != ids[0]).any():
             break
-        prefix.append(int(found[0]))
+        prefix.append(int(ids[0]))
+
     return prefix
 
 
 class MicroBatchSpec(NamedTuple):
-    """Rows of one micro batch."""
+    """Which examples make up a micro batch."""
 
-    rows: list[int]
+    examples: list[int]
+    """Numbers of the examples."""
     reducer: int = 0
-    """By which their placeholders are counted, where there are several."""
+    """Number of the reducer that their images and videos go through, where a run has several."""
 
 
 def pack(
-    rows: Sequence[int], lengths: np.ndarray, *, tokens: int, world_size: int, seed: Sequence[int]
+    examples: Sequence[int], lengths: np.ndarray, *, tokens: int, world_size: int, seed: Sequence[int]
 ) -> list[MicroBatchSpec]:
-    """The rows in micro batches of at most `tokens` tokens and of like size, few of them, and as many on each rank.
+    """Share examples out among micro batches: as few as possible, similar in size, the same number on every rank.
 
-    Longest first, each row goes where there are the fewest tokens. A row of more than `tokens` tokens is alone.
+    The longest example comes first, and each one goes into the micro batch that then has the fewest tokens. An example
+    of more than `tokens` tokens has a micro batch of its own.
 
     Args:
-        rows: row numbers.
-        lengths: int64[reducers, all rows], tokens of each row under each reducer. With several, one is drawn for each micro
-            batch.
-        tokens: of a micro batch.
-        world_size: ranks, which take turns.
-        seed: of the draws.
+        examples: numbers of the examples to pack.
+        lengths: int64[reducers, all examples], tokens of each example with each reducer. If there are several reducers,
+            one is drawn for each micro batch.
+        tokens: tokens that a micro batch may have.
+        world_size: number of ranks, which take micro batches in turn.
+        seed: integers that the reducers are drawn from.
     """
-    longest_first = sorted(rows, key=lambda row: (-lengths[:, row].max(), row))
-    least = int(lengths[:, rows].min(axis=0).clip(max=tokens).sum())
-    for num_rounds in count(max(1, -(-least // (tokens * world_size)))):
-        num_parts = num_rounds * world_size
-        reducers = np.random.default_rng([number % 2**32 for number in seed]).integers(
-            len(lengths), size=num_parts
-        )
-        parts, loads = (
-            [MicroBatchSpec([], int(reducer)) for reducer in reducers],
-            np.zeros(num_parts, dtype=np.int64),
-        )
-        for row in longest_first:
-            after = loads + lengths[reducers, row]
-            place = int(after.argmin())
-            loads[place] = after[place]
-            parts[place].rows.append(row)
-        if all(load <= tokens or len(part.rows) == 1 for load, part in zip(loads, parts, strict=True)):
-            return parts
-    raise AssertionError
+    longest_first = sorted(examples, key=lambda example: (-lengths[:, example].max(), example))
+
+    # No packing needs fewer rounds than the tokens fill, whichever reducers are drawn.
+    fewest_tokens = int(lengths[:, examples].min(axis=0).clip(max=tokens).sum())
+    num_rounds = max(1, -(-fewest_tokens // (tokens * world_size)))
+
+    while True:
+        generator = np.random.default_rng([number % 2**32 for number in seed])
+        reducers = generator.integers(len(lengths), size=num_rounds * world_size)
+        specs, num_tokens = _fill(longest_first, lengths, reducers)
+
+        fits = [
+            total <= tokens or len(spec.examples) == 1 for spec, total in zip(specs, num_tokens, strict=True)
+        ]
+        if all(fits):
+            return specs
+
+        num_rounds += 1
+
+
+def _fill(
+    examples: Sequence[int], lengths: np.ndarray, reducers: np.ndarray
+) -> tuple[list[MicroBatchSpec], np.ndarray]:
+    """(micro batches, their tokens int64[micro batches]): one micro batch per entry of `reducers`, filled evenly."""
+    specs = [MicroBatchSpec([], int(reducer)) for reducer in reducers]
+    num_tokens = np.zeros(len(specs), dtype=np.int64)
+
+    for example in examples:
+        after = num_tokens + lengths[reducers, example]
+        emptiest = int(after.argmin())
+        num_tokens[emptiest] = after[emptiest]
+        specs[emptiest].examples.append(example)
+
+    return specs, num_tokens

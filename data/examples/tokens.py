@@ -1,13 +1,13 @@
-"""From rows to token ids and labels, made once into memory-mapped arrays."""
+"""Training examples as token ids and labels: written once as columns of an Arrow file, memory-mapped from then on."""
 
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +15,12 @@ import pyarrow as pa
 from data.conversations import Conversation
 from data.examples.arrow import read_arrow, write_arrow
 from vzip import UserError
-from vzip.media import MEDIA_INPUTS
+from vzip.media import KINDS
 from vzip.templates.encode import IGNORED, IMAGE, VIDEO, Template, encode
 
 VERSION = 1
-"""Of what is written: raise it when this file, or `run_vision_tower`, makes something else of the same rows."""
+"""Version of the written columns. Raise it when this file or `encode` writes something else for the same conversations."""
+
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -33,142 +34,232 @@ SCHEMA = pa.schema(
         "num_videos": pa.int32(),
         "num_tokens": pa.int32(),
         "num_labels": pa.int32(),
-        "num_whole_tokens": pa.int32(),  # before the row was cut
+        "num_whole_tokens": pa.int32(),  # before the conversation was cut
         "num_whole_labels": pa.int32(),
     }
 )
+"""Columns of the file, one row for each conversation of the subset."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenized row: one placeholder id an image or video, not yet expanded."""
+    """A tokenized conversation. Each image or video is still one placeholder id, not yet expanded."""
 
     ids: list[int]
     labels: list[int]
     media: dict[str, tuple[Path, ...]]
-    """Its images and its videos, by kind; a kind that it has not is left out."""
+    """Paths of its images and videos by kind. A kind that does not occur has no entry."""
     sizes: tuple[tuple[int, int], ...] = ()
-    """(height, width) in pixels of each of its images, upright; empty where they are not known."""
+    """(height, width) in pixels of each image, upright. Empty if they are not known."""
     index: int = -1
-    """Its number in the subset; -1 where it belongs to none."""
+    """Its number among the examples of the subset. -1 if it belongs to no subset."""
 
     @property
     def num_labels(self) -> int:
         return sum(label != IGNORED for label in self.labels)
 
 
-def example_of(ids: list[int], labels: list[int], row: Conversation, tokenizer: Any, folder: Path) -> Example:
-    """The example with as many of the row's images and videos as `ids` has placeholders."""
+def example_of(
+    ids: list[int], labels: list[int], conversation: Conversation, tokenizer: Any, folder: Path
+) -> Example:
+    """Build an example with as many of the conversation's images and videos as `ids` has placeholders."""
     media = {}
-    for kind, token, paths in (("image", IMAGE, row.images), ("video", VIDEO, row.videos)):
-        if paths and (count := ids.count(tokenizer.convert_tokens_to_ids(token))):
-            media[kind] = tuple(folder / path for path in paths[:count])
+    for kind, token, paths in (("image", IMAGE, conversation.images), ("video", VIDEO, conversation.videos)):
+        # The placeholder of videos is looked up only if there are any: not every tokenizer has one.
+        if not paths:
+            continue
+
+        num_placeholders = ids.count(tokenizer.convert_tokens_to_ids(token))
+        if num_placeholders:
+            media[kind] = tuple(folder / path for path in paths[:num_placeholders])
+
     return Example(ids, labels, media)
 
 
-def kinds_of(examples: Sequence[Example]) -> tuple[str, ...]:
-    """Kinds of media that the rows hold, images first; images where they hold none."""
-    found = {kind for example in examples for kind in example.media}
-    return tuple(kind for kind in MEDIA_INPUTS if kind in found) or ("image",)
+def _ordered_kinds(present: set[str]) -> tuple[str, ...]:
+    """The kinds of media that are present, images first. Text alone counts as a model's usual kind, images."""
+    return tuple(kind for kind in KINDS if kind in present) or ("image",)
+
+
+def kinds_of(examples: Iterable[Example]) -> tuple[str, ...]:
+    """Kinds of media that some examples have, images first. Only images if none has any."""
+    present: set[str] = set()
+    for example in examples:
+        present.update(example.media)
+
+    return _ordered_kinds(present)
+
+
+class FlatTokens(NamedTuple):
+    """Token ids and labels of many examples in two long arrays, one example behind the other."""
+
+    ids: np.ndarray
+    """int32[tokens]."""
+    labels: np.ndarray
+    """int32[tokens]."""
+    starts: np.ndarray
+    """int64[examples]: where each example begins."""
+    stops: np.ndarray
+    """int64[examples]: where each example ends. Between two examples there may be tokens that belong to none."""
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[list[int], list[int]]]) -> Self:
+        """Join the (ids, labels) of some examples."""
+        ids = np.concatenate([np.array(ids) for ids, _ in pairs])
+        labels = np.concatenate([np.array(labels) for _, labels in pairs])
+        stops = np.cumsum([len(ids) for ids, _ in pairs])
+        starts = np.concatenate([[0], stops[:-1]])
+        return cls(ids, labels, starts, stops)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64[examples]: tokens of each example."""
+        lengths: np.ndarray = self.stops - self.starts
+        return lengths
+
+    def first(self, matches: np.ndarray) -> np.ndarray:
+        """int64[examples]: position, in each example, of its first token with `matches`. Its length if it has none.
+
+        Args:
+            matches: bool[tokens].
+        """
+        # A match behind all tokens stands for "no match": it is cut down to the example's end.
+        positions = np.append(np.flatnonzero(matches), len(matches))
+        at_or_after_start = positions[np.searchsorted(positions, self.starts)]
+        first: np.ndarray = np.minimum(at_or_after_start, self.stops) - self.starts
+        return first
+
+    def last(self, matches: np.ndarray) -> np.ndarray:
+        """int64[examples]: position, in each example, of its last token with `matches`. Negative if it has none.
+
+        Args:
+            matches: bool[tokens].
+        """
+        # A match before all tokens stands for "no match", as does one that belongs to an earlier example.
+        positions = np.append(-1, np.flatnonzero(matches))
+        before_stop = positions[np.searchsorted(positions, self.stops) - 1]
+        last: np.ndarray = before_stop - self.starts
+        return last
 
 
 class Examples(Sequence[Example]):
-    """Tokenized rows, memory-mapped: opened at once, and one copy for all ranks and workers of a machine.
+    """Tokenized conversations in columns: opened at once, and one copy serves all ranks and workers of a machine.
 
-    Rows that the cut left without a label are not among them.
+    A conversation that the cut left without a label is not an example. It has a row in `table`, but is skipped here.
 
     Args:
-        path: of the file that `tokenized` wrote.
-        folder: of the images and videos.
+        table: the columns of `SCHEMA`.
+        folder: the folder that the paths of images and videos are relative to.
+        path: the file that `table` is mapped from. None for a table in memory.
     """
 
-    def __init__(self, path: Path, folder: Path) -> None:
-        self.path, self.folder = path, folder
+    def __init__(self, table: pa.Table, folder: Path, *, path: Path | None = None) -> None:
+        self.table = table
+        self.folder = folder
+        self.path = path
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            "folder": self.folder,
-        }  # workers that are not forked map the file themselves
+    @classmethod
+    def open(cls, path: Path, folder: Path) -> Self:
+        """Map a file that `write_tokens` wrote. Raises UserError if it is damaged."""
+        return cls(read_arrow(path), folder, path=path)
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> Self:
+        """Keep examples in memory, without a file. Those without a label are dropped."""
+        records = [_record(example, whole_labels=example.labels) for example in examples]
+        return cls(pa.Table.from_pylist(records, SCHEMA), folder=Path())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Workers that are not forked map the file themselves, instead of getting a copy of its content.
+        if self.path is not None:
+            return Examples.open, (self.path, self.folder)
+        return Examples, (self.table, self.folder)
 
     @cached_property
-    def table(self) -> pa.Table:
-        """All rows, also those without a label, see `SCHEMA`."""
-        return read_arrow(self.path)
-
-    def column(self, name: str) -> np.ndarray:
-        """int32[rows]: a column of numbers, of the rows that are examples."""
-        values: np.ndarray = self.table[name].to_numpy()
-        return values[self._positions]
-
-    @cached_property
-    def _positions(self) -> np.ndarray:
+    def _rows(self) -> np.ndarray:
+        """int64[examples]: row of each example in the table."""
         return np.flatnonzero(self.table["num_labels"].to_numpy())
 
-    def flat(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Ids and labels of all rows, one behind the other, and where each example begins and ends among them."""
-        ids, labels = (self.table[name].combine_chunks() for name in ("ids", "labels"))
-        starts = ids.offsets.to_numpy().astype(np.int64)
-        values = (column.values.to_numpy() for column in (ids, labels))
-        return *values, starts[self._positions], starts[self._positions + 1]
+    def column(self, name: str) -> np.ndarray:
+        """A column of the examples: int32[examples] for numbers, an array of arrays for lists."""
+        values: np.ndarray = self.table[name].to_numpy()
+        return values[self._rows]
+
+    def flat_tokens(self) -> FlatTokens:
+        """Token ids and labels of all examples."""
+        ids = self.table["ids"].combine_chunks()
+        labels = self.table["labels"].combine_chunks()
+        offsets = ids.offsets.to_numpy().astype(np.int64)
+        return FlatTokens(
+            ids.values.to_numpy(),
+            labels.values.to_numpy(),
+            starts=offsets[self._rows],
+            stops=offsets[self._rows + 1],
+        )
 
     @cached_property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of media that the rows hold, images first; images where they hold none."""
-        found = [kind for kind in MEDIA_INPUTS if (self.column(f"num_{kind}s") > 0).any()]
-        return tuple(found) or ("image",)
+        """Kinds of media that the examples have, images first. Only images if none has any."""
+        return _ordered_kinds({kind for kind in KINDS if (self.column(f"num_{kind}s") > 0).any()})
 
     def __len__(self) -> int:
-        return len(self._positions)
+        return len(self._rows)
 
     def __getitem__(self, index: Any) -> Example:
-        position = int(self._positions[index])
-        row = {
-            name: self.table[name][position].values for name in ("ids", "labels", "images", "videos", "sizes")
-        }
-        media = {"image": row["images"].to_pylist(), "video": row["videos"].to_pylist()}
+        row = int(self._rows[index])
+
+        media = {}
+        for kind in KINDS:
+            paths = self.table[f"{kind}s"][row].as_py()
+            if paths:
+                media[kind] = tuple(self.folder / path for path in paths)
+
         return Example(
-            ids=row["ids"].to_numpy().tolist(),
-            labels=row["labels"].to_numpy().tolist(),
-            media={
-                kind: tuple(self.folder / path for path in paths) for kind, paths in media.items() if paths
-            },
-            sizes=tuple(map(tuple, row["sizes"].to_numpy().reshape(-1, 2).tolist())),
+            ids=self.table["ids"][row].values.to_numpy().tolist(),
+            labels=self.table["labels"][row].values.to_numpy().tolist(),
+            media=media,
+            sizes=pairs_of_sides(self.table["sizes"][row].values.to_numpy()),
             index=int(index),
         )
 
 
+def pairs_of_sides(sides: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """(height, width) of each image, from an entry of the column "sizes"."""
+    return tuple((height, width) for height, width in sides.reshape(-1, 2).tolist())
+
+
 def _record(
-    row: Conversation,
-    ids: list[int],
-    labels: list[int],
-    *,
-    tokenizer: Any,
-    max_tokens: int,
-    sizes: Mapping[str, Any],
+    example: Example, *, name: str = "", source: str = "", whole_labels: Sequence[int]
 ) -> dict[str, Any]:
-    """A row of the file: the row cut at `max_tokens` text tokens, as LLaVA cuts it."""
-    example = example_of(ids[:max_tokens], labels[:max_tokens], row, tokenizer, Path())
-    images, videos = ([str(path) for path in example.media.get(kind, ())] for kind in ("image", "video"))
+    """One row of the table.
+
+    Args:
+        example: the example, after the cut.
+        name: the conversation's id.
+        source: the conversation's source.
+        whole_labels: its labels before the cut.
+    """
+    images = [str(path) for path in example.media.get("image", ())]
+    videos = [str(path) for path in example.media.get("video", ())]
     return {
-        "id": row.id,
-        "source": row.source,
+        "id": name,
+        "source": source,
         "ids": example.ids,
         "labels": example.labels,
         "images": images,
         "videos": videos,
-        "sizes": [side for path in images for side in sizes[path]],
+        "sizes": [side for size in example.sizes for side in size],
         "num_images": len(images),
         "num_videos": len(videos),
         "num_tokens": len(example.ids),
         "num_labels": example.num_labels,
-        "num_whole_tokens": len(ids),
-        "num_whole_labels": sum(label != IGNORED for label in labels),
+        "num_whole_tokens": len(whole_labels),
+        "num_whole_labels": sum(label != IGNORED for label in whole_labels),
     }
 
 
-def _fingerprint(tokenizer: Any) -> str:
-    """sha256 of everything that a tokenizer saves of itself."""
+def _tokenizer_fingerprint(tokenizer: Any) -> str:
+    """sha256 of all files that the tokenizer saves."""
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -178,13 +269,13 @@ def _fingerprint(tokenizer: Any) -> str:
 
 
 def tokens_key(template: Template, tokenizer: Any, *, max_tokens: int, digest: str) -> str:
-    """What the arrays depend on, as a short hash: `digest` is that of the rows."""
-    what = [VERSION, repr(template), _fingerprint(tokenizer), max_tokens, digest]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+    """A short hash of everything that the token ids depend on. `digest` is that of the conversations."""
+    dependencies = [VERSION, repr(template), _tokenizer_fingerprint(tokenizer), max_tokens, digest]
+    return hashlib.sha256(json.dumps(dependencies).encode()).hexdigest()[:12]
 
 
 def write_tokens(
-    rows: Iterable[Conversation],
+    conversations: Iterable[Conversation],
     template: Template,
     tokenizer: Any,
     target: Path,
@@ -192,29 +283,47 @@ def write_tokens(
     max_tokens: int,
     sizes: Mapping[str, Any],
 ) -> None:
-    """Write the rows' ids and labels to `target`, beside its place first.
+    """Tokenize conversations and write them to `target`, whole or not at all.
 
     Args:
-        rows: in the order of the examples.
+        conversations: in the order of the examples.
         template: the model's training format.
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         target: the file.
-        max_tokens: text tokens at which a row is cut.
-        sizes: (height, width) of every image, by its path in the rows.
+        max_tokens: text tokens at which a conversation is cut, as LLaVA does.
+        sizes: (height, width) of every image, by its path in the conversations.
 
     Raises:
-        UserError: a row that the template or the tokenizer does not take, by its id.
+        UserError: the template or the tokenizer does not take a conversation, which the message names by its id.
     """
 
-    def record(row: Conversation) -> dict[str, Any]:
-        try:
-            ids, labels = encode(template, tokenizer, row.turns)
-        except UserError as error:
-            raise UserError(f"row {row.id}: {error}") from error
-        if unknown := [path for path in row.images if path not in sizes]:
-            raise UserError(
-                f"row {row.id}: nothing is recorded of {unknown[0]}; run `make data` again, which looks at it"
-            )
-        return _record(row, ids, labels, tokenizer=tokenizer, max_tokens=max_tokens, sizes=sizes)
+    def records() -> Iterator[dict[str, Any]]:
+        for conversation in conversations:
+            ids, labels = _encode(conversation, template, tokenizer)
+            cut = example_of(ids[:max_tokens], labels[:max_tokens], conversation, tokenizer, Path())
+            example = Example(cut.ids, cut.labels, cut.media, sizes=_sizes_of(conversation, cut, sizes))
+            yield _record(example, name=conversation.id, source=conversation.source, whole_labels=labels)
 
-    write_arrow(map(record, rows), SCHEMA, target)
+    write_arrow(records(), SCHEMA, target)
+
+
+def _encode(conversation: Conversation, template: Template, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a whole conversation. Raises UserError, with its id, if it can't be encoded."""
+    try:
+        return encode(template, tokenizer, conversation.turns)
+    except UserError as error:
+        raise UserError(f"example {conversation.id}: {error}") from error
+
+
+def _sizes_of(
+    conversation: Conversation, example: Example, sizes: Mapping[str, Any]
+) -> tuple[tuple[int, int], ...]:
+    """Sizes of the example's images. Raises UserError if one of the conversation's images was never looked at."""
+    for path in conversation.images:
+        if path not in sizes:
+            raise UserError(
+                f"example {conversation.id}: nothing is recorded about {path}; "
+                f"run `make data` again, which looks at it"
+            )
+
+    return tuple(tuple(sizes[str(path)]) for path in example.media.get("image", ()))

@@ -182,11 +182,11 @@ def pictures_per_s(batches: MicroBatches, *, num_workers: int, seconds: float, r
 def first_batch(tokens: Path, pictures: Path, collate: Collator) -> tuple[MicroBatches, dict[str, float]]:
     """(micro batches, seconds) from opening the token arrays to the order of an epoch, and to the first micro batch."""
     start = time.perf_counter()
-    examples = Examples(tokens, pictures)
+    examples = Examples.open(tokens, pictures)
     plan = BatchPlan(size=GLOBAL, world_size=1, num_steps=len(examples) // GLOBAL, seed=0)
     prefix = shared_prefix(examples, [collate.family.placeholder_id(kind) for kind in collate.kinds])
     packer, has_gradient = Packer(collate, num_prefix=len(prefix)), has_media(examples)
-    layout = PackedBatcher(
+    batcher = PackedBatcher(
         [packer],
         examples,
         plan,
@@ -194,7 +194,7 @@ def first_batch(tokens: Path, pictures: Path, collate: Collator) -> tuple[MicroB
         num_run=packer.lengths(examples)[None],
         has_gradient=has_gradient,
     )
-    batches = MicroBatches(layout, plan, rank=0, has_gradient=has_gradient)
+    batches = MicroBatches(batcher, plan, rank=0, has_gradient=has_gradient)
     ordered = time.perf_counter() - start
     next(loader(batches, first=0, num_workers=1))
     return batches, {"order_s": ordered, "first_batch_s": time.perf_counter() - start}
@@ -202,18 +202,19 @@ def first_batch(tokens: Path, pictures: Path, collate: Collator) -> tuple[MicroB
 
 def padding(batches: MicroBatches, collate: Collator) -> dict[str, float]:
     """Share of the token slots of an epoch that are padding where rows are padded: in the drawn order, and as it is done."""
-    layout = PaddedBatcher(collate, batches.layout.examples, batches.plan, micro=MICRO)
+    batcher = PaddedBatcher(collate, batches.batcher.examples, batches.plan, micro=MICRO)
 
     def share(rows: torch.Tensor) -> float:
-        lengths = layout.lengths[0, rows]
+        lengths = batcher.lengths[0, rows]
         return 1 - lengths.sum().item() / (lengths.amax(dim=1).sum().item() * MICRO)
 
-    parts = [
-        part.rows for step, rows in enumerate(batches.rows.tolist()) for part in layout.parts(step, rows)
-    ]
+    micro_batches = []
+    for step, examples in enumerate(batches.examples_by_step.tolist()):
+        micro_batches += [spec.examples for spec in batcher.cut(step, examples)]
+
     return {
-        "padding_drawn": share(batches.rows.view(-1, MICRO)),
-        "padding_ordered": share(torch.tensor(parts)),
+        "padding_drawn": share(batches.examples_by_step.view(-1, MICRO)),
+        "padding_ordered": share(torch.tensor(micro_batches)),
     }
 
 
@@ -245,7 +246,7 @@ def measure_loader(model: str, arguments: argparse.Namespace, folder: Path) -> d
         },
         **stage_times(model, [folder / name for name in sizes], rounds=arguments.rounds),
         "file_kb": statistics.mean((folder / name).stat().st_size for name in sizes) / 1000,
-        "rows": len(batches.layout.examples),
+        "rows": len(batches.batcher.examples),
         "bytes_uint8": num_bytes,
         "bytes_float32": 4 * num_bytes,
         **seconds,

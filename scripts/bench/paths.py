@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from data.batches.collate import MicroBatch, PackedBatch, Packer
-from data.batches.dataset import BatchLayout, BatchPlan, MicroBatches, PackedLayout, PaddedLayout, has_media
+from data.batches.dataset import Batcher, BatchPlan, MicroBatches, PackedBatcher, PaddedBatcher, has_media
 from data.batches.packing import shared_prefix
-from data.examples.tokens import Example
+from data.examples.tokens import Example, Examples
 from scripts.bench.released import eager_copy, released_tokens
 from scripts.bench.shapes import NUM_PREFIX, make_collator
 from train.losses import FastLoss, ReferenceLoss
@@ -105,14 +105,16 @@ class EnginePath:
 
 
 def cut_micro_batches(
-    steps: Sequence[Sequence[Example]], layout: Callable[[Sequence[Example], BatchPlan], BatchLayout]
+    steps: Sequence[Sequence[Example]], make_batcher: Callable[[Examples, BatchPlan], Batcher]
 ) -> list[MicroBatches]:
     """Micro batches of each step's rows."""
-    found = []
-    for seed, examples in enumerate(steps):
+    batches_by_step = []
+    for seed, step in enumerate(steps):
+        examples = Examples.of(step)
         plan = BatchPlan(size=len(examples), world_size=1, num_steps=1, seed=seed)
-        found.append(MicroBatches(layout(examples, plan), plan, rank=0, has_gradient=has_media(examples)))
-    return found
+        batcher = make_batcher(examples, plan)
+        batches_by_step.append(MicroBatches(batcher, plan, rank=0, has_gradient=has_media(examples)))
+    return batches_by_step
 
 
 def make_fast(
@@ -120,27 +122,27 @@ def make_fast(
 ) -> EnginePath:
     """The way that `make tune` takes."""
     collate = make_collator(family, reducer)
-    prefix = shared_prefix([*chain(*steps)], [family.placeholder_id("image")])
+    prefix = shared_prefix(Examples.of(chain(*steps)), [family.placeholder_id("image")])
     packer = Packer(collate, num_prefix=len(prefix))
 
-    def layout(examples: Sequence[Example], plan: BatchPlan) -> BatchLayout:
+    def make_batcher(examples: Examples, plan: BatchPlan) -> Batcher:
         num_run, has_gradient = packer.lengths(examples)[None], has_media(examples)
-        return PackedLayout(
+        return PackedBatcher(
             [packer], examples, plan, tokens=tokens, num_run=num_run, has_gradient=has_gradient
         )
 
     loss = FastLoss(family, [reducer], prefix=prefix, compiled=device.type == "cuda")
-    return EnginePath(loss, cut_micro_batches(steps, layout), device)
+    return EnginePath(loss, cut_micro_batches(steps, make_batcher), device)
 
 
 def make_reference(
     family: Family, reducer: Reducer, steps: Sequence[Sequence[Example]], *, micro: int, device: torch.device
 ) -> EnginePath:
     """The stock way."""
-    layout = partial(PaddedLayout, make_collator(family, reducer), micro=micro)
+    make_batcher = partial(PaddedBatcher, make_collator(family, reducer), micro=micro)
     return EnginePath(
         ReferenceLoss(released(family), reducer, text_has_gradient=False),
-        cut_micro_batches(steps, layout),
+        cut_micro_batches(steps, make_batcher),
         device,
     )
 

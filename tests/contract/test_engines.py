@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.batches.collate import Collator, Packer
-from data.batches.dataset import BatchPlan, MicroBatches, PackedLayout, PaddedLayout, has_media
+from data.batches.dataset import BatchPlan, MicroBatches, PackedBatcher, PaddedBatcher, has_media
 from data.batches.packing import shared_prefix
-from data.examples.tokens import Example
+from data.examples.tokens import Example, Examples
 from tests.helpers import tiny
 from train.losses import FastLoss, ReferenceLoss
 from vzip.families import families, family_of
@@ -68,17 +68,17 @@ def example_of(row, media, index):
     return Example(ids + [2] * behind, labels + [IGNORED] * behind, paths)
 
 
-def gradients(family, loss, layout, plan, has_gradient, step=0):
+def gradients(family, loss, batcher, plan, has_gradient, step=0):
     """Of the projector for a step, and the mean loss shown: summed over the micro batches of all ranks."""
     family.projector.zero_grad()
     shown = 0.0
     for rank in range(plan.world_size):
-        batches = MicroBatches(layout, plan, rank=rank, has_gradient=has_gradient)
-        first = batches.num_before(step)
-        for part in range(first, first + batches.num_parts(step)):
-            total, has_gradient = loss(batches[part])
+        batches = MicroBatches(batcher, plan, rank=rank, has_gradient=has_gradient)
+        first = batches.first_index(step)
+        for part in range(first, first + batches.num_micro_batches(step)):
+            total, reported = loss(batches[part])
             (total / batches.num_labels(step)).backward()
-            shown += float(has_gradient) / max(batches.num_grad_labels(step), 1)
+            shown += float(reported) / max(batches.num_grad_labels(step), 1)
     return torch.cat([parameter.grad.flatten() for parameter in family.projector.parameters()]), shown
 
 
@@ -88,12 +88,12 @@ def both(family, examples, *, reducer, world_size, micro, tokens, recompute):
         BatchPlan(size=len(examples), world_size=ranks, num_steps=1, seed=0) for ranks in (1, world_size)
     )
     kind = next(kind for kind, (model_type, *_) in tiny.KINDS.items() if float64_family(kind) is family)
-    kinds = family.kinds if any("video" in example.media for example in examples) else ("image",)
+    kinds = family.kinds if "video" in examples.kinds else ("image",)
     collate = Collator(tiny.processor(kind), family, reducer, kinds=kinds, num_frames=2)
     prefix = shared_prefix(examples, [family.placeholder_id(kind) for kind in kinds])
     has_gradient, packer = has_media(examples), Packer(collate, num_prefix=len(prefix))
-    padded = PaddedLayout(collate, examples, alone, micro=micro)
-    packed = PackedLayout(
+    padded = PaddedBatcher(collate, examples, alone, micro=micro)
+    packed = PackedBatcher(
         [packer],
         examples,
         plan,
@@ -121,7 +121,7 @@ def both(family, examples, *, reducer, world_size, micro, tokens, recompute):
 def test_any_mixture_of_rows_gives_the_same_gradient(kind, media, data):
     family = float64_family(kind)
     drawn = data.draw(st.lists(rows(family.kinds), min_size=1, max_size=6))
-    examples = [example_of(row, media, index) for index, row in enumerate(drawn)]
+    examples = Examples.of(example_of(row, media, index) for index, row in enumerate(drawn))
     (expected, mean), (found, fast_mean) = both(
         family,
         examples,
@@ -142,7 +142,7 @@ def test_all_families_are_here():
 
 @pytest.mark.parametrize("kind", ["clip", "next"])
 def test_all_tokens_give_the_same_gradient(kind, media):
-    examples = [example_of((0, ["image"], [(3, 4)], 1, first), media, first) for first in range(3)]
+    examples = Examples.of(example_of((0, ["image"], [(3, 4)], 1, first), media, first) for first in range(3))
     settings = {"reducer": Identity(), "world_size": 1, "micro": 2, "tokens": 10_000, "recompute": False}
     (expected, _), (found, _) = both(float64_family(kind), examples, **settings)
     assert torch.linalg.vector_norm(found - expected) <= 1e-10 * torch.linalg.vector_norm(expected)
@@ -157,29 +157,29 @@ def test_fifty_steps_of_both_have_the_same_losses(media):
         REDUCERS[0],
     )
     given = [(index % 3, ["image"] * (index % 4 > 0), [(3 + index, 4)], 1, index % 3) for index in range(8)]
-    examples = [example_of(row, media, index) for index, row in enumerate(given)]
+    examples = Examples.of(example_of(row, media, index) for index, row in enumerate(given))
     collate, plan, has_gradient = (
         Collator(tiny.processor(), family, reducer),
         BatchPlan(4, 1, 50, 0),
         has_media(examples),
     )
     packer = Packer(collate, num_prefix=len(PREFIX))
-    packed = PackedLayout(
+    packed = PackedBatcher(
         [packer], examples, plan, tokens=60, num_run=packer.lengths(examples)[None], has_gradient=has_gradient
     )
     ways = {
         FastLoss(family, [reducer], prefix=PREFIX): packed,
-        ReferenceLoss(family, reducer, text_has_gradient=False): PaddedLayout(
+        ReferenceLoss(family, reducer, text_has_gradient=False): PaddedBatcher(
             collate, examples, plan, micro=2
         ),
     }
     curves = []
-    for loss, layout in ways.items():
+    for loss, batcher in ways.items():
         family.projector.load_state_dict(start)
         family.projector.requires_grad_(True)
         optimizer, curve = torch.optim.AdamW(family.projector.parameters(), lr=1e-2), []
         for step in range(50):
-            curve.append(gradients(family, loss, layout, plan, has_gradient, step)[1])
+            curve.append(gradients(family, loss, batcher, plan, has_gradient, step)[1])
             optimizer.step()
         curves.append(curve)
     assert curves[0] == pytest.approx(curves[1], rel=1e-9)

@@ -39,7 +39,7 @@ def save_video(folder, number):
 
 
 def examples_of(texts, folder):
-    """An example for each text, with a picture or video of its own for each placeholder."""
+    """Examples in memory, one for each text, with a picture or video of its own for each placeholder."""
     examples, numbers = [], {"<image>": 0, "<video>": 0}
     for index, text in enumerate(texts):
         ids = tiny.tokenizer()(text)["input_ids"]
@@ -53,7 +53,7 @@ def examples_of(texts, folder):
                 sizes = tuple(SIZES[number % len(SIZES)] for number in range(first, first + count))
         labels = [*[IGNORED] * (len(ids) - NUM_LABELS), *ids[-NUM_LABELS:]]
         examples.append(Example(ids, labels, media, sizes=sizes, index=index))
-    return examples
+    return Examples.of(examples)
 
 
 def tokenized(rows, template, folder, *, max_tokens=2048, sizes=None):
@@ -61,7 +61,7 @@ def tokenized(rows, template, folder, *, max_tokens=2048, sizes=None):
     target = folder / "tokens.arrow"
     sizes = sizes or {path: (tiny.SIDE, tiny.SIDE) for row in rows for path in row.images}
     write_tokens(rows, template, tiny.tokenizer(), target, max_tokens=max_tokens, sizes=sizes)
-    return Examples(target, folder)
+    return Examples.open(target, folder)
 
 
 def padded(examples, collate, *, micro, num_steps, accumulation=1, world_size=1, seed=0, rank=0):

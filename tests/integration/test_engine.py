@@ -15,6 +15,7 @@ import vzip
 from data.batches.collate import Collator
 from data.batches.dataset import BatchPlan, has_media
 from data.examples.prepare import Selection, prepare
+from data.examples.tokens import Examples
 from tests.conftest import ROOT
 from tests.helpers import tiny
 from train import config
@@ -43,7 +44,7 @@ def examples(data_folder):
     subset = prepare(
         Selection(path=str(data_folder / "train.json"), image_folder=str(data_folder / "images"))
     )
-    return list(subset.examples(vicuna(), tiny.tokenizer(), max_tokens=2048))
+    return subset.examples(vicuna(), tiny.tokenizer(), max_tokens=2048)
 
 
 ENGINES = pytest.mark.parametrize("engine", ["reference", "fast"])
@@ -64,7 +65,7 @@ def engine_on(cfg, model, examples, *settings):
 
 def take_step(engine, batches, step, *, lr):
     """(loss, gradient norm) of a step."""
-    parts = [batches[batches.num_before(step) + part] for part in range(batches.num_parts(step))]
+    parts = [batches[batches.first_index(step) + part] for part in range(batches.num_micro_batches(step))]
     labels = {"num_labels": batches.num_labels(step), "num_taught_labels": batches.num_grad_labels(step)}
     return engine.step(parts, lr=lr, **labels)
 
@@ -83,7 +84,7 @@ def test_steps_move_the_projector_alone(cfg, examples, engine):
     model = engine.family.model
     frozen, tuned = digests(model, projector=False), digests(model, projector=True)
     for step in range(4):
-        assert batches.num_parts(step) > 1
+        assert batches.num_micro_batches(step) > 1
         take_step(engine, batches, step, lr=1e-2)
     assert digests(model, projector=False) == frozen
     after = digests(model, projector=True)
@@ -92,7 +93,7 @@ def test_steps_move_the_projector_alone(cfg, examples, engine):
 
 def mixed_step(batches):
     """A step with rows that teach the projector, and with a row of text, which does not."""
-    media = has_media(batches.layout.examples)[batches.rows]
+    media = has_media(batches.batcher.examples)[batches.examples_by_step]
     return (media.any(dim=1) & ~media.all(dim=1)).nonzero()[0].item()
 
 
@@ -112,7 +113,9 @@ def test_loss_and_gradient_are_the_plain_models(cfg, examples, cut):
     engine, batches, collate = engine_on(cfg, model, examples, *cut.split())
     before = {name: value.detach().clone() for name, value in engine.trainable.parameters.items()}
     step = mixed_step(batches)
-    assert (batches.num_parts(step) == 1) == (cut in ("engine=reference batch.micro=8", "engine=fast"))
+    assert (batches.num_micro_batches(step) == 1) == (
+        cut in ("engine=reference batch.micro=8", "engine=fast")
+    )
     loss, norm = take_step(engine, batches, step, lr=0.0)
     assert all(torch.equal(value, before[name]) for name, value in engine.trainable.parameters.items())
 
@@ -130,7 +133,7 @@ def test_loss_and_gradient_are_the_plain_models(cfg, examples, cut):
             **media_inputs(whole, "image", torch.float32),
         ).loss
 
-    rows = [examples[row] for row in batches.rows[step].tolist()]
+    rows = [examples[row] for row in batches.examples_by_step[step].tolist()]
     plain_loss(rows).backward()  # all rows of the batch, those of text too
     gradients = [value.grad for value in model.model.multi_modal_projector.parameters()]
     assert loss == pytest.approx(
@@ -141,7 +144,7 @@ def test_loss_and_gradient_are_the_plain_models(cfg, examples, cut):
 
 @ENGINES
 def test_text_alone_is_a_step_of_zero_gradient(cfg, examples, engine):
-    mixed = [example for example in examples if not example.media] + examples[-1:]
+    mixed = Examples.of([*(example for example in examples if not example.media), examples[-1]])
     engine, batches, _ = engine_on(
         cfg, tiny.llava(), mixed, f"engine={engine}", "batch.size=1", "batch.micro=1"
     )

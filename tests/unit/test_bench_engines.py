@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data.batches.packing import shared_prefix
+from data.examples.tokens import Examples
 from scripts.bench import step as bench
 from scripts.bench.paths import make_fast, make_reference
 from scripts.bench.shapes import (
@@ -118,7 +119,7 @@ def test_rows_have_the_recorded_lengths_and_the_mix_of_them(family):
             sum(a == IGNORED != b for a, b in zip(row.labels, row.labels[1:], strict=False)) for row in rows
         ]
         assert {2, 3} <= set(starts) <= {1, 2, 3}
-    assert len(shared_prefix([*steps[0], *steps[1]], [image_id])) == NUM_PREFIX
+    assert len(shared_prefix(Examples.of([*steps[0], *steps[1]]), [image_id])) == NUM_PREFIX
     assert steps == make_steps(family, num_steps=2, num_examples=128)
 
 
@@ -144,7 +145,7 @@ def test_tiles_are_counted():
     batch = collate(rows)
     assert batch.num_placeholders == {"image": 4 * 35}
     assert batch.media["image"]["pixel_values"].shape[:2] == (4, 5)
-    assert (collate.lengths(rows) == batch.attention_mask.sum(dim=1)).all()
+    assert (collate.lengths(Examples.of(rows)) == batch.attention_mask.sum(dim=1)).all()
 
 
 def test_necessary_operations_are_fewer_than_those_of_whole_rows(family):

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 
 import vzip
 from data.batches.collate import Collator, Packer
-from data.batches.dataset import BatchPlan, MicroBatches, PackedLayout, has_media, loader
+from data.batches.dataset import BatchPlan, MicroBatches, PackedBatcher, has_media, loader
 from data.batches.packing import shared_prefix
 from tests.conftest import ROOT
 from tests.helpers import tiny
@@ -136,7 +136,7 @@ def examples(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def laid_out(family, examples):
-    """(layout, each rank's micro batches, the shared prefix) of 2 ranks, some micro batches a step."""
+    """(batcher, each rank's micro batches, the shared prefix) of 2 ranks, some micro batches a step."""
     return lay_out(family, examples)
 
 
@@ -148,12 +148,12 @@ def lay_out(family, examples):
     ]
     plan, has_gradient = BatchPlan(size=SIZE, world_size=2, num_steps=6, seed=3), has_media(examples)
     num_run = torch.stack([packer.lengths(examples) for packer in packers])
-    layout = PackedLayout(
+    batcher = PackedBatcher(
         packers, examples, plan, tokens=int(num_run.max()) * 2, num_run=num_run, has_gradient=has_gradient
     )
     return (
-        layout,
-        [MicroBatches(layout, plan, rank=rank, has_gradient=has_gradient) for rank in range(2)],
+        batcher,
+        [MicroBatches(batcher, plan, rank=rank, has_gradient=has_gradient) for rank in range(2)],
         prefix,
     )
 
@@ -167,22 +167,22 @@ def projector_gradient(family, losses):
 
 @pytest.mark.parametrize("step", range(3))
 def test_a_steps_gradient_is_the_sum_of_what_each_budgets_rows_give_alone(family, examples, laid_out, step):
-    layout, ranks, prefix = laid_out
+    batcher, ranks, prefix = laid_out
     assert len(prefix) > 0
     fast = FastLoss(family, REDUCERS, prefix=prefix, recompute=False)
-    starts = [batches.num_before(step) for batches in ranks]
+    starts = [batches.first_index(step) for batches in ranks]
     parts = [
         batches[start + n]
         for batches, start in zip(ranks, starts, strict=True)
-        for n in range(batches.num_parts(step))
+        for n in range(batches.num_micro_batches(step))
     ]
     found = projector_gradient(family, [fast(part)[0] for part in parts])
 
     rows_by_reducer = {0: [], 1: []}
-    for part in layout.parts(step, ranks[0].rows[step].tolist()):
-        rows_by_reducer[part.reducer] += part.rows
+    for part in batcher.cut(step, ranks[0].examples_by_step[step].tolist()):
+        rows_by_reducer[part.reducer] += part.examples
     assert all(rows_by_reducer.values()), "both budgets are drawn"
-    run = [row for row in ranks[0].rows[step].tolist() if examples[row].media]
+    run = [row for row in ranks[0].examples_by_step[step].tolist() if examples[row].media]
     assert sorted(rows_by_reducer[0] + rows_by_reducer[1]) == sorted(run)
     alone = []
     for number, rows in rows_by_reducer.items():
@@ -198,7 +198,7 @@ def test_a_resumed_run_draws_the_same_budgets(family, examples, laid_out):
     for batches, again in zip(laid_out[1], lay_out(family, examples)[1], strict=True):
         whole = [part.reducer for part in loader(batches, first=0, num_workers=0)]
         resumed = [part.reducer for part in loader(again, first=3, num_workers=0)]
-        assert resumed == whole[batches.num_before(3) :] and set(whole) == {0, 1}
+        assert resumed == whole[batches.first_index(3) :] and set(whole) == {0, 1}
 
 
 # What a projector was tuned for

@@ -20,9 +20,9 @@ from omegaconf import OmegaConf
 
 import vzip
 from data.batches.collate import Collator, Packer
-from data.batches.dataset import BatchPlan, MicroBatches, PaddedLayout, has_media
+from data.batches.dataset import BatchPlan, MicroBatches, PaddedBatcher, has_media
 from data.batches.packing import shared_prefix
-from data.examples.tokens import Example, kinds_of
+from data.examples.tokens import Example, Examples
 from tests.conftest import ROOT
 from tests.helpers import tiny
 from tests.helpers.rows import IMAGE_ROWS, NUM_FRAMES, NUM_LABELS, VIDEO_ROWS, examples_of, processed, rows_of
@@ -156,16 +156,13 @@ def test_a_global_batch_is_cut_exactly(size, micro, world_size, accumulation):
     plan = config.batch_plan(cfg, num_examples=1000, world_size=world_size)
     assert plan == BatchPlan(size=size, world_size=world_size, num_steps=max(1, round(1000 / size)), seed=5)
 
-    rows, short = (
-        [Example([7] * (1 + number), [7] * (1 + number), {}) for number in range(150)],
-        replace(plan, num_steps=2),
-    )
-    layout = PaddedLayout(
-        Collator(tiny.processor(), family_of(tiny.llava()), Identity()), rows, short, micro=micro
-    )
+    examples = Examples.of(Example([7] * length, [7] * length, {}) for length in range(1, 151))
+    short = replace(plan, num_steps=2)
+    collator = Collator(tiny.processor(), family_of(tiny.llava()), Identity())
+    batcher = PaddedBatcher(collator, examples, short, micro=micro)
     for rank in range(world_size):
-        batches = MicroBatches(layout, short, rank=rank, has_gradient=has_media(rows))
-        assert len(batches) == 2 * accumulation == 2 * batches.num_parts(0)
+        batches = MicroBatches(batcher, short, rank=rank, has_gradient=has_media(examples))
+        assert len(batches) == 2 * accumulation == 2 * batches.num_micro_batches(0)
         assert {len(batches[part].input_ids) for part in range(len(batches))} == {micro}
 
 
@@ -591,7 +588,7 @@ def both_losses(engine, kind, handle, texts, folder, kinds=None):
     """(ours, the stock model's): sums over the label tokens of the texts' rows."""
     texts, model = [f"see: {text}" for text in texts], handle.family.model
     examples = examples_of(texts, folder)
-    kinds, processor = kinds or kinds_of(examples), tiny.processor(kind)
+    kinds, processor = kinds or examples.kinds, tiny.processor(kind)
     collate = Collator(processor, handle.family, handle.reducer, kinds=kinds, num_frames=NUM_FRAMES)
     inputs = processed(handle.processor(processor), texts, examples)
     inputs = {
