@@ -1,1 +1,4 @@
-"""The fast path of projector tuning: the same gradients for fewer operations. `train/losses.py` puts it together."""
+"""The fast path of projector tuning: the same gradients for fewer operations.
+
+`train/losses.py` assembles it.
+"""

@@ -1,11 +1,12 @@
-"""Causal attention within the rows of a packed sequence, each behind the prefix that all of them share.
+"""Causal attention within each example of a packed sequence, behind the prefix that all share.
 
-On a GPU in half precision FlashAttention does it, of flash-attn where it is installed, else of torch. Elsewhere rows of like
-length are attended together by matrix products, which in bf16 on a CPU are several times faster than torch's own
-`scaled_dot_product_attention` backward, and nothing but queries, keys and values is kept for the backward pass.
+On a GPU in half precision FlashAttention computes it: flash-attn's if that is installed, otherwise
+torch's. Elsewhere examples of similar length are attended together by matrix products. In bf16 on a
+CPU these are several times faster than the backward pass of torch's own
+`scaled_dot_product_attention`. Only queries, keys and values are saved for the backward pass.
 
-Legend of shapes: T tokens, R rows, P prefix tokens, H heads, K key heads, c width of a head; G rows of a block, L tokens of its
-longest.
+Legend of shapes: T tokens, R examples, P prefix tokens, H heads, K key heads, c width of a head; G
+examples of a block, L tokens of its longest example; groups, the H / K heads that share a key head.
 """
 
 import importlib.util
@@ -13,52 +14,89 @@ from functools import cache
 from typing import Any
 
 import torch
-import transformers
 from packaging import version
 from torch import Tensor
 
-from vzip.fast.segments import Block, Segments
+from vzip.fast.segments import Block, Prefix, Segments
 
-NAME = "vzip_packed"
-"""Of the attention in transformers' registry."""
-
-
-def _padded(values: Tensor, block: Block, num_groups: int) -> Tensor:
-    """float[K, G, groups * L, c] of float[K * groups, T, c]: the rows of a block, heads of a group one behind the other."""
-    rows = values[:, block.start : block.stop].index_select(1, block.padded)
-    rows = rows.view(-1, num_groups, block.num_rows, block.length, values.shape[-1])
-    return rows.transpose(1, 2).flatten(2, 3)
+PACKED_ATTENTION = "vzip_packed"
+"""The name of `packed_attention` in transformers' registry of attentions."""
 
 
-def _packed(padded: Tensor, block: Block, num_groups: int) -> Tensor:
-    """float[K * groups, tokens of the block, c]: the way back."""
-    rows = padded.view(-1, block.num_rows, num_groups, block.length, padded.shape[-1]).transpose(1, 2)
-    return rows.reshape(-1, block.num_rows * block.length, padded.shape[-1]).index_select(1, block.kept)
+# Attention by matrix products, one block of examples at a time
 
 
-def _behind(prefix: Tensor, rows: Tensor) -> Tensor:
-    """float[K, G, P + L, c]: the prefix before each row."""
-    return torch.cat([prefix[:, None].expand(-1, rows.shape[1], -1, -1), rows], dim=2)
+def _grouped(padded: Tensor, block: Block, num_groups: int) -> Tensor:
+    """Make one matrix for each key head and example: float[K, G, groups * L, c].
+
+    Args:
+        padded: float[K * groups, G * L, c].
+        block: the block of examples.
+        num_groups: heads that share a key head.
+    """
+    shape = (-1, num_groups, block.num_examples, block.length, padded.shape[-1])
+    return padded.view(shape).transpose(1, 2).flatten(2, 3)
 
 
-def _probabilities(queries: Tensor, keys: Tensor, block: Block, scaling: float) -> Tensor:
-    """float[K, G, groups * L, P + L], at least in float32: the causal softmax of a block."""
-    length, num_keys = block.length, keys.shape[2]
-    hidden = torch.full((length, num_keys), float("-inf"), dtype=keys.dtype, device=keys.device).triu(
-        num_keys - length + 1
-    )
+def _pad(values: Tensor, block: Block, num_groups: int) -> Tensor:
+    """Take a block's examples out of float[K * groups, T, c], padded: float[K, G, groups * L, c]."""
+    padded = values[:, block.start : block.stop].index_select(1, block.to_padded)
+    return _grouped(padded, block, num_groups)
+
+
+def _unpad(grouped: Tensor, block: Block, num_groups: int) -> Tensor:
+    """Undo `_pad`: float[K * groups, tokens of the block, c]."""
+    width = grouped.shape[-1]
+    padded = grouped.view(-1, block.num_examples, num_groups, block.length, width).transpose(1, 2)
+    padded = padded.reshape(-1, block.num_examples * block.length, width)
+    return padded.index_select(1, block.from_padded)
+
+
+def _with_prefix(prefix: Tensor, examples: Tensor) -> Tensor:
+    """Put float[K, P, c] before each example of float[K, G, L, c]: float[K, G, P + L, c]."""
+    copies = prefix[:, None].expand(-1, examples.shape[1], -1, -1)
+    return torch.cat([copies, examples], dim=2)
+
+
+def _block_inputs(
+    queries: Tensor, keys: Tensor, values: Tensor, prefix: Prefix, block: Block
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries float[K, G, groups * L, c], keys and values float[K, G, P + L, c] of one block."""
+    num_groups = queries.shape[0] // keys.shape[0]
+    prefix_keys, prefix_values = prefix
+    query = _pad(queries, block, num_groups)
+    key = _with_prefix(prefix_keys, _pad(keys, block, 1))
+    value = _with_prefix(prefix_values, _pad(values, block, 1))
+    return query, key, value
+
+
+def _probabilities(query: Tensor, key: Tensor, block: Block, scaling: float) -> Tensor:
+    """float[K, G, groups * L, P + L] in float32 or better: the causal softmax of a block."""
+    num_keys = key.shape[2]
+    num_groups = query.shape[2] // block.length
+
+    # -inf where a query must not look: at the tokens after its own. All of them see the prefix.
+    shape = (block.length, num_keys)
+    mask = torch.full(shape, float("-inf"), dtype=key.dtype, device=key.device)
+    mask = mask.triu(num_keys - block.length + 1)
+
     scores = torch.baddbmm(
-        hidden.repeat(queries.shape[2] // length, 1),
-        queries.flatten(0, 1),
-        keys.flatten(0, 1).transpose(1, 2),
+        mask.repeat(num_groups, 1),
+        query.flatten(0, 1),
+        key.flatten(0, 1).transpose(1, 2),
         alpha=scaling,
     )
-    high = torch.promote_types(scores.dtype, torch.float32)
-    return scores.softmax(dim=-1, dtype=high).view(*queries.shape[:3], num_keys)
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(dim=-1, dtype=dtype).view(*query.shape[:3], num_keys)
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Queries float[H, T, c], keys and values float[K, T, c], those of the prefix float[K, P, c]: float[H, T, c]."""
+    """Attention by blocks: float[H, T, c].
+
+    Queries are float[H, T, c], keys and values float[K, T, c]; `settings` are the number of the
+    layer and the factor of the scores. The probabilities are not saved. The backward pass computes
+    them again, one block at a time.
+    """
 
     @staticmethod
     def forward(
@@ -70,60 +108,66 @@ class _BlockAttention(torch.autograd.Function):
         settings: tuple[int, float],
     ) -> Tensor:
         ctx.save_for_backward(queries, keys, values)
-        ctx.segments, ctx.settings = segments, settings
+        ctx.segments = segments
+        ctx.settings = settings
+
         layer, scaling = settings
         prefix = segments.prefixes[layer]
         num_groups = queries.shape[0] // keys.shape[0]
-        found = torch.empty_like(queries)
+        output = torch.empty_like(queries)
         for block in segments.blocks:
-            query, key, value = (
-                _padded(queries, block, num_groups),
-                _padded(keys, block, 1),
-                _padded(values, block, 1),
-            )
-            probabilities = _probabilities(query, _behind(prefix[0], key), block, scaling)
-            mixed = probabilities.to(value.dtype) @ _behind(prefix[1], value)
-            found[:, block.start : block.stop] = _packed(mixed, block, num_groups)
-        return found
+            query, key, value = _block_inputs(queries, keys, values, prefix, block)
+            probabilities = _probabilities(query, key, block, scaling)
+            mixed = probabilities.to(value.dtype) @ value
+            output[:, block.start : block.stop] = _unpad(mixed, block, num_groups)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,) = gradients
         queries, keys, values = ctx.saved_tensors
         segments: Segments = ctx.segments
         layer, scaling = ctx.settings
         prefix = segments.prefixes[layer]
-        num_groups, num_prefix = queries.shape[0] // keys.shape[0], segments.num_prefix
-        into = [torch.empty_like(tensor) for tensor in (queries, keys, values)]
-        for block in segments.blocks:
-            query, key, value = (
-                _padded(queries, block, num_groups),
-                _padded(keys, block, 1),
-                _padded(values, block, 1),
-            )
-            key, value = _behind(prefix[0], key), _behind(prefix[1], value)
-            # A padded query repeats a row's last one: its gradient has to be zero, or that row's would count twice.
-            given = gradients[0].new_zeros(queries.shape[0], block.num_rows * block.length, queries.shape[-1])
-            given[:, block.kept] = gradients[0][:, block.start : block.stop]
-            given = (
-                given.view(-1, num_groups, block.num_rows, block.length, queries.shape[-1])
-                .transpose(1, 2)
-                .flatten(2, 3)
-            )
 
+        num_groups = queries.shape[0] // keys.shape[0]
+        grad_queries = torch.empty_like(queries)
+        grad_keys = torch.empty_like(keys)
+        grad_values = torch.empty_like(values)
+
+        for block in segments.blocks:
+            query, key, value = _block_inputs(queries, keys, values, prefix, block)
             probabilities = _probabilities(query, key, block, scaling)
-            of_probabilities = (given @ value.transpose(2, 3)).to(probabilities.dtype)
-            of_values = probabilities.to(value.dtype).transpose(2, 3) @ given
-            of_scores = torch._softmax_backward_data(
-                of_probabilities, probabilities, -1, probabilities.dtype
+
+            # A padded query repeats its example's last one. Its gradient has to be zero, or that
+            # query would count twice.
+            num_heads, _, width = queries.shape
+            padded = grad_output.new_zeros(num_heads, len(block.to_padded), width)
+            padded[:, block.from_padded] = grad_output[:, block.start : block.stop]
+            grad_mixed = _grouped(padded, block, num_groups)
+
+            # Back through the product with the values, then through the softmax.
+            grad_probabilities = (grad_mixed @ value.transpose(2, 3)).to(probabilities.dtype)
+            grad_value = probabilities.to(value.dtype).transpose(2, 3) @ grad_mixed
+            grad_scores = torch._softmax_backward_data(
+                grad_probabilities, probabilities, -1, probabilities.dtype
             ).to(query.dtype)
-            of_queries, of_keys = (
-                (of_scores @ key).mul_(scaling),
-                (of_scores.transpose(2, 3) @ query).mul_(scaling),
-            )
-            found = (of_queries, of_keys[:, :, num_prefix:], of_values[:, :, num_prefix:])
-            for target, padded, groups in zip(into, found, (num_groups, 1, 1), strict=True):
-                target[:, block.start : block.stop] = _packed(padded, block, groups)
-        return (*into, None, None)
+
+            # Back through the product of queries and keys.
+            grad_query = (grad_scores @ key).mul_(scaling)
+            grad_key = (grad_scores.transpose(2, 3) @ query).mul_(scaling)
+
+            # The prefix is frozen: its keys and values need no gradient.
+            own = slice(segments.num_prefix, None)
+            tokens = slice(block.start, block.stop)
+            grad_queries[:, tokens] = _unpad(grad_query, block, num_groups)
+            grad_keys[:, tokens] = _unpad(grad_key[:, :, own], block, 1)
+            grad_values[:, tokens] = _unpad(grad_value[:, :, own], block, 1)
+
+        return grad_queries, grad_keys, grad_values, None, None
+
+
+# FlashAttention
 
 
 @cache
@@ -132,74 +176,129 @@ def _has_flash_package() -> bool:
 
 
 def _torch_release() -> tuple[int, ...]:
-    return version.parse(torch.__version__).release  # of 2.11.0a0 too, as builds of NVIDIA's call themselves
-
-
-def _flash(queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, scaling: float) -> Tensor:
-    """float[T, H, c] of queries float[T, H, c], keys and values float[T + R * P, K, c]; causal from the end of each row."""
-    bounds = (segments.query_bounds, segments.key_bounds)
-    longest = (max(segments.lengths), max(segments.lengths) + segments.num_prefix)
-    if _has_flash_package():
-        from flash_attn import flash_attn_varlen_func
-
-        mixed: Tensor = flash_attn_varlen_func(
-            queries, keys, values, *bounds, *longest, softmax_scale=scaling, causal=True, deterministic=True
-        )
-        return mixed
-    from torch.nn.attention.varlen import varlen_attn
-
-    num_groups = queries.shape[1] // keys.shape[1]
-    grouped: dict[str, Any] = {"enable_gqa": True} if num_groups > 1 else {}
-    if grouped and _torch_release() < (2, 12):  # it wants as many key heads as heads
-        keys, values, grouped = (
-            keys.repeat_interleave(num_groups, 1),
-            values.repeat_interleave(num_groups, 1),
-            {},
-        )
-    found = varlen_attn(
-        queries, keys, values, *bounds, *longest, scale=scaling, window_size=(-1, 0), **grouped
-    )
-    assert isinstance(found, Tensor)
-    return found
+    # The release also of versions such as 2.11.0a0, as NVIDIA calls its builds.
+    return version.parse(torch.__version__).release
 
 
 def has_flash(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether FlashAttention takes heads of a width: on a GPU from Ampere on, in half precision, up to a width of 256; by
-    flash-attn, or by torch from 2.11 on.
+    """Whether FlashAttention takes heads of this width on this device.
+
+    It needs half precision, a width of up to 256, a GPU from Ampere on, and either flash-attn or
+    torch from 2.11 on.
     """
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or width > 256:
         return False
-    there = _has_flash_package() or _torch_release() >= (2, 11)
-    return there and torch.cuda.get_device_capability(device) >= (8, 0)
+
+    is_installed = _has_flash_package() or _torch_release() >= (2, 11)
+    return is_installed and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _flash(queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, scaling: float) -> Tensor:
+    """Run FlashAttention, causal from the end of each example.
+
+    Args:
+        queries: float[T, H, c].
+        keys: float[T + R * P, K, c], the prefix before each example.
+        values: float[T + R * P, K, c].
+        segments: where the examples are.
+        scaling: factor of the scores.
+
+    Returns:
+        float[T, H, c].
+    """
+    longest = max(segments.lengths)
+    bounds = (
+        segments.query_bounds,
+        segments.key_bounds,
+        longest,
+        longest + segments.num_prefix,
+    )
+
+    mixed: Any
+    if _has_flash_package():
+        from flash_attn import flash_attn_varlen_func
+
+        mixed = flash_attn_varlen_func(
+            queries,
+            keys,
+            values,
+            *bounds,
+            softmax_scale=scaling,
+            causal=True,
+            deterministic=True,
+        )
+    else:
+        from torch.nn.attention.varlen import varlen_attn
+
+        options: dict[str, Any] = {}
+        num_groups = queries.shape[1] // keys.shape[1]
+        if num_groups > 1 and _torch_release() >= (2, 12):
+            options["enable_gqa"] = True
+        elif num_groups > 1:
+            # Before 2.12 torch takes as many key heads as heads.
+            keys = keys.repeat_interleave(num_groups, 1)
+            values = values.repeat_interleave(num_groups, 1)
+
+        # A window without end to the left and of nothing to the right is causal.
+        mixed = varlen_attn(
+            queries,
+            keys,
+            values,
+            *bounds,
+            scale=scaling,
+            window_size=(-1, 0),
+            **options,
+        )
+
+    assert isinstance(mixed, Tensor)
+    return mixed
+
+
+# What transformers calls
 
 
 def packed_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer, as transformers calls it.
+    """Compute the attention of one layer; transformers calls it.
 
     Args:
-        module: the layer's attention; its `layer_idx` is asked.
+        module: the layer's attention, whose `layer_idx` is read.
         query: float[1, H, T, c].
         key: float[1, K, T, c].
         value: float[1, K, T, c].
         attention_mask: None.
-        settings: `scaling` of the scores, and `segments`, where the rows are; what other attentions take is ignored.
+        settings: `scaling` of the scores and `segments`, where the examples are. Settings of other
+            attentions are ignored.
 
     Returns:
-        float[1, T, H, c], and no attention maps.
+        float[1, T, H, c], and None for the attention maps.
     """
     assert attention_mask is None and not (module.training and module.attention_dropout)
-    segments, scaling, layer = settings["segments"], settings["scaling"], module.layer_idx
+    segments: Segments = settings["segments"]
+    scaling: float = settings["scaling"]
+    layer: int = module.layer_idx
+
     if not has_flash(query.device, query.dtype, query.shape[-1]):
-        mixed = _BlockAttention.apply(query[0], key[0], value[0], segments, (layer, scaling))  # type: ignore[no-untyped-call]
+        mixed = _BlockAttention.apply(  # type: ignore[no-untyped-call]
+            query[0],
+            key[0],
+            value[0],
+            segments,
+            (layer, scaling),
+        )
         return mixed.transpose(0, 1)[None], None
-    # Rows of keys with the prefix before each: as matrices of tokens, which FlashAttention takes.
-    keys, values = (
-        torch.cat([before, now[0]], dim=1).transpose(0, 1).index_select(0, segments.key_order)
-        for before, now in zip(segments.prefixes[layer], (key, value), strict=True)
-    )
-    return _flash(query[0].transpose(0, 1), keys, values, segments, scaling)[None], None
 
-
-transformers.AttentionInterface.register(NAME, packed_attention)
+    # FlashAttention takes matrices of tokens, in which each example has its own copy of the prefix.
+    prefix_keys, prefix_values = segments.prefixes[layer]
+    keys = torch.cat([prefix_keys, key[0]], dim=1).transpose(0, 1)
+    values = torch.cat([prefix_values, value[0]], dim=1).transpose(0, 1)
+    keys = keys.index_select(0, segments.key_order)
+    values = values.index_select(0, segments.key_order)
+    mixed = _flash(query[0].transpose(0, 1), keys, values, segments, scaling)
+    return mixed[None], None

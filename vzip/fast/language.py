@@ -1,119 +1,158 @@
-"""A language model of transformers over packed rows, up to the final norm of the tokens whose output is asked for.
+"""A language model of transformers over packed examples, up to the final norm.
 
-The layers are the model's own modules, called one by one. While they run, their attention is `packed_attention`, through
-transformers' registry, and their norms and MLPs are those of `vzip.fast.fused`, on the instances; then all is as before.
+The layers are the model's own modules, called one by one. While they run, their attention is
+`packed_attention`, which is found through transformers' registry, and the forwards of their norms
+and MLPs are replaced by those of `vzip.fast.fused`. Afterwards the model is as it was before.
 
-Legend of shapes: T tokens, P prefix tokens, n tokens asked for, d width, K key heads, c width of a head.
+Legend of shapes: T tokens, P prefix tokens, n tokens whose output is needed, d width, K key heads,
+c width of a head.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from vzip.errors import UserError
-from vzip.fast.attention import NAME
+from vzip.fast.attention import PACKED_ATTENTION, packed_attention
 from vzip.fast.fused import rms_norm, swiglu_mlp
 from vzip.fast.segments import Prefix, Segments
 from vzip.patch import replaced_forwards
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
-"""Language models whose layers are known to be of a norm, attention, a norm and a SwiGLU MLP, all frozen."""
+"""Language models whose layers consist of a norm, attention, a norm and a SwiGLU MLP."""
+
+
+def _sliding_window(config: Any) -> int | None:
+    """The number of tokens that a token attends to; None without a limit."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types and "sliding_attention" not in layer_types:
+        return None
+
+    window: int | None = getattr(config, "sliding_window", None)
+    return window
 
 
 def check_language_model(config: Any, *, longest: int) -> None:
-    """Raises UserError unless the fast path takes a language model of this config, with rows of up to `longest` tokens."""
+    """Check that the fast path can run a language model on examples of up to `longest` tokens.
+
+    Raises:
+        UserError: its `config` has a type or a setting that the fast path doesn't support.
+    """
     advice = "use engine=reference for it"
     if config.model_type not in MODEL_TYPES or config.hidden_act != "silu":
         raise UserError(
-            f"engine=fast takes language models of type {', '.join(MODEL_TYPES)} with SwiGLU, not {config.model_type!r} with "
-            f"{config.hidden_act!r}; {advice}"
+            f"engine=fast takes language models of type {', '.join(MODEL_TYPES)} with SwiGLU, "
+            f"not {config.model_type!r} with {config.hidden_act!r}; {advice}"
         )
-    windows = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    window = getattr(config, "sliding_window", None) if windows else None
+
+    window = _sliding_window(config)
     if window is not None and window < longest:
         raise UserError(
-            f"the language model attends to {window} tokens, the longest row has {longest}, which engine=fast would see "
-            f"whole; {advice}, or cut rows with data.max_tokens"
+            f"the language model attends to {window} tokens, but the longest example has {longest}, "
+            f"and engine=fast would attend to all of them; {advice}, or shorten examples with "
+            "data.max_tokens"
         )
-    if (rope := (config.rope_parameters or {}).get("rope_type")) in ("dynamic", "longrope"):
+
+    rope_type = (config.rope_parameters or {}).get("rope_type")
+    if rope_type in ("dynamic", "longrope"):
         raise UserError(
-            f"engine=fast knows no positions that depend on a row's length, as rope_type={rope!r} has; {advice}"
+            "engine=fast does not support positions that depend on an example's length "
+            f"(rope_type={rope_type!r}); {advice}"
         )
+
     if config.attention_dropout:
         raise UserError(
-            f"engine=fast has no dropout, and attention_dropout={config.attention_dropout}; {advice}"
+            f"engine=fast does not support dropout (attention_dropout={config.attention_dropout}); {advice}"
         )
 
 
 class PackedLanguage:
-    """Runs a language model over packed rows.
+    """Runs a language model over packed examples.
 
     Args:
         model: the model without its head, e.g. a `LlamaModel`.
-        recompute: keep only the MLPs' inputs for the backward pass, and run them again there.
+        recompute: save only the MLPs' inputs, and run the MLPs again in the backward pass.
         compiled: make one kernel each of the norms' and MLPs' elementwise operations.
     """
 
     def __init__(self, model: Any, *, recompute: bool = False, compiled: bool = False) -> None:
-        self.model, self.recompute, self.compiled = model, recompute, compiled
+        self.model = model
+        self.recompute = recompute
+        self.compiled = compiled
 
     @torch.no_grad()
     def prefixes(self, ids: Sequence[int], device: torch.device) -> list[Prefix]:
-        """Keys and values float[K, P, c] by layer of the tokens that every row begins with; they depend on frozen weights."""
-        if not ids:
-            config = self.model.config
-            width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            empty = torch.zeros(config.num_key_value_heads, 0, width, dtype=self.model.dtype, device=device)
-            return [(empty, empty)] * config.num_hidden_layers
-        cache = self.model(input_ids=torch.tensor([list(ids)], device=device), use_cache=True).past_key_values
-        return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+        """Compute keys and values float[K, P, c], by layer, of the tokens that every example begins
+        with.
+
+        They depend on frozen weights alone, so they can be computed once.
+        """
+        if ids:
+            input_ids = torch.tensor([list(ids)], device=device)
+            cache = self.model(input_ids=input_ids, use_cache=True).past_key_values
+            return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+
+        config = self.model.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        empty = torch.zeros(config.num_key_value_heads, 0, width, dtype=self.model.dtype, device=device)
+        return [(empty, empty)] * config.num_hidden_layers
+
+    def _forwards(self) -> dict[nn.Module, Callable[..., Any]]:
+        """The forwards that replace those of the model's norms and MLPs."""
+        norms = [self.model.norm]
+        forwards: dict[nn.Module, Callable[..., Any]] = {}
+        for layer in self.model.layers:
+            norms += [layer.input_layernorm, layer.post_attention_layernorm]
+            forwards[layer.mlp] = partial(
+                swiglu_mlp, layer.mlp, recompute=self.recompute, compiled=self.compiled
+            )
+
+        for norm in norms:
+            forwards[norm] = partial(rms_norm, norm, compiled=self.compiled)
+        return forwards
 
     @contextmanager
     def _packed(self) -> Iterator[None]:
-        """The model with packed attention and fused parts."""
-        layers = self.model.layers
-        norms = [
-            self.model.norm,
-            *(n for each in layers for n in (each.input_layernorm, each.post_attention_layernorm)),
-        ]
-        compiled = self.compiled
-        forwards = {norm: partial(rms_norm, norm, compiled=compiled) for norm in norms}
-        forwards |= {
-            each.mlp: partial(swiglu_mlp, each.mlp, recompute=self.recompute, compiled=compiled)
-            for each in layers
-        }
-        config, before = self.model.config, self.model.config._attn_implementation
-        config._attn_implementation = NAME
+        """Give the model packed attention and fused norms and MLPs while the block runs."""
+        AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+        config = self.model.config
+        own_attention = config._attn_implementation
+        config._attn_implementation = PACKED_ATTENTION
         try:
-            with replaced_forwards(forwards):
+            with replaced_forwards(self._forwards()):
                 yield
         finally:
-            config._attn_implementation = before
+            config._attn_implementation = own_attention
 
     def __call__(self, embeddings: Tensor, segments: Segments, at: Tensor) -> Tensor:
-        """float[n, d]: normed outputs of the tokens `at`; the last layer runs for them alone, but for its attention.
+        """Run the model, and return the normed outputs float[n, d] of the tokens `at`.
 
         Args:
             embeddings: float[T, d].
-            segments: where the rows are, with the prefix.
-            at: int64[n], places in the sequence.
+            segments: where the examples are, with the prefix.
+            at: int64[n], positions in the sequence.
         """
         hidden = embeddings[None]
         with self._packed():
-            *layers, last = self.model.layers
             settings = {
                 "attention_mask": None,
                 "position_embeddings": self.model.rotary_emb(hidden, position_ids=segments.positions),
                 "segments": segments,
             }
+            *layers, last = self.model.layers
             for layer in layers:
                 hidden = layer(hidden, **settings)
+
+            # In the last layer the attention needs all tokens, but what follows it runs for the
+            # tokens `at` alone.
             mixed, _ = last.self_attn(hidden_states=last.input_layernorm(hidden), **settings)
-            asked = (hidden + mixed)[0].index_select(0, at)
-            asked = asked + last.mlp(last.post_attention_layernorm(asked))
-            normed: Tensor = self.model.norm(asked)
+            needed = (hidden + mixed)[0].index_select(0, at)
+            needed = needed + last.mlp(last.post_attention_layernorm(needed))
+            normed: Tensor = self.model.norm(needed)
+
         return normed

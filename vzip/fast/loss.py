@@ -1,4 +1,4 @@
-"""Cross entropy of a frozen head, over the label tokens alone and a few of them at a time.
+"""Cross entropy of a frozen head, over the label tokens alone and a chunk of them at a time.
 
 Legend of shapes: n label tokens, d width, V vocabulary.
 """
@@ -12,51 +12,65 @@ from torch import Tensor
 from vzip.patch import replaced_forwards
 
 MAX_LOGITS = 2**25
-"""Logits held at once: 128 MiB of float32, and twice as much beside them."""
+"""Logits that exist at once: 128 MiB in float32, with twice as much beside them."""
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The gradient is made with the loss, chunk by chunk: no logits wait for the backward pass, and none are made twice."""
+    """Computes the gradient together with the loss, chunk by chunk.
+
+    No logits wait for the backward pass, and none are computed twice.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Any, targets: Tensor, num_examples: int) -> Tensor:
-        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    def forward(ctx: Any, hidden: Tensor, head: Any, targets: Tensor, chunk_size: int) -> Tensor:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=dtype, device=hidden.device)
+
         gradients: list[Tensor] = []
-        for part, wanted in zip(
-            torch.split(hidden, num_examples), torch.split(targets, num_examples), strict=True
-        ):
-            # In place: on a CPU, making large tensors costs more than filling them.
-            high = F.linear(part, head.weight, head.bias).to(total.dtype)
-            highest = high.amax(dim=1, keepdim=True)
-            of_wanted = high.gather(1, wanted[:, None]) - highest
-            mass = high.sub_(highest).exp_().sum(dim=1, keepdim=True)
-            total += (mass.log() - of_wanted).sum()
-            high.div_(mass).scatter_add_(1, wanted[:, None], torch.full_like(mass, -1.0))
-            gradients.append(high.to(hidden.dtype) @ head.weight)
+        chunks = zip(torch.split(hidden, chunk_size), torch.split(targets, chunk_size), strict=True)
+        for chunk, chunk_targets in chunks:
+            # The logits are changed in place: on a CPU, allocating large tensors costs more than
+            # filling them.
+            logits = F.linear(chunk, head.weight, head.bias).to(dtype)
+
+            # -log softmax at the target, with the largest logit subtracted so that exp can't
+            # overflow.
+            highest = logits.amax(dim=1, keepdim=True)
+            target_logits = logits.gather(1, chunk_targets[:, None]) - highest
+            exponentials = logits.sub_(highest).exp_()
+            mass = exponentials.sum(dim=1, keepdim=True)
+            total += (mass.log() - target_logits).sum()
+
+            # The gradient of the logits is softmax - 1 at the target, and softmax elsewhere.
+            grad_logits = exponentials.div_(mass)
+            grad_logits.scatter_add_(1, chunk_targets[:, None], torch.full_like(mass, -1.0))
+            gradients.append(grad_logits.to(hidden.dtype) @ head.weight)
+
         ctx.save_for_backward(torch.cat(gradients))
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (of_hidden,) = ctx.saved_tensors
-        return of_hidden * gradients[0], None, None, None
+        (grad_hidden,) = ctx.saved_tensors
+        return grad_hidden * gradients[0], None, None, None
 
 
 def cross_entropy(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the cross entropy of the frozen head's logits, in float32 (float64 stays): a scalar.
+    """Sum the cross entropy of the frozen head's logits: a scalar in float32 (float64 stays).
 
     Args:
         head: a linear layer, from float[n, d] to logits float[n, V].
         hidden: float[n, d].
         targets: int64[n].
     """
-    num_examples = max(1, MAX_LOGITS // head.out_features)
+    chunk_size = max(1, MAX_LOGITS // head.out_features)
 
     def chunked(hidden: Tensor) -> Tensor:
-        total: Tensor = _CrossEntropy.apply(hidden, head, targets, num_examples)  # type: ignore[no-untyped-call]
+        total: Tensor = _CrossEntropy.apply(hidden, head, targets, chunk_size)  # type: ignore[no-untyped-call]
         return total
 
-    # Called as a module, and once: sharded weights are gathered for it, by all ranks, however many labels each of them has.
+    # The head is called as a module, and once: all ranks gather sharded weights for it, however
+    # many labels each of them has.
     with replaced_forwards({head: chunked}):
-        found: Tensor = head(hidden)
-    return found
+        total: Tensor = head(hidden)
+    return total

@@ -1,7 +1,7 @@
-"""Rows that lie one behind the other in one sequence, without padding, and the prefix that all of them share.
+"""Examples packed one after another into one sequence, and the prefix that all of them share.
 
-Legend of shapes: T tokens of the sequence, R rows, P tokens of the prefix, which is not among the T; K key heads, c width of a
-head.
+Legend of shapes: T tokens of the sequence, R examples, P tokens of the prefix, which are not among
+the T; K key heads, c width of a head; G examples of a block, L tokens of its longest example.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,97 +14,118 @@ from torch import Tensor
 
 Prefix = tuple[Tensor, Tensor]
 """Keys and values float[K, P, c] of one layer."""
-LIKE = 0.8
-"""Rows share a block of attention if the shortest is at least this share of the longest."""
+
+SIMILAR = 0.8
+"""Examples share a block if the shortest has at least this share of the longest one's tokens."""
+
 MAX_BLOCK = 2048
-"""Tokens of a block of several rows, which bounds the attention scores that are held at once."""
+"""Most padded tokens of a block of several examples: a bound of the attention scores."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of like length that are attended together, each padded to the longest.
+    """Neighbouring examples of similar length that are attended together, padded to the longest.
 
     Attributes:
-        start: place of its first token in the sequence.
-        stop: place behind its last token.
-        num_rows: G.
-        length: L, tokens of the longest.
-        padded: int64[G * L], places in start:stop; those beyond a row's end are its last.
-        kept: int64[stop - start], places in `padded` of the tokens.
+        start: position of the block's first token in the sequence.
+        stop: position after its last token.
+        num_examples: G.
+        length: L.
+        to_padded: int64[G * L], the token of start:stop at each padded place. Padding repeats an
+            example's last token.
+        from_padded: int64[stop - start], the padded place of each token.
     """
 
     start: int
     stop: int
-    num_rows: int
+    num_examples: int
     length: int
-    padded: Tensor
-    kept: Tensor
+    to_padded: Tensor
+    from_padded: Tensor
 
 
 class Segments:
-    """Where the rows of a packed sequence begin and end, as attention needs it.
+    """Where the examples of a packed sequence begin and end, in the forms that attention needs.
 
     Args:
-        lengths: tokens of each row, without the prefix.
+        lengths: tokens of each example, without the prefix.
         prefixes: keys and values of the prefix, by layer.
     """
 
     def __init__(self, lengths: Sequence[int], prefixes: Sequence[Prefix]) -> None:
         assert lengths and min(lengths) > 0
-        self.lengths, self.prefixes = tuple(lengths), prefixes
-        self.num_prefix, self.device = prefixes[0][0].shape[1], prefixes[0][0].device
+        self.lengths = tuple(lengths)
+        self.prefixes = prefixes
         self.starts = tuple(accumulate(lengths, initial=0))
+
+        first_keys, _ = prefixes[0]
+        self.num_prefix = first_keys.shape[1]
+        self.device = first_keys.device
 
     @cached_property
     def positions(self) -> Tensor:
-        """int64[1, T]: the place of each token in its own row, the prefix counted."""
-        rows = [torch.arange(length) for length in self.lengths]
-        return (torch.cat(rows) + self.num_prefix)[None].to(self.device)
+        """int64[1, T]: the position of each token in its own example, the prefix counted."""
+        positions = torch.cat([torch.arange(length) for length in self.lengths])
+        return (positions + self.num_prefix)[None].to(self.device)
 
     @cached_property
     def query_bounds(self) -> Tensor:
-        """int32[R + 1]: where the rows' queries begin; the last entry is T."""
+        """int32[R + 1]: where the queries of each example begin; the last entry is T."""
         return torch.tensor(self.starts, dtype=torch.int32, device=self.device)
 
     @cached_property
     def key_bounds(self) -> Tensor:
-        """int32[R + 1]: where the rows' keys begin, when each row has its own copy of the prefix."""
-        starts = [start + row * self.num_prefix for row, start in enumerate(self.starts)]
+        """int32[R + 1]: where the keys of each example begin, when each example has its own copy of
+        the prefix.
+        """
+        starts = [start + index * self.num_prefix for index, start in enumerate(self.starts)]
         return torch.tensor(starts, dtype=torch.int32, device=self.device)
 
     @cached_property
     def key_order(self) -> Tensor:
-        """int64[T + R * P]: the prefix before each row, as places in the prefix with the sequence behind it."""
-        prefix, tokens = torch.arange(self.num_prefix), torch.arange(self.starts[-1]) + self.num_prefix
-        rows = [part for row in torch.split(tokens, list(self.lengths)) for part in (prefix, row)]
-        return torch.cat(rows).to(self.device)
+        """int64[T + R * P]: the prefix before each example, as positions in (prefix, sequence)."""
+        prefix = torch.arange(self.num_prefix)
+        tokens = torch.arange(self.starts[-1]) + self.num_prefix
+
+        order = []
+        for example in torch.split(tokens, list(self.lengths)):
+            order += [prefix, example]
+        return torch.cat(order).to(self.device)
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """The rows in blocks of neighbours of like length; padding is little where the rows are sorted by length."""
-        return [self._block(first, last) for first, last in self._neighbours()]
+        """The examples in blocks of neighbours of similar length. Sorted examples need the least
+        padding.
+        """
+        return [self._block(first, last) for first, last in self._block_bounds()]
 
-    def _neighbours(self) -> Iterator[tuple[int, int]]:
-        """(first, behind the last) row of each block."""
+    def _block_bounds(self) -> Iterator[tuple[int, int]]:
+        """Yield each block's first example, and the one after its last."""
         first = 0
-        for row in range(1, len(self.lengths)):
-            group = self.lengths[first : row + 1]
-            if min(group) < LIKE * max(group) or len(group) * max(group) > MAX_BLOCK:
-                yield first, row
-                first = row
+        for index in range(1, len(self.lengths)):
+            lengths = self.lengths[first : index + 1]
+            is_similar = min(lengths) >= SIMILAR * max(lengths)
+            if not is_similar or len(lengths) * max(lengths) > MAX_BLOCK:
+                yield first, index
+                first = index
+
         yield first, len(self.lengths)
 
     def _block(self, first: int, last: int) -> Block:
-        lengths, start = torch.tensor(self.lengths[first:last]), self.starts[first]
+        start = self.starts[first]
         starts = torch.tensor(self.starts[first:last]) - start
+        lengths = torch.tensor(self.lengths[first:last])
+
+        # Places beyond an example's end take its last token, so that all indices exist.
         place = torch.arange(int(lengths.max()))
-        padded = starts[:, None] + torch.minimum(place, lengths[:, None] - 1)
-        kept = (place < lengths[:, None]).flatten().nonzero().flatten()
+        to_padded = starts[:, None] + torch.minimum(place, lengths[:, None] - 1)
+        from_padded = (place < lengths[:, None]).flatten().nonzero().flatten()
+
         return Block(
             start=start,
             stop=self.starts[last],
-            num_rows=last - first,
+            num_examples=last - first,
             length=len(place),
-            padded=padded.flatten().to(self.device),
-            kept=kept.to(self.device),
+            to_padded=to_padded.flatten().to(self.device),
+            from_padded=from_padded.to(self.device),
         )
