@@ -1,18 +1,22 @@
 """Fixtures that several tiers share."""
 
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from data.paths import data_dir
 from tests.helpers import tiny
+from tests.helpers.pieces import save_sentencepiece_model
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
+
+# `make check` draws few cases for each property, `make test` more. No case has a deadline: machines differ.
+settings.register_profile("quick", max_examples=10, deadline=None)
+settings.register_profile("full", max_examples=50, deadline=None)
+settings.load_profile("full")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,31 +35,11 @@ def _seeded():
     torch.manual_seed(0)
 
 
-MISTRAL = ("mistral-common==1.13.1", "mistral_common/data/tokenizer.model.v1")
-
-
 @pytest.fixture(scope="session")
 def sentencepiece_folder(tmp_path_factory):
-    """A folder with `tokenizer.model`, a real SentencePiece model of 32,000 pieces.
-
-    It is read from the wheel: installed without its dependencies, the package would break transformers' imports.
-    """
+    """A folder with `tokenizer.model`, a small SentencePiece model like LLaMA's."""
     folder = tmp_path_factory.mktemp("sentencepiece")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(folder),
-        MISTRAL[0],
-    ]
-    if (done := subprocess.run(command, capture_output=True, text=True, check=False)).returncode:
-        pytest.skip(f"no package index has {MISTRAL[0]}: {done.stderr[-200:]}")
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        (folder / "tokenizer.model").write_bytes(wheel.read(MISTRAL[1]))
+    save_sentencepiece_model(folder)
     return folder
 
 

@@ -20,6 +20,7 @@ from transformers import (
 
 import vzip
 from tests.helpers import tiny
+from tests.helpers.pieces import NUM_PIECES
 from tests.helpers.errors import refused
 from tests.helpers.original import (
     change_config,
@@ -733,7 +734,7 @@ def sentencepiece_tokenizer(folder, sentencepiece_folder, settings=LLAMA, **chan
     shutil.copy(sentencepiece_folder / "tokenizer.model", folder)
     if settings:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    change_config(folder, vocab_size=32000, **changes)
+    change_config(folder, vocab_size=NUM_PIECES, **changes)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     return original.load_tokenizer(str(folder)), pieces
 
@@ -754,11 +755,11 @@ def test_a_real_sentencepiece_model(folder, sentencepiece_folder, settings, kind
         assert tokenizer.encode(text) == [1, *pieces.encode(text)]
     ids = tokenizer.encode("USER: <image>\nwhat?")
     assert (
-        ids.count(32000) == 1
+        ids.count(NUM_PIECES) == 1
         and ids[0] == 1
-        and tokenizer.decode(ids[ids.index(32000) + 1 :]).strip() == "what?"
+        and tokenizer.decode(ids[ids.index(NUM_PIECES) + 1 :]).strip() == "what?"
     )
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (0, 2, 32001)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (0, 2, NUM_PIECES + 1)
 
 
 def test_ids_are_those_of_sentencepiece_for_any_white_space(folder, sentencepiece_folder, tmp_path):
