@@ -1,6 +1,7 @@
-"""The processors of the tiny models (`model=next-tiny` and the like): the embedded default's tokenizer, pictures of 112 pixels.
+"""Prepare the processors of the tiny models (`model=next-tiny` and the like).
 
-Their weights are random, made at each start from the architecture in their config. `prepare_smol.py` runs this.
+They have the embedded default's tokenizer, and pictures of 112 pixels. The models' weights are random and made at each
+start, from the architecture in their config, so only the processors are written. `scripts.prepare.smol` runs this.
 """
 
 import json
@@ -9,34 +10,27 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from transformers import (
-    AutoTokenizer,
-    LlavaNextImageProcessorPil,
-    LlavaNextProcessor,
-    LlavaOnevisionImageProcessorPil,
-    LlavaOnevisionProcessor,
-    VideoLlavaImageProcessor,
-    VideoLlavaProcessor,
-)
+import yaml
 
 from data.paths import ROOT
-from vzip.media import build_processor
-from vzip.models.mini_gemini import MiniGeminiConfig, make_processor
 
-SIDE, PATCH = 112, 14
+SIDE = 112
+PATCH = 14
 SQUARE = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
 WITH_CLS = {
     "patch_size": PATCH,
     "vision_feature_select_strategy": "default",
     "num_additional_image_tokens": 1,
 }
+
 VIDEO_TOKEN = "<jupyter_script>"
 """An unused special token of SmolLM2's tokenizer, which becomes `<video>`."""
 
 
 def rename_token(tokenizer: Any, old: str, new: str) -> Any:
-    """The tokenizer with a special token under another name."""
+    """Return the tokenizer with a special token under another name."""
+    from transformers import AutoTokenizer
+
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         for path in Path(scratch).glob("tokenizer*.json"):
@@ -44,42 +38,83 @@ def rename_token(tokenizer: Any, old: str, new: str) -> Any:
         return AutoTokenizer.from_pretrained(scratch)
 
 
-def build_tiny(name: str, architecture: dict[str, Any], tokenizer: Any) -> Any:
-    """The processor of a tiny model."""
-    if name == "next-tiny":
-        images = LlavaNextImageProcessorPil(
-            image_grid_pinpoints=architecture["image_grid_pinpoints"], **SQUARE
-        )
-        return LlavaNextProcessor(images, tokenizer, **WITH_CLS)
-    if name == "onevision-tiny":
-        pinpoints, size = architecture["image_grid_pinpoints"], {"height": SIDE, "width": SIDE}
-        settings = {"num_image_tokens": (SIDE // PATCH) ** 2, "vision_feature_select_strategy": "full"}
-        images = LlavaOnevisionImageProcessorPil(image_grid_pinpoints=pinpoints, size=size)
-        return build_processor(LlavaOnevisionProcessor, images, tokenizer, settings)
-    if name == "video-llava-tiny":
-        return build_processor(VideoLlavaProcessor, VideoLlavaImageProcessor(**SQUARE), tokenizer, WITH_CLS)
-    settings = {key: value for key, value in architecture.items() if key != "model_type"}
-    return make_processor(MiniGeminiConfig(**settings), tokenizer)
+def _llava_next(architecture: dict[str, Any], tokenizer: Any) -> Any:
+    from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor
+
+    pinpoints = architecture["image_grid_pinpoints"]
+    images = LlavaNextImageProcessorPil(image_grid_pinpoints=pinpoints, **SQUARE)
+    return LlavaNextProcessor(images, tokenizer, **WITH_CLS)
 
 
-def architectures() -> dict[str, dict[str, Any]]:
-    """The architecture of each tiny model, as its config has it."""
-    found = {}
+def _llava_onevision(architecture: dict[str, Any], tokenizer: Any) -> Any:
+    from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionProcessor
+
+    from vzip.media import build_processor
+
+    images = LlavaOnevisionImageProcessorPil(
+        image_grid_pinpoints=architecture["image_grid_pinpoints"],
+        size={"height": SIDE, "width": SIDE},
+    )
+    settings = {"num_image_tokens": (SIDE // PATCH) ** 2, "vision_feature_select_strategy": "full"}
+    return build_processor(LlavaOnevisionProcessor, images, tokenizer, settings)
+
+
+def _video_llava(architecture: dict[str, Any], tokenizer: Any) -> Any:
+    from transformers import VideoLlavaImageProcessor, VideoLlavaProcessor
+
+    from vzip.media import build_processor
+
+    return build_processor(VideoLlavaProcessor, VideoLlavaImageProcessor(**SQUARE), tokenizer, WITH_CLS)
+
+
+def _mini_gemini(architecture: dict[str, Any], tokenizer: Any) -> Any:
+    from vzip.models import mini_gemini
+
+    return mini_gemini.make_processor(mini_gemini.MiniGeminiConfig(**architecture), tokenizer)
+
+
+PROCESSORS = {
+    "llava_next": _llava_next,
+    "llava_onevision": _llava_onevision,
+    "video_llava": _video_llava,
+    "mini_gemini": _mini_gemini,
+}
+"""Builds the processor of a tiny model from its architecture and a tokenizer, by the module of the model's family."""
+
+
+def tiny_models() -> dict[str, dict[str, Any]]:
+    """The family and the architecture of each tiny model, by the name of its config."""
+    models = {}
     for path in sorted((ROOT / "configs" / "model").glob("*-tiny.yaml")):
-        model = OmegaConf.load(path).model
-        architecture: dict[str, Any] = OmegaConf.to_container(model.architecture)  # type: ignore[assignment]
-        found[path.stem] = architecture | {"model_type": model["_target_"].rsplit(".", 2)[-2]}
-    return found
+        model = yaml.safe_load(path.read_text())["model"]
+        family = model["_target_"].rsplit(".", 2)[-2]
+        models[path.stem] = model["architecture"] | {"model_type": family}
+    return models
 
 
 def prepare_tiny(tokenizer_folder: Path, target: Path) -> None:
-    """Write a folder for each tiny model below `target`, unless they are there as the configs have them now."""
-    wanted, stamp = architectures(), target / "prepared.json"
-    if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
+    """Write a folder for each tiny model below `target`, unless it has them for the same architectures already.
+
+    Args:
+        tokenizer_folder: the embedded default's model.
+        target: the folder.
+    """
+    models = tiny_models()
+    stamp_file = target / "prepared.json"
+    if stamp_file.is_file() and json.loads(stamp_file.read_text()) == models:
         return
+
+    from transformers import AutoTokenizer
+
     tokenizer = rename_token(AutoTokenizer.from_pretrained(tokenizer_folder), VIDEO_TOKEN, "<video>")
     shutil.rmtree(target, ignore_errors=True)
-    for name, architecture in wanted.items():
-        build_tiny(name, architecture, tokenizer).save_pretrained(target / name)
-        (target / name / "config.json").write_text(json.dumps({"model_type": architecture["model_type"]}))
-    stamp.write_text(json.dumps(wanted))
+
+    for name, architecture in models.items():
+        settings = dict(architecture)
+        model_type = settings.pop("model_type")
+        processor = PROCESSORS[model_type](settings, tokenizer)
+        processor.save_pretrained(target / name)
+        (target / name / "config.json").write_text(json.dumps({"model_type": model_type}))
+
+    # Written last: without it, everything is prepared again.
+    stamp_file.write_text(json.dumps(models))
