@@ -1,4 +1,4 @@
-"""The preflight's report for readers: a table and a picture."""
+"""The preflight's report for people: two tables and a picture."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,103 +6,165 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from rich.console import Console
 from rich.table import Table
 
-from data.preflight.check import MEASURES, ExampleLengths
+from data.preflight.lengths import MEASURES, ExampleLengths
 
 MAX_PANELS = 8
-"""Sources that the picture shows, the largest ones."""
+"""Sources in the picture, the largest ones."""
 MAX_TURNS = 6
-"""Turns that are named where most rows are cut; check.json has them all."""
-BLUE, ORANGE, BLACK = "#0072B2", "#E69F00", "#000000"
-"""Of Okabe and Ito's palette, which colour-blind readers tell apart."""
+"""Turns that are named as those where most conversations are cut. `check.json` has all of them."""
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+BLACK = "#000000"
+"""Colours of Okabe and Ito's palette, which colour-blind readers can tell apart."""
 
 
-def _rows_table(parts: Mapping[str, Any]) -> Table:
-    table = Table(title="rows of the subset", title_justify="left")
+def print_report(report: Mapping[str, Any]) -> None:
+    """Print what was counted by source, where conversations are cut, and how long the examples are."""
+    console = Console()
+    groups = {**report["sources"], "all": report["all"]}
+
+    console.print(_counts_table(groups))
+    if report["all"]["cut"]["rows"]:
+        console.print(_cut_sentence(report), soft_wrap=True, highlight=False)
+    console.print(_lengths_table(groups))
+
+
+def _counts_table(groups: Mapping[str, Any]) -> Table:
+    """Counts of each source."""
+    table = Table(title="examples of the subset", title_justify="left")
     table.add_column("source", no_wrap=True)
-    for column in ("rows", "media", "left out", "no label", "cut", "labels lost", "too long", "broken files"):
-        table.add_column(column, justify="right")
-    for source, part in parts.items():
-        before = (part["rows"], part["media"], part["left_out"], part["without_labels"], part["cut"]["rows"])
-        after = (part["too_long"], part["broken_files"])
-        lost = f"{part['cut']['lost_share']:.2%}"
-        table.add_row(source, *(f"{count:,}" for count in before), lost, *(f"{count:,}" for count in after))
+    for title in (
+        "examples",
+        "media",
+        "left out",
+        "no label",
+        "cut",
+        "labels lost",
+        "too long",
+        "broken files",
+    ):
+        table.add_column(title, justify="right")
+
+    for source, group in groups.items():
+        table.add_row(
+            source,
+            f"{group['rows']:,}",
+            f"{group['media']:,}",
+            f"{group['left_out']:,}",
+            f"{group['without_labels']:,}",
+            f"{group['cut']['rows']:,}",
+            f"{group['cut']['lost_share']:.2%}",
+            f"{group['too_long']:,}",
+            f"{group['broken_files']:,}",
+        )
     return table
 
 
-def _lengths_table(parts: Mapping[str, Any]) -> Table:
+def _cut_sentence(report: Mapping[str, Any]) -> str:
+    """In which turns the cut falls, the most frequent ones first."""
+    by_turn = report["all"]["cut"]["rows_by_turn"]
+    most_first = sorted(by_turn.items(), key=lambda item: -item[1])
+
+    turns = [f"{turn} ({count:,} examples)" for turn, count in most_first[:MAX_TURNS]]
+    num_others = sum(count for _, count in most_first[MAX_TURNS:])
+    if num_others:
+        turns.append(f"others ({num_others:,} examples)")
+
+    return f"the cut at data.max_tokens={report['max_tokens']} falls in turn {', '.join(turns)}"
+
+
+def _lengths_table(groups: Mapping[str, Any]) -> Table:
+    """Mean, percentiles and maximum of each measure, by source."""
     table = Table(title="tokens, after the cut and the reducer", title_justify="left")
-    for column in ("of a row", "source"):
-        table.add_column(column, no_wrap=True)
-    for column in ("mean", "p10", "p50", "p90", "max"):
-        table.add_column(column, justify="right")
-    for measured, title in MEASURES.items():
-        for source, part in parts.items():
-            table.add_row(title, source, *(f"{value:,.0f}" for value in part["tokens"][measured].values()))
+    for title in ("per example", "source"):
+        table.add_column(title, no_wrap=True)
+    for title in ("mean", "p10", "p50", "p90", "max"):
+        table.add_column(title, justify="right")
+
+    for measure, title in MEASURES.items():
+        for source, group in groups.items():
+            values = [f"{value:,.0f}" for value in group["tokens"][measure].values()]
+            table.add_row(title, source, *values)
         table.add_section()
     return table
 
 
-def print_report(found: Mapping[str, Any]) -> None:
-    """Two tables: what was found by source, and how long the rows are; between them, where rows were cut."""
-    parts, console = {**found["sources"], "all": found["all"]}, Console()
-    console.print(_rows_table(parts))
-    if by_turn := found["all"]["cut"]["rows_by_turn"]:
-        most = sorted(by_turn.items(), key=lambda item: -item[1])
-        turns = [f"{turn} ({count:,} rows)" for turn, count in most[:MAX_TURNS]]
-        if rest := sum(count for _, count in most[MAX_TURNS:]):
-            turns.append(f"others ({rest:,} rows)")
-        where = f"the cut at data.max_tokens={found['max_tokens']} falls in turn {', '.join(turns)}"
-        console.print(where, soft_wrap=True, highlight=False)
-    console.print(_lengths_table(parts))
+def draw_report(lengths: ExampleLengths, report: Mapping[str, Any], path: Path) -> None:
+    """Write a PNG with the distribution of lengths and of label tokens for each of the largest sources.
+
+    A subset in which no example has a label has no distribution, and gets no picture.
+    """
+    sources = [source for source, group in report["sources"].items() if group["rows"]][:MAX_PANELS]
+    if not sources:
+        return
+
+    figure = Figure(figsize=(10, 1.6 + 1.3 * len(sources)), layout="constrained")
+    grid = figure.subplots(len(sources), 2, sharex="col", squeeze=False)
+    max_positions = report["max_positions"]
+    tokens = report["all"]["tokens"]
+
+    # Left: tokens in the language model, up to what it takes. Right: label tokens.
+    longest = max(tokens["expanded"]["max"], max_positions)
+    _draw_column(grid[:, 0], lengths, lengths.expanded, sources, last=longest, colour=BLUE)
+    _draw_column(grid[:, 1], lengths, lengths.labels, sources, last=tokens["labels"]["max"], colour=ORANGE)
+
+    for axes, source in zip(grid[:, 0], sources, strict=True):
+        axes.axvline(max_positions, color=BLACK, linestyle="--", linewidth=1)
+        axes.set_ylabel(f"{source}\n{report['sources'][source]['rows']:,} examples\n% of examples")
+
+    grid[-1, 0].set_xlabel(f"{MEASURES['expanded']}, per example (log scale)")
+    grid[-1, 1].set_xlabel(f"{MEASURES['labels']}, per example (log scale)")
+    grid[0, 0].set_title(
+        f"Length in the language model (dashed: its limit of {max_positions:,})", fontsize="medium"
+    )
+    grid[0, 1].set_title("Tokens that carry the loss", fontsize="medium")
+
+    expanded = tokens["expanded"]
+    figure.suptitle(
+        f"Half of the {report['all']['rows']:,} examples are at most {expanded['p50']:,.0f} tokens long, nine in ten at most "
+        f"{expanded['p90']:,.0f}, the longest {expanded['max']:,}\nby source, the largest first. A line marks the median."
+    )
+    figure.savefig(path, dpi=120)
 
 
-def _bars(axes: Axes, values: np.ndarray, bins: list[float], colour: str) -> None:
-    """The share of rows by length, with the median marked."""
-    median = float(np.median(values))
+def _draw_column(
+    column: np.ndarray,
+    lengths: ExampleLengths,
+    values: np.ndarray,
+    sources: list[str],
+    *,
+    last: int,
+    colour: str,
+) -> None:
+    """Draw a histogram of `values` for each source, all with the same bins, which end at `last`."""
+    first = max(1, values[lengths.trained].min())
+    edges = np.geomspace(first, last + 1, 41).astype(int)
+    bins = np.unique([*edges, last + 1]).tolist()
+
+    for axes, source in zip(column, sources, strict=True):
+        _draw_histogram(axes, values[lengths.trained & (lengths.sources == source)], bins, colour)
+    _format_log_axis(column[-1].xaxis)
+
+
+def _draw_histogram(axes: Axes, values: np.ndarray, bins: list[float], colour: str) -> None:
+    """Draw the share of examples by length in percent, with the median marked."""
     axes.hist(values, bins=bins, weights=np.full(len(values), 100 / len(values)), color=colour)
-    axes.axvline(median, color=BLACK, linewidth=1)
-    axes.annotate(f" {median:,.0f}", (median, 0.97), xycoords=("data", "axes fraction"), va="top")
     axes.set_xscale("log")
     axes.spines[["top", "right"]].set_visible(False)
 
+    median = float(np.median(values))
+    axes.axvline(median, color=BLACK, linewidth=1)
+    axes.annotate(f" {median:,.0f}", (median, 0.97), xycoords=("data", "axes fraction"), va="top")
 
-def draw_report(lengths: ExampleLengths, found: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG: the spread of the rows' lengths and label tokens, for each of the `MAX_PANELS` largest sources.
 
-    A subset of which no row has a label has no spread, and no picture.
-    """
-    sources = [source for source, part in found["sources"].items() if part["rows"]][:MAX_PANELS]
-    if not sources:
-        return
-    limit, whole = found["max_positions"], found["all"]["tokens"]["expanded"]
-    figure = Figure(figsize=(10, 1.6 + 1.3 * len(sources)), layout="constrained")
-    grid = figure.subplots(len(sources), 2, sharex="col", squeeze=False)
-    columns = (("expanded", lengths.expanded, BLUE), ("labels", lengths.labels, ORANGE))
-    for column, (name, values, colour) in enumerate(columns):
-        last = max(found["all"]["tokens"][name]["max"], limit if name == "expanded" else 0)
-        edges = np.geomspace(max(1, values[lengths.trained].min()), last + 1, 41)
-        bins = np.unique([*edges.astype(int), last + 1]).tolist()
-        for row, source in enumerate(sources):
-            _bars(grid[row, column], values[lengths.trained & (lengths.sources == source)], bins, colour)
-            if name == "expanded":
-                grid[row, 0].axvline(limit, color=BLACK, linestyle="--", linewidth=1)
-                grid[row, 0].set_ylabel(f"{source}\n{found['sources'][source]['rows']:,} rows\n% of rows")
-        grid[-1, column].set_xlabel(f"{MEASURES[name]}, of a row (log scale)")
-        axis = grid[-1, column].xaxis
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axis.set_minor_formatter(NullFormatter())
-    grid[0, 0].set_title(
-        f"Length in the language model; dashed: the {limit:,} that it takes", fontsize="medium"
-    )
-    grid[0, 1].set_title("Tokens that carry the loss", fontsize="medium")
-    figure.suptitle(
-        f"Half of the {found['all']['rows']:,} rows are at most {whole['p50']:,.0f} tokens long, nine in ten at most "
-        f"{whole['p90']:,.0f}, the longest {whole['max']:,}\nby source, the largest first; a line marks the median"
-    )
-    figure.savefig(path, dpi=120)
+def _format_log_axis(axis: Axis) -> None:
+    """Label 1, 2, 5, 10, ... with plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axis.set_minor_formatter(NullFormatter())

@@ -1,4 +1,6 @@
-"""Check a model's data before a GPU is taken: every picture, every row's labels and length; a table, check.json and check.png.
+"""Check a model's data before a GPU is taken: every image, label and length.
+
+It prints a table, and writes check.json and check.png beside the prepared data.
 
 make data-check MODEL=llava-7b        python -m scripts.prepare.check model=llava-7b reducer.budget=128
 """
@@ -7,9 +9,8 @@ import hydra
 from omegaconf import DictConfig
 
 from data.examples.prepare import prepare
-from data.paths import write_json
-from data.preflight.check import check_faults, check_files, measure_lengths, report
-from data.preflight.show import draw_report, print_report
+from data.preflight.check import check_subset
+from data.preflight.lengths import measure_lengths
 from train import config
 from train.checks import check
 from train.cli import exit_on_user_error
@@ -20,31 +21,30 @@ from train.models import count_model, load_unreduced_processor
 @exit_on_user_error
 def main(cfg: DictConfig) -> None:
     check(cfg)
-    family, reducer = count_model(cfg).without_weights(), config.build_reducer(cfg)
-    family.refuse_unfit(reducer)
+
+    # Neither lengths nor files need the weights, so the model is built without them.
+    family = count_model(cfg).without_weights()
+    reducer = config.build_reducer(cfg)
+    family.check_reducer(reducer)
+
+    # The held-out questions are looked at too: a mistake in them must not show after the tuning.
     subset = prepare(config.selection(cfg))
     if config.asks_questions(cfg):
         prepare(config.held_out(cfg))
-    template, tokenizer = (
-        config.instantiate_target(cfg.model.template),
-        load_unreduced_processor(cfg).tokenizer,
-    )
-    table = subset.examples(template, tokenizer, max_tokens=cfg.data.max_tokens).table
 
-    lengths = measure_lengths(table, family, reducer, num_frames=cfg.model.get("num_frames", 1))
-    files = check_files(table, subset.image_folder, seed=cfg.seed)
-    found = report(
+    template = config.instantiate_target(cfg.model.template)
+    tokenizer = load_unreduced_processor(cfg).tokenizer
+    examples = subset.examples(template, tokenizer, max_tokens=cfg.data.max_tokens)
+
+    lengths = measure_lengths(examples.table, family, reducer, num_frames=cfg.model.get("num_frames", 1))
+    check_subset(
+        subset,
+        examples,
         lengths,
-        files,
-        subset.manifest["bad_rows"],
         max_tokens=cfg.data.max_tokens,
         max_positions=family.model.config.get_text_config().max_position_embeddings,
+        seed=cfg.seed,
     )
-    write_json(subset.folder / "check.json", found)
-    draw_report(lengths, found, subset.folder / "check.png")
-    print_report(found)
-    print(f"{subset.folder}: check.json, check.png")
-    check_faults(found, subset.folder)
 
 
 if __name__ == "__main__":

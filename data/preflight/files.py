@@ -1,0 +1,116 @@
+"""Whether the images and videos of a subset can be read: all of them by their header, a sample by decoding it."""
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from PIL import Image
+
+from data.conversations import BadExample
+from data.progress import progress
+from vzip import UserError
+from vzip.pictures import FORMATS, open_picture
+from vzip.videos import check_video
+
+NUM_DECODED = 1000
+"""Images and videos in the sample that is decoded."""
+
+
+@dataclass(frozen=True)
+class _MediaFile:
+    """An image or a video, with the first conversation that has it."""
+
+    kind: str
+    path: str
+    """Below the folder of images and videos."""
+    size: tuple[int, int] | None
+    """Recorded (height, width) of an image in pixels, upright."""
+    conversation_id: str
+    source: str
+
+
+def check_files(
+    table: pa.Table, folder: Path, *, seed: int = 0, num_decoded: int = NUM_DECODED
+) -> list[BadExample]:
+    """Find the images and videos that can't be read or have changed, each with the first conversation that has it.
+
+    Args:
+        table: the columns of `data.examples.tokens.SCHEMA`.
+        folder: the folder of images and videos.
+        seed: the seed that the sample is drawn from.
+        num_decoded: number of files in the sample that is decoded. Videos are decoded as far as `check_video` does.
+
+    Raises:
+        UserError: there are videos in the sample, but PyAV, which reads them, is not installed.
+    """
+    files = _files_of(table)
+    sample = set(random.Random(seed).sample(sorted(files), min(num_decoded, len(files))))
+
+    def check(key: tuple[str, str]) -> BadExample | None:
+        file = files[key]
+        fault = _fault_of(file, folder, decode=key in sample)
+        return (
+            None if fault is None else BadExample(file.conversation_id, file.source, f"{file.path}: {fault}")
+        )
+
+    # Threads, because most of the time goes into waiting for the disk.
+    with ThreadPoolExecutor() as pool:
+        bar = progress(pool.map(check, files), total=len(files), title="check files", unit="file")
+        return [bad for bad in bar if bad is not None]
+
+
+def _files_of(table: pa.Table) -> dict[tuple[str, str], _MediaFile]:
+    """The table's images and videos by (kind, path)."""
+    files: dict[tuple[str, str], _MediaFile] = {}
+    for row in table.select(["id", "source", "images", "videos", "sizes"]).to_pylist():
+        sizes = zip(row["sizes"][::2], row["sizes"][1::2], strict=True)
+        media = [("image", path, size) for path, size in zip(row["images"], sizes, strict=True)]
+        media += [("video", path, None) for path in row["videos"]]
+
+        for kind, path, size in media:
+            files.setdefault((kind, path), _MediaFile(kind, path, size, row["id"], row["source"]))
+
+    return files
+
+
+def _fault_of(file: _MediaFile, folder: Path, *, decode: bool) -> str | None:
+    """What is wrong with a file; None if nothing is."""
+    try:
+        _read(file, folder / file.path, decode=decode)
+    except UserError:
+        # It is a ValueError too, but tells what is wrong with the installation and not with this file.
+        raise
+    except FileNotFoundError:
+        return "missing"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _read(file: _MediaFile, path: Path, *, decode: bool) -> None:
+    """Raise OSError or ValueError if a file can't be read, or is an image of another size than the recorded one."""
+    if not path.stat().st_size:
+        raise ValueError("an empty file")
+
+    if file.kind == "video":
+        if decode:
+            check_video(path)
+        return
+
+    try:
+        with Image.open(path, formats=FORMATS) as picture:
+            width, height = picture.size
+    except (Image.DecompressionBombError, SyntaxError) as error:
+        raise ValueError(str(error)) from error
+
+    # Width and height may be swapped: the header does not count a rotation that EXIF asks for.
+    if file.size is not None and sorted((height, width)) != sorted(file.size):
+        recorded_height, recorded_width = file.size
+        raise ValueError(
+            f"{width} x {height} px, but {recorded_width} x {recorded_height} when the subset was made"
+        )
+
+    if decode:
+        open_picture(path)

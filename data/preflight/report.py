@@ -1,0 +1,149 @@
+"""The report of a preflight, as `check.json` has it, and the error that sums up its faults."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.conversations import BadExample
+from data.preflight.lengths import MEASURES, ExampleLengths
+from vzip import UserError
+
+NUM_SHOWN = 5
+"""Faults that the error message names."""
+
+
+def make_report(
+    lengths: ExampleLengths,
+    broken_files: Sequence[BadExample],
+    left_out: Sequence[Mapping[str, Any]],
+    *,
+    max_tokens: int,
+    max_positions: int,
+) -> dict[str, Any]:
+    """Describe all examples, those of each source (the largest source first), and the faults.
+
+    Args:
+        lengths: what `measure_lengths` returned.
+        broken_files: what `check_files` returned.
+        left_out: "bad_rows" of the subset's manifest.
+        max_tokens: text tokens at which conversations were cut.
+        max_positions: tokens that the language model takes.
+    """
+    num_left_out = Counter(bad["source"] for bad in left_out)
+    num_broken = Counter(bad.source for bad in broken_files)
+
+    def describe(rows: np.ndarray, *, left_out: int, broken: int) -> dict[str, Any]:
+        summary = _summary(lengths, rows, max_positions)
+        return summary | {"left_out": left_out, "broken_files": broken}
+
+    # Sources of which nothing is left come last.
+    sources = [source for source, _ in Counter(lengths.sources.tolist()).most_common()]
+    sources += sorted({*num_left_out, *num_broken} - {*sources})
+    by_source = {}
+    for source in sources:
+        rows = lengths.sources == source
+        by_source[source] = describe(rows, left_out=num_left_out[source], broken=num_broken[source])
+
+    every_row = np.ones(len(lengths.ids), dtype=bool)
+    too_long = np.flatnonzero(_too_long(lengths, max_positions)).tolist()
+    faults = list(broken_files)
+    for row in too_long:
+        reason = f"{lengths.expanded[row]} tokens, more than {max_positions}"
+        faults.append(BadExample(str(lengths.ids[row]), str(lengths.sources[row]), reason))
+
+    # What the language model takes, less what the images of the too long examples add to their placeholders.
+    added_by_media = (lengths.visual - lengths.media)[too_long].max(initial=0)
+    fitting_max_tokens = max_positions - int(added_by_media)
+
+    return {
+        "max_tokens": max_tokens,
+        "max_positions": max_positions,
+        "fitting_max_tokens": fitting_max_tokens if too_long else None,
+        "all": describe(every_row, left_out=num_left_out.total(), broken=num_broken.total()),
+        "sources": by_source,
+        "faults": [asdict(fault) for fault in faults],
+    }
+
+
+def check_faults(report: Mapping[str, Any], folder: Path) -> None:
+    """Raise UserError if a report has faults: how many there are by source, the first ones, and what to do.
+
+    Args:
+        report: what `make_report` returned.
+        folder: the folder of `check.json`, which the message points to.
+    """
+    faults = report["faults"]
+    if not faults:
+        return
+
+    by_source = Counter(fault["source"] for fault in faults)
+    counts = ", ".join(f"{source}: {count}" for source, count in sorted(by_source.items()))
+    num_broken = report["all"]["broken_files"]
+    num_too_long = report["all"]["too_long"]
+
+    lines = [
+        f"{num_broken} files of the subset can't be read and {num_too_long} examples are too long ({counts}). "
+        f"The first ones:"
+    ]
+    for fault in faults[:NUM_SHOWN]:
+        lines.append(f"  {fault['id']}: {fault['reason']}")
+
+    if num_broken:
+        lines.append("Put the files back, or remove them and run `make data` again, which fetches them anew.")
+
+    if num_too_long:
+        fitting = report["fitting_max_tokens"]
+        shorter_text = f"data.max_tokens={fitting} or " if fitting > 0 else ""
+        lines.append(f"For the examples that are too long, set {shorter_text}a smaller reducer.budget.")
+
+    lines.append(f"All of them are listed in {folder / 'check.json'}.")
+    raise UserError("\n".join(lines))
+
+
+def _too_long(lengths: ExampleLengths, max_positions: int) -> np.ndarray:
+    """bool[conversations]: whether an example has more tokens than the language model takes."""
+    too_long: np.ndarray = lengths.trained & (lengths.expanded > max_positions)
+    return too_long
+
+
+def _summary(lengths: ExampleLengths, rows: np.ndarray, max_positions: int) -> dict[str, Any]:
+    """Counts and lengths of some conversations, given as bool[conversations]."""
+    trained = rows & lengths.trained
+    cut = rows & (lengths.cut_turns > 0)
+    num_by_turn = Counter(lengths.cut_turns[cut].tolist())
+
+    num_whole_labels = int(lengths.whole_labels[rows].sum())
+    num_lost_labels = num_whole_labels - int(lengths.labels[rows].sum())
+
+    return {
+        "rows": int(trained.sum()),
+        "media": int(lengths.media[trained].sum()),
+        "without_labels": int((rows & ~lengths.trained).sum()),
+        "too_long": int((rows & _too_long(lengths, max_positions)).sum()),
+        "cut": {
+            "rows": int(cut.sum()),
+            "lost_labels": num_lost_labels,
+            "lost_share": num_lost_labels / max(1, num_whole_labels),
+            "rows_by_turn": {str(turn): count for turn, count in sorted(num_by_turn.items())},
+        },
+        "tokens": {name: _spread(getattr(lengths, name)[trained]) for name in MEASURES},
+    }
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    """Mean, percentiles and maximum; zeros if there are no values."""
+    if not len(values):
+        return {"mean": 0.0, "p10": 0, "p50": 0, "p90": 0, "max": 0}
+
+    p10, p50, p90 = np.percentile(values, [10, 50, 90]).tolist()
+    return {
+        "mean": round(float(values.mean()), 1),
+        "p10": p10,
+        "p50": p50,
+        "p90": p90,
+        "max": int(values.max()),
+    }
