@@ -1,24 +1,24 @@
-"""Chat with a model in a page, with all visual tokens, reduced, and tuned, and see which tokens stay.
+"""Chat with a model in a page: full, training-free and tuned side by side, and the kept tokens.
 
-make demo RUN=runs/my-run ARGS="--port 7861"        python -m scripts.demo.main llava-hf/llava-1.5-7b-hf
+make demo RUN=runs/my-run ARGS="--port 7861"    python -m scripts.demo.main llava-hf/llava-1.5-7b-hf
 
-The page is for this machine alone unless --host or --share ask for more.
+Only this machine can open the page, unless --host or --share ask for more. Ctrl-C ends the command.
 """
 
 import argparse
-import json
 import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 
-from omegaconf import OmegaConf
 from starlette.middleware import Middleware
 
 from scripts.demo.page import STYLE, ExamplePicture, NoOtherHosts, Page, gr
 from scripts.demo.sessions import SharedModel
 from train.cli import count, exit_on_user_error
+from train.runs import FinishedRun
 from vzip import Comparison, UserError
 from vzip.pictures import open_picture
 from vzip.templates import encode as templates
@@ -32,72 +32,104 @@ TEMPLATES = {
 NUM_EXAMPLES = 8
 MAX_FILE_MB = 20
 MAX_VISITORS = 8
-"""Whose conversations are kept, each with a cache a row."""
+"""Visitors whose sessions are kept. A session has one KV cache for each setting."""
 
 
 def free_port(host: str, port: int) -> int:
-    """The port, or, of 0, any that is free. Raises UserError for one that is taken, or a host that is not this machine."""
+    """Return the port, or any free port for 0.
+
+    Raises:
+        UserError: the port is taken, or the host is not this machine.
+    """
     try:
-        with socket.create_server((host, port)) as taken:
-            found: int = taken.getsockname()[1]
-            return found
+        with socket.create_server((host, port)) as server:
+            free: int = server.getsockname()[1]
+            return free
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"--host={host} --port={port} can't be opened: {error}\nGive another port, e.g. --port {port % 65_000 + 1}, or 0 "
-            f"for any that is free"
+            f"--host={host} --port={port} can't be opened: {error}\n"
+            f"Give another port, e.g. --port {port % 65_000 + 1}, or 0 for any that is free"
         ) from error
 
 
 def held_out_examples(run: Path) -> list[ExamplePicture]:
-    """The first pictures that a run was evaluated with, those that can still be opened, each with a question about it."""
-    settings, answers = run / "config.yaml", run / "answers_full.json"
-    if not (settings.is_file() and answers.is_file()):
+    """Return the first pictures that a run was evaluated with, each with a question about it."""
+    finished = FinishedRun(run)
+    answers = finished.answers("full")
+    if not finished.has_settings or answers is None:
         return []
-    folder = Path(OmegaConf.select(OmegaConf.load(settings), "data.image_folder", default=".")).expanduser()
+
+    # A picture may have several questions. The first one is offered.
     questions: dict[str, str] = {}
-    for given in json.loads(answers.read_text()):
-        questions.setdefault(given["image"], given["question"].replace(templates.IMAGE, "").strip())
-    found: list[ExamplePicture] = []
+    for answer in answers:
+        question = answer["question"].replace(templates.IMAGE, "").strip()
+        questions.setdefault(answer["image"], question)
+
+    folder = Path(finished.setting("data.image_folder", ".")).expanduser()
+    examples: list[ExamplePicture] = []
     for image, question in questions.items():
-        if len(found) == NUM_EXAMPLES:
+        if len(examples) == NUM_EXAMPLES:
             break
-        with suppress(OSError, ValueError):  # gone, damaged, a video, or none at all
-            found.append(ExamplePicture(open_picture(folder / image), question))
-    return found
+        # Skip pictures that are gone or damaged, videos, and questions without a picture.
+        with suppress(OSError, ValueError):
+            examples.append(ExamplePicture(open_picture(folder / image), question))
+
+    return examples
 
 
-def open_rows(source: str, *, base: str | None, template: str | None, max_new_tokens: int) -> SharedModel:
-    """Raises UserError for what is neither a finished run nor a model, or a model that nobody knows how to ask."""
+def open_model(source: str, *, base: str | None, template: str | None, max_new_tokens: int) -> SharedModel:
+    """Load a run or a model.
+
+    Args:
+        source: a run folder, or the folder or hub id of a model.
+        base: folder or hub id of a run's base model, if it has moved.
+        template: a name in `TEMPLATES`, for a model without a chat template.
+        max_new_tokens: most tokens of an answer.
+
+    Raises:
+        UserError: the source is neither a finished run nor a model, or it has no chat template.
+    """
     comparison = Comparison.open(source, base=base)
+    processor = comparison.processor
+
+    # A run knows the template it was tuned with, but a base model may have none.
     if template is not None:
-        comparison.processor.chat_template = chat_template(
-            TEMPLATES[template], comparison.processor.tokenizer
-        )
-    if comparison.processor.chat_template is None:
+        processor.chat_template = chat_template(TEMPLATES[template], processor.tokenizer)
+
+    if processor.chat_template is None:
         raise UserError(
-            f"{source} has no chat template; say how it is to be asked: --template vicuna (LLaVA-1.5, LLaVA-NeXT with Vicuna), "
-            f"mistral, or chatml (Qwen2, SmolLM2)"
+            f"{source} has no chat template; say how it is asked: --template vicuna (LLaVA-1.5, "
+            f"LLaVA-NeXT with Vicuna), mistral, or chatml (Qwen2, SmolLM2)"
         )
     return SharedModel(comparison, max_new_tokens=max_new_tokens)
 
 
-def title_of(source: str, rows: SharedModel) -> str:
-    """Markdown that says what answers here."""
-    model, reducer = rows.comparison.family.model, rows.reducer(rows.budget)
-    tuned = f", tuned for a budget of {' or '.join(map(str, rows.tuned))}" if rows.tuned else ""
-    return f"`{source}`: {type(model).__name__} on {model.device}, {reducer}{tuned}."
+def title_of(source: str, model: SharedModel) -> str:
+    """Say in Markdown which model answers."""
+    network = model.comparison.family.model
+    reducer = model.reducer(model.default_budget)
+    title = f"`{source}`: {type(network).__name__} on {network.device}, {reducer}"
+
+    if model.tuned_budgets:
+        budgets = " or ".join(str(budget) for budget in model.tuned_budgets)
+        title += f", tuned for a budget of {budgets}"
+    return f"{title}."
 
 
 def spare_the_proxy(host: str) -> None:
-    """Have Gradio, which asks its own page whether it is there, not do so through the network's proxy."""
+    """Let Gradio reach its own page without the network's proxy.
+
+    It asks the page whether it is there.
+    """
     known = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
-    os.environ["no_proxy"] = ",".join(filter(None, [known, host, "127.0.0.1", "localhost"]))
+    hosts = [known, host, "127.0.0.1", "localhost"]
+    os.environ["no_proxy"] = ",".join(name for name in hosts if name)
 
 
 def serve(page: Page, *, host: str, port: int, share: bool) -> None:
-    """Show the page until Ctrl-C."""
+    """Show the page until Ctrl-C raises KeyboardInterrupt."""
     spare_the_proxy(host)
-    _, address, public = page.blocks.launch(
+    _, address, public_address = page.blocks.launch(
         server_name=host,
         server_port=port,
         share=share,
@@ -111,37 +143,53 @@ def serve(page: Page, *, host: str, port: int, share: bool) -> None:
         ssr_mode=False,
         app_kwargs={"middleware": [Middleware(NoOtherHosts)]},
     )
-    print(f"the page: {public or address} (Ctrl-C ends it)", flush=True)
-    page.blocks.block_thread()
+    print(f"the page: {public_address or address} (Ctrl-C ends it)", flush=True)
+
+    try:
+        Event().wait()
+    finally:
+        page.model.stop()
+        page.blocks.close(verbose=False)
 
 
-def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_demo_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="a run folder, or the folder or hub id of a model")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="0.0.0.0 shows the page to everyone in this network"
-    )
-    parser.add_argument("--port", type=int, default=7860, help="0: any that is free")
-    parser.add_argument("--share", action="store_true", help="a public address, through Gradio's servers")
-    parser.add_argument("--base", help="where a run's base model is now")
-    parser.add_argument("--template", choices=TEMPLATES, help="how a model without a chat template is asked")
-    parser.add_argument("--max-new-tokens", type=count, default=128, help="of an answer")
+    add = parser.add_argument
+    add("source", help="a run folder, or the folder or hub id of a model")
+    add("--host", default="127.0.0.1", help="0.0.0.0 shows the page to everyone in this network")
+    add("--port", type=int, default=7860, help="0: any port that is free")
+    add("--share", action="store_true", help="a public address, through Gradio's servers")
+    add("--base", help="folder or hub id of a run's base model, if it has moved")
+    add("--template", choices=TEMPLATES, help="how a model without a chat template is asked")
+    add("--max-new-tokens", type=count, default=128, help="most tokens of an answer")
     return parser.parse_args(arguments)
 
 
 @exit_on_user_error
 def main() -> None:
-    """Open the model, then the page."""
-    given = read_arguments()
-    port = free_port(given.host, given.port)
-    rows = open_rows(
-        given.source, base=given.base, template=given.template, max_new_tokens=given.max_new_tokens
-    )
-    rows.warm_up()
-    page = Page(rows, title=title_of(given.source, rows), examples=held_out_examples(Path(given.source)))
-    serve(page, host=given.host, port=port, share=given.share)
+    """Load the model, then show the page."""
+    arguments = parse_demo_arguments()
+
+    # Ctrl-C is the way to end this command, so it is not an error.
+    with suppress(KeyboardInterrupt):
+        # A port that is taken is found out before minutes are spent on loading the model.
+        port = free_port(arguments.host, arguments.port)
+        model = open_model(
+            arguments.source,
+            base=arguments.base,
+            template=arguments.template,
+            max_new_tokens=arguments.max_new_tokens,
+        )
+        model.warm_up()
+
+        page = Page(
+            model,
+            title=title_of(arguments.source, model),
+            examples=held_out_examples(Path(arguments.source)),
+        )
+        serve(page, host=arguments.host, port=port, share=arguments.share)
 
 
 if __name__ == "__main__":

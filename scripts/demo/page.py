@@ -1,4 +1,7 @@
-"""The demo's page: pictures of the tokens, and the rows' answers side by side. It asks no other host for anything."""
+"""The demo's page: pictures of the tokens, and the answers of all settings side by side.
+
+The page loads nothing from any other host.
+"""
 
 import os
 import time
@@ -18,8 +21,9 @@ from vzip import UserError
 from vzip.overlay import attention_map, kept_tokens, merged_tokens
 
 SIDE = 480
-REDRAWN = 0.1
-"""Seconds between two drawings of an answer that grows: the page's work slows the model's."""
+"""Pixels of a drawing's side."""
+SECONDS_BETWEEN_UPDATES = 0.1
+"""Seconds between two updates of a growing answer. Each update takes time from the model."""
 PROJECTORS = {"full": "base projector", "free": "base projector", "tuned": "tuned projector"}
 DRAWINGS = {
     "**Kept**: dominant orange, merge targets blue": kept_tokens,
@@ -27,23 +31,32 @@ DRAWINGS = {
     "**Attention**: violet little, yellow most": attention_map,
 }
 NO_PICTURE = "Upload a picture, or choose one, to see its tokens."
+FOOTNOTE = (
+    "*Prompt run*: how many tokens of the conversation were computed in a turn. The others were in the "
+    "KV cache. The settings answer greedily, one after the other, so that each is timed alone."
+)
 STYLE = """
 .gradio-container > main, .gradio-container { max-width: 1280px; width: 100%; margin: 0 auto; }
 .message:not(:empty) p { border-left: 4px solid #d55e00; padding: .25rem .75rem; }
 .drawing img { image-rendering: pixelated; }
 .drawing:not(:hover) .icon-button-wrapper { opacity: 0; }
 #examples .grid-wrap { height: auto; min-height: 0; padding-top: 2rem; }
-#examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; grid-auto-rows: auto !important; }
 #examples .grid-container { height: auto; }
+#examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
+#examples .grid-container { grid-auto-rows: auto !important; }
 #examples .grid-container button { aspect-ratio: 1; height: auto; }
 .answers button[aria-label="Clear"] { display: none; }
 .figures table { font-size: .85em; width: 100%; }
-.figures th, .figures td { padding: .15rem .4rem !important; white-space: nowrap; border-color: #8884 !important; }
+.figures th, .figures td { padding: .15rem .4rem !important; white-space: nowrap; }
+.figures th, .figures td { border-color: #8884 !important; }
 """
+
+Updates = dict[Any, Any]
+"""New values of components, by component, as Gradio takes them."""
 
 
 class NoOtherHosts:
-    """Tells browsers to load nothing for the page from anywhere but here."""
+    """Middleware that tells browsers to load nothing for the page from any other host."""
 
     POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
@@ -53,10 +66,8 @@ class NoOtherHosts:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {
-                    **message,
-                    "headers": [*message["headers"], (b"content-security-policy", self.POLICY)],
-                }
+                policy = (b"content-security-policy", self.POLICY)
+                message = {**message, "headers": [*message["headers"], policy]}
             await send(message)
 
         await self.app(scope, receive, send_with_policy)
@@ -71,41 +82,37 @@ class ExamplePicture:
 
 
 class Page:
-    """The page's parts, and what happens when they are touched.
+    """The page's components, and what happens when a visitor uses them.
 
     Args:
-        rows: which answer.
-        title: what they are of, as Markdown.
-        examples: offered beside the upload.
+        model: the model that answers.
+        title: what the model is, as Markdown.
+        examples: pictures offered beside the upload. The first one is shown when the page opens.
     """
 
-    def __init__(self, rows: SharedModel, *, title: str, examples: Sequence[ExamplePicture]) -> None:
-        self.rows, self.examples = rows, examples
-        with gr.Blocks(title="vzip", analytics_enabled=False, delete_cache=(600, 3600)) as self.blocks:
-            self.conversation = gr.State(None, time_to_live=3600)
+    def __init__(self, model: SharedModel, *, title: str, examples: Sequence[ExamplePicture]) -> None:
+        self.model = model
+        self.examples = examples
+        # Uploaded files are looked through every ten minutes, and deleted after an hour.
+        delete_cache = (600, 3600)
+        with gr.Blocks(title="vzip", analytics_enabled=False, delete_cache=delete_cache) as self.blocks:
+            self.session = gr.State(None, time_to_live=3600)
             gr.Markdown(f"# Which visual tokens stay, and what is answered\n{title}")
             with gr.Row():
                 with gr.Column(scale=1, min_width=280):
                     self._build_input()
                 with gr.Column(scale=3, min_width=280):
                     self._build_drawings()
-            self.question = gr.Textbox(
-                label="Question",
-                placeholder="Ask about the picture, in as many turns as you like",
-                submit_btn="Ask",
-                elem_id="question",
-            )
-            self.hint = gr.Markdown(elem_id="hint", elem_classes="message")
+                    self._build_budget()
+            self._build_question()
             with gr.Row():
                 self._build_answers()
-            gr.Markdown(
-                "*Prompt run*: how many tokens of the conversation a turn ran; the others were in its KV cache. The rows "
-                "answer greedily, one after the other, so that each is timed alone."
-            )
-            self.again = gr.Button("New conversation", size="sm", elem_id="again")
+            gr.Markdown(FOOTNOTE)
+            self.new_conversation = gr.Button("New conversation", size="sm", elem_id="again")
             self._connect()
 
     def _build_input(self) -> None:
+        """The upload, and the examples below it."""
         self.picture = gr.Image(
             label="Picture",
             sources=["upload", "clipboard"],
@@ -116,7 +123,7 @@ class Page:
         )
         self.message = gr.Markdown(elem_id="message", elem_classes="message")
         self.gallery = gr.Gallery(
-            [each.picture for each in self.examples],
+            [example.picture for example in self.examples],
             label="Held-out pictures",
             columns=4,
             height="auto",
@@ -129,6 +136,7 @@ class Page:
         )
 
     def _build_drawings(self) -> None:
+        """The drawings of the tokens, and a summary in numbers."""
         self.drawings = []
         with gr.Row():
             for title in DRAWINGS:
@@ -144,134 +152,194 @@ class Page:
                     )
                     self.drawings.append(drawing)
         self.summary = gr.Markdown(NO_PICTURE, elem_id="summary")
-        budgets, family = self.rows.budgets, self.rows.comparison.family
-        one = "a tile" if len(family.image_sizes) > 1 else "a picture"
+
+    def _build_budget(self) -> None:
+        """The slider, hidden where there is one budget only."""
+        family = self.model.comparison.family
+        if family.budget_tiles > 1:
+            unit = f"{family.budget_tiles} tiles"
+        elif len(family.image_sizes) > 1:
+            unit = "a tile"
+        else:
+            unit = "a picture"
+
+        budgets = self.model.budgets
         self.budget = gr.Slider(
             budgets[0],
             budgets[-1],
-            value=self.rows.budget,
+            value=self.model.default_budget,
             step=family.budget_tiles,
-            label="Budget: visual tokens of "
-            + (f"{family.budget_tiles} tiles" if family.budget_tiles > 1 else one),
-            info="Another budget is another conversation.",
+            label=f"Budget: visual tokens of {unit}",
+            info="Another budget starts another conversation.",
             visible=len(budgets) > 1,
             buttons=[],
             elem_id="budget",
         )
 
+    def _build_question(self) -> None:
+        self.question = gr.Textbox(
+            label="Question",
+            placeholder="Ask about the picture, in as many turns as you like",
+            submit_btn="Ask",
+            elem_id="question",
+        )
+        self.hint = gr.Markdown(elem_id="hint", elem_classes="message")
+
     def _build_answers(self) -> None:
+        """One column for each setting: its title, its conversation and its timings."""
         self.titles, self.answers, self.figures = {}, {}, {}
-        for name in self.rows.names:
+        for setting in self.model.settings:
             with gr.Column(min_width=280):
-                self.titles[name] = gr.Markdown(self._title(name, None), elem_id=f"title-{name}")
-                self.answers[name] = gr.Chatbot(
+                self.titles[setting] = gr.Markdown(
+                    self._title(setting, None),
+                    elem_id=f"title-{setting}",
+                )
+                self.answers[setting] = gr.Chatbot(
                     show_label=False,
                     height=280,
                     render_markdown=False,
                     buttons=[],
                     feedback_options=None,
                     elem_classes="answers",
-                    elem_id=f"answers-{name}",
+                    elem_id=f"answers-{setting}",
                 )
-                self.figures[name] = gr.Markdown(elem_id=f"figures-{name}", elem_classes="figures")
+                self.figures[setting] = gr.Markdown(
+                    elem_id=f"figures-{setting}",
+                    elem_classes="figures",
+                )
 
-    def _title(self, name: str, conversation: Session | None) -> str:
-        """What stands above a row's answers."""
-        if conversation is None:
-            return f"**{name}**: {PROJECTORS[name]}"
-        if reason := conversation.closed(name):
-            return f"**{name}**: {reason}"
-        return f"**{name}**: {conversation.num_visual_tokens(name):,} visual tokens, {PROJECTORS[name]}"
+    def _title(self, setting: str, session: Session | None) -> str:
+        """The text above a setting's answers."""
+        if session is None:
+            return f"**{setting}**: {PROJECTORS[setting]}"
+        if reason := session.why_closed(setting):
+            return f"**{setting}**: {reason}"
+        num_tokens = session.num_visual_tokens(setting)
+        return f"**{setting}**: {num_tokens:,} visual tokens, {PROJECTORS[setting]}"
 
-    @property
-    def shown(self) -> list[Any]:
-        """The parts that a picture, a budget or a question changes."""
-        rows = [*self.titles.values(), *self.answers.values(), *self.figures.values()]
-        said = [self.message, self.hint, self.summary, self.question]
-        return [self.conversation, self.picture, *said, *self.drawings, *rows]
+    def _outputs(self) -> list[Any]:
+        """All components that a visitor's action may change."""
+        return [
+            self.session,
+            self.picture,
+            self.message,
+            self.hint,
+            self.summary,
+            self.question,
+            *self.drawings,
+            *self.titles.values(),
+            *self.answers.values(),
+            *self.figures.values(),
+        ]
 
     def _connect(self) -> None:
+        """Connect what a visitor can do with the methods below."""
+        # All events wait for the model in one queue, so that an answer is timed alone.
         one_at_a_time = {
-            "outputs": self.shown,
+            "outputs": self._outputs(),
             "concurrency_id": "model",
             "concurrency_limit": 1,
             "show_progress": "minimal",
         }
-        raw = {**one_at_a_time, "preprocess": False}  # Gradio would open whatever PIL knows
-        self.picture.upload(self.choose, [self.picture, self.budget], **raw)
+
+        # Gradio's own preprocessing would open every format that PIL knows.
+        as_uploaded = {**one_at_a_time, "preprocess": False}
+        self.picture.upload(self.choose, [self.picture, self.budget], **as_uploaded)
         self.picture.clear(self.clear, None, **one_at_a_time)
         self.gallery.select(self.pick, [self.budget], **one_at_a_time)
-        changed = {**one_at_a_time, "trigger_mode": "always_last"}
-        self.budget.change(self.rebudget, [self.conversation, self.budget], **changed)
-        self.again.click(self.restart, [self.conversation], **one_at_a_time)
-        self.question.submit(self.ask, [self.conversation, self.question], **one_at_a_time)
+        if self.examples:
+            self.blocks.load(self.show_first_example, [self.budget], **one_at_a_time)
 
-    def _begun(self, picture: Image.Image, wanted: float) -> dict[Any, Any]:
-        """A new conversation, and what is seen of its picture."""
-        budget = self.rows.nearest(wanted)
-        seen = self.rows.look(picture, budget)
-        conversation = Session(self.rows, picture, budget)
-        drawn = [draw(seen.tile, side=SIDE) for draw in DRAWINGS.values()]
+        # While the slider moves, only its last value counts.
+        last_value = {**one_at_a_time, "trigger_mode": "always_last"}
+        self.budget.change(self.change_budget, [self.session, self.budget], **last_value)
+
+        self.new_conversation.click(self.restart, [self.session], **one_at_a_time)
+        self.question.submit(self.ask, [self.session, self.question], **one_at_a_time)
+
+    def _begin(self, picture: Image.Image, slider: float) -> Updates:
+        """Start a session about a picture, and draw its tokens."""
+        budget = self.model.nearest_budget(slider)
+        tokens = self.model.look(picture, budget)
+        session = Session(self.model, picture, budget)
+
+        updates = {self.message: "", self.summary: describe_tokens(tokens)}
+        for component, draw in zip(self.drawings, DRAWINGS.values(), strict=True):
+            updates[component] = draw(tokens.tile, side=SIDE)
+        return {**updates, **self._show_turns(session)}
+
+    def _show_turns(self, session: Session | None) -> Updates:
+        """Show the turns of a session in all settings."""
+        updates: Updates = {self.session: session, self.hint: ""}
+        for setting in self.model.settings:
+            turns = session.turns[setting] if session else []
+            updates[self.titles[setting]] = self._title(setting, session)
+            updates[self.answers[setting]] = as_messages(turns)
+            updates[self.figures[setting]] = as_figures(turns)
+        return updates
+
+    def _show_example(self, index: int, slider: float) -> Updates:
+        example = self.examples[index]
         return {
-            self.message: "",
-            self.summary: describe_tokens(seen),
-            **dict(zip(self.drawings, drawn, strict=True)),
-            **self._turns(conversation),
-        }
-
-    def _turns(self, conversation: Session | None) -> dict[Any, Any]:
-        shown: dict[Any, Any] = {self.conversation: conversation, self.hint: ""}
-        for name in self.rows.names:
-            turns = conversation.turns[name] if conversation else []
-            shown[self.titles[name]] = self._title(name, conversation)
-            shown[self.answers[name]] = as_messages(turns)
-            shown[self.figures[name]] = as_figures(turns)
-        return shown
-
-    def choose(self, file: dict[str, Any], budget: float) -> dict[Any, Any]:
-        """A file was uploaded."""
-        try:
-            picture = open_upload(file["path"])
-        except UserError as error:
-            return {**self.clear(), self.message: str(error)}
-        return self._begun(picture, budget)
-
-    def pick(self, budget: float, event: gr.SelectData) -> dict[Any, Any]:
-        """One of the examples was chosen."""
-        example = self.examples[event.index]
-        return {
-            **self._begun(example.picture, budget),
+            **self._begin(example.picture, slider),
             self.picture: example.picture,
             self.question: example.question,
         }
 
-    def clear(self) -> dict[Any, Any]:
-        """The picture was taken away."""
-        empty: dict[Any, Any] = dict.fromkeys([self.picture, *self.drawings])
-        return {self.message: "", self.summary: NO_PICTURE, **empty, **self._turns(None)}
+    def show_first_example(self, slider: float) -> Updates:
+        """Handle the opening of the page."""
+        return self._show_example(0, slider)
 
-    def rebudget(self, conversation: Session | None, budget: float) -> dict[Any, Any]:
-        """The budget is another one: other tokens, and so another conversation."""
-        return self._begun(conversation.picture, budget) if conversation else {self.message: ""}
+    def choose(self, file: dict[str, Any], slider: float) -> Updates:
+        """Handle an uploaded file."""
+        try:
+            picture = open_upload(file["path"])
+        except UserError as error:
+            return {**self.clear(), self.message: str(error)}
+        return self._begin(picture, slider)
 
-    def restart(self, conversation: Session | None) -> dict[Any, Any]:
-        """Forget the turns."""
-        return self._turns(conversation.restart() if conversation else None)
+    def pick(self, slider: float, event: gr.SelectData) -> Updates:
+        """Handle the choice of an example."""
+        return self._show_example(event.index, slider)
 
-    def ask(self, conversation: Session | None, question: str) -> Iterator[dict[Any, Any]]:
-        """Ask all rows, one after the other, so that each is timed alone."""
-        if conversation is None or not question.strip():
-            yield {
-                self.hint: "Type a question."
-                if conversation
-                else "Choose a picture first, then ask about it."
-            }
+    def clear(self) -> Updates:
+        """Handle the removal of the picture."""
+        updates: Updates = dict.fromkeys([self.picture, *self.drawings])
+        updates[self.message] = ""
+        updates[self.summary] = NO_PICTURE
+        return {**updates, **self._show_turns(None)}
+
+    def change_budget(self, session: Session | None, slider: float) -> Updates:
+        """Handle another budget. It keeps other tokens, so it starts another session."""
+        if session is None:
+            return {self.message: ""}
+        return self._begin(session.picture, slider)
+
+    def restart(self, session: Session | None) -> Updates:
+        """Handle the wish for a new conversation about the same picture."""
+        return self._show_turns(session.restart() if session else None)
+
+    def ask(self, session: Session | None, question: str) -> Iterator[Updates]:
+        """Ask a question in all settings, one after the other, so that each is timed alone."""
+        if session is None:
+            yield {self.hint: "Choose a picture first, then ask about it."}
             return
+        if not question.strip():
+            yield {self.hint: "Type a question."}
+            return
+
+        # Empty the question's box at once, so that the visitor sees the question was taken.
         yield {self.hint: "", self.question: ""}
-        for name in conversation.open_rows:
-            turns, drawn = conversation.turns[name], 0.0
-            for _ in conversation.ask(name, question.strip()):
-                if time.monotonic() - drawn > REDRAWN:
-                    yield {self.answers[name]: as_messages(turns)}
-                    drawn = time.monotonic()
-            yield {self.answers[name]: as_messages(turns), self.figures[name]: as_figures(turns)}
+        for setting in session.open_settings:
+            turns = session.turns[setting]
+            last_update = 0.0
+            for _ in session.ask(setting, question.strip()):
+                if time.monotonic() - last_update > SECONDS_BETWEEN_UPDATES:
+                    yield {self.answers[setting]: as_messages(turns)}
+                    last_update = time.monotonic()
+
+            # The timings are complete only when the answer is.
+            yield {
+                self.answers[setting]: as_messages(turns),
+                self.figures[setting]: as_figures(turns),
+            }

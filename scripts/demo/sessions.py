@@ -1,7 +1,11 @@
-"""The rows of a comparison for many conversations: one model, which one thread has to itself, one question at a time."""
+"""One model that many visitors share.
+
+A single thread uses the model, and answers one question at a time. A setting is one of
+`vzip.runs.compare.ROWS`: "full", "free" (training-free) or "tuned".
+"""
 
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -18,81 +22,98 @@ from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
 
 T = TypeVar("T")
+WARM_UP_TOKENS = 3
+"""Tokens generated in each setting before the page opens."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question in one row, and what came of it."""
+    """A question asked in one setting, and its answer."""
 
     question: str
     answer: Answer | None
-    """None until the first token, and where `refusal` says why there is none."""
+    """The answer so far. None before the first token, and if the question was refused."""
     refusal: str = ""
+    """Why there is no answer."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A picture behind the reducer."""
+class PictureTokens:
+    """The tokens that a reducer keeps of a picture."""
 
     tile: TileTokens
+    """The first tile, which shows the whole picture."""
     num_tiles: int
     num_tokens: int
-    """Visual tokens of the whole picture."""
+    """Visual tokens of the whole picture, all tiles together."""
     num_full_tokens: int
-    """The same in the row `full`."""
+    """Visual tokens of the whole picture without a reducer."""
 
 
 class SharedModel:
-    """What can be asked of a comparison, by any number of conversations.
+    """A model in its settings, for any number of visitors.
 
     Args:
-        comparison: of a run or a base model.
-        max_new_tokens: of an answer.
+        comparison: the model, opened from a run or a base model.
+        max_new_tokens: most tokens of an answer.
 
     Attributes:
-        names: of the rows.
-        budgets: those that the page offers.
-        budget: the one that it begins with.
+        settings: names of the settings.
+        tuned_budgets: budgets that the projector was tuned for. Empty for a base model.
+        budgets: budgets that the page offers.
+        default_budget: budget that the page begins with.
     """
 
     def __init__(self, comparison: Comparison, *, max_new_tokens: int) -> None:
-        self.comparison, self.max_new_tokens = comparison, max_new_tokens
-        self.names = comparison.rows
-        self.tuned: Sequence[int] = list(comparison.reducers)
+        self.comparison = comparison
+        self.max_new_tokens = max_new_tokens
+        self.settings = comparison.rows
+        self.tuned_budgets: Sequence[int] = list(comparison.reducers)
+
+        # A budget is a multiple of `step`, from one token a tile up to all of them.
         step = comparison.family.budget_tiles
         most = comparison.family.num_patches * step
-        self.budget = (
-            self.tuned[0] if self.tuned else max(step, most // 9 // step * step)
-        )  # 64 of 576, the paper's smallest
-        self.budgets: Sequence[int] = (
-            range(step, most + 1, step) if self._takes_any_budget(step) else sorted(self.tuned)
-        )
+
+        if self.tuned_budgets:
+            self.default_budget = self.tuned_budgets[0]
+        else:
+            # A ninth is the paper's smallest budget: 64 of 576 tokens.
+            self.default_budget = max(step, most // 9 // step * step)
+
+        self.budgets: Sequence[int] = sorted(self.tuned_budgets)
+        if self._takes_any_budget(step):
+            self.budgets = range(step, most + 1, step)
+
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self._stopped = Event()
 
     def _takes_any_budget(self, budget: int) -> bool:
+        """Whether there is a training-free setting, whose budget can be changed."""
         try:
             self.comparison.reducer("free", budget=budget)
-        except UserError:  # a reducer without one, or a run of which only the tuned projector is left
+        except UserError:
             return False
         return True
 
-    def alone(self, work: Callable[[], T]) -> T:
-        """What `work` returns when it has the model to itself."""
+    def run_alone(self, work: Callable[[], T]) -> T:
+        """Call `work` while nobody else uses the model, and return its result."""
         return self._thread.submit(work).result()
 
     def stream(self, work: Callable[[], Iterator[T]]) -> Iterator[T]:
-        """The values of `work`, made in the model's thread as in `alone`.
+        """Yield the values of `work`, which runs while nobody else uses the model.
 
-        Work whose reader leaves is stopped and closed there, so that the model is never left in its row.
+        If the reader leaves early, `work` is closed in the model's thread. So the model never
+        stays in the setting that `work` has put it in.
         """
+        # A value comes in a tuple of its own, so that the empty tuple can mark the end.
         values: queue.SimpleQueue[tuple[T, ...]] = queue.SimpleQueue()
-        left = Event()
+        reader_left = Event()
 
         def run() -> None:
             try:
-                with closing(work()) as made:
-                    for value in made:
-                        if left.is_set():
+                with closing(work()) as produced:
+                    for value in produced:
+                        if reader_left.is_set() or self._stopped.is_set():
                             break
                         values.put((value,))
             finally:
@@ -103,87 +124,114 @@ class SharedModel:
             while value := values.get():
                 yield value[0]
         finally:
-            left.set()
-        job.result()  # raises what the work did
+            reader_left.set()
 
-    def nearest(self, budget: float) -> int:
-        """The offered budget that is nearest to what a slider says."""
-        return min(self.budgets, key=lambda offered: abs(offered - budget))
+        # Raise here what `work` has raised there.
+        job.result()
+
+    def stop(self) -> None:
+        """End the answer that is being generated, so that the command can end."""
+        self._stopped.set()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def nearest_budget(self, value: float) -> int:
+        """The offered budget that is nearest to the value of a slider."""
+        return min(self.budgets, key=lambda budget: abs(budget - value))
 
     def reducer(self, budget: int) -> Reducer:
-        """The one of the reduced rows at one of the budgets."""
-        return self.comparison.reducer("free" if "free" in self.names else "tuned", budget=budget)
+        """The reducer of the reduced settings."""
+        setting = "free" if "free" in self.settings else "tuned"
+        return self.comparison.reducer(setting, budget=budget)
 
-    def look(self, picture: Image.Image, budget: int) -> Seen:
-        """What the reducer makes of a picture."""
-        reducer, family = self.reducer(budget), self.comparison.family
-        size = picture.height, picture.width
-        return Seen(
-            tile=self.alone(
-                lambda: look(family, reducer, self.comparison.processor.image_processor, picture)
-            ),
+    def look(self, picture: Image.Image, budget: int) -> PictureTokens:
+        """Find out which tokens of a picture the reducer keeps."""
+        family = self.comparison.family
+        image_processor = self.comparison.processor.image_processor
+        reducer = self.reducer(budget)
+        size = (picture.height, picture.width)
+        return PictureTokens(
+            tile=self.run_alone(lambda: look(family, reducer, image_processor, picture)),
             num_tiles=family.num_tiles(size),
             num_tokens=family.num_image_tokens(reducer, size),
             num_full_tokens=family.num_image_tokens(Identity(), size),
         )
 
     def warm_up(self) -> None:
-        """Ask once in each row, so that no row's first answer pays for what libraries do when they first run."""
-        conversation = Session(self, Image.new("RGB", (64, 64)), self.budget)
-        for name in conversation.open_rows:
-            for _ in zip(range(3), conversation.ask(name, "What is this?"), strict=False):
-                pass
+        """Ask once in each setting.
+
+        The first answer is slow, because libraries initialise themselves.
+        """
+        session = Session(self, Image.new("RGB", (64, 64)), self.default_budget)
+        for setting in session.open_settings:
+            with closing(session.ask(setting, "What is this?")) as turns:
+                for _, _ in zip(range(WARM_UP_TOKENS), turns, strict=False):
+                    pass
 
 
-@dataclass(eq=False)  # the page keeps it as it is, one a visitor
+@dataclass(eq=False)  # Gradio keeps the object itself for each visitor
 class Session:
-    """Questions about one picture at one budget, each row with its own cache."""
+    """One visitor's questions about one picture at one budget.
 
-    rows: SharedModel
+    Each setting has its own KV cache.
+    """
+
+    model: SharedModel
     picture: Image.Image
     budget: int
     turns: dict[str, list[Turn]] = field(init=False)
-    """Of each row."""
+    """Turns so far in each setting."""
 
     def __post_init__(self) -> None:
-        self.turns = {name: [] for name in self.rows.names}
+        self.turns = {setting: [] for setting in self.model.settings}
         self._chats: dict[str, Chat] = {}
 
-    def num_visual_tokens(self, name: str) -> int:
-        """Of the picture in a row that can be asked."""
-        comparison, size = self.rows.comparison, (self.picture.height, self.picture.width)
-        return comparison.family.num_image_tokens(comparison.reducer(name, budget=self.budget), size)
+    def num_visual_tokens(self, setting: str) -> int:
+        """Visual tokens of the picture in a setting that can be asked."""
+        comparison = self.model.comparison
+        size = (self.picture.height, self.picture.width)
+        reducer = comparison.reducer(setting, budget=self.budget)
+        return comparison.family.num_image_tokens(reducer, size)
 
-    def closed(self, name: str) -> str:
-        """Why a row can't be asked at this budget; "" where it can."""
-        if name != "tuned" or self.budget in self.rows.tuned:
+    def why_closed(self, setting: str) -> str:
+        """Why a setting can't be asked at this budget. Empty if it can."""
+        if setting != "tuned" or self.budget in self.model.tuned_budgets:
             return ""
-        return f"for a budget of {' or '.join(map(str, self.rows.tuned))} alone; move the slider there"
+
+        budgets = " or ".join(str(budget) for budget in self.model.tuned_budgets)
+        return f"for a budget of {budgets} alone; move the slider there"
 
     @property
-    def open_rows(self) -> list[str]:
-        """Those that can be asked."""
-        return [name for name in self.rows.names if not self.closed(name)]
+    def open_settings(self) -> list[str]:
+        """The settings that can be asked."""
+        return [setting for setting in self.model.settings if not self.why_closed(setting)]
 
     def restart(self) -> "Session":
-        """A new one about the same picture."""
-        return Session(self.rows, self.picture, self.budget)
+        """A new session about the same picture at the same budget."""
+        return Session(self.model, self.picture, self.budget)
 
-    def ask(self, name: str, question: str) -> Iterator[Turn]:
-        """The turn as its answer grows. A question that is refused is a turn that says so."""
-        turns = self.turns[name]
+    def ask(self, setting: str, question: str) -> Generator[Turn]:
+        """Ask a question, and yield the turn as its answer grows.
+
+        A question that can't be asked yields one turn with the reason.
+        """
+        turns = self.turns[setting]
         turns.append(Turn(question, None))
 
+        # This runs in the model's thread, which puts the model into the setting for one answer.
         def work() -> Iterator[Answer]:
-            with self.rows.comparison.row(name, budget=self.budget) as (model, processor):
-                if name not in self._chats:
-                    self._chats[name] = Chat(
-                        model, processor, self.picture, max_new_tokens=self.rows.max_new_tokens
+            comparison = self.model.comparison
+            with comparison.row(setting, budget=self.budget) as (model, processor):
+                if setting not in self._chats:
+                    self._chats[setting] = Chat(
+                        model,
+                        processor,
+                        self.picture,
+                        max_new_tokens=self.model.max_new_tokens,
                     )
-                yield from self._chats[name].ask(question)
+                yield from self._chats[setting].ask(question)
 
         try:
-            for answer in self.rows.stream(work):
+            for answer in self.model.stream(work):
                 turns[-1] = Turn(question, answer)
                 yield turns[-1]
         except (UserError, torch.OutOfMemoryError) as error:

@@ -1,1 +1,1 @@
-"""Score a run with lmms-eval."""
+"""Evaluate a run with lmms-eval."""

@@ -1,7 +1,8 @@
-"""The environment of lmms-eval, `.venv-eval`: its own packages on top of those of the running Python.
+"""Make `.venv-eval`, the environment of lmms-eval, on top of the packages of the running Python.
 
-lmms-eval pins packages that the recipe has in other versions, so it is not installed into `.venv`. torch, transformers and vzip
-come from `.venv`: a model answers exactly as it did after tuning, and nothing large is installed twice.
+lmms-eval pins packages that the recipe has in other versions, so it is not installed into
+`.venv`. torch, transformers and vzip come from `.venv`: a model answers exactly as it did after
+tuning, and nothing large is installed twice.
 """
 
 import hashlib
@@ -22,7 +23,10 @@ REQUIREMENTS = ROOT / "requirements-eval.txt"
 PATH_FILE = "beneath.pth"
 """File that adds the packages of the running Python to the environment."""
 STAMP_FILE = "made-of"
-"""File with a hash of what the environment was made of. It is written last, so a half-made environment has none."""
+"""File with a hash of what the environment was made of.
+
+It is written last, so a half-made environment has none.
+"""
 
 
 def _own_packages() -> list[str]:
@@ -41,7 +45,8 @@ def _add_own_packages(folder: Path) -> None:
     variables = {"base": str(folder), "platbase": str(folder)}
     packages = Path(sysconfig.get_path("purelib", vars=variables))
 
-    # Python reads .pth files after the folder itself, so what is installed in the environment comes first.
+    # Python reads .pth files after the folder itself, so what is installed in the environment
+    # comes first.
     lines = [f"import site; site.addsitedir({path!r})\n" for path in _own_packages()]
     (packages / PATH_FILE).write_text("".join(lines))
 
@@ -57,13 +62,15 @@ def _install(python: Path, folder: Path, requirements: Path) -> None:
     )
     if process.returncode:
         raise UserError(
-            f"pip can't install lmms-eval into {folder}; connect to a package index and run the same command again:\n"
-            f"{process.stderr[-2000:]}"
+            f"pip can't install lmms-eval into {folder}; connect to a package index and run the same "
+            f"command again:\n{process.stderr[-2000:]}"
         )
 
 
 def eval_python(folder: Path = FOLDER, *, requirements: Path = REQUIREMENTS) -> Path:
-    """Return the environment's Python. Make the environment if it is missing, or was made of other requirements.
+    """Return the environment's Python.
+
+    The environment is made if it is missing, or was made of other requirements.
 
     Raises:
         UserError: pip can't install the requirements.

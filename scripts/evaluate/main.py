@@ -1,15 +1,17 @@
-"""Evaluate a run, an export or a base model with lmms-eval: the rows full, free and tuned over tasks, in one table.
+"""Evaluate a run, an export or a base model with lmms-eval, and print one table.
+
+The settings full, training-free and tuned are asked several tasks:
 
 make eval RUN=runs/X                                    python -m scripts.evaluate.main runs/X
 make eval RUN=runs/X ARGS="--tasks gqa,pope --limit 100"
 make eval RUN=llava-hf/llava-1.5-7b-hf ARGS="--budget 64 128"
 
-Asked are held-out questions, which need no network (the run's own, else those of the embedded default), and, where the Hugging
-Face hub answers, the paper's tasks. What is done is kept in RUN/eval, or in runs/eval/MODEL, and not asked again.
+The questions are the run's own held-out questions, or those of the embedded default, which need
+no network. The paper's tasks follow if the Hugging Face hub can be reached. Results are kept in
+RUN/eval, or in runs/eval/MODEL, and are not asked again.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,133 +27,137 @@ import torch
 from huggingface_hub import constants
 
 from data.paths import write_json
+from scripts.evaluate.cells import FAILED_FILE, Cell, Job, make_cells
 from scripts.evaluate.environment import eval_python
 from scripts.evaluate.questions import write_questions
-from scripts.evaluate.table import print_scores, table_of
-from scripts.evaluate.target import EvaluationSetting, subject_of
-from scripts.evaluate.tasks import BY_NAME, FAILED, PAPER, TASK, published_rows
+from scripts.evaluate.table import FinishedCell, print_scores, table_of
+from scripts.evaluate.target import Target, find_target
+from scripts.evaluate.tasks import BY_NAME, HELD_OUT, PAPER, published_settings
 from train.cli import count, exit_on_user_error
 from vzip import UserError
 
 HUB_TIMEOUT_S = 5
 VERSION = 2
-"""Of how questions are asked: raise it when the same model would answer otherwise."""
+"""Version of how questions are asked. Raise it when the same model would answer otherwise."""
+USER_ERROR_CODE = 2
+"""Exit code of a harness that has told the user what to change."""
 
 
 def hub_answers() -> bool:
-    """Whether the Hugging Face hub can be reached; asked once, and not for long."""
+    """Whether the Hugging Face hub can be reached. Sends one request, and does not wait long."""
     if constants.HF_HUB_OFFLINE:
         return False
     try:
         urllib.request.urlopen(constants.ENDPOINT, timeout=HUB_TIMEOUT_S).close()
-    except urllib.error.HTTPError:  # an answer too
+    except urllib.error.HTTPError:  # an error page is an answer too
         return True
     except OSError:
         return False
     return True
 
 
-def tasks_to_run(named: str | None, *, online: bool) -> tuple[list[str], list[str]]:
-    """(names, why others are left out), beside the held-out questions.
+def _missing_keys(names: Sequence[str]) -> dict[str, str]:
+    """Return the tasks whose judge's key is not set, each with the environment variable for it."""
+    missing = {}
+    for name in names:
+        key = BY_NAME[name].key if name in BY_NAME else None
+        if key is not None and key not in os.environ:
+            missing[name] = key
+
+    return missing
+
+
+def tasks_to_run(chosen: str | None, *, online: bool) -> tuple[list[str], list[str]]:
+    """Decide which tasks of lmms-eval are run besides the held-out questions.
 
     Args:
-        named: names with commas; None for the paper's.
-        online: whether the hub answers, which has the tasks' data; if it was turned off, named tasks are tried with the cache.
+        chosen: names with commas. None for the paper's tasks.
+        online: whether the hub answers, which holds the data of the tasks. If the user has turned
+            it off, chosen tasks are tried with the cache.
+
+    Returns:
+        (names, reasons): the tasks to run, and sentences that say why others are left out.
 
     Raises:
-        UserError: a task asked for by name that needs the network, or a judge's key, without which it can't be run.
+        UserError: a chosen task needs the network, or the key of a judge.
     """
-    asked = [name.strip() for name in named.split(",")] if named else [task.name for task in PAPER]
-    names = [name for name in asked if name not in ("", TASK)]
-    if not names:
-        return [], []
-    cached = named is not None and constants.HF_HUB_OFFLINE
-    if not cached and not online:
-        if named:
+    wanted = chosen.split(",") if chosen else [task.name for task in PAPER]
+    names = [name.strip() for name in wanted if name.strip() not in ("", HELD_OUT)]
+
+    may_be_cached = chosen is not None and constants.HF_HUB_OFFLINE
+    if names and not online and not may_be_cached:
+        if chosen:
             raise UserError(
-                f"--tasks {','.join(names)}: the data is on the hub, and {constants.ENDPOINT} does not answer; connect, set "
-                f"HF_HUB_OFFLINE=1 if it is in your cache, or leave --tasks out for the held-out questions alone"
+                f"--tasks {','.join(names)}: the data is on the hub, and {constants.ENDPOINT} does not "
+                "answer; connect, set HF_HUB_OFFLINE=1 if the data is in your cache, or leave --tasks out "
+                "to ask the held-out questions alone"
             )
-        return [], [
-            f"{constants.ENDPOINT} does not answer: left out are {', '.join(task.column for task in PAPER)}"
-        ]
-    mute = {
-        name: BY_NAME[name].key
-        for name in names
-        if name in BY_NAME and BY_NAME[name].key not in {None, *os.environ}
-    }
-    if mute and named:
-        name, key = next(iter(mute.items()))
+        columns = ", ".join(task.column for task in PAPER)
+        return [], [f"{constants.ENDPOINT} does not answer: left out are {columns}"]
+
+    missing_keys = _missing_keys(names)
+    if missing_keys and chosen:
+        name, key = next(iter(missing_keys.items()))
         raise UserError(
-            f"--tasks {name}: its answers are judged by a service whose key is missing; set {key}, or leave it out"
+            f"--tasks {name}: a service judges its answers, and its key is missing; set {key}, "
+            "or leave the task out"
         )
-    return [name for name in names if name not in mute], [
-        f"{name} is left out: it needs {key}" for name, key in mute.items()
-    ]
+
+    reasons = [f"{name} is left out: it needs {key}" for name, key in missing_keys.items()]
+    return [name for name in names if name not in missing_keys], reasons
 
 
 def questions_to_ask(run: Path | None) -> tuple[Path | None, list[str]]:
-    """(folder of the held-out questions, why they are left out)."""
+    """Write the held-out questions. Returns (their folder, why they are left out)."""
     try:
         return write_questions(run), []
     except UserError as error:
-        return None, [f"{TASK} is left out: {error}"]
-
-
-def cells_of(
-    rows: Sequence[EvaluationSetting],
-    tasks: Sequence[str],
-    *,
-    questions: Path | None,
-    folder: Path,
-    stamp: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """What the harness is to run, the held-out questions, where there are some, and the tasks, with the file of each.
-
-    `stamp` is what an older file must have been made with.
-    """
-    local = {} if questions is None else {TASK: {"questions": questions.name}}
-    cells = []
-    for row in rows:
-        for task in (*local, *tasks):
-            own = {**stamp, "budget": row.budget} | local.get(task, {})
-            path = folder / row.name / f"{task}.json"
-            cell = {"name": row.name, "row": row.row, "budget": row.budget, "task": task}
-            cells.append({**cell, "path": str(path), "stamp": own})
-    return cells
-
-
-def finished(cell: dict[str, Any]) -> dict[str, Any] | None:
-    """What a cell's file says, if it was made with the same settings."""
-    path = Path(cell["path"])
-    found = json.loads(path.read_text()) if path.is_file() else None
-    return found if found is not None and found.get("stamp") == cell["stamp"] else None
+        return None, [f"{HELD_OUT} is left out: {error}"]
 
 
 def harness_command(python: Path, *, processes: int) -> list[str]:
-    """What starts the harness: several processes, which share a task's questions, through torch's launcher."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [str(python), *(launcher if processes > 1 else []), "-m", "scripts.evaluate.harness"]
+    """The command that starts the harness.
 
-
-def run_harness(job: dict[str, Any], *, processes: int, online: bool) -> int:
-    """Start lmms-eval in its own environment; its exit code.
-
-    Of several processes, one that a task fails in takes the others with it: they are started again for the cells behind.
+    Several processes share the questions of a task, through torch's launcher.
     """
-    command, variables = harness_command(eval_python(), processes=processes), dict(os.environ)
+    launcher = []
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [str(python), *launcher, "-m", "scripts.evaluate.harness"]
+
+
+def _harness_environment(*, processes: int, online: bool) -> dict[str, str]:
+    variables = dict(os.environ)
     if not online:
-        variables["HF_HUB_OFFLINE"] = "1"  # or everything that is looked for is asked for again and again
+        variables["HF_HUB_OFFLINE"] = "1"  # or each file is looked for again and again
     if processes > 1 and not torch.cuda.is_available():
         variables["ACCELERATE_USE_CPU"] = "True"
-    code, cells = 0, job["cells"]
+    return variables
+
+
+def run_harness(job: Job, *, processes: int, online: bool) -> int:
+    """Start lmms-eval in its own environment, and return its exit code.
+
+    If a task fails in one of several processes, all of them end. They are started again for the
+    cells that follow.
+    """
+    command = harness_command(eval_python(), processes=processes)
+    variables = _harness_environment(processes=processes, online=online)
+
+    code = 0
+    cells = job.cells
     with tempfile.TemporaryDirectory() as scratch:
-        path, failed = Path(scratch) / "job.json", Path(scratch) / FAILED
+        path = Path(scratch) / "job.json"
+        failed = Path(scratch) / FAILED_FILE
         while cells:
-            path.write_text(json.dumps({**job, "cells": cells}))
-            code = subprocess.run([*command, str(path)], env=variables, check=False).returncode or code
+            replace(job, cells=cells).write(path)
+            process = subprocess.run([*command, str(path)], env=variables, check=False)
+            code = process.returncode or code
+
+            # Without this file the harness has reached the last cell.
             cells = cells[int(failed.read_text()) :] if failed.is_file() else []
             failed.unlink(missing_ok=True)
+
     return code
 
 
@@ -159,85 +165,158 @@ def parse_eval_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="a run folder, or the folder or hub id of an export or a base model")
-    parser.add_argument("--budget", type=count, nargs="+", help="visual tokens of a base model's free rows")
-    parser.add_argument(
-        "--tasks", help="names of lmms-eval, with commas; by default the paper's; held-out questions always"
+    add = parser.add_argument
+    add("source", help="a run folder, or the folder or hub id of an export or a base model")
+
+    # What is asked.
+    add(
+        "--budget",
+        type=count,
+        nargs="+",
+        help="visual tokens of a base model's training-free settings",
     )
-    parser.add_argument("--limit", type=count, help="ask only the first questions of each task")
-    parser.add_argument(
-        "--batch-size", type=count, help="questions answered at a time; by default as after tuning"
+    add(
+        "--tasks",
+        help="names of lmms-eval's tasks, with commas (default: the paper's); "
+        "held-out questions are always asked",
     )
-    parser.add_argument(
-        "--processes", type=count, help="that share the questions; by default one a GPU, or one"
+    add("--limit", type=count, help="ask only the first questions of each task")
+    add("--fresh", action="store_true", help="ask everything again")
+
+    # How it is asked.
+    add(
+        "--batch-size",
+        type=count,
+        help="questions answered at a time (default: as many as after tuning)",
     )
-    parser.add_argument("--device", help="of one process; by default a GPU, if there is one")
-    parser.add_argument("--dtype", help="of the frozen weights; by default as in the run")
-    parser.add_argument("--base", help="where a run's base model is now, if not where the run found it")
-    parser.add_argument(
-        "--out", type=Path, help="folder of the results, by default RUN/eval, or runs/eval/MODEL"
+    add(
+        "--processes",
+        type=count,
+        help="processes that share the questions (default: one for each GPU, or one)",
     )
-    parser.add_argument("--fresh", action="store_true", help="ask everything again")
+    add("--device", help="device of a single process (default: a GPU, if there is one)")
+    add("--dtype", help="dtype of the frozen weights (default: as in the run)")
+    add("--base", help="folder or hub id of a run's base model, if it has moved")
+    add(
+        "--out",
+        type=Path,
+        help="folder of the results (default: RUN/eval, or runs/eval/MODEL)",
+    )
     return parser.parse_args()
 
 
-def processes_of(arguments: argparse.Namespace) -> int:
-    """How many ask. Raises UserError for several on a device that is named."""
+def num_processes(arguments: argparse.Namespace) -> int:
+    """How many processes ask questions.
+
+    Raises UserError for several processes on one named device.
+    """
     if arguments.device and arguments.processes:
         raise UserError(
-            f"--device {arguments.device} and --processes {arguments.processes} contradict each other: each process has a "
-            "device of its own; leave one of them out"
+            f"--device {arguments.device} and --processes {arguments.processes} contradict each other: "
+            "each process has a device of its own; leave one of them out"
         )
-    return arguments.processes or (1 if arguments.device else max(1, torch.cuda.device_count()))
+    if arguments.processes:
+        return int(arguments.processes)
+    return 1 if arguments.device else max(1, torch.cuda.device_count())
+
+
+def _make_job(
+    arguments: argparse.Namespace, target: Target, questions: Path | None, cells: list[Cell]
+) -> Job:
+    """Describe to the harness how the model is loaded, and what is asked."""
+    first = target.settings[0]
+    model: dict[str, Any] = {
+        "pretrained": arguments.source,
+        "batch_size": target.batch_size,
+        "row": first.row,
+    }
+    if first.budget:
+        model["budget"] = first.budget
+    for name in ("device", "dtype", "base"):
+        value = getattr(arguments, name)
+        if value:
+            model[name] = value
+
+    return Job(
+        arguments=model,
+        limit=arguments.limit,
+        include_path=str(questions) if questions else None,
+        template=target.template,
+        cells=cells,
+    )
+
+
+def _finished(cells: Sequence[Cell]) -> list[FinishedCell]:
+    """Return the cells that have a result, each with its result."""
+    finished = []
+    for cell in cells:
+        result = cell.result()
+        if result is not None:
+            finished.append((cell, result))
+
+    return finished
+
+
+def _show_table(arguments: argparse.Namespace, target: Target, finished: Sequence[FinishedCell]) -> None:
+    """Write the table to results.json, and print it."""
+    table = table_of(finished, published_settings(target.names))
+    about = {"source": arguments.source, "limit": arguments.limit}
+    write_json(target.folder / "results.json", {**about, **table})
+
+    title = arguments.source
+    if arguments.limit:
+        title += f", the first {arguments.limit} questions of each task"
+    print_scores(table, title=title)
 
 
 @exit_on_user_error
 def main() -> None:
+    """Ask what is not answered yet, then print the table of everything that is."""
     arguments = parse_eval_arguments()
-    processes = processes_of(arguments)
-    subject = subject_of(arguments)
+    processes = num_processes(arguments)
+    target = find_target(arguments)
+
+    # Decide what can be asked on this machine, and say what is left out.
     online = hub_answers()
-    tasks, left_out = tasks_to_run(arguments.tasks, online=online)
-    questions, unasked = questions_to_ask(subject.run)
-    print("".join(f"{reason}\n" for reason in left_out + unasked), end="")
+    tasks, reasons = tasks_to_run(arguments.tasks, online=online)
+    questions, more_reasons = questions_to_ask(target.run)
+    for reason in [*reasons, *more_reasons]:
+        print(reason)
     if questions is None and not tasks:
         raise UserError("there is nothing left to ask, for the reasons above")
-    stamp = {"version": VERSION, "model": subject.model, "limit": arguments.limit, "dtype": arguments.dtype}
-    cells_of_tasks = partial(cells_of, subject.rows, questions=questions, folder=subject.folder, stamp=stamp)
-    cells = cells_of_tasks(tasks)
+
+    # A result counts only if it was made by the same model in the same way.
+    stamp = {
+        "version": VERSION,
+        "model": target.model,
+        "limit": arguments.limit,
+        "dtype": arguments.dtype,
+    }
+    table_shape = {"questions": questions, "folder": target.folder, "stamp": stamp}
+    cells = make_cells(target.settings, tasks, **table_shape)
     if arguments.fresh:
         for cell in cells:
-            Path(cell["path"]).unlink(missing_ok=True)
-    missing = [cell for cell in cells if finished(cell) is None]
+            Path(cell.path).unlink(missing_ok=True)
+
     code = 0
+    missing = [cell for cell in cells if cell.result() is None]
     if missing:
-        model = {"pretrained": arguments.source, "batch_size": subject.batch_size, "row": subject.rows[0].row}
-        model |= {"budget": subject.rows[0].budget} if subject.rows[0].budget else {}
-        model |= {name: value for name in ("device", "dtype", "base") if (value := getattr(arguments, name))}
-        job = {
-            "arguments": model,
-            "limit": arguments.limit,
-            "include_path": questions and str(questions),
-            "cells": missing,
-        }
-        job |= {"template": subject.template}
+        job = _make_job(arguments, target, questions, missing)
         code = run_harness(job, processes=processes, online=online)
-    earlier = sorted({path.stem for path in subject.folder.glob("*/*.json")} - {TASK, *tasks})
-    done = [
-        (cell, found) for cell in cells_of_tasks([*tasks, *earlier]) if (found := finished(cell)) is not None
-    ]
-    if done:
-        table = table_of(done, published_rows(subject.names))
-        write_json(
-            subject.folder / "results.json", {"source": arguments.source, "limit": arguments.limit, **table}
-        )
-        part = f", the first {arguments.limit} questions of each task" if arguments.limit else ""
-        print_scores(table, title=arguments.source + part)
-    if code == 2:  # the harness has said what to change
+
+    # The table also shows tasks that an earlier command has asked.
+    earlier = {path.stem for path in target.folder.glob("*/*.json")} - {HELD_OUT, *tasks}
+    finished = _finished(make_cells(target.settings, [*tasks, *sorted(earlier)], **table_shape))
+    if finished:
+        _show_table(arguments, target, finished)
+
+    if code == USER_ERROR_CODE:
         sys.exit(code)
-    if lacking := [f"{cell['name']}: {cell['task']}" for cell in cells if finished(cell) is None]:
+    unfinished = [f"{cell.name}: {cell.task}" for cell in cells if cell.result() is None]
+    if unfinished:
         raise UserError(
-            f"not finished, for the reasons above: {', '.join(lacking)}\nThe same command asks only these again"
+            f"not finished, for the reasons above: {', '.join(unfinished)}\n"
+            "The same command asks only these again"
         )
 
 

@@ -1,108 +1,149 @@
-"""Held-out questions as a file that lmms-eval's task `vzip_held_out` reads, with their pictures inside."""
+"""Write held-out questions, with their pictures, as a file that lmms-eval's task reads."""
 
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from data.conversations import Conversation
-from data.fetch.videos import read_frames
 from data.paths import ROOT, atomic_write, data_dir, write_json
-from scripts.evaluate.tasks import TASK
+from scripts.evaluate.tasks import HELD_OUT
 from train import config
 from train.examples import held_out_conversations
+from train.questions import HeldOutQuestion, held_out_questions
+from train.runs import FinishedRun
 from vzip import UserError
-from vzip.templates.encode import IMAGE, VIDEO
+from vzip.videos import read_frames
 
 TEMPLATE = Path(__file__).parent / "held_out_task" / "held_out.yaml"
 FEATURES = datasets.Features(
     {
+        # What the model has seen by this question: its own media, and those of the turns before
+        # it. A video is its frames.
         "images": datasets.List(datasets.Image()),
         "videos": datasets.List(datasets.List(datasets.Image())),
+        # The turns before the question, as JSON: [[question, true answer], ...].
         "turns": datasets.Value("string"),
+        # The question, with its placeholders.
         "question": datasets.Value("string"),
+        # The true answer.
         "answer": datasets.Value("string"),
+        # The type of question that scores are grouped by.
         "kind": datasets.Value("string"),
     }
 )
-"""Of a question: its pictures and videos (frames), those of the turns before it among them; these turns, in JSON, as
-[[question, answer], ...]; the question, with its placeholders; the true answer; the question's type."""
+"""Fields of a question."""
 
 
-def _run_config(run: Path | None) -> DictConfig:
-    """Those of a run that has held-out questions, else the embedded default's. Raises UserError if the questions are gone."""
+def _question_settings(run: Path | None) -> DictConfig:
+    """Return the settings of a run that has held-out questions, or those of the embedded default.
+
+    Raises:
+        UserError: the file of the questions does not exist.
+    """
     config.register()
-    own = OmegaConf.load(run / "config.yaml") if run is not None and (run / "config.yaml").is_file() else None
-    if isinstance(own, DictConfig) and config.asks_questions(own):
-        cfg, way_out = own, "put the file there again"
+    finished = None if run is None else FinishedRun(run)
+
+    if finished is not None and finished.has_settings and config.asks_questions(finished.settings):
+        cfg = finished.settings
+        advice = "put the file there again"
     else:
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            cfg, way_out = compose("tune"), "`make data`, without MODEL, makes it"
+            cfg = compose("tune")
+        advice = "`make data`, without MODEL, makes it"
+
     if not Path(cfg.data.held_out).expanduser().exists():
-        raise UserError(f"the held-out questions, {cfg.data.held_out}, are not there; {way_out}")
+        raise UserError(f"the held-out questions, {cfg.data.held_out}, do not exist; {advice}")
     return cfg
 
 
-def _png(frame: Any) -> dict[str, Any]:
+def _encoded(frame: Any) -> dict[str, Any]:
+    """Encode a frame of a video in the form that `datasets.Image` stores."""
     buffer = io.BytesIO()
     frame.save(buffer, format="png")
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def _documents(row: Conversation, folder: Path, num_frames: int) -> Iterator[dict[str, Any]]:
-    """The questions of a conversation, each with the turns before it and the media up to it, as train/evaluate.py asks them."""
-    images = [{"bytes": (folder / path).read_bytes(), "path": None} for path in row.images]
-    videos = [[_png(frame) for frame in read_frames(folder / path, num_frames)] for path in row.videos]
-    for turn, (question, answer) in enumerate(row.turns):
-        so_far = [text for text, _ in row.turns[: turn + 1]]
-        yield {
-            "images": images[: sum(text.count(IMAGE) for text in so_far)],
-            "videos": videos[: sum(text.count(VIDEO) for text in so_far)],
-            "turns": json.dumps(row.turns[:turn]),
-            "question": question,
-            "answer": answer,
-            "kind": row.kind,
-        }
+def _document(question: HeldOutQuestion, folder: Path, *, num_frames: int) -> dict[str, Any]:
+    """Return a question with the fields of `FEATURES`.
+
+    Args:
+        question: the question.
+        folder: folder of its pictures and videos.
+        num_frames: frames that the model takes of a video.
+    """
+    images = [{"bytes": (folder / path).read_bytes(), "path": None} for path in question.images]
+
+    videos = []
+    for path in question.videos:
+        frames = read_frames(folder / path, num_frames)
+        videos.append([_encoded(frame) for frame in frames])
+
+    return {
+        "images": images,
+        "videos": videos,
+        "turns": json.dumps(question.previous_turns),
+        "question": question.text,
+        "answer": question.expected,
+        "kind": question.kind,
+    }
 
 
 def _task(cfg: DictConfig, folder: Path, documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """TASK.yaml: what differs from run to run."""
-    kinds = [*sorted({document["kind"] for document in documents} - {"all"}), "all"]
+    """Return the task as lmms-eval reads it: what held_out.yaml leaves open."""
+    kinds = sorted({document["kind"] for document in documents} - {"all"})
+
+    metrics = []
+    for kind in [*kinds, "all"]:
+        metrics.append({"metric": kind, "aggregation": "mean", "higher_is_better": True})
+
     return {
-        "task": TASK,
+        "task": HELD_OUT,
         "include": str(TEMPLATE),
         "dataset_kwargs": {"data_files": {"test": str(folder / "questions.parquet")}},
-        "metric_list": [{"metric": kind, "aggregation": "mean", "higher_is_better": True} for kind in kinds],
-        "generation_kwargs": {"max_new_tokens": cfg.evaluate.max_new_tokens, "until": [], "do_sample": False},
+        "metric_list": metrics,
+        "generation_kwargs": {
+            "max_new_tokens": cfg.evaluate.max_new_tokens,
+            "until": [],
+            "do_sample": False,
+        },
     }
 
 
 def write_questions(run: Path | None) -> Path:
-    """The held-out questions of a run, or, where it has none, or without a run, those of the embedded default.
+    """Write the held-out questions of a run, or those of the embedded default if the run has none.
+
+    Args:
+        run: folder of the run. None for the embedded default.
 
     Returns:
-        a folder for lmms-eval's `--include_path`, with TASK.yaml and questions.parquet; its name is a hash of the questions.
+        Folder for lmms-eval's `--include_path`, with the task and questions.parquet. Its name is
+        a hash of the questions.
 
     Raises:
-        UserError: their data is not there: not any more, or the embedded default was never prepared.
+        UserError: the file of the questions does not exist.
     """
-    cfg = _run_config(run)
-    images, documents = Path(cfg.data.image_folder).expanduser(), list[dict[str, Any]]()
-    for row in held_out_conversations(cfg):
-        documents += _documents(row, images, cfg.model.get("num_frames", 1))
-        if len(documents) >= cfg.evaluate.questions:
-            break
-    documents = documents[: cfg.evaluate.questions]
-    folder = data_dir() / "questions" / hashlib.sha256(repr(documents).encode()).hexdigest()[:16]
+    cfg = _question_settings(run)
+    media_folder = Path(cfg.data.image_folder).expanduser()
+    num_frames = cfg.model.get("num_frames", 1)
+    questions = held_out_questions(held_out_conversations(cfg), limit=cfg.evaluate.questions)
+    documents = [_document(question, media_folder, num_frames=num_frames) for question in questions]
+
+    # Equal questions share one folder, so that their answers are found again, from whichever run
+    # they come.
+    name = hashlib.sha256(repr(documents).encode()).hexdigest()[:16]
+    folder = data_dir() / "questions" / name
     folder.mkdir(parents=True, exist_ok=True)
+
     if not (folder / "questions.parquet").is_file():
         with atomic_write(folder / "questions.parquet") as scratch:
             datasets.Dataset.from_list(documents, features=FEATURES).to_parquet(scratch)
-    write_json(folder / f"{TASK}.yaml", _task(cfg, folder, documents))  # JSON is YAML
+
+    # lmms-eval looks for YAML, and JSON is YAML.
+    write_json(folder / f"{HELD_OUT}.yaml", _task(cfg, folder, documents))
     return folder

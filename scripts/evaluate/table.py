@@ -1,94 +1,172 @@
-"""The table of an evaluation: rows over tasks, in points and per cent of `full`, the paper's row below ours."""
+"""The table of an evaluation: settings over tasks, with the paper's scores below ours.
+
+A cell has the score in points, and in brackets its share of the score of `full`.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from scripts.evaluate.cells import Cell
 from scripts.evaluate.tasks import PAPER, scores_of
+from train.tables import ScoreTable
 
-Cell = tuple[Mapping[str, Any], Mapping[str, Any]]
-"""What was asked, as scripts/evaluate/main.py says it to the harness, and what the harness wrote."""
-
-
-def _of_full(rows: Sequence[dict[str, Any]], columns: Mapping[str, Collection[str]]) -> None:
-    """Give each row its scores in per cent of `full`, and their mean over those of `columns`, by its name, that are the
-    paper's tasks, if there are any.
-    """
-    full = next((row["scores"] for row in rows if row["row"] == "full"), {})
-    paper = {task.column for task in PAPER}
-    for row in rows:
-        shares = {name: 100 * value / full[name] for name, value in row["scores"].items() if full.get(name)}
-        row["percent_of_full"] = shares
-        counted = [value for name, value in shares.items() if name in paper and name in columns[row["name"]]]
-        row["average_percent"] = sum(counted) / len(counted) if counted else None
+FinishedCell = tuple[Cell, Mapping[str, Any]]
+"""A cell, and the content of the file that the harness wrote for it."""
 
 
-def _ours(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def _merge_cells(cells: Sequence[FinishedCell]) -> list[dict[str, Any]]:
+    """Merge the cells of each setting into one row."""
     rows: dict[str, dict[str, Any]] = {}
-    for cell, found in cells:
-        empty = {"name": cell["name"], "row": cell["row"], "num_visual_tokens": found["num_visual_tokens"]}
-        row = rows.setdefault(cell["name"], {**empty, "scores": {}, "num_questions": {}, "seconds": 0.0})
-        row["scores"] |= scores_of(found["results"])
-        row["num_questions"] |= found["num_questions"]
-        row["seconds"] = round(row["seconds"] + found["seconds"], 1)
+    for cell, result in cells:
+        if cell.name not in rows:
+            rows[cell.name] = {
+                "name": cell.name,
+                "row": cell.row,
+                "num_visual_tokens": result["num_visual_tokens"],
+                "scores": {},
+                "num_questions": {},
+                "seconds": 0.0,
+            }
+
+        row = rows[cell.name]
+        row["scores"] |= scores_of(result["results"])
+        row["num_questions"] |= result["num_questions"]
+        row["seconds"] = round(row["seconds"] + result["seconds"], 1)
+
     return list(rows.values())
 
 
-def table_of(cells: Sequence[Cell], published: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The table of finished cells.
-
-    Args:
-        cells: in the order of the rows.
-        published: the paper's rows of the same model, if it has any.
-
-    Returns:
-        "rows", each with "name", "row", "num_visual_tokens", "scores", "percent_of_full", "average_percent", "num_questions"
-        and "seconds"; "paper", the published rows beside them, alike, each under the "name" of ours; lmms-eval's own "tables";
-        and the "prompt" that a question is asked in.
-    """
-    rows = _ours(cells)
+def _paper_rows(
+    rows: Sequence[Mapping[str, Any]], published: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the published rows with the same setting and budget as ours, under our names."""
     paper = []
     for row in rows:
-        for theirs in published:
-            if theirs["row"] == row["row"] and theirs["num_visual_tokens"] == row["num_visual_tokens"]:
-                paper.append({**theirs, "name": row["name"]})
-    ours = {row["name"]: row["scores"] for row in rows}
-    for each in (
-        rows,
-        paper,
-    ):  # theirs is the mean over what we asked too: one over all of their tasks is another thing
-        _of_full(each, ours)
-    tables = {f"{cell['name']}, {cell['task']}": found["table"] for cell, found in cells}
-    return {"rows": rows, "paper": paper, "tables": tables, "prompt": cells[-1][1]["prompt"]}
+        for published_row in published:
+            same_setting = published_row["row"] == row["row"]
+            if same_setting and published_row["num_visual_tokens"] == row["num_visual_tokens"]:
+                paper.append({**published_row, "name": row["name"]})
+
+    return paper
 
 
-def _text(row: Mapping[str, Any], column: str) -> str:
+def _add_percent_of_full(rows: Sequence[dict[str, Any]], asked: Mapping[str, Collection[str]]) -> None:
+    """Add "percent_of_full" to each row, by column, and their mean as "average_percent".
+
+    The mean is taken over the paper's tasks alone.
+
+    Args:
+        rows: rows of the table. One of them is `full`, if there is anything to compare with.
+        asked: by name of a row, the columns that the mean is taken over.
+    """
+    paper_columns = {task.column for task in PAPER}
+    scores_of_full = [row["scores"] for row in rows if row["row"] == "full"]
+    full = scores_of_full[0] if scores_of_full else {}
+
+    for row in rows:
+        shares = {}
+        for column, score in row["scores"].items():
+            if full.get(column):
+                shares[column] = 100 * score / full[column]
+        row["percent_of_full"] = shares
+
+        counted = [
+            share
+            for column, share in shares.items()
+            if column in paper_columns and column in asked[row["name"]]
+        ]
+        row["average_percent"] = sum(counted) / len(counted) if counted else None
+
+
+def table_of(cells: Sequence[FinishedCell], published: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Make the table of finished cells.
+
+    Args:
+        cells: finished cells, in the order of the settings.
+        published: what the paper reports for the same model. Empty if it does not report the model.
+
+    Returns:
+        "rows": one for each setting, with "name", "row", "num_visual_tokens", "scores",
+            "percent_of_full", "average_percent", "num_questions" and "seconds".
+        "paper": the published rows beside ours, with the same keys.
+        "tables": lmms-eval's own tables, as text.
+        "prompt": the prompt that a question is asked in.
+    """
+    rows = _merge_cells(cells)
+    paper = _paper_rows(rows, published)
+
+    # The paper's average is taken over the tasks that were asked here. Over all of its tasks it
+    # would be another number.
+    asked = {row["name"]: row["scores"] for row in rows}
+    _add_percent_of_full(rows, asked)
+    _add_percent_of_full(paper, asked)
+
+    _, last_result = cells[-1]
+    return {
+        "rows": rows,
+        "paper": paper,
+        "tables": {f"{cell.name}, {cell.task}": result["table"] for cell, result in cells},
+        "prompt": last_result["prompt"],
+    }
+
+
+def _score_text(row: Mapping[str, Any], column: str) -> str:
+    """Format a score and its share of `full`, e.g. "54.0 (90%)"."""
     if column not in row["scores"]:
         return ""
+
+    text = f"{row['scores'][column]:.1f}"
     share = row["percent_of_full"].get(column)
-    return f"{row['scores'][column]:.1f}" + ("" if share is None else f" ({share:.0f}%)")
+    return text if share is None else f"{text} ({share:.0f}%)"
+
+
+def _line(
+    name: str,
+    row: Mapping[str, Any],
+    columns: Sequence[str],
+    *,
+    has_average: bool,
+) -> list[str]:
+    """Format one line of the printed table."""
+    line = [name, str(row["num_visual_tokens"])]
+    line += [_score_text(row, column) for column in columns]
+
+    if has_average:
+        average = row["average_percent"]
+        line.append("" if average is None else f"{average:.1f}%")
+
+    # The paper does not say how long its evaluation took.
+    line.append(f"{row['seconds']:.0f}" if "seconds" in row else "")
+    return line
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """List the columns in the order in which they were asked. Totals come last."""
+    columns = list(dict.fromkeys(column for row in rows for column in row["scores"]))
+    return sorted(columns, key=lambda column: column.endswith(": all"))
 
 
 def print_scores(table: Mapping[str, Any], *, title: str) -> None:
-    """Print lmms-eval's tables, and ours."""
+    """Print lmms-eval's own tables, then ours."""
     console = Console()
     for name, text in table["tables"].items():
         console.print(f"{name}\n{text}", markup=False, highlight=False, soft_wrap=True)
-    columns = list(dict.fromkeys(column for row in table["rows"] for column in row["scores"]))
-    columns.sort(key=lambda column: column.endswith(": all"))
-    averaged = ["average of full"] if any(row["average_percent"] is not None for row in table["rows"]) else []
-    shown = Table("row", "tokens", *columns, *averaged, "seconds", title=title, title_justify="left")
-    for column in shown.columns[1:]:
-        column.justify = "right"
+
+    columns = _columns(table["rows"])
+    has_average = any(row["average_percent"] is not None for row in table["rows"])
+    header = ["setting", "tokens", *columns]
+    if has_average:
+        header.append("average of full")
+    header.append("seconds")
+
+    lines = []
     for row in table["rows"]:
-        for each in (row, *(theirs for theirs in table["paper"] if theirs["name"] == row["name"])):
-            cells = [row["name"] if each is row else "  paper", str(each["num_visual_tokens"])]
-            cells += [_text(each, column) for column in columns]
-            cells += [
-                "" if each["average_percent"] is None else f"{each['average_percent']:.1f}%" for _ in averaged
-            ]
-            shown.add_row(*cells, f"{each['seconds']:.0f}" if "seconds" in each else "")
-    console.print(shown)
+        lines.append(_line(row["name"], row, columns, has_average=has_average))
+        for paper_row in table["paper"]:
+            if paper_row["name"] == row["name"]:
+                lines.append(_line("  paper", paper_row, columns, has_average=has_average))
+
+    console.print(ScoreTable(header, lines).rich(title))
     console.print(f"asked as {table['prompt']!r}", markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What is evaluated: a run, an export, or a base model, and the rows of its table."""
+"""The target of an evaluation: a run, an export or a base model, and its settings."""
 
 import argparse
 import hashlib
@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from data.paths import ROOT
 from train import config
+from train.runs import FinishedRun
 from vzip import UserError
 from vzip.reducers.identity import Identity
 from vzip.runs.projector import (
@@ -24,114 +25,189 @@ from vzip.runs.projector import (
     reducers_of,
 )
 
-BATCH = 8
-"""Questions answered at a time by a model; a run's are as many as after its tuning."""
-LARGE = 2**28
-"""Bytes from which on a file is known by its size and time: reading a model's weights takes minutes."""
+BATCH_SIZE = 8
+"""Questions answered at a time by a model. A run takes as many as after its tuning."""
+LARGE_FILE = 2**28
+"""Files of this many bytes are hashed by size and time: reading a model's weights takes minutes."""
+MODEL_FILES = (".json", ".jinja", ".model", ".safetensors", ".bin")
+"""Suffixes of the files that a model's answers depend on."""
 
 
 @dataclass(frozen=True)
 class EvaluationSetting:
-    """A row of the table."""
+    """One setting of a model, which is one row of the results table."""
 
     name: str
+    """Name in the table, e.g. "tuned-64"."""
     row: str
+    """Setting of `vzip.Comparison`: "full", "free" or "tuned"."""
     budget: int | None
-
-
-def _config_name(row: str, budgets: Sequence[int | None]) -> list[EvaluationSetting]:
-    return [
-        EvaluationSetting(row if len(budgets) == 1 else f"{row}-{budget}", row, budget) for budget in budgets
-    ]
-
-
-def rows_of_run(run: Path) -> list[EvaluationSetting]:
-    """Raises UserError for a folder that is no finished run."""
-    meta = read_finished(run)
-    reducers = reducers_of(meta)
-    rows, start = _config_name("tuned", list(reducers)), meta["base"].get("projector")
-    if start is not None and not Path(start).is_file():
-        print(f"rows full and free are left out: {start}, from which training started, is no longer there")
-        return rows
-    free = [] if isinstance(next(iter(reducers.values())), Identity) else _config_name("free", list(reducers))
-    return [EvaluationSetting("full", "full", None), *free, *rows]
-
-
-def digest(paths: Iterable[Path]) -> str:
-    """Of the content of files; of large ones, of name, size and time."""
-    found = hashlib.sha256()
-    for path in paths:
-        about = path.stat()
-        large = f"{path.name} {about.st_size} {about.st_mtime_ns}".encode()
-        found.update(path.read_bytes() if about.st_size < LARGE else large)
-    return found.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is evaluated."""
+    """What is evaluated, and how."""
 
-    rows: list[EvaluationSetting]
+    settings: list[EvaluationSetting]
     folder: Path
+    """Folder of the results."""
     run: Path | None
+    """Folder of the run. None for an export or a base model."""
     batch_size: int
     model: str
-    """What other weights would change: a digest of the files; a hub id as it is."""
+    """Identity of the weights: a hash of the files, or the hub id."""
     names: list[str | None]
-    """By which the paper's rows of the same model are found."""
+    """Names by which the paper's scores of the same model are found."""
     template: dict[str, Any] | None = None
-    """That a base model is asked in; None where it has its own."""
+    """Fields of the template that a base model is asked in. None if its processor has one."""
+
+
+FULL = EvaluationSetting("full", "full", None)
+
+
+def _settings_by_budget(row: str, budgets: Sequence[int | None]) -> list[EvaluationSetting]:
+    """List a setting under each budget.
+
+    The budget is part of the name only where there are several.
+    """
+    if len(budgets) == 1:
+        return [EvaluationSetting(row, row, budgets[0])]
+    return [EvaluationSetting(f"{row}-{budget}", row, budget) for budget in budgets]
+
+
+def settings_of_run(run: Path) -> list[EvaluationSetting]:
+    """List the settings of a run. Raises UserError if the folder is not a finished run."""
+    meta = read_finished(run)
+    reducers = reducers_of(meta)
+    budgets = list(reducers)
+    tuned = _settings_by_budget("tuned", budgets)
+
+    # The other settings need the projector from which training started.
+    projector = meta["base"].get("projector")
+    if projector is not None and not Path(projector).is_file():
+        print(f"full and free are left out: {projector}, from which training started, no longer exists")
+        return tuned
+
+    # Without a reducer, training-free is the same as full.
+    reduces = not isinstance(next(iter(reducers.values())), Identity)
+    training_free = _settings_by_budget("free", budgets) if reduces else []
+    return [FULL, *training_free, *tuned]
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """Hash the content of files. Large files are hashed by name, size and time."""
+    digest = hashlib.sha256()
+    for path in paths:
+        status = path.stat()
+        if status.st_size < LARGE_FILE:
+            digest.update(path.read_bytes())
+        else:
+            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+
+    return digest.hexdigest()[:16]
 
 
 def recipe_template(model: str) -> dict[str, Any] | None:
-    """The template of the recipe for a model, by its id: a run of it is asked so, and so is what it is compared with."""
+    """Return the template of the recipe for a model's id, or None if there is no recipe.
+
+    A run of the recipe is asked in this template, so the base model that it is compared with must
+    be too.
+    """
     config.register()
     for path in sorted((ROOT / "configs" / "model").glob("*.yaml")):
-        own = OmegaConf.load(path).model
-        if own.id == model:
-            return asdict(config.instantiate_target(own.template))
+        recipe = OmegaConf.load(path).model
+        if recipe.id == model:
+            return asdict(config.instantiate_target(recipe.template))
+
     return None
 
 
-def _of_model(arguments: argparse.Namespace, export: Path | None) -> Target:
-    """An export, which has the row tuned alone; or a base model. Raises UserError for budgets that do not go with it."""
-    source = str(arguments.source)
-    if export is not None:
-        meta = read_meta(export)
-        rows, names = _config_name("tuned", list(reducers_of(meta))), [meta["base"]["id"]]
-    elif arguments.budget:
-        rows = [
-            EvaluationSetting("full", "full", None),
-            *(EvaluationSetting(f"free-{budget}", "free", budget) for budget in arguments.budget),
-        ]
-        names = [source]
-    else:
-        raise UserError(
-            f"{source} is no run folder, whose budget would be known; give one, or, with a base model, e.g. --budget 64"
-        )
-    folder = arguments.out or ROOT / "runs" / "eval" / source.strip("/").replace("/", "--")
-    files = (
-        path
-        for path in sorted(Path(source).glob("*"))
-        if path.suffix in (".json", ".jinja", ".model", ".safetensors", ".bin")
+def _folder_of_model(arguments: argparse.Namespace) -> Path:
+    if arguments.out:
+        folder: Path = arguments.out
+        return folder
+    return ROOT / "runs" / "eval" / str(arguments.source).strip("/").replace("/", "--")
+
+
+def _identity_of_model(source: str) -> str:
+    """Hash a model's files. A hub id stands for itself."""
+    if not Path(source).is_dir():
+        return source
+    return digest(path for path in sorted(Path(source).glob("*")) if path.suffix in MODEL_FILES)
+
+
+def _export_target(arguments: argparse.Namespace, export: Path) -> Target:
+    """Evaluate an export. It holds the tuned projector alone, so "tuned" is its only setting."""
+    meta = read_meta(export)
+    return Target(
+        settings=_settings_by_budget("tuned", list(reducers_of(meta))),
+        folder=_folder_of_model(arguments),
+        run=None,
+        batch_size=arguments.batch_size or BATCH_SIZE,
+        model=_identity_of_model(arguments.source),
+        names=[meta["base"]["id"]],
     )
-    model = digest(files) if Path(source).is_dir() else source
-    template = recipe_template(source) if export is None else None
-    return Target(rows, folder, None, arguments.batch_size or BATCH, model, names, template)
 
 
-def subject_of(arguments: argparse.Namespace) -> Target:
-    """Raises UserError for a folder that is neither a finished run nor a model, and for budgets that do not go with it."""
-    run = locate(arguments.source)
-    if run is not None and arguments.budget:
+def _base_model_target(arguments: argparse.Namespace) -> Target:
+    """Evaluate a base model: full, and training-free with each budget.
+
+    Raises:
+        UserError: no budget is given.
+    """
+    source = str(arguments.source)
+    if not arguments.budget:
         raise UserError(
-            f"--budget {arguments.budget[0]}: {run} is a run or an export, which has its own; leave --budget out"
+            f"{source} is not a run folder, so its budget is not known; give a run folder, "
+            "or add e.g. --budget 64"
         )
-    if run is None or is_export(run):
-        return _of_model(arguments, run)
-    rows = rows_of_run(run)
-    cfg = OmegaConf.load(run / "config.yaml") if (run / "config.yaml").is_file() else OmegaConf.create()
-    batch = arguments.batch_size or OmegaConf.select(cfg, "evaluate.batch", default=BATCH)
-    names = [OmegaConf.select(cfg, "model.name"), read_meta(run)["base"]["id"]]
-    model = digest([run / WEIGHTS, run / META, *sorted((run / ADAPTER).glob("*"))])
-    return Target(rows, arguments.out or run / "eval", run, batch, model, names)
+
+    # Unlike a run's, these names always carry the budget: the next command may ask another one.
+    training_free = []
+    for budget in arguments.budget:
+        training_free.append(EvaluationSetting(f"free-{budget}", "free", budget))
+    return Target(
+        settings=[FULL, *training_free],
+        folder=_folder_of_model(arguments),
+        run=None,
+        batch_size=arguments.batch_size or BATCH_SIZE,
+        model=_identity_of_model(source),
+        names=[source],
+        template=recipe_template(source),
+    )
+
+
+def _run_target(arguments: argparse.Namespace, run: Path) -> Target:
+    """Evaluate a run in all of its settings."""
+    settings = settings_of_run(run)
+
+    finished = FinishedRun(run)
+    return Target(
+        settings=settings,
+        folder=arguments.out or run / "eval",
+        run=run,
+        batch_size=arguments.batch_size or finished.setting("evaluate.batch", BATCH_SIZE),
+        model=digest([run / WEIGHTS, run / META, *sorted((run / ADAPTER).glob("*"))]),
+        names=[finished.setting("model.name"), read_meta(run)["base"]["id"]],
+    )
+
+
+def find_target(arguments: argparse.Namespace) -> Target:
+    """Find out what the arguments name.
+
+    Raises:
+        UserError: the source is neither a finished run nor a model, or --budget does not go with
+            it.
+    """
+    folder = locate(arguments.source)
+    if folder is None:
+        return _base_model_target(arguments)
+
+    if arguments.budget:
+        raise UserError(
+            f"--budget {arguments.budget[0]}: {folder} is a run or an export, which has its own; "
+            "leave --budget out"
+        )
+    if is_export(folder):
+        return _export_target(arguments, folder)
+    return _run_target(arguments, folder)

@@ -10,17 +10,19 @@ import pytest
 from scripts.evaluate import main as evaluation
 from scripts.evaluate.environment import eval_python
 from scripts.evaluate.questions import write_questions
-from scripts.evaluate.tasks import TASK
+from scripts.evaluate.tasks import HELD_OUT
 from tests.helpers import tiny
 from tests.helpers.commands import start, tune
 from vzip import UserError
 
 pytestmark = pytest.mark.integration
 
+SETTINGS = ("full", "free-6", "free-9", "tuned-6", "tuned-9")
+
 
 @pytest.fixture(scope="module")
 def python():
-    """lmms-eval's Python, which a package index is needed to make."""
+    """lmms-eval's Python. Making its environment needs a package index."""
     try:
         return eval_python()
     except UserError as error:
@@ -29,78 +31,80 @@ def python():
 
 @pytest.fixture(scope="module")
 def run(overrides, tmp_path_factory):
-    """A finished run of two budgets, each with its answers to 8 questions."""
+    """A finished run of two budgets, with its answers to 8 questions."""
     runs = tmp_path_factory.mktemp("runs")
     tune([*overrides, "optim.max_steps=1", "reducer.budget=[6,9]", f"runs={runs}", "name=tiny"])
     return runs / "tiny"
 
 
 @pytest.fixture(scope="module")
-def evaluated(run, python):
-    done = start([sys.executable, "-m", "scripts.evaluate.main", str(run)], HF_HUB_OFFLINE="1")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+def printed(run, python):
+    """What the command prints that evaluates the run."""
+    process = start([sys.executable, "-m", "scripts.evaluate.main", str(run)], HF_HUB_OFFLINE="1")
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    return process.stdout
 
 
-ROWS = ("full", "free-6", "free-9", "tuned-6", "tuned-9")
+def read_json(path):
+    return json.loads(path.read_text())
 
 
-def test_lmms_eval_hears_the_answers_that_the_run_has_given(evaluated, run):
-    for row in ROWS:
-        found = json.loads((run / "eval" / row / f"{TASK}.json").read_text())
-        given = json.loads((run / f"answers_{row}.json").read_text())
-        assert [answer["answer"] for answer in found["answers"]] == [[answer["answer"]] for answer in given]
-        assert [answer["expected"] for answer in found["answers"]] == [answer["expected"] for answer in given]
-        assert found["num_questions"] == {TASK: 8}
+def test_lmms_eval_gets_the_answers_and_scores_of_the_run(printed, run):
+    for setting in SETTINGS:
+        result = read_json(run / "eval" / setting / f"{HELD_OUT}.json")
+        answers = read_json(run / f"answers_{setting}.json")
+        for ours, theirs in zip(answers, result["answers"], strict=True):
+            assert theirs["answer"] == [ours["answer"]]
+            assert theirs["expected"] == ours["expected"]
+        assert result["num_questions"] == {HELD_OUT: 8}
+
+    own_rows = {row["name"]: row for row in read_json(run / "result.json")["rows"]}
+    rows = read_json(run / "eval" / "results.json")["rows"]
+    assert [row["name"] for row in rows] == list(SETTINGS)
+    for row in rows:
+        own = own_rows[row["name"]]
+        scores = {f"held out: {kind}": 100 * share for kind, share in own["metrics"].items()}
+        assert row["scores"] == pytest.approx(scores)
+        assert row["num_visual_tokens"] == own["num_visual_tokens"]
+
+    assert "left out are GQA" in printed
+    assert "|vzip_held_out|none" in printed  # lmms-eval's table
+    assert printed.count("held out") >= 3  # ours
 
 
-def test_the_scores_are_those_of_the_run(evaluated, run):
-    results = json.loads((run / "eval" / "results.json").read_text())
-    own = {row["name"]: row for row in json.loads((run / "result.json").read_text())["rows"]}
-    assert [row["name"] for row in results["rows"]] == list(ROWS)
-    for row in results["rows"]:
-        assert row["scores"] == pytest.approx(
-            {f"held out: {kind}": 100 * score for kind, score in own[row["name"]]["metrics"].items()}
-        )
-        assert row["num_visual_tokens"] == own[row["name"]]["num_visual_tokens"]
-    assert "left out are GQA" in evaluated
-    assert (
-        "|vzip_held_out|none" in evaluated and evaluated.count("held out") >= 3
-    )  # lmms-eval's table, and ours
-
-
-def command(monkeypatch, *arguments):
-    """scripts/evaluate/main.py in this process; it must succeed."""
-    monkeypatch.setattr(sys, "argv", ["eval.py", *arguments])
+def evaluate(monkeypatch, *arguments):
+    """Run scripts/evaluate/main.py in this process; it must succeed."""
+    monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(evaluation.constants, "HF_HUB_OFFLINE", True)
     evaluation.main()
 
 
-def test_what_is_done_is_not_asked_again(evaluated, run, monkeypatch, capfd):
-    command(monkeypatch, str(run))
+def test_finished_results_are_not_asked_again(printed, run, monkeypatch, capfd):
+    evaluate(monkeypatch, str(run))
     again = capfd.readouterr().out
-    assert "[1/" in evaluated and "[1/" not in again  # the harness counts what it runs
-    assert (
-        again.split("full, ", 1)[1] == evaluated.split("full, ", 1)[1].split("full, ", 1)[1]
-    )  # the same tables
+    assert "[1/" in printed  # the harness counts what it runs
+    assert "[1/" not in again
+
+    # The first "full, " of the first command is the harness' count. The tables follow, and are the same.
+    tables = printed.split("full, ", 1)[1].split("full, ", 1)[1]
+    assert again.split("full, ", 1)[1] == tables
 
 
-def test_what_is_missing_is_asked_by_several_processes_with_the_same_answers(
-    evaluated, run, monkeypatch, capfd
-):
-    path = run / "eval" / "tuned-9" / f"{TASK}.json"
-    before, others = (
-        json.loads(path.read_text()),
-        {other: other.stat().st_mtime_ns for other in run.glob("eval/*/*.json")},
-    )
+def test_several_processes_ask_what_is_missing_and_get_the_same_answers(printed, run, monkeypatch, capfd):
+    path = run / "eval" / "tuned-9" / f"{HELD_OUT}.json"
+    before = read_json(path)
+    others = {other: other.stat().st_mtime_ns for other in run.glob("eval/*/*.json") if other != path}
     path.unlink()
-    command(monkeypatch, str(run), "--processes", "2")
+
+    evaluate(monkeypatch, str(run), "--processes", "2")
     assert "[1/1] tuned-9, vzip_held_out" in capfd.readouterr().out
-    found = json.loads(path.read_text())
-    assert (before["num_processes"], found["num_processes"]) == (1, 2)
-    assert found["answers"] == before["answers"] and found["results"] == before["results"]
-    assert [other for other, time in others.items() if other.stat().st_mtime_ns != time] == [path]
+
+    after = read_json(path)
+    assert (before["num_processes"], after["num_processes"]) == (1, 2)
+    assert after["answers"] == before["answers"]
+    assert after["results"] == before["results"]
+    assert {other: other.stat().st_mtime_ns for other in others} == others
 
 
 SCRIPT = """
@@ -115,7 +119,7 @@ SCRIPT = """
     model = get_model("vzip").create_from_arg_string(arguments, more)
     assert not model.is_simple and model.batch_size == 2
 
-    # A task of several rounds: each is made of the answers before it, until the task ends them.
+    # In a task of several rounds, each round is made of the answers before it, until the task ends them.
     document, seen = {"n": 1}, []
 
     def messages(document, round_idx=None, previous_output=None, previous_round_info=None):
@@ -130,7 +134,7 @@ SCRIPT = """
     assert len(answers) == 3 and [entry[0] for entry in seen] == [None, 1, 2, 3], seen
     assert [entry[1] for entry in seen[1:]] == [answers[:1], answers[:2], answers] and seen[2][2] == "info 1", seen
 
-    # Requests that are not generated alike share no batch, and answers come back in the requests' order.
+    # Requests with different settings share no batch, and answers come back in the order of the requests.
     (task,) = get_task_dict(["vzip_held_out"], TaskManager(include_path=questions, include_defaults=False), "chat").values()
     task.build_all_requests(limit=4, rank=0, world_size=1)
     model.task_dict["vzip_held_out"] = task.dataset
@@ -144,20 +148,21 @@ SCRIPT = """
     except NotImplementedError as error:
         assert "output_type generate_until" in str(error)
 
-    # The paper's tasks are lmms-eval's, and measure what the table shows.
-    import openpyxl  # with which MMBench writes the answers for its server
-    from scripts.evaluate.harness import run_cell, tasks_of
+    # lmms-eval has the paper's tasks, and they measure what the table shows.
+    import openpyxl  # MMBench writes the answers for its server with it
+    from scripts.evaluate.cells import Cell
+    from scripts.evaluate.harness import load_tasks, run_cell
     from scripts.evaluate.tasks import PAPER
-    manager = tasks_of({task.name for task in PAPER}, include_path=questions)
+    manager = load_tasks({task.name for task in PAPER}, include_path=questions)
     for task in PAPER:
         config = load_yaml_config(manager.task_index[task.name]["yaml_path"], mode="full")
         assert set(task.metrics) <= {metric["metric"] for metric in config["metric_list"]}, config
         assert config["output_type"] == "generate_until", config
-    cell = {"name": "free", "row": "free", "budget": 6, "task": "stand_in", "stamp": {}, "path": f"{stand_in}/free/task.json"}
+    cell = Cell("free", row="free", budget=6, task="stand_in", path=f"{stand_in}/free/task.json", stamp={})
     run_cell(model, cell, TaskManager(include_path=stand_in, include_defaults=False), limit=3)
 
     try:
-        tasks_of({"gqa", "no_such_task"}, include_path=questions)
+        load_tasks({"gqa", "no_such_task"}, include_path=questions)
     except ValueError as error:
         assert str(error).startswith("--tasks no_such_task: lmms-eval has no such task"), error
         print("all right")
@@ -165,31 +170,43 @@ SCRIPT = """
 
 
 def save_stand_in(folder, task):
-    """TextVQA as lmms-eval has it, but for its data: 4 questions, with pictures of noise, and short answers."""
-    rows = [
-        {
-            "question_id": number,
-            "question": "which?",
-            "answers": ["noise"] * 10,
-            "image": tiny.picture(number),
-        }
-        for number in range(4)
-    ]
+    """Write a task that is lmms-eval's TextVQA with 4 questions about pictures of noise, and short answers."""
+    rows = []
+    for number in range(4):
+        rows.append(
+            {
+                "question_id": number,
+                "question": "which?",
+                "answers": ["noise"] * 10,
+                "image": tiny.picture(number),
+            }
+        )
     datasets.Dataset.from_list(rows).to_parquet(folder / "data.parquet")
-    files = {"data_files": {"validation": str(folder / "data.parquet")}}
-    own = {"task": "stand_in", "include": str(task), "dataset_path": "parquet", "dataset_kwargs": files}
-    (folder / "stand_in.yaml").write_text(json.dumps({**own, "generation_kwargs": {"max_new_tokens": 2}}))
+
+    content = {
+        "task": "stand_in",
+        "include": str(task),
+        "dataset_path": "parquet",
+        "dataset_kwargs": {"data_files": {"validation": str(folder / "data.parquet")}},
+        "generation_kwargs": {"max_new_tokens": 2},
+    }
+    (folder / "stand_in.yaml").write_text(json.dumps(content))
 
 
 def test_the_plugin_does_what_lmms_eval_expects(run, python, tmp_path):
-    save_stand_in(
-        tmp_path,
-        next(python.parent.parent.glob("lib/*/site-packages/lmms_eval/tasks/textvqa/textvqa_val.yaml")),
-    )
-    command = [str(python), "-c", textwrap.dedent(SCRIPT), str(run), str(write_questions(run)), str(tmp_path)]
-    done = start(command, HF_HUB_OFFLINE="1")
-    assert done.returncode == 0 and "all right" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
-    found = json.loads((tmp_path / "free" / "task.json").read_text())
-    assert found["num_questions"] == {"stand_in": 3} and "exact_match,none" in found["results"]["stand_in"]
-    assert found["num_visual_tokens"] == 6 and len(found["answers"]) == 3
+    packages = python.parent.parent.glob("lib/*/site-packages")
+    textvqa = next(packages) / "lmms_eval" / "tasks" / "textvqa" / "textvqa_val.yaml"
+    save_stand_in(tmp_path, textvqa)
+
+    questions = write_questions(run)
+    script = textwrap.dedent(SCRIPT)
+    process = start([str(python), "-c", script, str(run), str(questions), str(tmp_path)], HF_HUB_OFFLINE="1")
+    output = process.stdout[-3000:] + process.stderr[-3000:]
+    assert process.returncode == 0 and "all right" in process.stdout, output
+
+    result = read_json(tmp_path / "free" / "task.json")
+    assert result["num_questions"] == {"stand_in": 3}
+    assert "exact_match,none" in result["results"]["stand_in"]
+    assert result["num_visual_tokens"] == 6
+    assert len(result["answers"]) == 3
     assert list((tmp_path / "free" / "submissions").glob("textvqa*.json"))  # for the task's own server

@@ -1,40 +1,49 @@
-"""What lmms-eval asks of the task `vzip_held_out`. A document has the fields of `scripts.evaluate.questions.FEATURES`."""
+"""Functions that lmms-eval calls for the task `vzip_held_out`.
+
+A document is one question, with the fields of `scripts.evaluate.questions.FEATURES`.
+"""
 
 import json
-import string
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-IMAGE, VIDEO = "<image>", "<video>"
+from train.questions import is_correct
+from vzip.templates.encode import IMAGE, VIDEO
 
 
 def _content(question: str, media: Mapping[str, Iterator[Any]]) -> list[dict[str, Any]]:
-    """A question's parts, its pictures and videos first, as templates of the recipe have them."""
-    parts = [
-        {"type": kind, "url": next(media[kind])}
-        for kind, placeholder in (("image", IMAGE), ("video", VIDEO))
-        for _ in range(question.count(placeholder))
-    ]
-    text = question.replace(IMAGE, "").replace(VIDEO, "").strip() if parts else question
+    """Return the parts of a question: its pictures and videos first, as in training, then its text.
+
+    Args:
+        question: text with placeholders.
+        media: the conversation's pictures and videos that no earlier question has taken, under
+            "image" and "video".
+    """
+    parts: list[dict[str, Any]] = []
+    for kind, placeholder in (("image", IMAGE), ("video", VIDEO)):
+        for _ in range(question.count(placeholder)):
+            parts.append({"type": kind, "url": next(media[kind])})
+
+    text = question
+    if parts:
+        text = question.replace(IMAGE, "").replace(VIDEO, "").strip()
     return [*parts, {"type": "text", "text": text}]
 
 
 def messages(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The question as a conversation, with the turns before it and their true answers."""
+    """Return the question as a conversation, with the turns before it and their true answers."""
     media = {"image": iter(document["images"]), "video": iter(document["videos"])}
-    made = []
+
+    conversation = []
     for question, answer in json.loads(document["turns"]):
-        made.append({"role": "user", "content": _content(question, media)})
-        made.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return [*made, {"role": "user", "content": _content(document["question"], media)}]
+        conversation.append({"role": "user", "content": _content(question, media)})
+        conversation.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
 
-
-def normal(answer: str) -> str:
-    """An answer as it is compared: as in train/evaluate.py."""
-    return answer.strip().strip(string.punctuation).strip().lower()
+    conversation.append({"role": "user", "content": _content(document["question"], media)})
+    return conversation
 
 
 def graded(document: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
-    """1 or 0, under the question's kind and under "all"."""
-    correct = float(normal(answers[0]) == normal(document["answer"]))
-    return {document["kind"]: correct, "all": correct}
+    """Return 1 or 0 under the question's kind and under "all"."""
+    score = float(is_correct(answers[0], document["answer"]))
+    return {document["kind"]: score, "all": score}

@@ -1,0 +1,127 @@
+"""What is evaluated: the settings of a run, an export or a base model, and the identity of its weights."""
+
+import argparse
+import json
+import os
+import shutil
+from dataclasses import asdict
+
+import pytest
+from huggingface_hub import constants
+
+from scripts.evaluate import target as target_module
+from scripts.evaluate.target import digest, find_target, settings_of_run
+from tests.helpers import tiny
+from tests.helpers.errors import refused
+from tests.helpers.runs import edit_meta
+from vzip.runs.export import write_hf
+from vzip.runs.projector import ADAPTER, read_meta
+from vzip.templates.encode import vicuna
+
+OTHER_BUDGETS = {"9": {"name": "visionzip", "dominant": 7, "contextual": 2}}
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def target_of(source, folder, budget=None):
+    arguments = argparse.Namespace(source=str(source), budget=budget, out=folder, batch_size=None)
+    return find_target(arguments)
+
+
+def as_tuples(settings):
+    return [(setting.name, setting.row, setting.budget) for setting in settings]
+
+
+def test_settings_of_a_run(run, tmp_path):
+    assert as_tuples(settings_of_run(run)) == [
+        ("full", "full", None),
+        ("free", "free", 6),
+        ("tuned", "tuned", 6),
+    ]
+
+    meta = json.loads((run / "meta.json").read_text())
+    meta["other_budgets"] = OTHER_BUDGETS
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    names = [setting.name for setting in settings_of_run(tmp_path)]
+    assert names == ["full", "free-6", "free-9", "tuned-6", "tuned-9"]
+
+
+def test_a_run_without_its_starting_projector_has_the_tuned_setting_alone(run, tmp_path, capsys):
+    moved = shutil.copytree(run, tmp_path / "run")
+    edit_meta(moved, lambda meta: meta["base"].update(projector=str(tmp_path / "gone.bin")))
+    assert as_tuples(settings_of_run(moved)) == [("tuned", "tuned", 6)]
+    assert "full and free are left out" in capsys.readouterr().out
+
+
+def test_settings_of_a_base_model(tiny_folder, tmp_path):
+    assert as_tuples(target_of(tiny_folder, tmp_path, budget=[6, 9]).settings) == [
+        ("full", "full", None),
+        ("free-6", "free", 6),
+        ("free-9", "free", 9),
+    ]
+
+
+def test_settings_of_an_export(run, tmp_path):
+    edited = shutil.copytree(run, tmp_path / "run")
+    edit_meta(edited, lambda meta: meta.update(other_budgets=OTHER_BUDGETS))
+    export = tmp_path / "export"
+    export.mkdir()
+    write_hf(edited, export)
+
+    target = target_of(export, tmp_path)
+    assert as_tuples(target.settings) == [("tuned-6", "tuned", 6), ("tuned-9", "tuned", 9)]
+    assert target.run is None
+    assert target.names == [read_meta(export)["base"]["id"]]
+    refused(
+        target_of, export, tmp_path, budget=[6], words=["an export, which has its own; leave --budget out"]
+    )
+
+
+def test_bad_sources_are_refused(run, tmp_path):
+    refused(target_of, run, tmp_path, budget=[6], words=["which has its own; leave --budget out"])
+    refused(target_of, "llava-hf/x", tmp_path, words=["llava-hf/x is not a run folder", "--budget 64"])
+    refused(target_of, tmp_path, tmp_path, words=["is not a run folder"])
+
+    stopped = shutil.copytree(run, tmp_path / "run")
+    (stopped / "config.yaml").write_text("name: x\n")
+    refused(target_of, stopped, tmp_path, words=["has not finished: it has no result.json"])
+
+
+def test_a_base_model_with_a_recipe_is_asked_in_the_recipes_template(run, tiny_folder, tmp_path):
+    recipe = target_of("llava-hf/llava-1.5-7b-hf", tmp_path, budget=[64])
+    assert recipe.template == asdict(vicuna())
+    assert target_of(tiny_folder, tmp_path, budget=[6]).template is None
+    assert target_of(run, tmp_path).template is None  # a run has its own
+
+
+def test_other_weights_are_another_model(run, tiny_folder, tmp_path):
+    tuned = shutil.copytree(run, tmp_path / "run")
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    adapter = tuned / ADAPTER / "adapter_model.safetensors"
+    adapter.parent.mkdir()
+    adapter.write_bytes(b"some")
+
+    def identities():
+        return target_of(tuned, tmp_path).model, target_of(base, tmp_path, budget=[6]).model
+
+    before = identities()
+    (base / "README.md").write_text("a model card changes nothing")
+    assert identities() == before
+
+    adapter.write_bytes(b"more")
+    shutil.copy(tiny.save_llava(tmp_path / "other", seed=1) / "model.safetensors", base)
+    after = identities()
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+
+
+def test_a_large_file_is_identified_by_size_and_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(target_module, "LARGE_FILE", 2)
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    before = digest([path])
+    os.utime(path, ns=(1, 1))
+    assert digest([path]) != before
