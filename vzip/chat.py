@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from vzip.errors import UserError
 from vzip.families import family_of
-from vzip.templates.jinja import end_ids
+from vzip.generate import end_ids
 
 
 @dataclass(frozen=True)

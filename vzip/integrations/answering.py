@@ -1,32 +1,36 @@
-"""Answers to batches of conversations, as evaluation harnesses ask for them, of one model in one row."""
+"""Answers to batches of conversations, in the form that evaluation harnesses ask for.
 
-from collections.abc import Mapping, Sequence
+A conversation is a list of messages `{"role", "content": [{"type": "text", "text"}, {"type":
+"image" or "video", "url"}]}`, the question last. An image's "url" is a picture or the path of one.
+A video's is the path of a file, or a list of frames.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
 from vzip.errors import UserError
+from vzip.generate import end_ids, generate_answers
 from vzip.pictures import open_picture, upright_rgb
 from vzip.runs.compare import Comparison
-from vzip.templates.jinja import end_ids
 from vzip.videos import read_frames
 
 FULL = "full"
 DTYPES = ("bfloat16", "float16", "float32")
+
 MAX_NEW_TOKENS = 1024
-"""Of an answer whose question sets no limit, as in lmms-eval's own LLaVA."""
+"""Most tokens of an answer whose question sets no limit, as in lmms-eval's own LLaVA."""
 
 Conversation = list[dict[str, Any]]
-"""Messages `{"role", "content": [{"type": "text", "text"}, {"type": "image" or "video", "url"}]}`, the question last.
-An image's "url" is a picture or its path, a video's the path of a file, or its frames."""
+"""Messages, as described above."""
 
 
-def _whole(name: str, value: Any) -> int:
-    """Raises UserError for what is not a whole number of at least 1."""
+def _whole_number(name: str, value: Any) -> int:
+    """Read a whole number from a command line. Raises UserError if it is not one, or below 1."""
     text = str(value)
     if not text.isdecimal() or int(text) < 1:
         raise UserError(f"{name}={value} must be a whole number, at least 1")
@@ -35,206 +39,236 @@ def _whole(name: str, value: Any) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """What model, in which row, and how it is run."""
+    """Which model answers, in which setting of the results table, and how it runs."""
 
     pretrained: str
-    """A run folder; or the folder or hub id of a base model."""
+    """A run folder, or the folder or hub id of an export or of a base model."""
     row: str | None = None
-    """"full", "free" or "tuned"; by default the last one that there is."""
+    """"full", "free" (training-free) or "tuned"; by default the last one that the model has."""
     budget: int | str | None = None
-    """Visual tokens; by default the run's first; "full" for all, which is the row "full"."""
+    """Visual tokens; by default the run's first budget. "full" keeps all, as `row="full"` does."""
     base: str | None = None
-    """Where a run's base model is now, if not where the run found it."""
+    """Where a run's base model is now, if it has moved since the run."""
     dtype: str | None = None
-    """Of the frozen weights; by default as in the run, and bfloat16 of a base model."""
+    """Of the frozen weights; by default that of the run, or bfloat16 for a base model."""
     device: str | None = None
     """By default a GPU if there is one."""
     batch_size: int = 1
-    """Questions answered at a time."""
+    """Questions per batch."""
     num_frames: int = 8
-    """Frames taken of a video file, at even distances."""
+    """Frames taken from a video file, evenly spread."""
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Self:
-        """Settings as they come from a command line.
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
+        """Read the settings from the arguments of a command line.
 
         Raises:
-            UserError: a setting that is unknown, missing, or out of its range.
+            UserError: a setting is unknown, missing, or out of its range.
         """
         known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(given) - set(known)):
+        unknown = sorted(set(arguments) - set(known))
+        if unknown:
+            name = unknown[0]
             raise UserError(
-                f"{unknown[0]}={given[unknown[0]]} is no setting of vzip; there are: {', '.join(known)}"
+                f"{name}={arguments[name]} is not a setting of vzip; choose from: {', '.join(known)}"
             )
-        if not given.get("pretrained"):
+        if not arguments.get("pretrained"):
             raise UserError(
-                "pretrained=... is missing: a run folder, or the folder or hub id of a base model"
+                "pretrained=... is missing: give a run folder, or the folder or hub id of a base model"
             )
-        settings = dict(given)
+
+        values = dict(arguments)
         for name in ("batch_size", "num_frames", "budget"):
-            if settings.get(name) is not None and settings[name] != FULL:
-                settings[name] = _whole(name, settings[name])
-        if (dtype := settings.get("dtype")) not in (None, *DTYPES):
-            raise UserError(f"dtype={dtype} must be one of: {', '.join(DTYPES)}")
-        made = cls(**settings)
-        if (made.row == FULL) != (made.budget == FULL) and None not in (made.row, made.budget):
+            if values.get(name) not in (None, FULL):
+                values[name] = _whole_number(name, values[name])
+
+        settings = cls(**values)
+        settings._check()
+        return settings
+
+    def _check(self) -> None:
+        """Raise UserError for an unknown dtype, or for two settings that exclude each other."""
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UserError(f"dtype={self.dtype} must be one of: {', '.join(DTYPES)}")
+
+        both_given = self.row is not None and self.budget is not None
+        if both_given and (self.row == FULL) != (self.budget == FULL):
             raise UserError(
-                f"row={made.row} and budget={made.budget} contradict each other; give one of them"
+                f"row={self.row} and budget={self.budget} contradict each other; give one of them"
             )
-        return made
 
 
 def _picture(image: Any) -> Any:
-    """A picture, or the file at a path, as upright RGB, as in training."""
+    """Open a picture, given as such or as a path, as upright RGB, as in training."""
     return open_picture(Path(image)) if isinstance(image, str) else upright_rgb(image)
 
 
 def _frames(video: Any, num_frames: int) -> Any:
-    """The frames of a video file, first and last among them, as in training; frames stay as they are."""
+    """Read the frames of a video file, as in training. A list of frames is returned unchanged."""
     if isinstance(video, Mapping):
         raise UserError(
-            f"a video with {', '.join(sorted(video))}: parts of videos can't be shown; give the path of a file"
+            f"a video with {', '.join(sorted(video))}: parts of videos are not supported; "
+            "give the path of a file"
         )
-    if not isinstance(video, str):
-        return video
+    if isinstance(video, str):
+        return read_frames(Path(video), num_frames)
+    return video
 
-    return read_frames(Path(video), num_frames)
 
+def _generation_arguments(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate what a harness asks for into arguments of `generate`.
 
-def _generation(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """`generate`'s arguments of a harness' ones, which may also hold what other models take. Greedy unless asked otherwise."""
+    Decoding is greedy unless a temperature is given. Arguments that are meant for other models are
+    ignored.
+    """
     temperature = float(asked.get("temperature") or 0)
-    sampled = bool(asked.get("do_sample", True)) and temperature > 0
+    is_sampled = bool(asked.get("do_sample", True)) and temperature > 0
     return {
         "max_new_tokens": int(asked.get("max_new_tokens") or MAX_NEW_TOKENS),
         "num_beams": int(asked.get("num_beams") or 1),
-        "do_sample": sampled,
-        "temperature": temperature if sampled else None,
-        "top_p": asked.get("top_p") if sampled else None,
+        "do_sample": is_sampled,
+        "temperature": temperature if is_sampled else None,
+        "top_p": asked.get("top_p") if is_sampled else None,
         "top_k": None,
     }
 
 
 def cut(text: str, until: str | Sequence[str] | None) -> str:
-    """The text before the first of the strings that end it, without white space around it."""
-    for end in [until] if isinstance(until, str) else until or ():
-        text = text.split(end)[0] if end else text
+    """Cut the text before the first of the strings `until`, and strip white space around it."""
+    ends = [until] if isinstance(until, str) else until or []
+    for end in ends:
+        if end:
+            text = text.split(end)[0]
     return text.strip()
+
+
+def _media_parts(conversation: Conversation) -> Iterator[dict[str, Any]]:
+    """Yield the parts of a conversation that are not text."""
+    for message in conversation:
+        for part in message["content"]:
+            if part["type"] != "text":
+                yield part
 
 
 @dataclass(frozen=True)
 class Generated:
-    """A generated answer, and what it took."""
+    """A generated answer, and how many tokens it took."""
 
     text: str
     num_prompt_tokens: int
-    """The question's, the visual ones among them."""
+    """Tokens of the prompt, visual ones included."""
     num_tokens: int
-    """The answer's, its end among them."""
+    """Tokens of the answer, its end token included."""
 
 
 class Answerer:
-    """A model that answers in one of its rows.
+    """A model that answers in one of its settings.
 
     Attributes:
-        settings: as given.
-        comparison: the model in all of its rows.
-        device: where it is.
-        processor: of the current row.
+        settings: the settings that it was made with.
+        comparison: the model in all of its settings.
+        device: the model's device.
+        processor: the processor of the current setting.
     """
 
     def __init__(self, settings: GenerationSettings) -> None:
-        """Raises UserError as `Comparison.open` and `take` do."""
+        """Load the model. Raises UserError as `Comparison.open` and `take` do."""
         self.settings = settings
-        dtype = getattr(torch, settings.dtype) if settings.dtype else None
         self.comparison = Comparison.open(
-            settings.pretrained, base=settings.base, dtype=dtype, device=settings.device
+            settings.pretrained,
+            base=settings.base,
+            dtype=getattr(torch, settings.dtype) if settings.dtype else None,
+            device=settings.device,
         )
         if self.comparison.processor.chat_template is None:
             raise UserError(
-                f"pretrained={settings.pretrained} has no chat template, so it is not known how to ask; give a run, or a model "
-                f"whose processor has one"
+                f"pretrained={settings.pretrained} has no chat template, so its prompt format is "
+                "unknown; give a run, or a model whose processor has a chat template"
             )
         self.device: torch.device = self.comparison.family.model.device
-        self._row = ExitStack()
-        full = settings.budget == FULL
-        row = FULL if full else settings.row or self.comparison.rows[-1]
-        self.take(row, budget=None if full or settings.budget is None else int(settings.budget))
+
+        self._current = ExitStack()
+        if settings.budget == FULL:
+            self.take(FULL)
+        else:
+            budget = None if settings.budget is None else int(settings.budget)
+            self.take(settings.row or self.comparison.rows[-1], budget=budget)
 
     def take(self, row: str, *, budget: int | None = None) -> None:
-        """Generated in this row from now on. Raises UserError for a row or a budget that there is not."""
+        """Switch to another setting. Raises UserError if the model lacks it, or the budget."""
+        # Check first: a setting that fails must not leave the model without any.
         self.comparison.reducer(row, budget=budget)
-        self._row.close()
-        model, self.processor = self._row.enter_context(self.comparison.row(row, budget=budget))
-        self._ends = sorted(end_ids(model, self.processor))
+        self._current.close()
+        model, self.processor = self._current.enter_context(self.comparison.row(row, budget=budget))
+        self._ends = end_ids(model, self.processor)
 
     def prompt(self, conversation: Conversation) -> str:
-        """A conversation as the model of the current row is asked it."""
+        """The text that the model of the current setting gets for a conversation."""
         text: str = self.processor.apply_chat_template(
             conversation, tokenize=False, add_generation_prompt=True
         )
         return text
 
     def _media(self, conversations: Sequence[Conversation]) -> dict[str, list[Any]]:
-        """`images`, by conversation, and `videos`, of those that hold any.
+        """Read the media: `images`, one list for each conversation that has any, and `videos`.
 
-        Raises UserError for what the model does not take.
+        Raises:
+            UserError: the model does not take one of the kinds.
         """
-        kinds = self.comparison.family.kinds
-        rows: dict[str, list[list[Any]]] = {"image": [], "video": []}
+        family = self.comparison.family
+        images: list[list[Any]] = []
+        videos: list[Any] = []
         for conversation in conversations:
-            parts = [
-                part for message in conversation for part in message["content"] if part["type"] != "text"
-            ]
-            for part in parts:
-                if part["type"] not in kinds:
-                    model = self.comparison.family.model_type
+            own_images = []
+            for part in _media_parts(conversation):
+                if part["type"] not in family.kinds:
                     raise UserError(
-                        f"a question holds a part of type {part['type']!r}, which a {model!r} model does not take"
+                        f"a question holds a part of type {part['type']!r}, "
+                        f"which a {family.model_type!r} model does not take"
                     )
-            images = [part["url"] for part in parts if part["type"] == "image"]
-            rows["image"].append([_picture(image) for image in images])
-            rows["video"].append(
-                [_frames(part["url"], self.settings.num_frames) for part in parts if part["type"] == "video"]
-            )
-        images, videos = (
-            [row for row in rows["image"] if row],
-            [*chain(*rows["video"])],
-        )
-        return {name: media for name, media in (("images", images), ("videos", videos)) if media}
+                if part["type"] == "image":
+                    own_images.append(_picture(part["url"]))
+                else:
+                    videos.append(_frames(part["url"], self.settings.num_frames))
+            if own_images:
+                images.append(own_images)
+
+        # Processors do not take empty lists.
+        media = {"images": images, "videos": videos}
+        return {name: items for name, items in media.items() if items}
 
     @torch.inference_mode()
     def answers(self, conversations: Sequence[Conversation], asked: Mapping[str, Any]) -> list[Generated]:
-        """Answers to one batch.
+        """Answer one batch of conversations.
 
         Args:
-            conversations: each with its question last, and any number of images and, where the model takes them, videos.
-            asked: of a harness: `max_new_tokens`, `temperature`, `top_p`, `num_beams`, `do_sample`, and `until`, strings that
-                end an answer. Others are other models', and not looked at.
+            conversations: each with its question last, any number of images, and videos if the
+                model takes them.
+            asked: what a harness asks for: `max_new_tokens`, `temperature`, `top_p`, `num_beams`,
+                `do_sample`, and `until`, strings that end an answer. Others are ignored.
 
         Raises:
-            UserError: a kind of media that the model does not take.
+            UserError: the model does not take a kind of media.
         """
-        model, tokenizer = self.comparison.family.model, self.processor.tokenizer
-        prompts = [self.prompt(conversation) for conversation in conversations]
-        media = self._media(conversations)
-        inputs = self.processor(text=prompts, **media, padding=True, padding_side="left", return_tensors="pt")
-        inputs = inputs.to(self.device, model.dtype)
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        output = model.generate(**inputs, **_generation(asked), eos_token_id=self._ends, pad_token_id=pad)
-        made = output[:, inputs["input_ids"].shape[1] :]
-        lengths = inputs["attention_mask"].sum(dim=1).tolist()
-        texts = tokenizer.batch_decode(made, skip_special_tokens=True)
-        counts = _lengths(made, self._ends)
-        return [
-            Generated(cut(text, asked.get("until")), length, count)
-            for text, length, count in zip(texts, lengths, counts, strict=True)
-        ]
+        model = self.comparison.family.model
+        inputs = self.processor(
+            text=[self.prompt(conversation) for conversation in conversations],
+            **self._media(conversations),
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(self.device, model.dtype)
+        answers = generate_answers(
+            model,
+            self.processor.tokenizer,
+            inputs,
+            ends=self._ends,
+            **_generation_arguments(asked),
+        )
 
-
-def _lengths(made: torch.Tensor, ends: Sequence[int]) -> list[int]:
-    """Tokens of each generated row up to its end, which padding may follow."""
-    is_end = torch.isin(made, torch.tensor(ends, device=made.device))
-    after = is_end.int().cumsum(dim=1) - is_end.int()
-    counts: list[int] = (after == 0).sum(dim=1).tolist()
-    return counts
+        prompt_lengths = inputs["attention_mask"].sum(dim=1).tolist()
+        generated = []
+        for answer, prompt_length in zip(answers, prompt_lengths, strict=True):
+            text = cut(answer.text, asked.get("until"))
+            generated.append(Generated(text, prompt_length, len(answer.token_ids)))
+        return generated

@@ -1,16 +1,17 @@
-"""vzip's models in lmms-eval 0.7, which finds `manifest` by the entry-point group `lmms_eval.models`.
+"""vzip's models in lmms-eval 0.7, which finds `manifest` by the entry point `lmms_eval.models`.
 
     lmms_eval --model vzip --model_args pretrained=runs/X --tasks gqa --batch_size 8
     lmms_eval --model vzip --model_args pretrained=runs/X,row=free
     lmms_eval --model vzip --model_args pretrained=llava-hf/llava-1.5-7b-hf,budget=64
     lmms_eval --model vzip --model_args pretrained=llava-hf/llava-1.5-7b-hf,budget=full
 
-Source of the interface: repository EvolvingLMMs-Lab/lmms-eval, `lmms_eval/api/model.py` and `lmms_eval/models/registry_v2.py`.
+Source of the interface: repository EvolvingLMMs-Lab/lmms-eval, `lmms_eval/api/model.py` and
+`lmms_eval/models/registry_v2.py`.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -27,36 +28,43 @@ NAME = "vzip"
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval registers: a model of conversations, "vzip"."""
+    """Describe the model "vzip" to lmms-eval: a chat model, and the path of its class."""
     return ModelManifest(model_id=NAME, chat_class_path=f"{Vzip.__module__}.{Vzip.__name__}")
 
 
+def _result(answer: Generated) -> GenerationResult:
+    counts = TokenCounts(
+        input_tokens=answer.num_prompt_tokens,
+        output_tokens=answer.num_tokens,
+    )
+    return GenerationResult(text=answer.text, token_counts=counts)
+
+
 class Vzip(lmms):  # type: ignore[misc]
-    """A run, or a base model, in one of its rows.
+    """A run, an export or a base model, in one of its settings.
 
     Args:
-        arguments: those of `--model_args`, `--batch_size` and `--device`: see `GenerationSettings`.
+        arguments: those of `--model_args`, `--batch_size` and `--device`; see `GenerationSettings`.
 
     Raises:
-        UserError: a mistake in them, or nothing that can be loaded.
+        UserError: an argument is wrong, or the model can't be loaded.
     """
 
     is_simple = False
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
-        self.accelerator = (
-            Accelerator()
-        )  # of several processes, each asks its share of the questions, on its own device
-        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+
+        # With several processes, each answers its share of the questions on its own device.
+        self.accelerator = Accelerator()
+        self._rank = self.accelerator.process_index
+        self._world_size = self.accelerator.num_processes
+
         device = arguments.get("device")
         if device and self.world_size > 1:
-            raise UserError(
-                f"device={device}: each of {self.world_size} processes has a device of its own; leave it out"
-            )
-        self.answerer = Answerer(
-            GenerationSettings.of({**arguments, "device": device or str(self.accelerator.device)})
-        )
+            raise UserError(f"device={device}: {self.world_size} processes need a device each; leave it out")
+        arguments["device"] = device or str(self.accelerator.device)
+        self.answerer = Answerer(GenerationSettings.of(arguments))
 
     @property
     def device(self) -> torch.device:
@@ -69,24 +77,39 @@ class Vzip(lmms):  # type: ignore[misc]
     def _document(self, task: str, split: str, number: int) -> Any:
         return self.task_dict[task][split][number]
 
-    def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
-        """An answer to each request, in their order. Requests that are generated alike share batches."""
-        alike: dict[str, list[int]] = defaultdict(list)
+    def _batches(self, requests: Sequence[Any]) -> Iterator[list[int]]:
+        """Yield the numbers of the requests in batches; those of one have equal generation
+        arguments.
+        """
+        groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
-            alike[json.dumps(request.args[2], sort_keys=True, default=str)].append(number)
+            generation_arguments = json.dumps(request.args[2], sort_keys=True, default=str)
+            groups[generation_arguments].append(number)
+
+        for group in groups.values():
+            for start in range(0, len(group), self.batch_size):
+                yield group[start : start + self.batch_size]
+
+    def generate_until(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """Answer each request; the results are in the order of the requests."""
         results: dict[int, GenerationResult] = {}
         with tqdm(
-            total=len(requests), desc="answers", unit="question", disable=self.rank != 0, mininterval=5
+            total=len(requests),
+            desc="answers",
+            unit="question",
+            disable=self.rank != 0,
+            mininterval=5,
         ) as progress:
-            for group in alike.values():
-                for start in range(0, len(group), self.batch_size):
-                    part = group[start : start + self.batch_size]
-                    answers = self._ask([requests[number] for number in part])
-                    results.update(zip(part, map(_result, answers), strict=True))
-                    progress.update(len(part))
+            for batch in self._batches(requests):
+                answers = self._answer([requests[number] for number in batch])
+                for number, answer in zip(batch, answers, strict=True):
+                    results[number] = _result(answer)
+                progress.update(len(batch))
+
         return [results[number] for number in range(len(requests))]
 
-    def _ask(self, requests: Sequence[Any]) -> list[Generated]:
+    def _answer(self, requests: Sequence[Any]) -> list[Generated]:
+        """Answer one batch of requests."""
         conversations = []
         for request in requests:
             _, messages_of, _, number, task, split = request.args
@@ -94,33 +117,36 @@ class Vzip(lmms):  # type: ignore[misc]
         return self.answerer.answers(conversations, requests[0].args[2])
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
-        """The answers of each round of each request: a task makes the messages of a round from the answers before it."""
-        return [self._rounds(request) for request in tqdm(requests, desc="rounds", disable=self.rank != 0)]
+        """Answer each request in rounds, and return the answers of all rounds.
+
+        The task makes the messages of a round from the answers of the rounds before.
+        """
+        results = []
+        for request in tqdm(requests, desc="rounds", disable=self.rank != 0):
+            results.append(self._rounds(request))
+        return results
 
     def _rounds(self, request: Any) -> list[str]:
         _, messages_of, asked, number, task, split = request.args
-        document, answers, info = self._document(task, split, number), list[str](), None
+        document = self._document(task, split, number)
         messages: Conversation = messages_of(document)
+        answers: list[str] = []
+        info = None
         while True:
             (answer,) = self.answerer.answers([messages], asked)
             answers.append(answer.text)
-            before = {
-                "round_idx": len(answers),
-                "previous_output": list(answers),
-                "previous_round_info": info,
-            }
-            following = messages_of(document, **before)
-            if (
-                not isinstance(following, tuple) or following[1]
-            ):  # a task of one round, or the last round's answer was given
+            next_round = messages_of(
+                document,
+                round_idx=len(answers),
+                previous_output=list(answers),
+                previous_round_info=info,
+            )
+
+            # A task of a single round returns messages alone; the last round sets the second value.
+            if not isinstance(next_round, tuple) or next_round[1]:
                 return answers
-            messages, _, _, info = following
+            messages, _, _, info = next_round
 
     def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:
-        """lmms-eval's tasks for models of conversations have answers generated, and never ask for likelihoods."""
+        """Refuse: lmms-eval's tasks for chat models generate answers, and never need likelihoods."""
         raise NotImplementedError("vzip generates answers; choose a task of output_type generate_until")
-
-
-def _result(answer: Generated) -> GenerationResult:
-    counts = TokenCounts(input_tokens=answer.num_prompt_tokens, output_tokens=answer.num_tokens)
-    return GenerationResult(text=answer.text, token_counts=counts)

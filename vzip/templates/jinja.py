@@ -21,17 +21,6 @@ def _space(tokenizer: Any) -> str:
     return "" if behind == tokenizer.encode("a", add_special_tokens=False) else " "
 
 
-def end_ids(model: Any, processor: Any) -> set[int]:
-    """Tokens that end an answer: the model's own, and the one that the chat template writes behind an answer."""
-    configured, tokenizer = model.generation_config.eos_token_id, processor.tokenizer
-    ends = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
-    said = (("user", "question"), ("assistant", "answer"))
-    turns = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
-    behind = processor.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
-    ends |= set(tokenizer(behind, add_special_tokens=False)["input_ids"][:1]) & set(tokenizer.all_special_ids)
-    return ends - {None}
-
-
 def chat_template(template: Template, tokenizer: Any) -> str:
     """The Jinja text of a template: the same conversation as `vzip.templates.encode.run_vision_tower` makes.
 

@@ -151,6 +151,22 @@ def test_pictures_may_come_as_paths(answerer, tmp_path):
     assert answerer.answers([path], GREEDY) == answerer.answers([same], GREEDY)
 
 
+def test_a_video_by_its_path_is_the_frames_that_training_takes(tmp_path):
+    save_base(tmp_path / "model", tiny.llava("video"), tiny.processor("video"), vicuna())
+    answerer = answerer_of(tmp_path / "model", budget=6, dtype="float32", num_frames=2)
+    frames = tiny.video(1, 5)
+    (tmp_path / "clip").mkdir()
+    for number, frame in enumerate(frames):
+        frame.save(tmp_path / "clip" / f"{number}.png")
+
+    path = conversation("moves?", {"type": "video", "url": str(tmp_path / "clip")})
+    same = conversation("moves?", {"type": "video", "url": [frames[0], frames[-1]]})
+    assert answerer.answers([path], GREEDY) == answerer.answers([same], GREEDY)
+
+    cut_video = conversation("moves?", {"type": "video", "url": {"video_path": "a", "end": 3}})
+    refused(answerer.answers, [cut_video], GREEDY, words=["parts of videos are not supported"])
+
+
 def test_answers_are_sampled_only_with_a_temperature(answerer):
     questions = [conversation("what?", image(0))] * 8
     sampled = answerer.answers(questions, {"max_new_tokens": 5, "temperature": 5.0, "do_sample": True})
