@@ -1,4 +1,4 @@
-"""Rows in LLaVA's form: `{"id", "image", "video", "conversations": [{"from", "value"}, ...]}`.
+"""Training examples in LLaVA's form: `{"id", "image", "video", "conversations": [{"from", "value"}, ...]}`.
 
 Source of the format: repository haotian-liu/LLaVA, `docs/Finetune_Custom_Data.md`; with videos, repository
 PKU-YuanGroup/Video-LLaVA, `videollava/train/train.py` (`LazySupervisedDataset`).
@@ -12,24 +12,31 @@ from typing import Any
 
 from vzip.templates.encode import IMAGE, VIDEO
 
+SPEAKERS = ("human", "gpt")
+
 
 @dataclass(frozen=True)
 class Conversation:
-    """One conversation."""
+    """One training example: questions and answers about images and videos.
+
+    Attributes:
+        id: for messages; it need not be unique.
+        images: paths below the image folder, one for each `<image>` in the questions.
+        videos: paths below the same folder, of files or of folders of frames, one for each `<video>` in the questions.
+        turns: (question, answer) pairs.
+        source: where the example comes from: its "source", else the first folder of its first path, "files" if that path
+            has no folder, or "text" without paths.
+        kind: the question type, for held-out questions: its "type", else "all".
+        digest: sha256 of the example's content, the same whatever the order of its keys.
+    """
 
     id: str
     images: tuple[str, ...]
-    """Paths below the image folder, one for each `<image>` in the questions."""
     videos: tuple[str, ...]
-    """Paths below the same folder, of files or of folders of frames, one for each `<video>` in the questions."""
     turns: tuple[tuple[str, str], ...]
-    """(question, answer) pairs."""
     source: str
-    """Where the row comes from: its "source", else the first folder of its first path, "files" (in no folder), or "text"."""
     kind: str
-    """The question type, for held-out questions: its "type", else "all"."""
     digest: str
-    """sha256 of the row's content: the same everywhere, whatever the order of its keys."""
 
     @property
     def media(self) -> dict[str, tuple[str, ...]]:
@@ -39,81 +46,99 @@ class Conversation:
 
 @dataclass(frozen=True)
 class BadExample:
-    """A row that can't be used, and why."""
+    """An example that can't be used, and why."""
 
     id: str
     source: str
     reason: str
 
 
-def canonical(row: Any) -> bytes:
-    """A row's content as bytes, the same whatever the order of its keys. Raises ValueError for half a surrogate pair."""
-    return json.dumps(row, sort_keys=True, ensure_ascii=False).encode()
-
-
 def _speaker(message: Any) -> Any:
     return message.get("from") if isinstance(message, dict) else None
 
 
-def _turns(conversation: Any) -> tuple[tuple[str, str], ...]:
-    if isinstance(conversation, list) and conversation and _speaker(conversation[0]) == "gpt":
-        conversation = conversation[
-            1:
-        ]  # ShareGPT's pieces of long talks start with an answer, which LLaVA skips too
-    if not isinstance(conversation, list) or not conversation or len(conversation) % 2:
+def _texts(messages: Any) -> list[str]:
+    """The texts of messages in which human and gpt alternate. Raises ValueError for any others."""
+    # ShareGPT's pieces of long talks start with an answer, which LLaVA skips too.
+    if isinstance(messages, list) and messages and _speaker(messages[0]) == "gpt":
+        messages = messages[1:]
+    if not isinstance(messages, list) or not messages or len(messages) % 2:
         raise ValueError("conversations is not a list of question-answer pairs")
+
     texts = []
-    for position, message in enumerate(conversation):
-        speaker = ("human", "gpt")[position % 2]
+    for position, message in enumerate(messages):
+        speaker = SPEAKERS[position % 2]
         if _speaker(message) != speaker:
             raise ValueError(f"message {position} is not from {speaker!r}; human and gpt must alternate")
         if not isinstance(message.get("value"), str):
             raise ValueError(f"message {position} has no text in 'value'")
         texts.append(message["value"])
+    return texts
+
+
+def _turns(messages: Any) -> tuple[tuple[str, str], ...]:
+    """(question, answer) pairs. Raises ValueError if an answer is empty or holds a placeholder."""
+    texts = _texts(messages)
+    questions = texts[::2]
+    answers = texts[1::2]
     for placeholder in (IMAGE, VIDEO):
-        if any(placeholder in answer for answer in texts[1::2]):
+        if any(placeholder in answer for answer in answers):
             raise ValueError(f"an answer contains {placeholder}")
-    if not all(answer.strip() for answer in texts[1::2]):
+    if not all(answer.strip() for answer in answers):
         raise ValueError("an answer is empty")
-    return tuple(zip(texts[::2], texts[1::2], strict=True))
+    return tuple(zip(questions, answers, strict=True))
 
 
-def _paths(row: dict[str, Any], key: str, num_placeholders: int) -> tuple[str, ...]:
-    """The row's "image" or "video" paths, as many as `<image>` or `<video>` in the questions."""
-    entry = row.get(key)
-    paths = [] if entry is None else [entry] if isinstance(entry, str) else entry
+def _paths(entry: dict[str, Any], key: str, num_placeholders: int) -> tuple[str, ...]:
+    """The example's "image" or "video" paths. Raises ValueError unless there is one for each placeholder."""
+    paths = entry.get(key)
+    if paths is None:
+        paths = []
+    if isinstance(paths, str):
+        paths = [paths]
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         raise ValueError(f"{key} is neither a path nor a list of paths")
-    if not all(Path(path).name for path in paths):
-        raise ValueError(f"a path of {key} names no file")
-    if any(Path(path).is_absolute() or ".." in Path(path).parts for path in paths):
-        raise ValueError(f"a path of {key} leaves the image folder")
+
+    for path in map(Path, paths):
+        if not path.name:
+            raise ValueError(f"a path of {key} names no file")
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"a path of {key} leaves the image folder")
+
     if len(paths) != num_placeholders:
         raise ValueError(f"{num_placeholders} <{key}> in the questions, but {len(paths)} {key}s")
     return tuple(str(PurePosixPath(path)) for path in paths)  # "./a.jpg" is "a.jpg"
 
 
 def _source(paths: tuple[str, ...]) -> str:
-    """The folder that the first path is in; "files" for one that is in none, "text" without paths."""
+    """The folder that the first path is in; "files" if it is in no folder, "text" without paths."""
     if not paths:
         return "text"
     folder, *below = PurePosixPath(paths[0]).parts
     return folder if below else "files"
 
 
-def parse_conversation(row: Any) -> Conversation:
-    """The row of one JSON object. Raises ValueError with the reason if it has not LLaVA's form."""
-    if not isinstance(row, dict):
-        raise ValueError("the row is not an object")
-    turns = _turns(row.get("conversations"))
-    images = _paths(row, "image", sum(question.count(IMAGE) for question, _ in turns))
-    videos = _paths(row, "video", sum(question.count(VIDEO) for question, _ in turns))
+def _digest(entry: dict[str, Any]) -> str:
+    # Raises ValueError for half a surrogate pair, which no tokenizer takes and no file can hold.
+    content = json.dumps(entry, sort_keys=True, ensure_ascii=False).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
+def parse_conversation(entry: Any) -> Conversation:
+    """The example that a JSON object holds. Raises ValueError, with the reason, if it is not in LLaVA's form."""
+    if not isinstance(entry, dict):
+        raise ValueError("the example is not an object")
+
+    turns = _turns(entry.get("conversations"))
+    questions = [question for question, _ in turns]
+    images = _paths(entry, "image", sum(question.count(IMAGE) for question in questions))
+    videos = _paths(entry, "video", sum(question.count(VIDEO) for question in questions))
     return Conversation(
-        id=str(row.get("id", "")),
+        id=str(entry.get("id", "")),
         images=images,
         videos=videos,
         turns=turns,
-        source=str(row.get("source") or _source(images + videos)),
-        kind=str(row.get("type", "all")),
-        digest=hashlib.sha256(canonical(row)).hexdigest(),
+        source=str(entry.get("source") or _source(images + videos)),
+        kind=str(entry.get("type", "all")),
+        digest=_digest(entry),
     )

@@ -1,8 +1,13 @@
-"""Where bytes that are not in git live, and how a file is written whole."""
+"""Where files outside git live, and how a file is written whole or not at all.
+
+Many commands start with this module, so it imports nothing but the standard library.
+"""
 
 import errno
 import json
 import os
+import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import escape
@@ -12,34 +17,67 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 """The repository."""
 
+SCRATCH = re.compile(r"\.(\d+)-\d+\.vzip-tmp")
+"""What the name of a scratch file ends with: the process and the thread that write it."""
+MAX_PREFIX = 50
+"""Characters that a scratch file's name takes from its target's: the longer name must still fit the file system."""
+
 
 def data_dir() -> Path:
     """`$VZIP_DATA`, else `vzip` in the user's cache folder (`$XDG_CACHE_HOME` or `~/.cache`)."""
     if path := os.environ.get("VZIP_DATA"):
         return Path(path).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vzip"
+
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "vzip"
 
 
-def is_other_process(pid: int) -> bool:
-    """Whether there is such a process, and it is not this one: a container's processes have the same few numbers each time."""
+def _is_other_process(pid: int) -> bool:
+    """Whether a process with this number runs, and is not this one."""
+    # A container's processes have the same few numbers each time, so a file with this
+    # process's own number was left by an earlier one.
+    if pid == os.getpid():
+        return False
+
     try:
         os.kill(pid, 0)
     except OSError as error:
-        return error.errno == errno.EPERM  # another user's
-    return pid != os.getpid()
+        return error.errno == errno.EPERM  # it runs, and belongs to another user
+    return True
+
+
+def delete_leftovers(folder: Path, name: str | None = None) -> None:
+    """Delete scratch files in a folder whose processes were killed.
+
+    Args:
+        folder: where `atomic_write` wrote.
+        name: delete only those of the target with this name; by default those of all targets.
+    """
+    prefix = "" if name is None else name[:MAX_PREFIX]
+    for file in folder.glob(f"{escape(prefix)}*.vzip-tmp"):
+        scratch = SCRATCH.search(file.name)
+        if scratch is None or (name is not None and scratch.start() != len(prefix)):
+            continue
+        if not _is_other_process(int(scratch[1])):
+            file.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_write(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write to, which is moved there at the end: any kill leaves the old file or the new one.
+def atomic_write(target: Path, *, clean: bool = True) -> Iterator[Path]:
+    """Yield a scratch path beside `target` to write to, and move it there at the end of the `with` block.
 
-    What processes that were killed have left is deleted.
+    Whenever the process is killed, `target` is the old file or the whole new one. After an error it is the old one.
+
+    Args:
+        target: the file to write.
+        clean: first delete what killed processes left of the same target. Turn it off to write very many files into one
+            folder, after one call of `delete_leftovers`: each cleaning reads the whole folder.
     """
-    for old in target.parent.glob(f"{escape(target.name)}.*.tmp"):
-        pid = old.name.split(".")[-2]
-        if pid.isdigit() and not is_other_process(int(pid)):
-            old.unlink(missing_ok=True)
-    scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    if clean:
+        delete_leftovers(target.parent, target.name)
+
+    suffix = f".{os.getpid()}-{threading.get_ident()}.vzip-tmp"
+    scratch = target.with_name(f"{target.name[:MAX_PREFIX]}{suffix}")
     try:
         yield scratch
         scratch.replace(target)

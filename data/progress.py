@@ -9,16 +9,29 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 LOG_EVERY_S = 10.0
+"""Seconds between two lines in a log file."""
 
 
 def progress(
-    items: Iterable[T] | None, *, total: int, title: str, unit: str = "it", start: int = 0, shown: bool = True
+    items: Iterable[T] | None,
+    *,
+    total: int,
+    title: str,
+    unit: str = "it",
+    start: int = 0,
+    shown: bool = True,
 ) -> "tqdm[T]":
-    """`items` with a bar of done / total, rate and ETA on stderr; `start` items were done before.
+    """Iterate over `items` with a bar of done / total, rate and remaining time on stderr.
 
-    Without items the bar is moved by its `update`; in bytes where the unit is "B".
+    Args:
+        items: what to iterate over. None: the caller moves the bar by its `update`.
+        total: number of items, `start` included.
+        title: stands in front of the bar.
+        unit: of the items; "B" (bytes) is scaled to kB, MB, ...
+        start: items that were done before.
+        shown: False iterates without a bar.
     """
-    live = sys.stderr.isatty()
+    is_terminal = sys.stderr.isatty()
     return tqdm(
         items,
         total=total,
@@ -27,9 +40,9 @@ def progress(
         unit_scale=unit == "B",
         initial=start,
         disable=not shown,
-        mininterval=0.2 if live else LOG_EVERY_S,
+        mininterval=0.2 if is_terminal else LOG_EVERY_S,
         maxinterval=LOG_EVERY_S,
-        delay=1.0,  # what is done at once needs no bar
-        dynamic_ncols=live,
-        ascii=not live,
+        delay=1.0,  # work that is done at once needs no bar
+        dynamic_ncols=is_terminal,
+        ascii=not is_terminal,
     )

@@ -11,7 +11,7 @@ from data.paths import atomic_write
 from vzip import UserError
 
 BATCH = 1000
-"""Rows that are in memory at once."""
+"""Records that are in memory at once while a file is written."""
 
 
 def write_arrow(records: Iterable[dict[str, Any]], schema: pa.Schema, target: Path) -> None:
@@ -27,11 +27,12 @@ def write_arrow(records: Iterable[dict[str, Any]], schema: pa.Schema, target: Pa
             if len(batch) == BATCH:
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
                 batch.clear()
+
         writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
 
 
 def read_arrow(path: Path) -> pa.Table:
-    """The table, memory-mapped. Raises UserError for a file that is damaged."""
+    """Open a file, memory-mapped. Raises UserError if it is damaged."""
     try:
         return ipc.open_file(pa.memory_map(str(path))).read_all()
     except pa.ArrowInvalid as error:

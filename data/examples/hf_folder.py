@@ -1,7 +1,7 @@
-"""Folders of Hugging Face `datasets` with the pictures inside: their rows in LLaVA's form, and their pictures.
+"""Folders of Hugging Face `datasets` with the pictures inside: their examples in LLaVA's form, and their pictures.
 
-A folder is what `save_to_disk` writes, or one that `load_dataset` reads (parquet, Arrow, JSON). Its columns: `conversations` as
-in LLaVA's JSON, `image` or `images` with pictures, and, where there are, `id`, `source`, `type`.
+A folder is what `save_to_disk` writes, or one that `load_dataset` reads (parquet, Arrow, JSON). Its columns:
+`conversations` as in LLaVA's JSON, `image` or `images` with pictures, and optionally `id`, `source` and `type`.
 """
 
 import hashlib
@@ -14,34 +14,35 @@ from data.fetch.http import NotFoundError
 from data.paths import data_dir
 from vzip import UserError
 
-COLUMNS = ("image", "images")
-"""That may hold pictures: one, or a list of them."""
-KEPT = ("id", "source", "type", "conversations")
+PICTURE_COLUMNS = ("image", "images")
+"""Columns that hold one picture, or a list of pictures."""
+OTHER_COLUMNS = ("id", "source", "type", "conversations")
 """The other columns that are read."""
+SAVED = ("state.json", "dataset_dict.json")
+"""Files of which `save_to_disk` writes one."""
 
 
 def is_hf_folder(path: Path) -> bool:
     """Whether a folder holds a data set in a form that `datasets` reads."""
-    return path.is_dir() and (
-        (path / "state.json").is_file()
-        or (path / "dataset_dict.json").is_file()
-        or any(next(path.rglob(f"*.{suffix}"), None) for suffix in ("parquet", "arrow", "jsonl"))
-    )
+    if not path.is_dir():
+        return False
+    if any((path / name).is_file() for name in SAVED):
+        return True
+    return any(next(path.rglob(f"*.{suffix}"), None) for suffix in ("parquet", "arrow", "jsonl"))
 
 
-def _pictures(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is stored of a row's pictures: "bytes", or a "path"."""
-    values = [row.get(name) or [] for name in COLUMNS]
-    pictures = [picture for value in values for picture in (value if isinstance(value, list) else [value])]
-    return [{"path": picture} if isinstance(picture, str) else picture for picture in pictures]
+def _stored_pictures(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pictures of a dataset's row, each as it is stored there: {"bytes"} or {"path"}."""
+    pictures = []
+    for name in PICTURE_COLUMNS:
+        value = row.get(name) or []
+        for picture in value if isinstance(value, list) else [value]:
+            pictures.append({"path": picture} if isinstance(picture, str) else picture)
+    return pictures
 
 
 class HfFolder:
-    """The data set of a folder, its split "train" where it has several.
-
-    Raises:
-        UserError: a folder that `datasets` can't read, or without the columns above.
-    """
+    """The data set in a folder, its split "train" if it has several. A source of its pictures, see `Source`."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -49,48 +50,67 @@ class HfFolder:
     def __str__(self) -> str:
         return str(self.path)
 
-    @cached_property
-    def rows(self) -> Any:
-        """A `datasets.Dataset`, as Arrow."""
-        import datasets  # seconds, which only such folders cost
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """Yield the examples in LLaVA's form.
 
-        saved = any((self.path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-        load = datasets.load_from_disk if saved else datasets.load_dataset
+        The path of a picture holds where it is in the folder (row and number there), and a hash of its bytes.
+        Raises UserError as `dataset` does.
+        """
+        for position in range(len(self.dataset)):
+            row = self._row(position)
+            entry = {"id": str(position)}
+            for name in OTHER_COLUMNS:
+                if row.get(name) is not None:
+                    entry[name] = row[name]
+
+            digests = [self._digest(picture) for picture in _stored_pictures(row)]
+            if digests:
+                paths = []
+                for number, digest in enumerate(digests):
+                    paths.append(f"{self.path.name}/{position:07}-{number}-{digest}")
+                entry["image"] = paths
+            yield entry
+
+    def read(self, path: str) -> bytes:
+        """The bytes of the picture whose path `entries` gave."""
+        position, number, _ = Path(path).name.split("-")
+        pictures = _stored_pictures(self._row(int(position)))
+        return self._bytes(pictures[int(number)])
+
+    @cached_property
+    def dataset(self) -> Any:
+        """A `datasets.Dataset`, as Arrow. Raises UserError if `datasets` can't read the folder, or a column is missing."""
+        # The import takes seconds, which only such folders cost.
+        import datasets
+
         try:
-            found = load(str(self.path), **({} if saved else {"cache_dir": str(data_dir() / "datasets")}))
+            if any((self.path / name).is_file() for name in SAVED):
+                dataset = datasets.load_from_disk(str(self.path))
+            else:
+                cache = str(data_dir() / "datasets")
+                dataset = datasets.load_dataset(str(self.path), cache_dir=cache)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise UserError(f"data.path={self.path}: `datasets` can't read this folder: {error}") from error
-        if isinstance(found, dict):
-            if "train" not in found:
+
+        if isinstance(dataset, dict):
+            if "train" not in dataset:
+                splits = ", ".join(dataset)
                 raise UserError(
-                    f"data.path={self.path} has the splits {', '.join(found)}, but no 'train'; give one split"
+                    f"data.path={self.path} has the splits {splits}, but no 'train'; give one split"
                 )
-            found = found["train"]
-        if "conversations" not in found.column_names:
-            raise UserError(
-                f"data.path={self.path} has no column 'conversations', only {', '.join(found.column_names)}"
-            )
-        read = [name for name in (*COLUMNS, *KEPT) if name in found.column_names]
-        return found.select_columns(read).with_format(
-            "arrow"
-        )  # pictures as they are stored; decoding is not asked for
+            dataset = dataset["train"]
+
+        if "conversations" not in dataset.column_names:
+            columns = ", ".join(dataset.column_names)
+            raise UserError(f"data.path={self.path} has no column 'conversations', only {columns}")
+
+        names = [name for name in PICTURE_COLUMNS + OTHER_COLUMNS if name in dataset.column_names]
+        # Pictures stay as they are stored: nobody asks `datasets` to decode them.
+        return dataset.select_columns(names).with_format("arrow")
 
     def _row(self, position: int) -> dict[str, Any]:
-        row: dict[str, Any] = self.rows[position : position + 1].to_pylist()[0]
+        row: dict[str, Any] = self.dataset[position : position + 1].to_pylist()[0]
         return row
-
-    def entries(self) -> Iterator[dict[str, Any]]:
-        """The rows in LLaVA's form: a picture's path has its place (row and number there) and a hash of what it shows."""
-        for position in range(len(self.rows)):
-            row = self._row(position)
-            entry = {"id": str(position)} | {name: row[name] for name in KEPT if row.get(name) is not None}
-            digests = [self._digest(picture) for picture in _pictures(row)]
-            if digests:
-                entry["image"] = [
-                    f"{self.path.name}/{position:07}-{number}-{digest}"
-                    for number, digest in enumerate(digests)
-                ]
-            yield entry
 
     def _digest(self, picture: dict[str, Any]) -> str:
         try:
@@ -98,14 +118,10 @@ class HfFolder:
         except NotFoundError:
             return "gone"
 
-    def read(self, path: str) -> bytes:
-        """The bytes of the picture with a path that `entries` gave."""
-        position, number, _ = Path(path).name.split("-")
-        return self._bytes(_pictures(self._row(int(position)))[int(number)])
-
     def _bytes(self, picture: dict[str, Any]) -> bytes:
         if picture.get("bytes") is not None:
             return bytes(picture["bytes"])
+
         try:
             return (self.path / (picture.get("path") or "")).read_bytes()
         except OSError as error:

@@ -1,80 +1,107 @@
-"""Read a JSON list entry by entry, as `json.load` would, with a small part of the file in memory."""
+"""Read a JSON list entry by entry, as `json.load` would, with a small part of the file in memory.
+
+Why not `ijson`: it reads other values than `json.load`, which the rest of this project and LLaVA itself use. It refuses
+NaN and half a surrogate pair, so one odd example would cost the whole file; it fails on, or rounds, whole numbers beyond
+2^63; and its errors name no line. The parser below only finds where an entry ends, and leaves the rest to `json`.
+"""
 
 import json
 import re
 from collections.abc import Iterator
 from json.decoder import JSONDecodeError
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from vzip import UserError
 
 CHUNK = 2**20
 """Characters that are read at once."""
 MAX_ENTRY = 2**26
-"""Characters of an entry: a mistake in the middle of a file is found within as many, not at its end."""
-_OF_NUMBERS = "0123456789+-.eE"
-_SPACE = re.compile(r"[ \t\n\r]*")
+"""Longest entry, in characters: a mistake in the middle of a file is found this soon, and not at the file's end."""
+NUMBER_CHARACTERS = "0123456789+-.eE"
+SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class _TextWindow:
-    """The part of a text file that is being looked at; `at` is where the reader stands in it."""
+    """The part of a text file that is in memory.
+
+    Attributes:
+        text: that part.
+        position: where the reader stands in `text`.
+        line: number of the line in the file that `text` starts in.
+    """
 
     def __init__(self, file: TextIO, path: Path) -> None:
-        self.file, self.path, self.decoder = file, path, json.JSONDecoder()
-        self.text, self.at, self.line = "", 0, 1
+        self.file = file
+        self.path = path
+        self.decoder = json.JSONDecoder()
+        self.text = ""
+        self.position = 0
+        self.line = 1
 
-    def more(self) -> bool:
-        """Move on and read some more; False at the end of the file."""
+    def read_more(self) -> bool:
+        """Drop what was read, and read on. Returns False at the end of the file."""
+        # As much as is left, at least: an entry that is longer than a chunk is parsed anew
+        # each time, and the window must grow fast.
+        num_left = len(self.text) - self.position
         try:
-            chunk = self.file.read(max(CHUNK, len(self.text) - self.at))
+            chunk = self.file.read(max(CHUNK, num_left))
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path}, behind line {self.line}: not UTF-8 text") from error
-        if chunk:
-            self.line += self.text.count("\n", 0, self.at)
-            self.text, self.at = self.text[self.at :] + chunk, 0
-        return bool(chunk)
 
-    def mark(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        if not chunk:
+            return False
+
+        self.line += self.text.count("\n", 0, self.position)
+        self.text = self.text[self.position :] + chunk
+        self.position = 0
+        return True
+
+    def peek(self) -> str:
+        """The next character that is not white space; "" at the end."""
         while True:
-            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
-            if self.at < len(self.text) or not self.more():
-                return self.text[self.at : self.at + 1]
+            space = SPACE.match(self.text, self.position)
+            assert space is not None  # it matches no space, too
+            self.position = space.end()
+            if self.position < len(self.text) or not self.read_more():
+                return self.text[self.position : self.position + 1]
 
     def take(self, allowed: str) -> str:
-        """Step over the next character, which must be one of these."""
-        found = self.mark()
-        if not found or found not in allowed:
-            self.refuse(
-                JSONDecodeError(
-                    f"expected {' or '.join(allowed)}, found {found or 'the end'!r}", self.text, self.at
-                )
-            )
-        self.at += 1
-        return found
+        """Step over the next character, which must be one of `allowed`."""
+        character = self.peek()
+        if not character or character not in allowed:
+            expected = " or ".join(allowed)
+            self.fail_here(f"expected {expected}, found {character or 'the end'!r}")
 
-    def entry(self) -> Any:
-        """The next value."""
+        self.position += 1
+        return character
+
+    def take_entry(self) -> Any:
+        """Step over the next value, and return it."""
         while True:
-            last = len(self.text) - self.at > MAX_ENTRY
+            is_too_long = len(self.text) - self.position > MAX_ENTRY
             try:
-                value, end = self.decoder.raw_decode(self.text, self.at)
+                value, end = self.decoder.raw_decode(self.text, self.position)
             except JSONDecodeError as error:
-                if last or not self.more():
-                    self.refuse(error)
-            except (
-                ValueError,
-                RecursionError,
-            ) as error:  # of numbers of thousands of digits; of lists in lists in lists
-                self.refuse(JSONDecodeError(str(error), self.text, self.at))
-            else:
-                cut = self.text[end : end + 1] in _OF_NUMBERS  # "": the window ends here
-                if not cut or last or not self.more():
-                    self.at = end
-                    return value
+                # The entry is wrong, or the window ends in it.
+                if is_too_long or not self.read_more():
+                    self.fail(error)
+                continue
+            except (ValueError, RecursionError) as error:
+                # Numbers of thousands of digits; lists in lists in lists.
+                self.fail_here(str(error))
 
-    def refuse(self, error: JSONDecodeError) -> None:
+            # A number may go on behind the window: "" is in every string.
+            may_go_on = self.text[end : end + 1] in NUMBER_CHARACTERS
+            if is_too_long or not may_go_on or not self.read_more():
+                self.position = end
+                return value
+
+    def fail_here(self, message: str) -> NoReturn:
+        self.fail(JSONDecodeError(message, self.text, self.position))
+
+    def fail(self, error: JSONDecodeError) -> NoReturn:
+        """Raise UserError with the error's line in the file."""
         line = self.line + error.lineno - 1
         raise UserError(
             f"{self.path}, line {line}, column {error.colno}: not valid JSON: {error.msg}"
@@ -82,15 +109,17 @@ class _TextWindow:
 
 
 def read_list(file: TextIO, path: Path) -> Iterator[Any]:
-    """The entries of the list that a file holds. Raises UserError, with line and column, where it is not valid JSON."""
+    """Yield the entries of the list that a file holds. Raises UserError, with line and column, if it is not valid JSON."""
     window = _TextWindow(file, path)
     window.take("[")
-    if window.mark() == "]":
+    if window.peek() == "]":
         window.take("]")
     else:
-        yield window.entry()
+        yield window.take_entry()
         while window.take(",]") == ",":
-            window.mark()
-            yield window.entry()
-    if rest := window.mark():
-        window.refuse(JSONDecodeError(f"found {rest!r} behind the list", window.text, window.at))
+            window.peek()
+            yield window.take_entry()
+
+    rest = window.peek()
+    if rest:
+        window.fail_here(f"found {rest!r} behind the list")

@@ -1,7 +1,7 @@
 """From a data file to the subset of a run: drawn, every picture there and whole, recorded in a manifest.
 
 `$VZIP_DATA/prepared/NAME-KEY/` holds manifest.json, checked.jsonl (the pictures and videos that were looked at), the token
-arrays, the preflight's report and feature caches. A subset that is there is only opened.
+arrays, the preflight's report and feature caches. A subset that was prepared before is only opened.
 """
 
 import hashlib
@@ -18,44 +18,38 @@ from data.examples.hf_folder import HfFolder
 from data.examples.subset import DrawnSubset, draw_subset
 from data.examples.table import Table, open_table
 from data.examples.tokens import Examples, tokens_key, write_tokens
-from data.fetch.media import MediaIndex, fetch_media
+from data.fetch.media import Fault, fetch_media
+from data.fetch.media_index import MediaIndex
 from data.fetch.sources import Source
 from data.paths import data_dir, write_json
 from data.progress import progress
 from vzip import UserError
 from vzip.templates.encode import Template
 
-NUM_SHOWN = 10
-MANIFEST, CHECKED = "manifest.json", "checked.jsonl"
+MANIFEST = "manifest.json"
+CHECKED = "checked.jsonl"
 VERSION = 2
-"""Of the subsets: raise it when other rows are drawn of the same data, or their files hold something else."""
-
+"""Version of the subsets: raise it when other examples are drawn of the same data, or the files hold something else."""
 
 MAX_BAD_SHARE = 0.01
-"""Training is refused when more than this share of the rows can't be used."""
-
-
-def check_bad_share(bad: Sequence[BadExample], num_examples: int) -> None:
-    """Raises UserError, with counts by source and examples, if more than `MAX_BAD_SHARE` of the rows are bad."""
-    if len(bad) <= MAX_BAD_SHARE * num_examples:
-        return
-    counts = ", ".join(
-        f"{source}: {count}" for source, count in sorted(Counter(row.source for row in bad).items())
-    )
-    examples = "\n".join(f"  {row.id}: {row.reason}" for row in bad[:5])
-    raise UserError(
-        f"{len(bad)} of {num_examples} rows can't be used ({counts}); at most {MAX_BAD_SHARE:.0%} may be bad. First ones:\n"
-        f"{examples}\nRepair them, or take them out of data.path. If all pictures are missing, check data.image_folder; "
-        f"`make data` brings those that data.pictures says where to find."
-    )
+"""Training is refused if more than this share of the examples can't be used."""
+NUM_SHOWN = 10
+"""Examples left out that a command prints."""
+NUM_IN_ERROR = 5
+"""Examples that an error message names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which rows of which data."""
+    """The settings that say which examples of which data make up a subset.
+
+    Attributes:
+        path: a JSON or JSONL file, or a folder of Hugging Face `datasets`.
+        image_folder: folder of the examples' paths.
+        fraction, seed, sources, text_examples: see `draw_subset`.
+    """
 
     path: str
-    """A JSON or JSONL file, or a folder of Hugging Face `datasets`."""
     image_folder: str
     fraction: float = 1.0
     seed: int = 0
@@ -65,7 +59,14 @@ class Selection:
 
 @dataclass(frozen=True)
 class Subset:
-    """The rows of a selection, with every picture and video there and whole."""
+    """The examples of a selection, with every picture and video there and whole.
+
+    Attributes:
+        folder: of everything that is made of the subset.
+        manifest: see `_manifest`.
+        table: all examples of the data.
+        image_folder: folder of the examples' paths.
+    """
 
     folder: Path
     manifest: dict[str, Any]
@@ -74,60 +75,123 @@ class Subset:
 
     @property
     def left_out(self) -> list[str]:
-        """A line for each of the first `NUM_SHOWN` rows that were left out; the manifest has them all."""
-        bad = self.manifest["bad_rows"][:NUM_SHOWN]
-        return [f"  left out: {row['id']} ({row['source']}): {row['reason']}" for row in bad]
+        """A line for each of the first `NUM_SHOWN` examples that were left out; the manifest has them all."""
+        lines = []
+        for example in self.manifest["bad_rows"][:NUM_SHOWN]:
+            lines.append(f"  left out: {example['id']} ({example['source']}): {example['reason']}")
+        return lines
 
-    def rows(self) -> Iterator[Conversation]:
-        """In the order of the manifest."""
-        return map(self.table.row, self.manifest["positions"])
+    def conversations(self) -> Iterator[Conversation]:
+        """Yield the examples in the order of the manifest."""
+        return map(self.table.conversation, self.manifest["positions"])
 
     def examples(self, template: Template, tokenizer: Any, *, max_tokens: int) -> Examples:
-        """The rows as token ids and labels, made once for a template and a tokenizer."""
+        """The examples as token ids and labels, made once for a template and a tokenizer."""
         digest = self.manifest["hash"] + self.manifest["media_hash"]
         key = tokens_key(template, tokenizer, max_tokens=max_tokens, digest=digest)
         target = self.folder / f"tokens-{key}.arrow"
         if not target.is_file():
-            rows = progress(self.rows(), total=self.manifest["num_rows"], title="tokenize", unit="row")
-            write_tokens(rows, template, tokenizer, target, max_tokens=max_tokens, sizes=self.sizes())
+            conversations = progress(
+                self.conversations(),
+                total=self.manifest["num_rows"],
+                title="tokenize",
+                unit="example",
+            )
+            write_tokens(
+                conversations,
+                template,
+                tokenizer,
+                target,
+                max_tokens=max_tokens,
+                sizes=self.sizes(),
+            )
         return Examples.open(target, self.image_folder)
 
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """(height, width) of each image by its path in the rows."""
+        """(height, width) of each image by its path in the examples."""
         return MediaIndex(self.folder / CHECKED).sizes()
 
 
+def check_bad_share(bad: Sequence[BadExample], num_examples: int) -> None:
+    """Raise UserError, with counts by source, if more than `MAX_BAD_SHARE` of the examples are bad."""
+    if len(bad) <= MAX_BAD_SHARE * num_examples:
+        return
+
+    by_source = Counter(example.source for example in bad)
+    counts = ", ".join(f"{source}: {count}" for source, count in sorted(by_source.items()))
+    first_ones = "\n".join(f"  {example.id}: {example.reason}" for example in bad[:NUM_IN_ERROR])
+    raise UserError(
+        f"{len(bad)} of {num_examples} examples can't be used ({counts}); at most {MAX_BAD_SHARE:.0%} may be bad. "
+        f"First ones:\n{first_ones}\n"
+        f"Repair them, or take them out of data.path. If all pictures are missing, check data.image_folder; "
+        f"`make data` fetches pictures from the addresses in data.pictures."
+    )
+
+
 def _key(selection: Selection, table: Table) -> str:
-    where = {"path": table.sha256, "image_folder": str(Path(selection.image_folder).absolute())}
-    what = [VERSION, asdict(selection) | where]
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+    """What a subset depends on, as a short hash."""
+    settings = asdict(selection)
+    settings["path"] = table.sha256
+    settings["image_folder"] = str(Path(selection.image_folder).absolute())
+    content = json.dumps([VERSION, settings], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
-def _fault(row: Conversation, faults: Mapping[str, str]) -> str | None:
-    """What is wrong with the first of a row's pictures and videos that has a fault."""
-    return next((f"{path}: {faults[path]}" for path in row.images + row.videos if path in faults), None)
+def _first_fault(example: Conversation, reasons: Mapping[str, str]) -> str | None:
+    """What is wrong with the first of an example's pictures and videos that has a fault."""
+    for path in example.images + example.videos:
+        if path in reasons:
+            return f"{path}: {reasons[path]}"
+    return None
 
 
 def _replace_unusable(
-    table: Table, chosen: DrawnSubset, check: Callable[[Sequence[Conversation]], Mapping[str, str]]
-) -> tuple[list[int], list[Any]]:
-    """(positions, what was left out): every row that can't be used gives its place to the next one of its source."""
-    good, left_out, pending = [], [], chosen.positions
-    spare = {source: iter(rows[chosen.wanted[source] :]) for source, rows in chosen.candidates.items()}
+    table: Table,
+    drawn: DrawnSubset,
+    check: Callable[[Sequence[Conversation]], Mapping[str, str]],
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """Replace each example that can't be used by the next one of its source, while there are any.
+
+    Args:
+        table: all examples.
+        drawn: the examples to start with.
+        check: the faults of examples' pictures and videos, by path.
+
+    Returns:
+        (positions of the usable examples, the examples that were left out)
+    """
+    spare = {}
+    for source, candidates in drawn.candidates.items():
+        spare[source] = iter(candidates[drawn.wanted[source] :])
+
+    usable = []
+    left_out = []
+    pending = drawn.positions
     while pending:
-        rows = {position: table.row(position) for position in pending}
-        faults, pending = check(list(rows.values())), []
-        for position, row in rows.items():
-            fault = _fault(row, faults)
+        examples = {position: table.conversation(position) for position in pending}
+        reasons = check(list(examples.values()))
+
+        # The examples that take the others' places are checked in the next round.
+        pending = []
+        for position, example in examples.items():
+            fault = _first_fault(example, reasons)
             if fault is None:
-                good.append(position)
+                usable.append(position)
                 continue
-            other = next(spare[row.source], None)
+
+            other = next(spare[example.source], None)
+            if other is not None:
+                pending.append(other)
             left_out.append(
-                {"id": row.id, "source": row.source, "reason": fault, "replaced": other is not None}
+                {
+                    "id": example.id,
+                    "source": example.source,
+                    "reason": fault,
+                    "replaced": other is not None,
+                }
             )
-            pending += [] if other is None else [other]
-    return chosen.ordered(good), left_out
+
+    return drawn.ordered(usable), left_out
 
 
 def _manifest(
@@ -135,131 +199,184 @@ def _manifest(
     table: Table,
     drawn: Sequence[int],
     positions: Sequence[int],
-    left_out: Sequence[Any],
+    left_out: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """What is recorded of a subset; the same on every machine."""
-    sources, digests, ids = (table.column(name) for name in ("source", "digest", "id"))
+    """The record of a subset; the same on every machine."""
+    sources = table.column("source")
+    digests = table.column("digest")
+    ids = table.column("id")
 
-    def content(of: Sequence[int]) -> str:
-        return hashlib.sha256("".join(sorted(digests[position] for position in of)).encode()).hexdigest()
+    def content_hash(of: Sequence[int]) -> str:
+        in_any_order = sorted(digests[position] for position in of)
+        return hashlib.sha256("".join(in_any_order).encode()).hexdigest()
 
+    num_by_source = Counter(sources[position] for position in positions)
     return {
         "vzip": version("vzip"),
-        "data": {"name": Path(selection.path).name, "num_rows": len(table), "sha256": table.sha256},
+        "data": {
+            "name": Path(selection.path).name,
+            "num_rows": len(table),
+            "sha256": table.sha256,
+        },
         "fraction": selection.fraction,
         "seed": selection.seed,
         "sources": selection.sources,
         "text_rows": selection.text_examples,
         "num_rows": len(positions),
-        "num_rows_by_source": dict(sorted(Counter(sources[position] for position in positions).items())),
-        "hash": content(positions),
-        "drawn_hash": content(drawn),  # before rows were replaced
-        "bad_rows": [vars(row) for row in table.bad_examples()] + list(left_out),
+        "num_rows_by_source": dict(sorted(num_by_source.items())),
+        "hash": content_hash(positions),
+        "drawn_hash": content_hash(drawn),  # before examples were replaced
+        "bad_rows": [*map(vars, table.bad_examples()), *left_out],
         "ids": [ids[position] for position in positions],
         "positions": list(positions),
     }
 
 
-def _check_lost_sources(chosen: DrawnSubset, positions: Sequence[int], left_out: Sequence[Any]) -> None:
-    """Raises UserError for a source of which most rows can't be used: its place is a wrong one, or its server."""
-    good = set(positions)
-    for source, wanted in chosen.wanted.items():
-        found = len(good.intersection(chosen.candidates[source]))
-        if 2 * found < wanted and wanted - found > MAX_BAD_SHARE * chosen.num_wanted:
-            reasons = [f"  {row['id']}: {row['reason']}" for row in left_out if row["source"] == source][:5]
-            raise UserError(
-                f"of {source} only {found:,} of {wanted:,} rows can be used; check data.pictures.{source} and "
-                f"data.image_folder, or leave the source out with data.sources. First ones:\n"
-                + "\n".join(reasons)
-            )
+def _check_lost_sources(
+    drawn: DrawnSubset,
+    positions: Sequence[int],
+    left_out: Sequence[dict[str, Any]],
+) -> None:
+    """Raise UserError for a data source that lost most of its examples: its setting is wrong, or its server is gone."""
+    usable = set(positions)
+    for source, num_wanted in drawn.wanted.items():
+        num_usable = len(usable.intersection(drawn.candidates[source]))
+        num_lost = num_wanted - num_usable
+        if num_usable >= num_wanted / 2 or num_lost <= MAX_BAD_SHARE * drawn.num_wanted:
+            continue
+
+        of_source = [example for example in left_out if example["source"] == source]
+        reasons = [f"  {example['id']}: {example['reason']}" for example in of_source[:NUM_IN_ERROR]]
+        raise UserError(
+            f"of {source} only {num_usable:,} of {num_wanted:,} examples can be used; check data.pictures.{source} and "
+            f"data.image_folder, or leave the source out with data.sources. First ones:\n"
+            + "\n".join(reasons)
+        )
 
 
-class _Check:
-    """Looks at the pictures and videos of rows, and brings those that are missing from the source's places."""
+class _MediaCheck:
+    """Checks the pictures and videos of examples, and fetches those that are missing.
+
+    Called with examples, it returns what is wrong, by path.
+    """
 
     def __init__(
         self,
-        folder: Path,
+        image_folder: Path,
         media_index: MediaIndex,
-        places: Mapping[str, Sequence[Source]],
+        sources: Mapping[str, Sequence[Source]],
         *,
         replace_unreachable: bool,
     ) -> None:
-        self.folder, self.media_index, self.places, self.replace_unreachable = (
-            folder,
-            media_index,
-            places,
-            replace_unreachable,
-        )
+        self.image_folder = image_folder
+        self.media_index = media_index
+        self.sources = sources
+        self.replace_unreachable = replace_unreachable
         self.bad: list[BadExample] = []
         self.num_examples = 0
 
-    def __call__(self, rows: Sequence[Conversation]) -> dict[str, str]:
-        """What is wrong, by path. Raises UserError where too much is, or servers did not answer."""
-        media = [
-            (kind, path, row.source) for row in rows for kind, paths in row.media.items() for path in paths
-        ]
-        faults = fetch_media(media, self.folder, places=self.places, media_index=self.media_index)
+    def __call__(self, examples: Sequence[Conversation]) -> dict[str, str]:
+        """Raises UserError if too much is wrong, or if servers did not answer."""
+        media = []
+        for example in examples:
+            for kind, paths in example.media.items():
+                media += [(kind, path, example.source) for path in paths]
+
+        faults = fetch_media(media, self.image_folder, sources=self.sources, media_index=self.media_index)
+        if not self.replace_unreachable:
+            self._check_all_answered(faults)
+
         reasons = {path: fault.reason for path, fault in faults.items()}
-        passing = [path for path, fault in faults.items() if not fault.final]
-        if passing and not self.replace_unreachable:
-            raise UserError(
-                f"{len(passing)} pictures could not be had now. Run the same command again, it resumes; or, if they will "
-                f"not come back, data.replace_unreachable=true puts other rows of their source there. First ones:\n"
-                + "\n".join(f"  {path}: {reasons[path]}" for path in passing[:5])
-            )
-        bad = [
-            (row, fault)
-            for row in rows
-            if not self.places.get(row.source) and (fault := _fault(row, reasons))
-        ]
-        self.bad += [BadExample(row.id, row.source, fault) for row, fault in bad]
-        self.num_examples = self.num_examples or len(
-            rows
-        )  # later calls are of rows that replace some of the first
-        check_bad_share(self.bad, self.num_examples)
+        self._check_local(examples, reasons)
         return reasons
+
+    def _check_all_answered(self, faults: Mapping[str, Fault]) -> None:
+        transient = [f"  {path}: {fault.reason}" for path, fault in faults.items() if not fault.final]
+        if transient:
+            raise UserError(
+                f"{len(transient)} pictures could not be fetched now. Run the same command again, it resumes; or, if they "
+                f"will not come back, data.replace_unreachable=true puts other examples of their source there. First ones:\n"
+                + "\n".join(transient[:NUM_IN_ERROR])
+            )
+
+    def _check_local(self, examples: Sequence[Conversation], reasons: Mapping[str, str]) -> None:
+        """Limit the bad examples of data sources whose pictures must all be in the folder already."""
+        for example in examples:
+            fault = _first_fault(example, reasons)
+            if fault is not None and not self.sources.get(example.source):
+                self.bad.append(BadExample(example.id, example.source, fault))
+
+        # Later calls get examples that replace some of the first ones, which are all that count.
+        if not self.num_examples:
+            self.num_examples = len(examples)
+        check_bad_share(self.bad, self.num_examples)
+
+
+def _make_subset(
+    selection: Selection,
+    table: Table,
+    folder: Path,
+    sources: Mapping[str, Sequence[Source]],
+    *,
+    replace_unreachable: bool,
+) -> None:
+    """Draw the examples, fetch what is missing, and write the manifest. Raises UserError as `prepare` does."""
+    drawn = draw_subset(
+        table,
+        fraction=selection.fraction,
+        seed=selection.seed,
+        sources=selection.sources,
+        text_examples=selection.text_examples,
+    )
+
+    # A folder of Hugging Face `datasets` holds its pictures itself.
+    if Path(selection.path).is_dir():
+        inside = HfFolder(selection.path)
+        sources = {source: [inside] for source in drawn.candidates}
+
+    folder.mkdir(parents=True, exist_ok=True)
+    media_index = MediaIndex(folder / CHECKED)
+    check = _MediaCheck(
+        Path(selection.image_folder),
+        media_index,
+        sources,
+        replace_unreachable=replace_unreachable,
+    )
+    positions, left_out = _replace_unusable(table, drawn, check)
+    _check_lost_sources(drawn, positions, left_out)
+
+    media: list[str] = []
+    for example in map(table.conversation, positions):
+        media += example.images + example.videos
+    manifest = _manifest(selection, table, drawn.positions, positions, left_out)
+    manifest["media_hash"] = media_index.content(media)
+    write_json(folder / MANIFEST, manifest)
 
 
 def prepare(
     selection: Selection,
     *,
-    places: Mapping[str, Sequence[Source]] | None = None,
+    sources: Mapping[str, Sequence[Source]] | None = None,
     replace_unreachable: bool = False,
 ) -> Subset:
-    """The subset of a selection, made where it is not there yet; what a killed command did is not done again.
+    """Open the subset of a selection. It is made if it is missing; work that a killed command did is not done again.
 
     Args:
-        selection: which rows.
-        places: where missing pictures are taken from, by source; then they are also looked for if the subset is there. Without,
-            all must be in the folder.
-        replace_unreachable: whether other rows also replace those whose pictures' servers did not answer.
+        selection: which examples.
+        sources: by the name of the data source, where missing pictures are fetched from. If given, a subset that is there
+            is looked through again. None: all pictures must be in the folder.
+        replace_unreachable: whether to replace also examples whose pictures' servers did not answer.
 
     Raises:
-        UserError: data that is missing or broken, or too many rows that can't be used.
+        UserError: the data is missing or broken, or too many examples can't be used.
     """
-    table, image_folder = open_table(selection.path), Path(selection.image_folder)
+    table = open_table(selection.path)
     check_bad_share(table.bad_examples(), len(table))
-    folder = data_dir() / "prepared" / f"{Path(selection.path).stem}-{_key(selection, table)}"
-    if places is not None or not (folder / MANIFEST).is_file():
-        chosen = draw_subset(
-            table,
-            fraction=selection.fraction,
-            seed=selection.seed,
-            sources=selection.sources,
-            text_examples=selection.text_examples,
-        )
-        if Path(selection.path).is_dir():
-            inside = HfFolder(selection.path)
-            places = {source: [inside] for source in chosen.candidates}
-        folder.mkdir(parents=True, exist_ok=True)
-        media_index = MediaIndex(folder / CHECKED)
-        check = _Check(image_folder, media_index, places or {}, replace_unreachable=replace_unreachable)
-        positions, left_out = _replace_unusable(table, chosen, check)
-        _check_lost_sources(chosen, positions, left_out)
-        media = media_index.content(
-            path for row in map(table.row, positions) for path in row.images + row.videos
-        )
-        manifest = _manifest(selection, table, chosen.positions, positions, left_out)
-        write_json(folder / MANIFEST, manifest | {"media_hash": media})
-    return Subset(folder, json.loads((folder / MANIFEST).read_text()), table, image_folder)
+
+    name = Path(selection.path).stem
+    folder = data_dir() / "prepared" / f"{name}-{_key(selection, table)}"
+    if sources is not None or not (folder / MANIFEST).is_file():
+        _make_subset(selection, table, folder, sources or {}, replace_unreachable=replace_unreachable)
+
+    manifest = json.loads((folder / MANIFEST).read_text())
+    return Subset(folder, manifest, table, Path(selection.image_folder))

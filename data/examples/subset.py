@@ -1,4 +1,4 @@
-"""Draw a seeded part of a data set, stratified by source, the same on every machine and in every order of the rows."""
+"""Draw a seeded part of a data set, stratified by source. It is the same on every machine and in every order of the data."""
 
 import hashlib
 import math
@@ -13,28 +13,34 @@ from vzip import UserError
 
 @dataclass(frozen=True)
 class DrawnSubset:
-    """The rows of each source in the order in which they are drawn, and how many are wanted of each."""
+    """The examples of each source in the order in which they are drawn, and how many of each are wanted.
+
+    Attributes:
+        candidates: positions in the table, by source. Those behind the wanted ones replace examples that turn out to be
+            unusable.
+        wanted: number of examples, by source.
+        keys: by position, the key that all examples are sorted by.
+    """
 
     candidates: dict[str, list[int]]
-    """Positions in the table, by source. Those behind the wanted ones take the place of rows that turn out unusable."""
     wanted: dict[str, int]
     keys: dict[int, str]
-    """By position, what the order of all rows goes by."""
 
     @property
     def positions(self) -> list[int]:
-        """The rows drawn, in order."""
-        return self.ordered(
-            row for source, rows in self.candidates.items() for row in rows[: self.wanted[source]]
-        )
+        """The positions that were drawn, in the order of a run."""
+        drawn: list[int] = []
+        for source, candidates in self.candidates.items():
+            drawn += candidates[: self.wanted[source]]
+        return self.ordered(drawn)
 
     @property
     def num_wanted(self) -> int:
-        """Rows of all sources."""
+        """Number of examples wanted of all sources together."""
         return sum(self.wanted.values())
 
     def ordered(self, positions: Iterable[int]) -> list[int]:
-        """The positions in the order of a run."""
+        """Sort positions into the order of a run."""
         return sorted(positions, key=self.keys.__getitem__)
 
 
@@ -46,43 +52,47 @@ def draw_subset(
     sources: Sequence[str] | None = None,
     text_examples: bool = True,
 ) -> DrawnSubset:
-    """`fraction` of the usable rows of each source (rounded up), in an order that depends on seed and content alone.
+    """Draw `fraction` of the usable examples of each source (rounded up), in a random order.
 
-    Each row is sorted by the sha256 of seed and content, so adding a row elsewhere moves no other row.
+    The order depends on the seed and the content alone: each example is sorted by the sha256 of both. So an example that
+    is added to the data moves no other one.
 
     Args:
-        table: of all rows.
+        table: all examples.
         fraction: in (0, 1].
         seed: of the order.
-        sources: that are drawn from; None: all.
-        text_rows: whether rows without an image or video are drawn.
+        sources: the sources to draw from. None: all.
+        text_examples: whether to draw examples without an image or video.
 
     Raises:
-        UserError: a fraction outside (0, 1], or a source that the data has not.
+        UserError: the fraction is outside (0, 1], the data has no such source, or nothing can be drawn.
     """
     if not 0 < fraction <= 1:
         raise UserError(f"data.fraction={fraction} must lie in (0, 1]; 0.1 is a tenth")
-    names = ("source", "digest", "has_media", "fault")
+
     by_source: dict[str, list[int]] = defaultdict(list)
     keys = {}
-    for position, (source, digest, has_media, fault) in enumerate(
-        zip(*map(table.column, names), strict=True)
-    ):
+    columns = [table.column(name) for name in ("source", "digest", "has_media", "fault")]
+    for position, (source, digest, has_media, fault) in enumerate(zip(*columns, strict=True)):
         if fault is None and (has_media or text_examples):
             keys[position] = hashlib.sha256(f"{seed}:{digest}".encode()).hexdigest()
             by_source[source].append(position)
-    if unknown := set(sources or ()) - set(by_source):
+
+    unknown = sorted(set(sources or ()) - set(by_source))
+    if unknown:
         raise UserError(
-            f"data.sources={list(sources or ())}: the data has no {sorted(unknown)}; it has {sorted(by_source)}"
+            f"data.sources={list(sources or ())}: the data has no {unknown}; it has {sorted(by_source)}"
         )
-    candidates = {
-        source: sorted(by_source[source], key=keys.__getitem__) for source in sorted(sources or by_source)
-    }
-    if not any(candidates.values()):
+
+    candidates = {}
+    wanted = {}
+    share = Fraction(str(fraction))  # the decimal that was written: 0.07 of 100 is 7, not 8
+    for source in sorted(sources or by_source):
+        candidates[source] = sorted(by_source[source], key=keys.__getitem__)
+        wanted[source] = math.ceil(share * len(candidates[source]))
+
+    if not keys:
         raise UserError(
-            "no row can be drawn: the data has none that can be used, or data.text_rows=false leaves none"
+            "no example can be drawn: the data has no usable one, or data.text_examples=false leaves none"
         )
-    share = Fraction(str(fraction))  # 0.07 of 100 is 7, not 8
-    return DrawnSubset(
-        candidates, {source: math.ceil(share * len(rows)) for source, rows in candidates.items()}, keys
-    )
+    return DrawnSubset(candidates, wanted, keys)

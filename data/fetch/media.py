@@ -1,35 +1,35 @@
-"""Bring the pictures and videos of a subset into its folder, each looked at once, and remember what was found.
+"""Fetch the pictures and videos of a subset into its folder, check each once, and remember the outcome.
 
-Nothing is written that was not decoded before, and no file is ever half there; a command that was killed goes on where it was.
+Each file is decoded before it is put into the folder, and no file is ever half there. A command that was killed goes on
+where it was.
 """
 
 import errno
 import hashlib
-import json
 import os
-import re
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from data.fetch.http import NotFoundError, TransientError
+from data.fetch.media_index import Checked, MediaIndex, media_bytes
 from data.fetch.sources import Source
-from data.paths import is_other_process
+from data.paths import atomic_write, delete_leftovers
 from data.progress import progress
 from vzip import UserError
 from vzip.pictures import open_picture
 from vzip.videos import check_video
 
 MAX_FAILURES = 50
-"""Of one source: so many at the start, or servers that don't answer so often in a row, end the command."""
+"""A source is given up after this many first requests, or this many unanswered ones in a row, have all failed."""
 NUM_READS = 2
-"""What comes damaged from a place is asked for once more."""
+"""A file that comes damaged is asked for once more: it may have broken on the way."""
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
-OF_THE_PATH = {
+BAD_PATH = {
     errno.EEXIST,
     errno.EILSEQ,
     errno.EINVAL,
@@ -38,280 +38,245 @@ OF_THE_PATH = {
     errno.ENAMETOOLONG,
     errno.ENOTDIR,
 }
-"""Errors that no later attempt is spared."""
-LEFTOVER = re.compile(r"\.(\d+)-\d+\.vzip-part")
+"""Errors that come from the path itself, so a later attempt meets them again."""
 
-Medium = tuple[str, str, str]  # (kind, path below the folder, source)
+Medium = tuple[str, str, str]  # (kind, path below the folder, name of the data source, such as "coco")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a picture or video can't be used."""
+    """Why a picture or video can't be used.
+
+    Attributes:
+        reason: for the user.
+        final: whether asking the same sources again would not help.
+    """
 
     reason: str
     final: bool
-    """Whether asking the same places again would not help."""
 
 
-@dataclass(frozen=True)
-class Checked:
-    """A picture or video that was looked at: a line of the ledger."""
-
-    path: str
-    bytes: int
-    """Of the file: -1 where there is none, 0 for a folder of frames."""
-    height: int = 0
-    """Of an upright picture, in pixels; videos have none."""
-    width: int = 0
-    digest: str = ""
-    """sha256 of a picture's file, shortened."""
-    fault: str = ""
-    final: bool = True
-    tried: tuple[str, ...] = ()
-    """Places that did not help."""
-
-
-def _num_bytes(path: Path) -> int:
-    """As in `Checked`. Raises OSError and ValueError for paths that no file can have."""
-    try:
-        return 0 if path.is_dir() else path.stat().st_size
-    except FileNotFoundError:
-        return -1
-
-
-class MediaIndex:
-    """What is known of pictures and videos, in a file of a JSON object a line that only grows. Threads may share it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        self._entries: dict[str, Checked] = {}
-        self._whole = True
-        if path.is_file():
-            content = path.read_text(encoding="utf-8", errors="replace")
-            self._whole = not content or content.endswith("\n")
-            for line in content.split("\n"):
-                with suppress(
-                    AttributeError, KeyError, TypeError, ValueError
-                ):  # cut by a kill: it is found out anew
-                    entry = json.loads(line)
-                    self._entries[entry["path"]] = Checked(**entry | {"tried": tuple(entry.get("tried", ()))})
-
-    def record(self, entry: Checked) -> None:
-        """Remember an entry, for ever once this returns."""
-        left_out = ("fault", "final", "tried") if not entry.fault else ("digest", "height", "width")
-        line = json.dumps({key: value for key, value in asdict(entry).items() if key not in left_out})
-        with self._lock, self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n" if self._whole else f"\n{line}\n")
-            self._whole = True
-            self._entries[entry.path] = entry
-
-    def settled(self, path: str, folder: Path, places: Sequence[Source]) -> Checked | None:
-        """What is known of a path, if its file is as it was, and, for a fault, no place is new and none may answer later."""
-        entry = self._entries.get(path)
-        if entry is None or (entry.fault and not (entry.final and {*map(str, places)} <= {*entry.tried})):
-            return None
-        with suppress(OSError, ValueError):
-            return entry if _num_bytes(folder / path) == entry.bytes else None
-        return entry if entry.bytes < 0 else None
-
-    def sizes(self) -> dict[str, tuple[int, int]]:
-        """(height, width), upright, of each good picture by its path."""
-        return {path: (entry.height, entry.width) for path, entry in self._entries.items() if entry.height}
-
-    def content(self, paths: Iterable[str]) -> str:
-        """sha256 of the pictures' files, and of the videos' sizes."""
-        known = [(path, self._entries[path].bytes, self._entries[path].digest) for path in sorted(set(paths))]
-        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+class _DamagedError(Exception):
+    """A file is there, but is not a whole picture or video."""
 
 
 @contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    """Raises UserError where the folder can't be written to, Gone for a path that this file system can't have."""
+def _explain_write_errors(target: Path) -> Iterator[None]:
+    """Raise UserError if the folder can't be written to, NotFoundError for a path that this file system can't have."""
     try:
         yield
     except OSError as error:
         if error.errno in FORBIDDEN:
             raise UserError(
-                f"data.image_folder: {target} is missing, and can't be written ({error.strerror}); give a folder that can be "
-                "written to, or put the file there, or take its source out of data.pictures to do without it"
+                f"data.image_folder: {target} is missing, and can't be written ({error.strerror}); give a folder that "
+                "can be written to, or put the file there, or take its source out of data.pictures to do without it"
             ) from error
-        if error.errno in OF_THE_PATH:
+        if error.errno in BAD_PATH:
             raise NotFoundError(f"{target} can't be written: {error.strerror}") from error
         raise
 
 
 class _Fetcher:
-    """Looks at one medium, and brings it if it is not there."""
+    """Checks one picture or video, and fetches it if it is missing or damaged. Threads share a fetcher."""
 
-    def __init__(self, folder: Path, places: Mapping[str, Sequence[Source]]) -> None:
-        self.folder, self.places = folder, places
-        # Threads are as many as a network can use; so many pictures decoded at once would only take memory.
+    def __init__(self, folder: Path, sources: Mapping[str, Sequence[Source]]) -> None:
+        self.folder = folder
+        self.sources = sources
+        # The network can use more threads than there are cores. Decoding in all of them would only take memory.
         self.decoding = threading.BoundedSemaphore(os.cpu_count() or 1)
 
-    def _check(self, kind: str, path: str, file: Path) -> Checked:
-        with self.decoding:
-            if kind == "video":
-                check_video(file)
-                return Checked(path, _num_bytes(file))
-            width, height = open_picture(file).size
-            with file.open("rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()[:16]
-        return Checked(path, _num_bytes(file), height, width, digest)
+    def __call__(self, medium: Medium) -> tuple[Medium, Checked, bool]:
+        """(medium, its entry for the index, whether sources were asked)."""
+        kind, path, source_name = medium
+        # parse_conversation refuses such paths.
+        assert not Path(path).is_absolute() and ".." not in Path(path).parts, path
 
-    def _store(self, kind: str, path: str, data: bytes) -> Checked:
+        sources = self.sources.get(source_name, ())
+        entry, may_replace = self._look(kind, path)
+        must_fetch = bool(entry.fault and may_replace and sources)
+        if must_fetch:
+            fetched = self._fetch(kind, path, sources)
+            if isinstance(fetched, Checked):
+                return medium, fetched, True
+            entry = replace(entry, fault=fetched.reason, final=fetched.final)
+
+        if entry.fault:
+            entry = replace(entry, tried=tuple(map(str, sources)))
+        return medium, entry, must_fetch
+
+    def _look(self, kind: str, path: str) -> tuple[Checked, bool]:
+        """(what the folder holds, whether a fetched file may take its place)."""
         target = self.folder / path
-        part = target.parent / f".{os.getpid()}-{threading.get_ident()}.vzip-part"
+        num_bytes = -1
         try:
-            with _writing(target):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                part.write_bytes(data)
-            entry = self._check(kind, path, part)
-            with _writing(target):
-                part.replace(target)
-            return entry
-        finally:
-            if part.exists():
-                part.unlink()
-
-    def _from_places(self, kind: str, path: str, places: Sequence[Source]) -> Checked | Fault:
-        reasons, final = [], True
-        for place in places:
-            for number in range(NUM_READS):
-                try:
-                    return self._store(kind, path, place.read(path))
-                except (
-                    UserError
-                ):  # it is a ValueError, but of the settings or the installation, and not of this picture
-                    raise
-                except (NotFoundError, TransientError) as error:
-                    final = final and isinstance(error, NotFoundError)
-                    reasons.append(str(error))
-                    break
-                except (OSError, ValueError) as error:
-                    if isinstance(error, OSError) and error.errno is not None:  # of the disk
-                        raise
-                    if number == NUM_READS - 1:
-                        reasons.append(f"{place}: {error}")
-        return Fault("; ".join(reasons), final)
-
-    def _there(self, kind: str, path: str) -> tuple[Checked, bool]:
-        """(what the folder has, whether another file may take its place)."""
-        target, num_bytes = self.folder / path, -1
-        try:
-            num_bytes = _num_bytes(target)
+            num_bytes = media_bytes(target)
             if num_bytes < 0:
                 return Checked(path, num_bytes, fault="missing"), True
             return self._check(kind, path, target), False
-        except UserError:  # it is a ValueError, but of the installation, and not of this file
+        except UserError:
             raise
+        except _DamagedError as error:
+            # A folder of frames is never replaced, nor anything in a folder that is read-only.
+            may_replace = target.is_file() and os.access(target.parent, os.W_OK)
+            return Checked(path, num_bytes, fault=str(error)), may_replace
         except (OSError, ValueError) as error:
             number = getattr(error, "errno", None)
-            entry = Checked(path, num_bytes, fault=str(error), final=number is None or number in OF_THE_PATH)
-            # Not a folder of frames, nor what only this user may not read.
-            damaged = number is None and target.is_file()
-            return entry, damaged and os.access(target.parent, os.W_OK)
+            final = number is None or number in BAD_PATH
+            return Checked(path, num_bytes, fault=str(error), final=final), False
 
-    def __call__(self, medium: Medium) -> tuple[Medium, Checked, bool]:
-        """(medium, what was found, whether places were asked)."""
-        kind, path, source = medium
-        assert not Path(path).is_absolute() and ".." not in Path(path).parts, (
-            path
-        )  # parse_row lets none through
-        places = self.places.get(source, ())
-        entry, replaceable = self._there(kind, path)
-        asked = bool(entry.fault and replaceable and places)
-        if asked:
-            brought = self._from_places(kind, path, places)
-            if isinstance(brought, Checked):
-                return medium, brought, True
-            entry = replace(entry, fault=brought.reason, final=brought.final)
-        return medium, replace(entry, tried=tuple(map(str, places))) if entry.fault else entry, asked
+    def _check(self, kind: str, path: str, file: Path) -> Checked:
+        """Decode a file. Raises _DamagedError, OSError for errors of the disk, and UserError without PyAV."""
+        try:
+            with self.decoding:
+                if kind == "video":
+                    check_video(file)
+                    return Checked(path, media_bytes(file))
+
+                width, height = open_picture(file).size
+                with file.open("rb") as content:
+                    digest = hashlib.file_digest(content, "sha256").hexdigest()[:16]
+                return Checked(path, media_bytes(file), height, width, digest)
+        except UserError:  # a ValueError, but one about the installation
+            raise
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) is not None:
+                raise
+            raise _DamagedError(str(error)) from error
+
+    def _fetch(self, kind: str, path: str, sources: Sequence[Source]) -> Checked | Fault:
+        """Ask the sources in turn until one has the file."""
+        reasons = []
+        final = True
+        for source in sources:
+            try:
+                return self._fetch_from(source, kind, path)
+            except UserError:
+                raise
+            except NotFoundError as error:
+                reasons.append(str(error))
+            except TransientError as error:
+                reasons.append(str(error))
+                final = False
+            except (_DamagedError, OSError, ValueError) as error:
+                if getattr(error, "errno", None) is not None:  # the disk failed, and not the source
+                    raise
+                reasons.append(f"{source}: {error}")
+
+        return Fault("; ".join(reasons), final)
+
+    def _fetch_from(self, source: Source, kind: str, path: str) -> Checked:
+        for _ in range(NUM_READS - 1):
+            with suppress(_DamagedError):
+                return self._store(kind, path, source.read(path))
+
+        return self._store(kind, path, source.read(path))
+
+    def _store(self, kind: str, path: str, data: bytes) -> Checked:
+        """Put a file into the folder, if it is whole."""
+        target = self.folder / path
+        with _explain_write_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # What killed processes left was deleted once for the whole folder, see `fetch_media`.
+            with atomic_write(target, clean=False) as scratch:
+                scratch.write_bytes(data)
+                return self._check(kind, path, scratch)
 
 
 class _FailureGuard:
     """Ends a command whose addresses are wrong, or whose network is gone, before tens of thousands of vain requests."""
 
-    def __init__(self, places: Mapping[str, Sequence[Source]]) -> None:
-        self.places = places
-        self.num_good, self.num_bad, self.in_a_row = Counter[str](), Counter[str](), Counter[str]()
+    def __init__(self, sources: Mapping[str, Sequence[Source]]) -> None:
+        self.sources = sources
+        self.num_good: Counter[str] = Counter()
+        self.num_bad: Counter[str] = Counter()
+        self.num_unanswered: Counter[str] = Counter()
+        """Unanswered requests in a row."""
 
-    def see(self, source: str, entry: Checked) -> None:
-        """Count a medium that places were asked for. Raises UserError."""
+    def see(self, source_name: str, entry: Checked) -> None:
+        """Count a picture or video that sources were asked for. Raises UserError if it is one failure too many."""
         if not entry.fault:
-            self.num_good[source] += 1
-            self.in_a_row[source] = 0
+            self.num_good[source_name] += 1
+            self.num_unanswered[source_name] = 0
             return
-        self.num_bad[source] += 1
-        self.in_a_row[source] = 0 if entry.final else self.in_a_row[source] + 1
-        if self.num_bad[source] >= MAX_FAILURES and not self.num_good[source]:
-            found = f"none of the first {self.num_bad[source]} pictures could be had from"
-        elif self.in_a_row[source] >= MAX_FAILURES:
-            found = f"{self.in_a_row[source]} pictures, one after the other, could not be had from"
+
+        self.num_bad[source_name] += 1
+        if entry.final:
+            self.num_unanswered[source_name] = 0
         else:
-            return
+            self.num_unanswered[source_name] += 1
+
+        num_bad = self.num_bad[source_name]
+        num_unanswered = self.num_unanswered[source_name]
+        if num_bad >= MAX_FAILURES and not self.num_good[source_name]:
+            self._stop(source_name, f"none of the first {num_bad} pictures could be fetched", entry)
+        if num_unanswered >= MAX_FAILURES:
+            self._stop(source_name, f"{num_unanswered} pictures in a row could not be fetched", entry)
+
+    def _stop(self, source_name: str, what_failed: str, entry: Checked) -> None:
+        sources = ", ".join(map(str, self.sources[source_name]))
         raise UserError(
-            f"data.pictures.{source}: {found} {', '.join(map(str, self.places[source]))}. The last one:\n  {entry.fault}\n"
-            "Check the network and the place, or give others: addresses of copies, local folders, zip files. "
-            "What came is kept: the same command goes on from there."
+            f"data.pictures.{source_name}: {what_failed} from {sources}. The last one:\n  {entry.fault}\n"
+            "Check the network and this setting, or give other sources: addresses of copies, local folders, zip files. "
+            "Files that came are kept: the same command goes on from there."
         )
-
-
-def _clean(folders: Iterable[Path]) -> None:
-    """Delete what commands that were killed had begun to write."""
-    for folder in folders:
-        with suppress(OSError, ValueError):  # it is read-only, where leftovers do no harm, or can't be there
-            for file in folder.glob(".*.vzip-part"):
-                if (match := LEFTOVER.fullmatch(file.name)) and not is_other_process(int(match[1])):
-                    file.unlink()
 
 
 def fetch_media(
     media: Iterable[Medium],
     folder: Path,
     *,
-    places: Mapping[str, Sequence[Source]],
+    sources: Mapping[str, Sequence[Source]],
     media_index: MediaIndex,
     num_threads: int = 32,
 ) -> dict[str, Fault]:
-    """See to it that media are whole in a folder; those that are missing or damaged are brought from their source's places.
+    """Make sure that pictures and videos are whole in a folder; fetch those that are missing or damaged.
 
-    What the ledger knows is not looked at again. Files are written as they come, whatever their names say they are.
+    Files whose entry in the index still holds are not looked at again. Files are written as they come, whatever kind of
+    picture their names promise.
 
     Args:
-        media: (kind, path below the folder, source) of each.
-        folder: may be read-only where nothing is missing.
-        places: of each source, asked in turn.
-        ledger: is asked, and told.
-        num_threads: that wait for servers; no more pictures are decoded at once than there are cores.
+        media: (kind, path below the folder, name of the data source) of each.
+        folder: may be read-only if nothing is missing.
+        sources: by the name of the data source, where its files are fetched from, in this order.
+        media_index: is read and extended.
+        num_threads: threads that wait for servers. No more pictures are decoded at once than there are cores.
 
     Returns:
         The faults, by path.
 
     Raises:
-        UserError: a place that is none, of which the first `MAX_FAILURES` pictures could all not be had, or whose servers have
-            not answered for as many in a row; a folder that must be written to and can't be; no PyAV for video files.
-        OSError: of the disk, as when it is full.
+        UserError: an entry of `data.pictures` is wrong; the first `MAX_FAILURES` pictures of a source, or as many in a row,
+            could not be fetched; the folder can't be written to; PyAV is missing.
+        OSError: the disk failed, or is full.
     """
-    by_path = {path: (kind, path, source) for kind, path, source in media}
-    known = {
-        path: media_index.settled(path, folder, places.get(source, ()))
-        for path, (_, _, source) in by_path.items()
-    }
-    todo = [medium for path, medium in by_path.items() if known[path] is None]
-    found = [entry for entry in known.values() if entry is not None]
-    _clean({(folder / path).parent for _, path, _ in todo})
-    health = _FailureGuard(places)
-    # Not an executor: its threads would keep a command that was interrupted until the last server has answered.
+    by_path = {path: (kind, path, source_name) for kind, path, source_name in media}
+
+    entries = []
+    todo = []
+    for path, medium in by_path.items():
+        known = media_index.lookup(path, folder, sources.get(medium[2], ()))
+        if known is None:
+            todo.append(medium)
+        else:
+            entries.append(known)
+
+    for parent in {(folder / path).parent for _, path, _ in todo}:
+        # A folder that can't be written to, or can't exist, has no leftovers that do harm.
+        with suppress(OSError, ValueError):
+            delete_leftovers(parent)
+
+    guard = _FailureGuard(sources)
+    # Not an executor: its threads would keep an interrupted command alive until the last server has answered.
     with ThreadPool(min(num_threads, len(todo)) or 1) as pool:
-        results = pool.imap_unordered(_Fetcher(folder, places), todo)
-        bar = progress(results, total=len(by_path), start=len(found), title="pictures", unit="file")
-        faults = sum(bool(entry.fault) for entry in found)
-        for (_, _, source), entry, asked in bar:
+        results = pool.imap_unordered(_Fetcher(folder, sources), todo)
+        bar = progress(results, total=len(by_path), start=len(entries), title="pictures", unit="file")
+        num_faults = sum(bool(entry.fault) for entry in entries)
+        for (_, _, source_name), entry, was_asked in bar:
             media_index.record(entry)
-            found.append(entry)
-            faults += bool(entry.fault)
-            bar.set_postfix(faults=faults, refresh=False)
-            if asked:
-                health.see(source, entry)
-    return {entry.path: Fault(entry.fault, entry.final) for entry in found if entry.fault}
+            entries.append(entry)
+            num_faults += bool(entry.fault)
+            bar.set_postfix(faults=num_faults, refresh=False)
+            if was_asked:
+                guard.see(source_name, entry)
+
+    return {entry.path: Fault(entry.fault, entry.final) for entry in entries if entry.fault}

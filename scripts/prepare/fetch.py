@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data.examples.prepare import MANIFEST, Subset, prepare
-from data.fetch.http import Client, NotFoundError, TransientError, fetch_file
+from data.fetch.file import fetch_file
+from data.fetch.http import Client, NotFoundError, TransientError
 from data.fetch.sources import open_sources
 from train import config
 from train.checks import check
@@ -22,35 +23,48 @@ from vzip import UserError
 
 
 def fetch_instructions(address: str, path: Path) -> None:
-    """Raises UserError if the file can't be had."""
+    """Download the instruction file, unless it is there. Raises UserError if that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(f"{path}.lock"):  # of two commands one fetches
+        # If two commands start at once, the second one waits and then finds the file.
+        with FileLock(f"{path}.lock"):
             if not path.exists():
-                fetch_file(address, path, title=path.name)
+                fetch_file(address, path)
     except (NotFoundError, TransientError) as error:
         raise UserError(
-            f"data.address={address} could not be fetched: {error}\nCheck the network, give another address, or put the file "
-            f"at data.path={path}"
+            f"data.address={address} could not be fetched: {error}\n"
+            f"Check the network, give another address, or put the file at data.path={path}"
         ) from error
 
 
 def print_fetched(subset: Subset) -> None:
-    """What was drawn and what was left out, by source."""
+    """Print what was drawn and what was left out, by source."""
     manifest = subset.manifest
-    left_out, replaced = Counter(), Counter()
-    for row in manifest["bad_rows"]:
-        left_out[row["source"]] += 1
-        replaced[row["source"]] += row.get("replaced", False)
-    table = Table("source", "rows", "left out", "replaced", title=subset.folder.name, title_justify="left")
-    counts = manifest["num_rows_by_source"]
-    for source in sorted({*counts, *left_out}):
+    num_drawn = manifest["num_rows_by_source"]
+
+    left_out: Counter[str] = Counter()
+    replaced: Counter[str] = Counter()
+    for example in manifest["bad_rows"]:
+        left_out[example["source"]] += 1
+        replaced[example["source"]] += example.get("replaced", False)
+
+    table = Table(
+        "source", "examples", "left out", "replaced", title=subset.folder.name, title_justify="left"
+    )
+    for source in sorted({*num_drawn, *left_out}):
         table.add_row(
-            source, *(f"{count:,}" for count in (counts.get(source, 0), left_out[source], replaced[source]))
+            source,
+            f"{num_drawn.get(source, 0):,}",
+            f"{left_out[source]:,}",
+            f"{replaced[source]:,}",
         )
     table.add_row(
-        "all", *(f"{count:,}" for count in (manifest["num_rows"], left_out.total(), replaced.total()))
+        "all",
+        f"{manifest['num_rows']:,}",
+        f"{left_out.total():,}",
+        f"{replaced.total():,}",
     )
+
     console = Console()
     console.print(table)
     for line in subset.left_out:
@@ -62,12 +76,19 @@ def print_fetched(subset: Subset) -> None:
 @exit_on_user_error
 def main(cfg: DictConfig) -> None:
     check(cfg)
-    path, client = Path(cfg.data.path).expanduser(), Client()
+
+    path = Path(cfg.data.path).expanduser()
     if not path.exists() and cfg.data.address:
         fetch_instructions(cfg.data.address, path)
-    places = open_sources(cfg.data.pictures, client)
-    for wanted in [config.selection(cfg), *([config.held_out(cfg)] if config.asks_questions(cfg) else [])]:
-        print_fetched(prepare(wanted, places=places, replace_unreachable=cfg.data.replace_unreachable))
+
+    selections = [config.selection(cfg)]
+    if config.asks_questions(cfg):
+        selections.append(config.held_out(cfg))
+
+    sources = open_sources(cfg.data.pictures, Client())
+    for selection in selections:
+        subset = prepare(selection, sources=sources, replace_unreachable=cfg.data.replace_unreachable)
+        print_fetched(subset)
 
 
 if __name__ == "__main__":

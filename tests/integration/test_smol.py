@@ -62,7 +62,7 @@ def test_our_template_is_the_tokenizers(smol):
 def rows_of(split):
     table = open_table(SMOL / "easy_vqa" / f"{split}.json")
     assert not table.bad_examples()
-    return [table.row(position) for position in range(len(table))]
+    return [table.conversation(position) for position in range(len(table))]
 
 
 def test_full_model_answers(smol):

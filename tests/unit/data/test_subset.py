@@ -149,8 +149,8 @@ def test_the_subset_is_the_same_in_another_process(tmp_path, monkeypatch):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(entries(coco=30, gqa=30, ocr=30)))
     code = (
-        "import sys; from data.subset import draw; from data.table import open_table\n"
-        "print(draw(open_table(sys.argv[1]), fraction=0.3, seed=5).positions)"
+        "import sys; from data.examples.subset import draw_subset; from data.examples.table import open_table\n"
+        "print(draw_subset(open_table(sys.argv[1]), fraction=0.3, seed=5).positions)"
     )
     env = os.environ | {"VZIP_DATA": str(tmp_path / "vzip"), "PYTHONHASHSEED": "12"}
     command = [sys.executable, "-c", code, str(path)]

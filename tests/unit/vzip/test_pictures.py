@@ -183,7 +183,9 @@ def bad_examples(**by_source):
     ]
 
 
-@pytest.mark.parametrize(("num_bad", "num_examples"), [(0, 1), (1, 100), (7, 700), (29, 2900), (6652, 665_298)])
+@pytest.mark.parametrize(
+    ("num_bad", "num_examples"), [(0, 1), (1, 100), (7, 700), (29, 2900), (6652, 665_298)]
+)
 def test_up_to_one_per_cent_may_be_bad(num_bad, num_examples):
     check_bad_share(bad_examples(coco=num_bad), num_examples)
 

@@ -19,14 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.fetch.media import Checked, MediaIndex, fetch_media
+from data.fetch.media import fetch_media
+from data.fetch.media_index import Checked, MediaIndex
 from data.fetch.sources import open_sources, parse_source
 from tests.helpers import tiny
 from tests.helpers.server import Server, client, seeded
 from vzip import UserError
 from vzip.pictures import open_picture
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -58,11 +59,11 @@ class Run:
 
     def __init__(self, folder, *, read_s=30.0, **pictures):
         self.folder, self.path = folder / "images", folder / "checked.jsonl"
-        self.places = open_sources(pictures, client(read_s=read_s))
+        self.sources = open_sources(pictures, client(read_s=read_s))
 
-    def bring(self, media, **options):
+    def fetch(self, media, **options):
         return fetch_media(
-            media, self.folder, places=self.places, media_index=MediaIndex(self.path), **options
+            media, self.folder, sources=self.sources, media_index=MediaIndex(self.path), **options
         )
 
     def lines(self):
@@ -81,7 +82,7 @@ def test_pictures_come_from_their_places_once(tmp_path):
     media = publish(tmp_path / "published", 60)
     with Server(tmp_path / "published", delay_s=0.01) as server:
         run = Run(tmp_path, coco=[server.url])
-        assert run.bring(media[:50] + media[:20]) == {}
+        assert run.fetch(media[:50] + media[:20]) == {}
         assert set(server.requests.values()) == {1} and len(server.requests) == 50
         assert 4 < server.max_concurrent <= 32
         for _, path, _ in media[:50]:
@@ -90,7 +91,7 @@ def test_pictures_come_from_their_places_once(tmp_path):
             ).read_bytes()
         assert run.files() == {path for _, path, _ in media[:50]}
 
-        assert run.bring(media) == {}
+        assert run.fetch(media) == {}
         assert set(server.requests.values()) == {1} and len(server.requests) == 60
         assert len(run.lines()) == 60  # nothing was looked at twice
     sizes = MediaIndex(run.path).sizes()
@@ -100,7 +101,7 @@ def test_pictures_come_from_their_places_once(tmp_path):
 def test_no_more_threads_than_asked_for(tmp_path):
     media = publish(tmp_path / "published", 20)
     with Server(tmp_path / "published", delay_s=0.01) as server:
-        assert Run(tmp_path, coco=[server.url]).bring(media, num_threads=3) == {}
+        assert Run(tmp_path, coco=[server.url]).fetch(media, num_threads=3) == {}
         assert server.max_concurrent <= 3
 
 
@@ -111,7 +112,7 @@ def test_only_the_subset_of_a_zip_file_at_an_address_comes(tmp_path):
     media = [("image", f"gqa/images/{number}.jpg", "gqa") for number in range(0, 400, 40)]
     with Server(tmp_path) as server:
         run = Run(tmp_path, gqa=[f"{server.url}/images.zip"])
-        assert run.bring(media) == {} and len(MediaIndex(run.path).sizes()) == 10
+        assert run.fetch(media) == {} and len(MediaIndex(run.path).sizes()) == 10
         assert (
             server.sent["/images.zip"]
             < 128 * 1024 + 10 * 13_000
@@ -177,7 +178,7 @@ def test_the_traps_of_real_data(tmp_path, there):
         save(tmp_path / ("images/coco" if there else "published") / f"{name}.jpg", content)
     with Server(tmp_path / "published") as server:
         run = Run(tmp_path, **({} if there else {"coco": server.url}))
-        faults = run.bring(media_of(*(f"{name}.jpg" for name in [*GOOD, *BAD, "gone"])))
+        faults = run.fetch(media_of(*(f"{name}.jpg" for name in [*GOOD, *BAD, "gone"])))
         assert all(
             server.requests[f"/{name}.jpg"] == (0 if there else 2) for name in BAD
         )  # it may have broken on the way
@@ -207,7 +208,7 @@ def test_faults_that_pass_cost_no_picture(tmp_path, fault):
     num_hit = sum(bool(plan(path.removeprefix("coco"))) for _, path, _ in media)
     with Server(tmp_path / "published", plan) as server:
         # Of 32 threads beside the server's, one may wait for a second or two before it runs.
-        assert Run(tmp_path, coco=server.url, read_s=4.0 if fault == "stall" else 30.0).bring(media) == {}
+        assert Run(tmp_path, coco=server.url, read_s=4.0 if fault == "stall" else 30.0).fetch(media) == {}
         assert num_hit >= 3 and sum(server.requests.values()) == 60 + num_hit
 
 
@@ -216,7 +217,7 @@ def test_all_faults_at_once(tmp_path):
     plan = seeded(["drop", "truncate", "429", "503", "html", "404", "302"], 0.3)
     dead = {path for _, path, _ in media if "404" in plan(path.removeprefix("coco"))}
     with Server(tmp_path / "published", plan) as server:
-        faults = Run(tmp_path, coco=server.url).bring(media)
+        faults = Run(tmp_path, coco=server.url).fetch(media)
     assert set(faults) == dead and len(dead) > 2
 
 
@@ -225,7 +226,7 @@ def test_places_are_asked_in_turn(tmp_path):
     save(tmp_path / "near" / "0.jpg", encoded())
     save(tmp_path / "near" / "1.jpg", b"damaged")
     with Server(tmp_path / "far", {"/train/3.jpg": "404"}) as server:
-        faults = Run(tmp_path, coco=[str(tmp_path / "near"), server.url]).bring(media)
+        faults = Run(tmp_path, coco=[str(tmp_path / "near"), server.url]).fetch(media)
         assert server.requests == {f"/train/{number}.jpg": 1 for number in (1, 2, 3)}
     (fault,) = faults.values()
     assert (
@@ -239,11 +240,11 @@ def test_faults_that_may_pass_are_tried_by_the_next_command_and_final_ones_are_n
     plan = {"/train/1.jpg": ["503"] * 3, "/train/2.jpg": "404", "/train/3.jpg": "html"}
     with Server(tmp_path / "published", plan) as server:
         run = Run(tmp_path, coco=server.url)
-        faults = run.bring(media)
+        faults = run.fetch(media)
         assert {path[-5]: fault.final for path, fault in faults.items()} == {"1": False, "2": True, "3": True}
         assert "answered 503" in faults["coco/train/1.jpg"].reason
         before = server.requests.copy()
-        again = run.bring(media)
+        again = run.fetch(media)
         assert set(again) == {"coco/train/2.jpg", "coco/train/3.jpg"} and again.items() <= faults.items()
         assert server.requests - before == {"/train/1.jpg": 1}
 
@@ -252,22 +253,22 @@ def test_a_fault_is_forgotten_with_its_reason(tmp_path):
     """A new place, a file put there by hand, another file in place of a damaged one: each is looked at."""
     media = media_of("0.jpg", "1.jpg", "2.jpg", "3.jpg")
     save(tmp_path / "images/coco/2.jpg", b"damaged")
-    assert set(Run(tmp_path).bring(media)) == {f"coco/{number}.jpg" for number in range(4)}
+    assert set(Run(tmp_path).fetch(media)) == {f"coco/{number}.jpg" for number in range(4)}
     save(tmp_path / "images/coco/1.jpg", encoded())
     save(tmp_path / "images/coco/2.jpg", encoded())
-    assert set(Run(tmp_path).bring(media)) == {"coco/0.jpg", "coco/3.jpg"}
+    assert set(Run(tmp_path).fetch(media)) == {"coco/0.jpg", "coco/3.jpg"}
     save(tmp_path / "published/0.jpg", encoded())
-    assert set(Run(tmp_path, coco=str(tmp_path / "published")).bring(media)) == {"coco/3.jpg"}
+    assert set(Run(tmp_path, coco=str(tmp_path / "published")).fetch(media)) == {"coco/3.jpg"}
 
 
 def test_a_file_that_changed_or_went_is_looked_at_again(tmp_path):
     media = publish(tmp_path / "published", 3)
     with Server(tmp_path / "published") as server:
         run = Run(tmp_path, coco=server.url)
-        run.bring(media)
+        run.fetch(media)
         (run.folder / "coco/train/0.jpg").unlink()
         save(run.folder / "coco/train/1.jpg", encoded()[:100])
-        assert run.bring(media) == {}
+        assert run.fetch(media) == {}
         assert server.requests == {"/train/0.jpg": 2, "/train/1.jpg": 2, "/train/2.jpg": 1}
     assert open_picture(run.folder / "coco/train/1.jpg").size == (9, 8)
 
@@ -298,16 +299,16 @@ def frozen(folder):
 def test_a_folder_that_is_read_only_is_enough_where_all_is_there(tmp_path):
     media = publish(tmp_path / "published", 4)
     run = Run(tmp_path, coco=str(tmp_path / "published"))
-    run.bring(media[:3])
+    run.fetch(media[:3])
     save(run.folder / "coco/train/0.jpg", b"damaged")
     run.path.unlink()
     with frozen(run.folder):
-        faults = run.bring(media[:3])
+        faults = run.fetch(media[:3])
         assert set(faults) == {"coco/train/0.jpg"} and "cannot identify" in faults["coco/train/0.jpg"].reason
         with pytest.raises(
             UserError, match=r"data\.image_folder: .*3\.jpg is missing, and can't be written \(Read-only"
         ):
-            run.bring(media)
+            run.fetch(media)
 
 
 def test_a_full_disk_ends_the_command_and_leaves_nothing_half(tmp_path, monkeypatch):
@@ -324,13 +325,13 @@ def test_a_full_disk_ends_the_command_and_leaves_nothing_half(tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", write)
         with pytest.raises(OSError, match="No space") as error:
-            run.bring(media, num_threads=1)
+            run.fetch(media, num_threads=1)
         assert error.value.errno == errno.ENOSPC
     deadline = time.monotonic() + 5
-    while any(path.endswith("part") for path in run.files()) and time.monotonic() < deadline:
+    while any(path.endswith("tmp") for path in run.files()) and time.monotonic() < deadline:
         time.sleep(0.01)  # a thread may have begun with the next picture
     assert len(run.files()) >= 4 and all(open_picture(run.folder / path) for path in run.files())
-    assert run.bring(media) == {}
+    assert run.fetch(media) == {}
 
 
 @pytest.mark.parametrize("kind", ["404", "503", "html", "nobody"])
@@ -342,7 +343,7 @@ def test_a_wrong_address_is_not_asked_thousands_of_times(tmp_path, kind):
         with pytest.raises(
             UserError, match=rf"(?s)data\.pictures\.coco: none of the first 50 pictures .*{url}.*{url}"
         ):
-            run.bring(media)
+            run.fetch(media)
         assert len(server.requests) < 150
     assert len(run.lines()) == 50
 
@@ -352,24 +353,24 @@ def test_a_network_that_goes_away_in_the_middle_ends_the_command(tmp_path):
     save(tmp_path / "other/0.jpg", encoded())
     with Server(tmp_path / "published", lambda path: None if int(Path(path).stem) < 60 else "503") as server:
         run = Run(tmp_path, coco=server.url, vg=str(tmp_path / "other"))
-        with pytest.raises(UserError, match=r"coco: 50 pictures, one after the other, could not be had"):
-            run.bring([*media, ("image", "vg/0.jpg", "vg")])
+        with pytest.raises(UserError, match=r"coco: 50 pictures in a row could not be fetched"):
+            run.fetch([*media, ("image", "vg/0.jpg", "vg")])
         assert len(server.requests) < 200
     with Server(tmp_path / "published") as server:
         run = Run(tmp_path, coco=server.url)
-        assert run.bring(media) == {} and len(server.requests) == 240  # what came is kept
+        assert run.fetch(media) == {} and len(server.requests) == 240  # what came is kept
 
 
 def test_many_dead_links_among_good_ones_end_nothing(tmp_path):
     media = publish(tmp_path / "published", 300)
     with Server(tmp_path / "published", lambda path: "404" if int(Path(path).stem) >= 60 else None) as server:
-        assert len(Run(tmp_path, coco=server.url).bring(media)) == 240
+        assert len(Run(tmp_path, coco=server.url).fetch(media)) == 240
 
 
 def test_a_place_that_is_none_ends_the_command(tmp_path):
     save(tmp_path / "a.zip", b"no zip file")
     with pytest.raises(UserError, match=r"data\.pictures\.coco: .*a\.zip can't be read as a zip file"):
-        Run(tmp_path, coco=str(tmp_path / "a.zip")).bring(media_of("1.jpg"))
+        Run(tmp_path, coco=str(tmp_path / "a.zip")).fetch(media_of("1.jpg"))
 
 
 def test_videos_are_looked_at_and_brought_too(tmp_path):
@@ -381,7 +382,7 @@ def test_videos_are_looked_at_and_brought_too(tmp_path):
     media = media_of("frames", "empty", "text.mp4", "clip.mp4", "gone.mp4", kind="video")
     run = Run(tmp_path, coco=str(tmp_path / "published"))
     for _ in range(2):
-        faults = run.bring(media)
+        faults = run.fetch(media)
         assert set(faults) == {"coco/empty", "coco/text.mp4", "coco/gone.mp4"}
         assert "no frames" in faults["coco/empty"].reason
     assert len(run.lines()) == 5 and MediaIndex(run.path).sizes() == {}
@@ -405,7 +406,7 @@ def test_without_pyav_no_video_is_blamed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)  # makes its import fail
     save(tmp_path / "images/coco/a.mp4", b"...")
     with pytest.raises(UserError, match="pip install av"):
-        Run(tmp_path).bring(media_of("a.mp4", kind="video"))
+        Run(tmp_path).fetch(media_of("a.mp4", kind="video"))
 
 
 @pytest.mark.parametrize(
@@ -427,13 +428,13 @@ def test_paths_that_no_file_can_have_are_faults(tmp_path, name):
     (tmp_path / "published").mkdir()
     run = Run(tmp_path, coco=str(tmp_path / "published"))
     for _ in range(2):
-        faults = run.bring(media_of("there.jpg", name))
+        faults = run.fetch(media_of("there.jpg", name))
         assert set(faults) == {f"coco/{name}"} and faults[f"coco/{name}"].final
     assert len(run.lines()) == 2
 
 
 def test_nothing_to_bring_takes_nothing(tmp_path):
-    assert Run(tmp_path).bring([]) == {} and not (tmp_path / "images").exists()
+    assert Run(tmp_path).fetch([]) == {} and not (tmp_path / "images").exists()
 
 
 def test_a_place_that_answers_for_paths_that_can_not_be_written(tmp_path):
@@ -442,16 +443,16 @@ def test_a_place_that_answers_for_paths_that_can_not_be_written(tmp_path):
     save(tmp_path / "published/c.jpg", encoded())
     save(tmp_path / "images/coco/x", encoded())
     run = Run(tmp_path, coco=str(tmp_path / "published"))
-    assert run.bring(media_of("c.jpg")) == {}
+    assert run.fetch(media_of("c.jpg")) == {}
     (run.folder / "coco/a.jpg").symlink_to(tmp_path / "nowhere")
-    faults = run.bring(media_of("a.jpg/b.jpg", "c.jpg"))
+    faults = run.fetch(media_of("a.jpg/b.jpg", "c.jpg"))
     assert set(faults) == {"coco/a.jpg/b.jpg"} and "can't be written" in faults["coco/a.jpg/b.jpg"].reason
 
 
 def killed_after(num_pictures, run, media):
     """Brings media in another process, and kills it when so many are there."""
     if not (child := os.fork()):
-        run.bring(media, num_threads=8)
+        run.fetch(media, num_threads=8)
         os._exit(0)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and len(list(run.folder.rglob("*.jpg"))) < num_pictures:
@@ -469,16 +470,16 @@ def test_a_command_that_is_killed_goes_on(tmp_path):
         assert 40 <= len(there) < 200, "the command ended before the kill"
         for path in there:
             open_picture(path)  # nothing is half
-        save(run.folder / "coco/train/.999999999-1.vzip-part", b"half a pict")
-        save(run.folder / f"coco/train/.{os.getppid()}-1.vzip-part", b"of a process that is there")
+        save(run.folder / "coco/train/7.jpg.999999999-1.vzip-tmp", b"half a pict")
+        save(run.folder / f"coco/train/8.jpg.{os.getppid()}-1.vzip-tmp", b"of a process that is there")
         with run.path.open("a") as file:
             file.write('{"path": "coco/train/199.jpg", "by')
 
         before = server.requests.copy()
-        assert run.bring(media) == {}
+        assert run.fetch(media) == {}
         again = server.requests - before
         assert len(again) == 200 - len(there) and not {f"/train/{path.name}" for path in there} & set(again)
-    leftover = f"coco/train/.{os.getppid()}-1.vzip-part"
+    leftover = f"coco/train/8.jpg.{os.getppid()}-1.vzip-tmp"
     assert run.files() == {path for _, path, _ in media} | {leftover}
     assert set(MediaIndex(run.path).sizes()) == {path for _, path, _ in media}
 
@@ -496,13 +497,13 @@ def test_an_interrupted_command_ends_at_once(tmp_path):
                 raise KeyboardInterrupt
 
     with Server(tmp_path / "published", plan) as server:
-        places = {"coco": [parse_source(server.url, client())]}
+        sources = {"coco": [parse_source(server.url, client())]}
         start = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             fetch_media(
                 media,
                 tmp_path / "images",
-                places=places,
+                sources=sources,
                 media_index=Impatient(tmp_path / "checked.jsonl"),
                 num_threads=8,
             )
@@ -569,7 +570,7 @@ def test_whatever_comes_is_a_good_picture_or_a_fault(tmp_path_factory, seed, num
     folder = tmp_path_factory.mktemp("mangled")
     save(folder / "published/1.jpg", content)
     run = Run(folder, coco=str(folder / "published"))
-    faults = run.bring(media_of("1.jpg"), num_threads=1)
+    faults = run.fetch(media_of("1.jpg"), num_threads=1)
     file = run.folder / "coco/1.jpg"
     if faults:
         assert faults["coco/1.jpg"].final and faults["coco/1.jpg"].reason and run.files() == set()

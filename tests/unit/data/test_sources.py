@@ -15,7 +15,7 @@ from data.fetch.sources import Archive, open_sources, parse_source
 from tests.helpers.server import Server, client
 from vzip import UserError
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.slow
 
 QUICK = client(attempts=2)
 
@@ -109,7 +109,7 @@ def test_of_a_zip_file_at_an_address_only_the_wanted_members_come(tmp_path, meth
 def test_a_directory_that_is_longer_than_what_is_read_first(tmp_path, monkeypatch):
     names = [f"images/{number:060}.jpg" for number in range(3000)]
     contents = save_zip(tmp_path / "a.zip", names, num_bytes=10)
-    monkeypatch.setattr("data.fetch.sources.BLOCK", 50_000)
+    monkeypatch.setattr("data.fetch.archive.BLOCK", 50_000)
     with Server(tmp_path) as server:
         place = parse_source(f"{server.url}/a.zip", QUICK)
         assert place.read(f"gqa/{names[7]}") == contents[names[7]]
@@ -211,7 +211,7 @@ def damage(path, name, how):
         ("checksum", "is damaged"),
         ("not there", "is damaged: it is not where"),
         ("outside", "is damaged: it lies outside"),
-        ("huge", r"has 1,879,048,192 bytes, and at most 100,000,000"),
+        ("huge", r"has 1,879,048,192 bytes; at most 100,000,000 are allowed"),
         ("bzip2", "is compressed by method 12"),
     ],
 )
@@ -310,7 +310,7 @@ def test_entries_that_are_no_place_are_the_users_mistake(entry):
 
 @pytest.mark.parametrize("entries", [3, [None], {"a": "b"}, [["http://host/"]]])
 def test_what_is_no_list_of_places_is_the_users_mistake(entries):
-    with pytest.raises(UserError, match=r"data\.pictures\.vg=.* must be a list of places"):
+    with pytest.raises(UserError, match=r"data\.pictures\.vg=.* must be a list, each entry"):
         open_sources({"vg": entries}, QUICK)
 
 

@@ -45,7 +45,7 @@ def save_rows(folder, num_examples=200, *, without=()):
     return Selection(path=str(folder / "rows.json"), image_folder=str(folder / "images"), fraction=0.3)
 
 
-def places(folder):
+def sources(folder):
     place = parse_source(str(folder), Client())
     return {"coco": [place], "vg": [place]}
 
@@ -53,7 +53,7 @@ def places(folder):
 def test_a_subset_is_its_manifest_its_rows_and_their_sizes(tmp_path):
     subset = prepare(save_rows(tmp_path))
     manifest = subset.manifest
-    rows = list(subset.rows())
+    rows = list(subset.conversations())
     assert manifest["num_rows_by_source"] == {"coco": 21, "text": 20, "vg": 21} and manifest["num_rows"] == 62
     assert manifest["ids"] == [row.id for row in rows] and not manifest["bad_rows"]
     assert (manifest["fraction"], manifest["seed"], manifest["data"]["num_rows"]) == (0.3, 0, 200)
@@ -102,7 +102,7 @@ def test_a_dead_picture_gives_its_place_to_another_row_of_its_source(tmp_path):
     for name in dead[3:]:
         (published / "coco" / f"{name.split('-')[1]}.png").write_bytes(b"<html>not found</html>")
 
-    manifest = prepare(selection, places=places(published)).manifest
+    manifest = prepare(selection, sources=sources(published)).manifest
     assert manifest["num_rows_by_source"] == {"coco": 21, "text": 20, "vg": 21}
     assert {row["id"] for row in manifest["bad_rows"]} >= set(dead)
     assert all(row["replaced"] and row["source"] == "coco" for row in manifest["bad_rows"])
@@ -113,7 +113,7 @@ def test_a_dead_picture_gives_its_place_to_another_row_of_its_source(tmp_path):
 
 def test_a_source_without_more_rows_is_smaller(tmp_path):
     selection = Selection(**{**vars(save_rows(tmp_path, without=[0])), "fraction": 1.0})
-    manifest = prepare(selection, places=places(tmp_path)).manifest
+    manifest = prepare(selection, sources=sources(tmp_path)).manifest
     (bad,) = manifest["bad_rows"]
     assert bad["id"] == "coco-0" and not bad["replaced"]
     assert manifest["num_rows"] == 199 and "coco-0" not in manifest["ids"]
@@ -122,17 +122,17 @@ def test_a_source_without_more_rows_is_smaller(tmp_path):
 def test_only_the_subsets_pictures_are_taken(tmp_path):
     selection = save_rows(tmp_path)
     shutil.move(tmp_path / "images", tmp_path / "published")
-    subset = prepare(selection, places=places(tmp_path / "published"))
+    subset = prepare(selection, sources=sources(tmp_path / "published"))
     taken = {
         path.relative_to(tmp_path / "images").as_posix() for path in (tmp_path / "images").rglob("*.png")
     }
-    assert taken == {path for row in subset.rows() for path in row.images}
+    assert taken == {path for row in subset.conversations() for path in row.images}
 
 
 def test_missing_pictures_are_refused_where_there_is_no_place_for_them(tmp_path):
     selection = save_rows(tmp_path)
     shutil.rmtree(tmp_path / "images")
-    with pytest.raises(UserError, match=r"42 of 62 rows can't be used \(coco: 21, vg: 21\)") as error:
+    with pytest.raises(UserError, match=r"42 of 62 examples can't be used \(coco: 21, vg: 21\)") as error:
         prepare(selection)
     assert "data.image_folder" in str(error.value) and "make data" in str(error.value)
     assert not list((tmp_path / "vzip").rglob("manifest.json"))
@@ -144,7 +144,7 @@ def test_too_many_bad_rows_in_the_file_are_refused(tmp_path):
     for row in rows[:5]:
         row["conversations"] = []
     Path(selection.path).write_text(json.dumps(rows))
-    with pytest.raises(UserError, match="5 of 200 rows can't be used"):
+    with pytest.raises(UserError, match="5 of 200 examples can't be used"):
         prepare(selection)
 
 
@@ -169,7 +169,7 @@ def test_examples_are_made_once_for_a_template(tmp_path):
     assert subset.examples(vicuna(), tiny.tokenizer(), max_tokens=2048).path.stat().st_mtime_ns == made
     assert subset.examples(vicuna("Be kind. "), tiny.tokenizer(), max_tokens=2048).path != examples.path
     assert len(examples) == 62
-    for example, row in zip(examples, subset.rows(), strict=True):
+    for example, row in zip(examples, subset.conversations(), strict=True):
         assert example.media.get("image", ()) == tuple(tmp_path / "images" / path for path in row.images)
         assert example.sizes == tuple(subset.sizes()[path] for path in row.images)
 
@@ -204,7 +204,7 @@ def test_a_folder_of_datasets_with_pictures_inside_is_data(tmp_path, hf_rows, fo
         (datasets.DatasetDict(train=data) if form == "saved with splits" else data).save_to_disk(folder)
 
     subset = prepare(Selection(path=str(folder), image_folder=str(tmp_path / "images")))
-    rows = sorted(subset.rows(), key=lambda row: -len(row.images))
+    rows = sorted(subset.conversations(), key=lambda row: -len(row.images))
     assert sorted(subset.manifest["ids"]) == sorted(data["id"])
     assert set(subset.manifest["num_rows_by_source"]) == {"mine", "text"}
     assert all(size == (12, 16) for size in subset.sizes().values())
@@ -216,7 +216,7 @@ def test_a_folder_of_datasets_without_conversations_is_refused(tmp_path, hf_rows
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"id": ["a"]}).save_to_disk(tmp_path / "mine")
     with pytest.raises(UserError, match=r"data\.path=.*no column 'conversations', only id"):
-        HfFolder(tmp_path / "mine").rows  # noqa: B018
+        HfFolder(tmp_path / "mine").dataset  # noqa: B018
 
 
 @settings(max_examples=15, deadline=None)
@@ -240,7 +240,7 @@ def test_whatever_rows_and_files_hold_the_good_ones_survive(tmp_path_factory, en
         try:
             manifest = prepare(selection).manifest
         except UserError as error:
-            assert "rows can't be used" in str(error) and str(error).count("\n") < 12
+            assert "examples can't be used" in str(error) and str(error).count("\n") < 12
             return
     assert good <= set(manifest["ids"])
     assert manifest["num_rows"] + len(manifest["bad_rows"]) == len(rows)
@@ -250,10 +250,10 @@ def test_whatever_rows_and_files_hold_the_good_ones_survive(tmp_path_factory, en
 def test_making_it_again_brings_back_what_is_missing(tmp_path):
     selection = save_rows(tmp_path)
     shutil.move(tmp_path / "images", tmp_path / "published")
-    subset = prepare(selection, places=places(tmp_path / "published"))
-    path = next(path for row in subset.rows() for path in row.images)
+    subset = prepare(selection, sources=sources(tmp_path / "published"))
+    path = next(path for row in subset.conversations() for path in row.images)
     (tmp_path / "images" / path).unlink()
-    assert prepare(selection, places=places(tmp_path / "published")).manifest == subset.manifest
+    assert prepare(selection, sources=sources(tmp_path / "published")).manifest == subset.manifest
     assert (tmp_path / "images" / path).is_file()
 
 
@@ -280,7 +280,7 @@ def test_pictures_of_folders_of_the_same_name_are_kept_apart(tmp_path):
     (tmp_path / "a").mkdir()
     third = prepare(saved(tmp_path / "a", ["lime"]))
     for subset, colour in ((first, (255, 0, 0)), (second, (0, 0, 255)), (third, (0, 255, 0))):
-        (row,) = subset.rows()
+        (row,) = subset.conversations()
         assert open_picture(tmp_path / "images" / row.images[0]).getpixel((0, 0)) == colour
     assert len({subset.manifest["hash"] for subset in (first, second, third)}) == 3
 
@@ -295,10 +295,10 @@ def test_a_read_only_folder_of_datasets_with_columns_of_its_own_will_do(tmp_path
 
 def test_pictures_that_were_replaced_give_other_arrays(tmp_path):
     selection = save_rows(tmp_path)
-    before = prepare(selection, places={})
-    path = next(path for row in before.rows() for path in row.images)
+    before = prepare(selection, sources={})
+    path = next(path for row in before.conversations() for path in row.images)
     tiny.picture(99, 30, 50).save(tmp_path / "images" / path)
-    after = prepare(selection, places={})
+    after = prepare(selection, sources={})
     arrays = [subset.examples(vicuna(), tiny.tokenizer(), max_tokens=2048) for subset in (before, after)]
     assert before.manifest["hash"] == after.manifest["hash"] and arrays[0].path != arrays[1].path
     assert (30, 50) in {size for example in arrays[1] for size in example.sizes}
@@ -321,8 +321,8 @@ def test_a_place_that_has_not_got_a_source_is_refused(tmp_path):
     shutil.rmtree(tmp_path / "images" / "vg")
     (tmp_path / "empty").mkdir()
     nowhere = parse_source(str(tmp_path / "empty"), Client())
-    with pytest.raises(UserError, match=r"of vg only 0 of 9 rows can be used; check data\.pictures\.vg"):
-        prepare(selection, places={"vg": [nowhere]})
+    with pytest.raises(UserError, match=r"of vg only 0 of 9 examples can be used; check data\.pictures\.vg"):
+        prepare(selection, sources={"vg": [nowhere]})
 
 
 def test_few_faults_are_not_many_because_few_rows_are_left_to_draw(tmp_path):
@@ -339,9 +339,9 @@ def test_a_lost_ledger_is_said_and_made_again(tmp_path):
     selection = save_rows(tmp_path)
     subset = prepare(selection)
     (subset.folder / "checked.jsonl").unlink()
-    with pytest.raises(UserError, match=r"nothing is recorded of .*run `make data` again"):
+    with pytest.raises(UserError, match=r"nothing is recorded about .*run `make data` again"):
         subset.examples(vicuna(), tiny.tokenizer(), max_tokens=2048)
-    assert len(prepare(selection, places={}).examples(vicuna(), tiny.tokenizer(), max_tokens=2048)) == 62
+    assert len(prepare(selection, sources={}).examples(vicuna(), tiny.tokenizer(), max_tokens=2048)) == 62
 
 
 def test_paths_in_a_folder_of_datasets_are_files_beside_it_or_refused(tmp_path):
@@ -350,7 +350,7 @@ def test_paths_in_a_folder_of_datasets_are_files_beside_it_or_refused(tmp_path):
     data = datasets.Dataset.from_dict({"image": ["red.png"] * 2, "conversations": [turns] * 2})
     data.save_to_disk(tmp_path / "mine")
     selection = Selection(path=str(tmp_path / "mine"), image_folder=str(tmp_path / "images"))
-    with pytest.raises(UserError, match="of mine only 0 of 2 rows can be used"):
+    with pytest.raises(UserError, match="of mine only 0 of 2 examples can be used"):
         prepare(selection)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "mine" / "red.png")
     assert prepare(selection).manifest["ids"] in (["0", "1"], ["1", "0"])

@@ -108,11 +108,11 @@ def test_every_form_gives_the_same_rows(tmp_path, form):
     }
     table = open_table(write(tmp_path, texts[form]))
     reference = open_table(write(tmp_path, texts["json"], "reference.json"))
-    assert [table.row(position) for position in range(5)] == [
-        reference.row(position) for position in range(5)
+    assert [table.conversation(position) for position in range(5)] == [
+        reference.conversation(position) for position in range(5)
     ]
     assert table.sha256 == reference.sha256 and not table.bad_examples()
-    assert isinstance(table.row(3), Conversation) and table.row(3).id == "row-3"
+    assert isinstance(table.conversation(3), Conversation) and table.conversation(3).id == "row-3"
 
 
 def test_bad_rows_are_listed_and_the_others_survive(tmp_path):
@@ -122,21 +122,21 @@ def test_bad_rows_are_listed_and_the_others_survive(tmp_path):
     assert len(table) == 6
     assert [row.id for row in table.bad_examples()] == ["41", "#2", "#3", "row-4"]
     assert table.column("fault")[0] is None and "leaves the image folder" in table.column("fault")[4]
-    assert [table.row(position).id for position in (0, 5)] == ["row-0", "row-5"]
+    assert [table.conversation(position).id for position in (0, 5)] == ["row-0", "row-5"]
 
 
 def test_a_broken_line_is_one_bad_row(tmp_path):
     lines = [json.dumps(entry(0)), '{"id": 1,,}', json.dumps(entry(2))]
     table = open_table(write(tmp_path, "\n".join(lines), "rows.jsonl"))
     (bad,) = table.bad_examples()
-    assert bad.id == "#1" and "line 2 is not valid JSON" in bad.reason and table.row(2).id == "row-2"
+    assert bad.id == "#1" and "line 2 is not valid JSON" in bad.reason and table.conversation(2).id == "row-2"
 
 
 def test_a_line_that_is_not_utf8_harms_no_other(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(entry(0)).encode() + b'\n{"id": "\xe9"}\n' + json.dumps(entry(2)).encode())
     table = open_table(path)
-    assert len(table.bad_examples()) == 1 and table.row(2).id == "row-2"
+    assert len(table.bad_examples()) == 1 and table.conversation(2).id == "row-2"
 
 
 def test_broken_json_names_file_line_and_column(tmp_path):
@@ -154,7 +154,7 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
 
 @pytest.mark.parametrize("content", ['"rows"', "3", "null", "", "  "])
 def test_json_without_rows_is_refused(tmp_path, content):
-    with pytest.raises(UserError, match="expected a JSON list of rows in UTF-8, or a row a line"):
+    with pytest.raises(UserError, match="expected a JSON list of examples in UTF-8, or one example a line"):
         open_table(write(tmp_path, content))
 
 
@@ -183,7 +183,7 @@ def test_a_table_that_a_kill_cut_short_is_made_anew(tmp_path):
     (made,) = (tmp_path / "vzip" / "tables").glob("*.arrow")
     made.write_bytes(made.read_bytes()[:100])
     made.with_suffix(".sha256").unlink()
-    assert open_table(path).row(1).id == "row-1"
+    assert open_table(path).conversation(1).id == "row-1"
 
 
 @pytest.mark.integration
@@ -194,7 +194,7 @@ def test_a_large_file_takes_little_memory(tmp_path):
     path.write_text("[" + ",\n".join([row] * 30_000) + "]")
     assert path.stat().st_size > 3e7
     code = (
-        "import resource, sys; from data.table import open_table; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "import resource, sys; from data.examples.table import open_table; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "print(len(open_table(sys.argv[1])), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
     )
     done = subprocess.run(

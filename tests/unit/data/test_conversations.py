@@ -97,7 +97,7 @@ def test_digest_depends_on_content_not_on_the_order_of_keys():
 @pytest.mark.integration
 def test_digest_is_the_same_in_another_process():
     row = {**good(), "id": "é \U0001f600"}
-    code = "import json, sys; from data.conversations import parse_row; print(parse_row(json.loads(sys.argv[1])).digest)"
+    code = "import json, sys; from data.conversations import parse_conversation; print(parse_conversation(json.loads(sys.argv[1])).digest)"
     command, env = [sys.executable, "-c", code, json.dumps(row)], os.environ | {"PYTHONHASHSEED": "7"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [parse_conversation(row).digest]

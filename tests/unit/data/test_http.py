@@ -1,21 +1,16 @@
 """What a web server can do wrong is survived, told, and over in time; what came is never asked for twice."""
 
-import json
-import os
-import shutil
-import signal
 import time
-from collections import namedtuple
 from contextlib import contextmanager
 from email.utils import formatdate
 
 import pytest
 
-from data.fetch.http import Client, NotFoundError, TransientError, fetch_file
+from data.fetch.http import Client, NotFoundError, TransientError
 from tests.helpers.server import Server, client
 from vzip import UserError
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.slow
 
 CONTENT = bytes(range(256)) * 40
 STALLED = {"stall": {"read_s": 1.0}}
@@ -167,114 +162,3 @@ def test_the_environments_proxy_is_used_but_for_hosts_without(tmp_path, monkeypa
         Client()
 
 
-def fetch(server, target, **settings):
-    fetch_file(f"{server.url}/a.bin", target, title="a.bin", client=client(**settings))
-    assert target.read_bytes() == (server.folder / "a.bin").read_bytes()
-    assert [path.name for path in target.parent.iterdir()] == [target.name]
-
-
-@pytest.mark.parametrize(
-    "faults", [[], ["drop"], ["truncate", "503"], ["stall", "drop"], ["302"], ["429", "truncate"]]
-)
-def test_a_file_is_fetched_and_goes_on_where_it_broke_off(tmp_path, faults):
-    with serving(tmp_path, faults) as server:
-        fetch(server, tmp_path / "mine" / "b.bin", **STALLED.get(faults[0] if faults else "", {}))
-        broken = [fault for fault in faults if fault in ("drop", "truncate", "stall")]
-        assert sum(server.sent.values()) < len(CONTENT) + 100  # nothing came twice
-        assert len(server.ranges) == 1 + len(broken) and (server.ranges[-1][0] > 0) == bool(broken)
-
-
-def test_a_later_command_asks_only_for_the_rest(tmp_path):
-    target = tmp_path / "mine" / "b.bin"
-    with serving(tmp_path, ["truncate", "503", "503"]) as server:
-        with pytest.raises(TransientError, match=r"5,120 bytes are kept in .*b\.bin\.part"):
-            fetch(server, target)
-        assert not target.exists()
-        fetch(server, target)
-        assert server.ranges == [(0, len(CONTENT) - 1), (5120, len(CONTENT) - 1)]
-
-
-@pytest.mark.parametrize(
-    ("fault", "changed", "num_requests"),
-    [
-        ("whole", CONTENT, 1),
-        (None, CONTENT[::-1] + b"more", 1),
-        ("stale", CONTENT[::-1] + b"more", 2),
-        ("stale", CONTENT[::-1], 2),
-    ],
-    ids=["no parts", "changed", "changed, and the server does not look", "changed, and as long as before"],
-)
-def test_it_starts_over_where_it_must(tmp_path, fault, changed, num_requests):
-    target = tmp_path / "mine" / "b.bin"
-    with serving(tmp_path, ["truncate", "404", fault]) as server:
-        with pytest.raises(NotFoundError, match="404"):
-            fetch(server, target)
-        (tmp_path / "a.bin").write_bytes(changed)
-        fetch(server, target)
-        assert server.requests["/a.bin"] == 2 + num_requests
-
-
-def test_a_part_that_is_longer_than_the_file_is_thrown_away(tmp_path):
-    target = tmp_path / "mine" / "b.bin"
-    with serving(tmp_path, ["truncate", "404"]) as server:
-        with pytest.raises(NotFoundError):
-            fetch(server, target)
-        with target.with_name("b.bin.part").open("ab") as part:
-            part.write(bytes(20_000))
-        fetch(server, target)
-
-
-@pytest.mark.parametrize("about", [b"", b"{", b"[1]", b'{"url": "http://elsewhere/"}', b"\xff\xfe"])
-def test_a_part_of_which_nothing_is_known_is_thrown_away(tmp_path, about):
-    target = tmp_path / "mine" / "b.bin"
-    target.parent.mkdir()
-    target.with_name("b.bin.part").write_bytes(b"x" * 77)
-    target.with_name("b.bin.part.json").write_bytes(about)
-    with serving(tmp_path) as server:
-        fetch(server, target)
-
-
-def test_all_that_is_left_to_do_is_to_rename(tmp_path):
-    target = tmp_path / "mine" / "b.bin"
-    with serving(tmp_path, ["truncate", "404"]) as server:
-        with pytest.raises(NotFoundError):
-            fetch(server, target)
-        target.with_name("b.bin.part").write_bytes(CONTENT)
-        fetch(server, target)
-        assert server.requests["/a.bin"] == 2
-
-
-def test_slow_progress_is_progress(tmp_path):
-    """Each attempt brings a megabyte or more before it breaks off: there may be more of them than `attempts`."""
-    with serving(tmp_path, ["truncate"] * 4, content=os.urandom(20 << 20)) as server:
-        fetch(server, tmp_path / "mine" / "b.bin", attempts=2)
-        assert server.requests["/a.bin"] == 5
-
-
-def test_a_disk_that_is_too_small_is_told_before(tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10_000, 9_000, 1_000))
-    with serving(tmp_path) as server:
-        with pytest.raises(UserError, match=r"needs 10,240 bytes .* 1,000 are free"):
-            fetch(server, tmp_path / "mine" / "b.bin")
-
-
-def test_a_command_that_is_killed_goes_on(tmp_path):
-    target, url = tmp_path / "mine" / "b.bin", ""
-    part = target.with_name("b.bin.part")
-    with serving(tmp_path, ["trickle"], trickle_s=0.002) as server:
-        url = f"{server.url}/a.bin"
-        if not (child := os.fork()):
-            fetch_file(url, target, title="a.bin", client=client())
-            os._exit(0)
-        deadline = time.monotonic() + 20
-        while not (part.exists() and part.stat().st_size > 300) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        have = part.stat().st_size  # each byte, and not only after some thousand
-        assert 300 < have < 3000 and json.loads(target.with_name("b.bin.part.json").read_text())[
-            "size"
-        ] == len(CONTENT)
-        fetch(server, target)
-        assert server.ranges[-1] == (have, len(CONTENT) - 1)

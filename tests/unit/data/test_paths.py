@@ -47,7 +47,7 @@ def test_what_a_killed_process_left_is_deleted_and_what_a_live_one_writes_is_not
     )
     killed = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, check=False)
     assert killed.returncode == -9 and len(list(tmp_path.iterdir())) == 1
-    alive = tmp_path / f"a[1].json.{os.getppid()}.tmp"
+    alive = tmp_path / f"a[1].json.{os.getppid()}-1.vzip-tmp"
     alive.write_text("not mine")
     write_json(path, 3)
     assert set(tmp_path.iterdir()) == {path, alive} and path.read_text() == "3"

@@ -1,0 +1,101 @@
+"""Fetch one file of any size: from the Hugging Face hub with the hub's own client, from other addresses by HTTP."""
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from data.fetch.http import Client, NotFoundError, TransientError
+from data.paths import atomic_write
+from data.progress import progress
+
+HUB = "https://huggingface.co"
+HUB_PATH = re.compile(r"/+(?:(datasets|spaces)/)?((?:[^/]+/)?[^/]+)/resolve/([^/]+)/(.+)")
+"""Path of a file on the hub: (type of the repository), its name, revision, file."""
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file in a repository of the Hugging Face hub, with the arguments of `hf_hub_download`."""
+
+    endpoint: str
+    repo_type: str
+    repo_id: str
+    revision: str
+    filename: str
+
+
+def parse_hub_address(url: str) -> HubFile | None:
+    """The file that an address of the hub names, at `$HF_ENDPOINT` or huggingface.co; None for other addresses."""
+    for endpoint in (constants.ENDPOINT, HUB):
+        if not url.startswith(f"{endpoint}/"):
+            continue
+
+        path = urlsplit(url.removeprefix(endpoint)).path
+        match = HUB_PATH.fullmatch(unquote(path))
+        if match:
+            kind, repo_id, revision, filename = match.groups()
+            repo_type = kind.removesuffix("s") if kind else "model"
+            return HubFile(endpoint, repo_type, repo_id, revision, filename)
+
+    return None
+
+
+def _download_from_hub(file: HubFile, target: Path) -> None:
+    """Download with the hub's client, which sends the user's token, and goes on where a connection broke off."""
+    # The client keeps records beside the file, so it gets a folder of its own. A killed command leaves this folder.
+    folder = target.with_name(f"{target.name}.download")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        path = hf_hub_download(
+            file.repo_id,
+            file.filename,
+            repo_type=file.repo_type,
+            revision=file.revision,
+            endpoint=file.endpoint,
+            local_dir=folder,
+        )
+        Path(path).replace(target)
+    except LocalEntryNotFoundError as error:
+        # "Not in the cache either" says little; the cause is why the hub gave no answer.
+        raise TransientError(_one_line(error.__cause__ or error)) from error
+    except Exception as error:
+        # The client raises errors of its own, of its HTTP library, and of its storage backend.
+        raise NotFoundError(_one_line(error)) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _one_line(error: BaseException) -> str:
+    words = str(error).split() or [type(error).__name__]
+    return " ".join(words)
+
+
+def fetch_file(url: str, target: Path, *, client: Client | None = None) -> None:
+    """Download a file of any size to `target`, whole or not at all, with a progress bar.
+
+    Args:
+        url: its address, on the Hugging Face hub (`.../resolve/REVISION/FILE`) or elsewhere.
+        target: where it is put.
+        client: for addresses elsewhere.
+
+    Raises:
+        NotFoundError: the file is missing, or may not be read.
+        TransientError: the server did not answer.
+        UserError: the disk is too small for the file.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    hub_file = parse_hub_address(url)
+    if hub_file is not None:
+        _download_from_hub(hub_file, target)
+        return
+
+    client = client or Client()
+    bar = progress(None, total=0, title=target.name, unit="B")
+    with atomic_write(target) as scratch, bar:
+        client.download(url, scratch, bar=bar)
