@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.paths import write_json
-from scripts.bench.prefill import GenerationCase, Prefill, measure_prefill
+from scripts.common.prefill import Prefill, TimingPlan, measure_prefill
 from scripts.common.held_out import with_pictures
 from scripts.common.timing import alternating, peak_memory, where
 from train.cli import count, exit_on_user_error, output
@@ -140,7 +140,7 @@ def measure_rows(
     questions: Sequence[PrefillQuestion],
     *,
     batch: int,
-    settings: GenerationCase,
+    settings: TimingPlan,
 ) -> dict[str, dict[str, Any]]:
     """The figures of each row: those of `scripts.bench.prefill.measure_lengths`, peak memory, and seconds for all questions."""
     cases = {name: row.prefill(questions[0], batch=batch) for name, row in rows.items()}
@@ -264,7 +264,7 @@ def main() -> None:
         rows[f"full of {Path(arguments.against).name}"] = EfficiencySetting(
             Comparison.open(arguments.against), "full", budget=None
         )
-    settings = GenerationCase(new_tokens=arguments.new_tokens, rounds=arguments.rounds, device=device)
+    settings = TimingPlan(new_tokens=arguments.new_tokens, rounds=arguments.rounds, device=device)
     figures = {
         "where": where(device),
         "source": arguments.source,

@@ -10,10 +10,8 @@ python -m scripts.bench.prefill --shape tiny --batch 1 8 --json prefill.json
 
 import argparse
 import pkgutil
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,14 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import vzip
 from data.paths import ROOT, write_json
-from scripts.common.timing import alternating, where
+from scripts.common.prefill import PARTS, Prefill, TimingPlan, measure_prefill
+from scripts.common.timing import where
 from train.cli import count, writable
 from train.hardware import best_device
-from vzip.cost import attention_flops, example_cost, linear_flops
 from vzip.families import Family
-from vzip.media import model_inputs, pixels_of
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
@@ -53,8 +49,6 @@ FRACTIONS = {
 }
 FRACTIONS |= {"num_attention_heads": 4, "num_key_value_heads": 4}
 """What the tiny models' shapes are divided by."""
-PARTS = ("language", "whole", "token")
-"""What is timed: prefill of the language model alone, prefill from the pixels on, and one generated token."""
 NUM_TEXT = 40
 """Prompt tokens beside the visual ones."""
 
@@ -103,107 +97,6 @@ def made_up_inputs(
     )
 
 
-class Prefill:
-    """A batch of rows of the same length in front of a model with a reducer.
-
-    Args:
-        family: the model's adapter.
-        reducer: it is attached while the model runs.
-        inputs: arguments of the model, with the placeholders that the reducer asks for.
-    """
-
-    def __init__(self, family: Family, reducer: Reducer, inputs: Mapping[str, Tensor]) -> None:
-        self.family, self.reducer, self.inputs = family, reducer, inputs
-        caught: dict[str, Any] = {}
-
-        def catch(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            caught.update(kwargs)
-
-        handle = family.language_model.register_forward_pre_hook(catch, with_kwargs=True)
-        self.whole()
-        handle.remove()
-        self.embeddings: Tensor = caught["inputs_embeds"]
-
-    @torch.no_grad()
-    def whole(self) -> Any:
-        """The model's output, with its cache: vision tower, reducer, projector, language model."""
-        with vzip.attach(self.family.model, reducer=self.reducer):
-            return self.family.model(**self.inputs, use_cache=True, logits_to_keep=1)
-
-    @torch.no_grad()
-    def language(self) -> Any:
-        """The same from the embeddings of all tokens: the language model alone."""
-        return self.family.model(inputs_embeds=self.embeddings, use_cache=True, logits_to_keep=1)
-
-    @torch.no_grad()
-    def decode(self, prefilled: Any, *, num_tokens: int) -> Tensor:
-        """int64[B, num_tokens] that follow greedily on the first one; `prefilled`, an output of the above, stays as it was."""
-        cache, ids = prefilled.past_key_values, [prefilled.logits[:, -1:].argmax(dim=-1)]
-        for _ in range(num_tokens):
-            output = self.family.model(input_ids=ids[-1], past_key_values=cache, use_cache=True)
-            ids.append(output.logits[:, -1:].argmax(dim=-1))
-        cache.crop(-num_tokens)
-        return torch.cat(ids[1:], dim=1)
-
-    def size(self, prefilled: Any) -> dict[str, int]:
-        """Tokens of a row, bytes of the batch's keys and values, and FLOPs of a row's prefill by the cost formula."""
-        family, num_tokens = self.family, self.inputs["input_ids"].shape[1]
-        num_visual = int((self.inputs["input_ids"][0] == family.placeholder_id("image")).sum())
-        counts = {"num_visual_tokens": num_visual, "num_text_tokens": num_tokens - num_visual}
-        num_tiles = pixels_of(model_inputs("image", self.inputs)).shape[:-3].numel() // len(
-            self.inputs["input_ids"]
-        )
-        cost = example_cost(family, self.reducer, num_tiles=num_tiles, **counts)
-        language = num_tokens * linear_flops(family.language_model) + linear_flops(
-            family.lm_head
-        )  # logits of the last one
-        language += attention_flops(family.language_model.config, num_tokens) // 2  # causal: half of it
-        layers = prefilled.past_key_values.layers
-        return counts | {
-            "kv_bytes": sum(
-                part.numel() * part.element_size() for layer in layers for part in (layer.keys, layer.values)
-            ),
-            "language_flops": language,
-            "whole_flops": language + cost.tower + cost.projector // 2,  # its backward pass is left out
-        }
-
-
-@dataclass(frozen=True)
-class GenerationCase:
-    """How a benchmark is run."""
-
-    new_tokens: int
-    rounds: int
-    device: torch.device
-
-
-def measure_prefill(cases: Mapping[str, Prefill], settings: GenerationCase) -> dict[str, dict[str, Any]]:
-    """Sizes of each case, and seconds of each of `PARTS` in each round, the cases in turns."""
-    prefilled = {name: case.language() for name, case in cases.items()}
-    works = {
-        "language": {name: case.language for name, case in cases.items()},
-        "whole": {name: case.whole for name, case in cases.items()},
-        "token": {
-            name: lambda name=name, case=case: case.decode(prefilled[name], num_tokens=settings.new_tokens)
-            for name, case in cases.items()
-        },
-    }
-    seconds = {
-        part: alternating(work, rounds=settings.rounds, device=settings.device)
-        for part, work in works.items()
-    }
-    for name in cases:
-        seconds["token"][name] = [total / settings.new_tokens for total in seconds["token"][name]]
-    return {
-        name: case.size(prefilled[name])
-        | {
-            part: {"seconds": seconds[part][name], "median_s": statistics.median(seconds[part][name])}
-            for part in PARTS
-        }
-        for name, case in cases.items()
-    }
-
-
 def make_cases(families: Mapping[str, Family], *, batch: int) -> dict[str, Prefill]:
     """The first model with all tokens, and the last one with each budget."""
     (first, full), *_, (last, reduced) = [*families.items(), *families.items()]
@@ -240,7 +133,7 @@ def print_prefill(title: str, found: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def run_series(
-    names: Sequence[str], *, tiny: bool, batches: Sequence[int], settings: GenerationCase
+    names: Sequence[str], *, tiny: bool, batches: Sequence[int], settings: TimingPlan
 ) -> list[dict[str, Any]]:
     """Figures of models in each batch size, printed as they come; the models are gone afterwards."""
     families = {name: build_shape(name, tiny=tiny, device=settings.device) for name in names}
@@ -271,7 +164,7 @@ def main() -> None:
     if arguments.shape != "tiny" and not torch.cuda.is_available():
         parser.error(f"--shape {arguments.shape} needs a GPU, and there is none; `--shape tiny` is for a CPU")
     device, tiny = best_device(), arguments.shape == "tiny"
-    settings = GenerationCase(new_tokens=arguments.new_tokens, rounds=arguments.rounds, device=device)
+    settings = TimingPlan(new_tokens=arguments.new_tokens, rounds=arguments.rounds, device=device)
     machine, series = where(device), []
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     for names in SHAPES[arguments.shape]:

@@ -1,4 +1,4 @@
-"""What scripts share: works timed in turns, peak memory, the machine that figures hold for, and their files."""
+"""Time computations in alternation, measure peak memory, and record the machine that the figures are from."""
 
 import ctypes
 import gc
@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from data.progress import progress
 from train.hardware import current_environment
 
-PEAKS = {
+# Dense FLOP/s in bf16 by NVIDIA's data sheets, by a part of the device's name. The first part that matches counts.
+DATA_SHEETS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
@@ -21,91 +23,10 @@ PEAKS = {
     "H200": 989e12,
     "A100": 312e12,
 }
-"""Dense bf16 FLOP/s of NVIDIA's data sheets, by a part of the device's name; the first that fits counts."""
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def alternating(
-    works: Mapping[str, Callable[[], Any]], *, rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each work in each round.
-
-    The works of a round run one after the other, so that a machine that slows down slows all of them, and each round starts
-    with another one. Each work runs once before the first round.
-    """
-    for work in works.values():
-        work()
-    names, seconds = list(works), {name: [] for name in works}
-    for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            synchronise(device)
-            start = time.perf_counter()
-            works[name]()
-            synchronise(device)
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def _resident(entry: str) -> int:
-    """Bytes of this process: "VmRSS", now, or "VmHWM", at most."""
-    found = re.search(rf"^{entry}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return 1024 * int(found[1])
-
-
-def peak_memory(work: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that `work` takes at most, above what was there before.
-
-    On a GPU those of torch's allocator; on the CPU of Linux those of the process, which also has what libraries take when they
-    first run: let the work run once before. None elsewhere.
-    """
-    gc.collect()  # what is garbage now would hide as much of the work's
-    if device.type == "cuda":
-        synchronise(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        synchronise(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    if sys.platform != "linux":
-        work()
-        return None
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # glibc keeps freed memory, which the work would take without a trace
-        trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
-    before = _resident("VmRSS")
-    work()
-    return _resident("VmHWM") - before
-
-
-def sheet_peak(name: str) -> float | None:
-    """Dense bf16 FLOP/s by the data sheet of the GPU with this name; None for one that is not in `PEAKS`."""
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """(FLOP/s, where the figure is from): in bf16 a known GPU's data sheet, else a measured matrix product."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        if (peak := sheet_peak(name)) is not None:
-            return peak, f"data sheet of {name}"
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
-    seconds = alternating({"product": lambda: a @ b}, rounds=5, device=device)["product"]
-    return 2 * size**3 / min(
-        seconds
-    ), f"best of 5 products of {size} x {size} matrices in {str(dtype).removeprefix('torch.')}"
 
 
 def where(device: torch.device) -> dict[str, Any]:
-    """What figures hold for: device, CPU cores, torch's threads, versions, commit, date."""
+    """The record of the environment for files of figures: device, CPU cores, torch's threads, versions, commit, date."""
     environment = current_environment(device)
     return {
         "device": environment.device,
@@ -116,3 +37,124 @@ def where(device: torch.device) -> dict[str, Any]:
         "commit": environment.short_commit,
         "date": environment.date,
     }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def alternating(
+    works: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    device: torch.device,
+    title: str | None = None,
+) -> dict[str, list[float]]:
+    """Time several computations in alternation. Return the seconds of each one in each round, by name.
+
+    In each round they run one after the other, so that a machine that slows down slows all of them. Each round starts with
+    another one. Before the first round, each one runs once without being timed.
+
+    Args:
+        works: the computations.
+        rounds: number of times that each one is timed.
+        device: the device that they run on.
+        title: title of a progress bar. None for no bar.
+    """
+    names = list(works)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    num_runs = len(names) * (1 + rounds)
+    with progress(None, total=num_runs, title=title or "", unit="run", shown=title is not None) as bar:
+        for work in works.values():
+            work()
+            bar.update()
+
+        for number in range(rounds):
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
+                synchronize(device)
+                start = time.perf_counter()
+                works[name]()
+                synchronize(device)
+                seconds[name].append(time.perf_counter() - start)
+                bar.update()
+
+    return seconds
+
+
+def peak_memory(work: Callable[[], Any], device: torch.device) -> int | None:
+    """Measure how many bytes a computation takes at its peak, above what was allocated before.
+
+    On a GPU this counts torch's allocator. On Linux without a GPU it counts the whole process, including what libraries
+    allocate when they first run, so run the computation once before. Returns None on other systems.
+    """
+    # Garbage that is freed during the computation would hide as much of its memory.
+    gc.collect()
+
+    if device.type == "cuda":
+        return _peak_of_allocator(work, device)
+    if sys.platform == "linux":
+        return _peak_of_process(work)
+
+    work()
+    return None
+
+
+def _peak_of_allocator(work: Callable[[], Any], device: torch.device) -> int:
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _peak_of_process(work: Callable[[], Any]) -> int:
+    # glibc keeps freed memory. The computation would reuse it, and the peak would not show that.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+    # Writing 5 resets the recorded peak to the current size.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _process_memory("VmRSS")
+    work()
+    return _process_memory("VmHWM") - before
+
+
+def _process_memory(entry: str) -> int:
+    """Bytes of resident memory of this process: now ("VmRSS"), or at the peak ("VmHWM")."""
+    status = Path("/proc/self/status").read_text()
+    match = re.search(rf"^{entry}:\s+(\d+) kB$", status, re.MULTILINE)
+    assert match is not None
+    return 1024 * int(match[1])
+
+
+def sheet_peak(name: str) -> float | None:
+    """Dense FLOP/s in bf16 by the data sheet of the GPU with this name; None for a GPU that is not in `DATA_SHEETS`."""
+    for part, peak in DATA_SHEETS.items():
+        if part in name:
+            return peak
+    return None
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Return the device's peak performance, and where the figure is from.
+
+    In bf16 on a known GPU it is from the data sheet. Otherwise it is the best of five measured matrix products.
+    """
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        peak = sheet_peak(name)
+        if peak is not None:
+            return peak, f"data sheet of {name}"
+
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
+    seconds = alternating({"product": lambda: a @ b}, rounds=5, device=device)["product"]
+
+    precision = str(dtype).removeprefix("torch.")
+    source = f"best of 5 products of {size} x {size} matrices in {precision}"
+    return 2 * size**3 / min(seconds), source

@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import vzip
 from scripts.bench import prefill as bench_prefill
 from scripts.bench import tower as bench_tower
 from scripts.bench.prefill import FRACTIONS, SHAPES, Prefill, build_shape, made_up_inputs
@@ -222,7 +223,7 @@ def test_what_is_timed_is_what_the_model_generates(kind, reducer):
     case = prefill_of(kind, reducer)
     whole, language = case.whole(), case.language()
     torch.testing.assert_close(whole.logits, language.logits)
-    with bench_prefill.vzip.attach(case.family.model, reducer=reducer):
+    with vzip.attach(case.family.model, reducer=reducer):
         settings = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0}
         settings["attention_mask"] = torch.ones_like(case.inputs["input_ids"])
         generated = case.family.model.generate(**case.inputs, **settings)
