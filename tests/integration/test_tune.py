@@ -296,7 +296,7 @@ def test_missing_held_out_pictures_are_refused_before_training(settings, runs, t
     held_out.write_text(held_out.read_text().replace("noise/test", "gone/test"))
     done = start(command([*settings, f"data.held_out={held_out}", "name=blind"]))
     assert (
-        done.returncode == 2 and "8 of 8 rows can't be used" in done.stderr and "Traceback" not in done.stderr
+        done.returncode == 2 and "8 of 8 examples can't be used" in done.stderr and "Traceback" not in done.stderr
     )
     assert not (runs / "blind" / "metrics.jsonl").exists()
 
