@@ -1,91 +1,110 @@
-"""What no run can have: settings are refused by name before any work."""
+"""Check the settings of a run before any work starts.
+
+The types and limits of single settings stand in train/settings.py. Here are the checks of names, which Hydra leaves out for
+settings that are added with a plus, and the rules about settings that do not go together.
+"""
 
 import difflib
-import math
-import re
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import Field, fields, is_dataclass
+from enum import Enum
+from types import UnionType
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
-from data.paths import ROOT
-from train.budgets import check_budgets
-from train.config import Batch, Config, Evaluate, Optim
+from train.config import budgets_of
+from train.settings import Config, GradientEngine, LoraSettings, ReducerSettings, check_not_renamed
 from vzip import UserError
-from vzip.errors import check_choice, check_count
+from vzip.errors import check_choice
 
-POSITIVE = (
-    "batch.size",
-    "batch.micro",
-    "batch.tokens",
-    "memory_gb",
-    "save_every",
-    "optim.epochs",
-    "optim.lr",
-    "optim.max_steps",
-    "evaluate.batch",
-    "evaluate.max_new_tokens",
-    "model.num_frames",
-)
-NOT_NEGATIVE = ("optim.weight_decay", "optim.max_grad_norm", "evaluate.questions")
-WHOLE = {"data.max_tokens": 1, "data.num_workers": 0}
-"""The least of each. Groups have no schema, so that their types are looked at too."""
-SWITCHES = ("data.cache", "data.text_rows", "data.replace_unreachable", "tune.projector")
-GROUPS = {"optim": Optim, "batch": Batch, "evaluate": Evaluate}
-CHOICES = {
-    "engine": ("fast", "reference"),
-    "weights": ("pretrained", "random"),
-    "model.dtype": (
-        "float32",
-        "bfloat16",
-        "float64",
-    ),  # float16's gradients, of a loss in the mean over a step, fade
-}
+OPEN_GROUPS = {"reducer": ReducerSettings}
+"""Groups whose members have settings of their own, with the settings that are common to them."""
+TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-def _check_names(cfg: DictConfig) -> None:
-    """Hydra adds whatever stands behind a plus, as its own advice about a mistyped setting has it."""
-    known = {f"{group}.": [field.name for field in fields(of)] for group, of in GROUPS.items()}
-    known |= {
-        "": [field.name for field in fields(Config)],
-        "data.": list(OmegaConf.load(ROOT / "configs/data/own.yaml")),
-    }
-    names = {name: prefix + name for prefix, group in known.items() for name in group}
-    for prefix, group in known.items():
-        for key in cfg[prefix[:-1]] if prefix else cfg:
-            if key not in group:
-                near = [
-                    f"; did you mean {names[name]}?" for name in difflib.get_close_matches(str(key), names, 1)
-                ]
-                raise UserError(f"{prefix}{key} is no setting{''.join(near)}")
+def check(cfg: DictConfig) -> None:
+    """Check all settings. Raises UserError for the first one that is wrong."""
+    _check_group("", cfg, Config)
+    for group, schema in OPEN_GROUPS.items():
+        _check_group(f"{group}.", cfg[group], schema, is_open=True)
+    _check_tune(cfg)
+    _check_deepspeed(cfg)
+    _check_budgets(cfg)
 
 
-def _check_name(cfg: DictConfig) -> None:
-    if cfg.name is not None and not re.fullmatch(r"[\w-][\w.-]*", cfg.name):
-        raise UserError(
-            f"name={cfg.name} must be the name of a folder below runs={cfg.runs}: letters, digits, '-', '_' and '.'"
-        )
+def setting_names(schema: Any = Config, prefix: str = "") -> Iterator[str]:
+    """The full names of all settings, such as "optim.lr". Open groups count as one setting each."""
+    for field in fields(schema):
+        if is_dataclass(field.type):
+            yield from setting_names(field.type, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
 
 
-def _check_optim(cfg: DictConfig) -> None:
-    if not 0 <= cfg.optim.warmup < 1:
-        raise UserError(
-            f"optim.warmup={cfg.optim.warmup} must lie in [0, 1): the share of steps that warm up"
-        )
-    if len(cfg.optim.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optim.betas):
-        raise UserError(f"optim.betas={cfg.optim.betas} must be two numbers in [0, 1), e.g. [0.9,0.999]")
+def _unknown(name: str) -> UserError:
+    """The error about a name that is no setting, with the most similar name."""
+    names = list(setting_names())
+    by_last_part = {known.rsplit(".", 1)[-1]: known for known in names}
+    similar = difflib.get_close_matches(name, names, 1)
+    if not similar:  # the group may be missing, as in "lr"
+        last_parts = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last_part, 1)
+        similar = [by_last_part[part] for part in last_parts]
+    hint = f"; did you mean {similar[0]}?" if similar else ""
+    return UserError(f"{name} is no setting{hint}")
 
 
-def _check_data(cfg: DictConfig) -> None:
-    fraction, sources = cfg.data.fraction, cfg.data.sources
-    if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-        raise UserError(f"data.fraction={fraction} must be a number in (0, 1]; 0.1 is a tenth")
-    if sources is not None and (not OmegaConf.is_list(sources) or not sources):
-        raise UserError(
-            f"data.sources={sources} must be a list of sources, e.g. [coco, gqa], or null for all"
-        )
+def _check_group(prefix: str, group: DictConfig, schema: Any, *, is_open: bool = False) -> None:
+    """Check the names and values of a group, and of the groups in it.
+
+    Args:
+        prefix: what stands in front of a setting's name, such as "optim.".
+        group: the settings.
+        schema: the dataclass that lists them.
+        is_open: whether settings that are not listed are allowed.
+    """
+    known = {field.name: field for field in fields(schema)}
+    for key in group:
+        name = f"{prefix}{key}"
+        check_not_renamed(name)
+        if key not in known and not is_open:
+            raise _unknown(name)
+
+    for key, field in known.items():
+        if key not in group:
+            continue
+        if is_dataclass(field.type):
+            _check_group(f"{prefix}{key}.", group[key], field.type)
+        else:
+            _check_value(f"{prefix}{key}", group[key], field)
+
+
+def _check_value(name: str, value: Any, field: Field[Any]) -> None:
+    """Check the type and the limits of one setting."""
+    kinds = get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
+    if value is None:
+        return  # the schema refuses null where it is not allowed
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            check_choice(name, str(value), [member.value for member in kind])
+        elif kind in TYPES and not _is_a(value, kind):
+            raise UserError(f"{name}={value} must be {TYPES[kind]}")
+        break  # the second kind of a union is null
+
+    check = field.metadata.get("check")
+    if check is not None:
+        check(name, value)
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    """Whether a value has a type. A whole number is a number too, but true is no number."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
 
 
 def _check_tune(cfg: DictConfig) -> None:
+    """Check that something is tuned, and the settings of LoRA."""
     lora = cfg.tune.lora
     if lora is None:
         if not cfg.tune.projector:
@@ -97,39 +116,38 @@ def _check_tune(cfg: DictConfig) -> None:
         raise UserError(
             f"tune.lora={lora} must be null or a mapping; use tune=projector_lora or tune=language_lora"
         )
-    check_choice("tune.lora.target", lora.target, ("projector", "language_model"))
-    check_count("tune.lora.r", lora.r, 1)
+    _check_group("tune.lora.", lora, LoraSettings)
 
 
-def _check_quantize(cfg: DictConfig) -> None:
-    if cfg.quantize not in (None, "nf4", "int8"):
-        raise UserError(f"quantize={cfg.quantize} must be one of: nf4, int8; or null, for exact gradients")
-    if cfg.quantize and cfg.deepspeed.zero_optimization.stage == 3:
+def _check_deepspeed(cfg: DictConfig) -> None:
+    """Check the ZeRO stage. DeepSpeed checks its other settings itself."""
+    stage = OmegaConf.select(cfg, "deepspeed.zero_optimization.stage")
+    check_choice("deepspeed.zero_optimization.stage", stage, (0, 1, 2, 3))
+    if cfg.quantize and stage == 3:
         raise UserError(
             f"quantize={cfg.quantize} does not go with ZeRO 3, which can't share quantised weights: deepspeed=zero0"
         )
 
 
-def _check_numbers(cfg: DictConfig) -> None:
-    for name in POSITIVE:
-        value = OmegaConf.select(cfg, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{name}={value} must be positive")
-    for name in NOT_NEGATIVE:
-        if not 0 <= (value := OmegaConf.select(cfg, name)) < math.inf:
-            raise UserError(f"{name}={value} must be at least 0")
-    for name, least in WHOLE.items():
-        check_count(name, OmegaConf.select(cfg, name), least)
+def _check_budgets(cfg: DictConfig) -> None:
+    """Check a list of budgets, and that nothing is set beside it that only a single budget can have."""
+    budgets = budgets_of(cfg)
+    if not OmegaConf.is_list(cfg.reducer.get("budget")):
+        return
 
+    conflicts = {}
+    if cfg.engine == GradientEngine.reference:
+        conflicts["engine=reference"] = "a budget is drawn for each packed micro batch: set engine=fast"
+    if cfg.data.cache:
+        conflicts["data.cache=true"] = "a cache is of one reducer: set data.cache=false"
+    if cfg.control:
+        conflicts["control=true"] = "a control has one budget: leave control out"
+    for name in ("dominant", "contextual"):
+        value = cfg.reducer.get(name)
+        if value is not None:
+            conflicts[f"reducer.{name}={value}"] = "each budget is split at the paper's ratio: leave it out"
 
-def check(cfg: DictConfig) -> None:
-    """Raises UserError for values that no run can have."""
-    _check_names(cfg)
-    _check_numbers(cfg)
-    for name in SWITCHES:
-        if not isinstance(value := OmegaConf.select(cfg, name), bool):
-            raise UserError(f"{name}={value} must be true or false")
-    for name, allowed in CHOICES.items():
-        check_choice(name, OmegaConf.select(cfg, name), allowed)
-    for part in (_check_name, _check_optim, _check_data, _check_tune, _check_quantize, check_budgets):
-        part(cfg)
+    for setting, reason in conflicts.items():
+        raise UserError(
+            f"reducer.budget={budgets} does not go with {setting}, because {reason}; or give a single budget"
+        )

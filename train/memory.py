@@ -1,43 +1,56 @@
-"""How many packed tokens a micro batch may hold, from the memory at hand.
+"""How many packed tokens a micro batch may hold, estimated from the memory of the card.
 
-Total memory is asked for, not what is free now, so that a resumed run cuts its batches as before.
+The estimate starts from the total memory, not from what is free now, so that a resumed run cuts its batches as before.
 """
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import deepspeed
 import torch
 from omegaconf import DictConfig
 
-from train.budgets import budgets_of
-from train.config import build_reducers
-from train.ranks import all_gather_list, print_rank0
+from train.config import budgets_of, build_reducers
+from train.ranks import all_gather_list, get_world_size, print_rank0
 from vzip import UserError
 from vzip.cost import blocked_memory, generation_memory, head_width, packed_memory, weight_memory
 from vzip.families import Family
 from vzip.fast.attention import has_flash
 
-LEAST, MOST, MULTIPLE = 2048, 16_384, 256
-"""Tokens of a micro batch: matrix products get slower below the first, and no faster above the second."""
-SPARE, CONTEXT = 0.04, 600_000_000
-"""Share of the memory that is lost between tensors; bytes that CUDA and its libraries take."""
-DEEPSPEED_BUCKET, DEEPSPEED_LIVE = 500_000_000, 1_000_000_000
-"""DeepSpeed's defaults: numbers of the buffer that gradients are sent from, and gathered parameters under ZeRO 3."""
+# Tokens of a micro batch below which matrix products get slower.
+MIN_TOKENS = 2048
+
+# Tokens of a micro batch above which matrix products get no faster.
+MAX_TOKENS = 16_384
+
+# Micro batches are planned in multiples of so many tokens.
+MULTIPLE = 256
+
+# Share of the memory that is lost between tensors.
+LOST_SHARE = 0.04
+
+# Bytes that CUDA and its libraries take.
+CUDA_CONTEXT = 600_000_000
+
+# DeepSpeed's default size of the buffer that gradients are sent from, in numbers.
+DEEPSPEED_BUCKET = 500_000_000
+
+# DeepSpeed's default limit of gathered parameters under ZeRO 3.
+DEEPSPEED_LIVE = 1_000_000_000
+
 CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What one forward of one rank holds.
+    """The size of micro batches.
 
     Attributes:
-        tokens: at most so many packed tokens.
-        recompute: whether the MLPs' activations are computed again in the backward pass.
+        tokens: the most packed tokens of one forward on one rank.
+        recompute: whether the backward pass computes the activations of the MLPs again.
     """
 
     tokens: int
@@ -46,11 +59,11 @@ class Packing:
 
 @dataclass(frozen=True)
 class LongestExamples:
-    """Of the rows, in packed tokens.
+    """Lengths of the examples, in packed tokens.
 
     Attributes:
-        longest: of the longest row, which is never cut.
-        prefix: of what all rows begin with, which is not counted in `longest`.
+        longest: tokens of the longest example, which is never cut, without the shared prefix.
+        prefix: tokens of the prefix that all examples share.
     """
 
     longest: int
@@ -59,87 +72,136 @@ class LongestExamples:
 
 @dataclass(frozen=True)
 class Card:
-    """Where one rank works: its bytes in all, and how they are called in a message."""
+    """The memory that one rank has: of a GPU, or its share of the machine's.
+
+    Attributes:
+        memory: bytes in total.
+        name: how messages call it.
+    """
 
     memory: int
     name: str
 
-
-def _cgroup_limits() -> Iterator[int]:
-    """Bytes that this process' group, and those around it, are limited to."""
-    found = Path("/proc/self/cgroup")
-    lines = found.read_text().splitlines() if found.is_file() else []
-    own = CGROUPS / next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-    for folder in (own, *(parent for parent in own.parents if parent.is_relative_to(CGROUPS))):
-        limit = folder / "memory.max"
-        if limit.is_file() and (value := limit.read_text().strip()) != "max":
-            yield int(value)
+    @property
+    def usable(self) -> int:
+        """Bytes that tensors can fill."""
+        return int(self.memory * (1 - LOST_SHARE))
 
 
 def card_of(cfg: DictConfig) -> Card:
-    """The card of this rank: `memory_gb` if it is given, else the GPU, else a share of half of this machine's memory."""
+    """The card of this rank: `memory_gb` if it is set, else the GPU, else a share of half of the machine's memory."""
     if cfg.memory_gb is not None:
         return Card(int(cfg.memory_gb * 1e9), f"memory_gb={cfg.memory_gb:g}")
+
     if torch.cuda.is_available():
-        device = torch.cuda.get_device_properties(torch.cuda.current_device())
-        return Card(
-            device.total_memory, f"the {device.total_memory / 1e9:.1f} GB of {device.name} (memory_gb=null)"
-        )
-    machine = min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_cgroup_limits()])
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+        name = f"the {gpu.total_memory / 1e9:.1f} GB of {gpu.name} (memory_gb=null)"
+        return Card(gpu.total_memory, name)
+
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     num_ranks = int(os.environ.get("LOCAL_SIZE", "1"))
-    share = machine // 2 // num_ranks
-    return Card(
-        share,
-        f"the {share / 1e9:.1f} GB that each rank has of half of this machine's memory (memory_gb=null)",
-    )
+    share = min([machine, *_cgroup_limits()]) // 2 // num_ranks
+    name = f"the {share / 1e9:.1f} GB that each rank has of half of this machine's memory (memory_gb=null)"
+    return Card(share, name)
+
+
+def _cgroup_limits() -> Iterator[int]:
+    """The memory limits in bytes of this process' control group and of the groups around it, as containers set them."""
+    own_group = ""
+    listing = Path("/proc/self/cgroup")
+    if listing.is_file():
+        for line in listing.read_text().splitlines():
+            if line.startswith("0::/"):
+                own_group = line.removeprefix("0::/")
+
+    folder = CGROUPS / own_group
+    while folder.is_relative_to(CGROUPS):
+        limit = folder / "memory.max"
+        if limit.is_file():
+            value = limit.read_text().strip()
+            if value != "max":
+                yield int(value)
+        folder = folder.parent
+
+
+def smallest_card(cfg: DictConfig) -> Card:
+    """The card of the rank that has the least memory. Called by all ranks."""
+    return min(all_gather_list([card_of(cfg)]), key=lambda card: card.memory)
 
 
 def resident_memory(cfg: DictConfig, family: Family, *, num_trainable: int, world_size: int) -> int:
-    """Bytes that one rank holds at all times: weights, gradients and moments of what is tuned, DeepSpeed's and CUDA's own."""
+    """Bytes that one rank holds at all times: weights, gradients, AdamW's moments, and DeepSpeed's and CUDA's own.
+
+    Args:
+        cfg: the run's settings.
+        family: around the model.
+        num_trainable: trainable parameters.
+        world_size: ranks, which share the weights under ZeRO 3.
+    """
     zero = cfg.deepspeed.zero_optimization
     weights = weight_memory(family, quantize=cfg.quantize)
-    tuned = 12 * num_trainable  # float32 gradients and two moments; the weights are among `weights`
-    if zero.stage > 0:  # a copy of the weights, and a buffer that is made whole whatever the gradients need
-        tuned += 4 * num_trainable + 4 * int(zero.get("reduce_bucket_size", DEEPSPEED_BUCKET))
+
+    # Gradients and two moments in float32. The trainable parameters themselves are among the weights.
+    training = 12 * num_trainable
+
+    # ZeRO keeps a copy of the trainable parameters, and a buffer whose size does not depend on the gradients.
+    if zero.stage > 0:
+        bucket = int(zero.get("reduce_bucket_size", DEEPSPEED_BUCKET))
+        training += 4 * num_trainable + 4 * bucket
+
+    # ZeRO 3 shares the weights over the ranks, or moves them to the host, and gathers some of them at a time.
     if zero.stage == 3:
-        gathered = min(weights, 2 * int(zero.get("stage3_max_live_parameters", DEEPSPEED_LIVE)))
-        weights = gathered + (0 if "offload_param" in zero else weights // world_size)
-    return weights + tuned + CONTEXT
+        own_share = 0 if "offload_param" in zero else weights // world_size
+        most_gathered = 2 * int(zero.get("stage3_max_live_parameters", DEEPSPEED_LIVE))
+        weights = own_share + min(weights, most_gathered)
+
+    return weights + training + CUDA_CONTEXT
 
 
 def flash_runs(cfg: DictConfig, family: Family) -> bool:
-    """Whether FlashAttention runs; a card that is planned for where there is no GPU (`memory_gb`) is taken for one with it."""
+    """Whether FlashAttention runs.
+
+    Without a GPU, `memory_gb` plans for a card elsewhere, and is taken to mean one that has it.
+    """
     if not torch.cuda.is_available():
         return cfg.memory_gb is not None
+
     width = head_width(family.model.config.get_text_config())
     return has_flash(torch.device("cuda"), getattr(torch, cfg.model.dtype), width)
 
 
 def micro_batch_memory(cfg: DictConfig, family: Family, packing: Packing, lengths: LongestExamples) -> int:
-    """Bytes that a micro batch takes beside them: of several budgets the smallest, which has the most pictures."""
+    """Bytes that a packed micro batch takes beside `resident_memory`.
+
+    With several budgets it is that of the smallest one, whose micro batches hold the most pictures.
+    """
     reducer = min(build_reducers(cfg), key=family.num_tile_tokens)
-    size = {"num_tokens": packing.tokens, "num_prefix": lengths.prefix}
-    memory = packed_memory(family, reducer, **size, recompute=packing.recompute, quantize=cfg.quantize)
+    memory = packed_memory(
+        family,
+        reducer,
+        num_tokens=packing.tokens,
+        num_prefix=lengths.prefix,
+        recompute=packing.recompute,
+        quantize=cfg.quantize,
+    )
     if flash_runs(cfg, family):
         return memory
+
     text = family.model.config.get_text_config()
     return memory + blocked_memory(text, longest=lengths.longest, num_prefix=lengths.prefix)
 
 
-def _too_small(card: Card, what: str, needed: int) -> UserError:
-    return UserError(
-        f"{what} need {needed / (1 - SPARE) / 1e9:.1f} GB, more than {card.name}; use a larger card (hardware=80gb says what "
-        f"it would hold), deepspeed=zero3 on several cards, deepspeed=zero3_offload, quantize=nf4 (quantize gradients), or "
-        f"shorter rows (data.max_tokens)"
-    )
+def largest_fitting(room: int, memory_of: Callable[[int], int], *, smallest: int = MULTIPLE) -> int:
+    """The largest size of a micro batch that fits, in tokens; 0 if none does.
 
-
-def _check_room(tokens: int, longest: int) -> None:
-    if tokens < longest:
-        raise UserError(
-            f"batch.tokens={tokens} is less than the {longest} tokens of the longest row; set at least as many, or cut "
-            f"rows with data.max_tokens"
-        )
+    Args:
+        room: bytes for the micro batch.
+        memory_of: bytes that a micro batch of so many tokens takes.
+        smallest: the least tokens to try. Larger sizes are multiples of 256 more, up to 16,384 tokens.
+    """
+    sizes = range(smallest, max(MAX_TOKENS, smallest) + 1, MULTIPLE)
+    num_fitting = bisect_right(sizes, room, key=memory_of)
+    return sizes[num_fitting - 1] if num_fitting else 0
 
 
 def fit_packing(
@@ -151,63 +213,93 @@ def fit_packing(
     lengths: LongestExamples,
     world_size: int,
 ) -> Packing:
-    """The largest micro batch that the card holds beside what is there at all times, and no larger than is of use.
+    """The largest micro batch that a card holds, but none that is larger than useful.
 
-    Raises UserError as `choose_packing` does.
+    Raises:
+        UserError: as `choose_packing` does.
     """
     resident = resident_memory(cfg, family, num_trainable=num_trainable, world_size=world_size)
-    room = int(card.memory * (1 - SPARE)) - resident
+    room = card.usable - resident
     if room <= 0:
-        raise _too_small(card, "weights, gradients and AdamW's moments", resident)
+        raise _card_too_small(card, "weights, gradients and AdamW's moments", resident)
 
-    def micro_batch(tokens: int, recompute: bool) -> int:
+    def memory_of(tokens: int, *, recompute: bool) -> int:
         return micro_batch_memory(cfg, family, Packing(tokens, recompute), lengths)
 
-    given, recompute = cfg.batch.tokens, cfg.batch.recompute
-    if given is not None:
-        _check_room(given, lengths.longest)
-        return Packing(given, recompute=micro_batch(given, False) > room if recompute is None else recompute)
-    least = max(1, -(-lengths.longest // MULTIPLE)) * MULTIPLE
-    sizes = range(least, max(MOST, least) + 1, MULTIPLE)
-    found = []
-    for way in (False, True) if recompute is None else (recompute,):
-        num_fitting = bisect_right(sizes, room, key=partial(micro_batch, recompute=way))
-        found.append(Packing(sizes[num_fitting - 1] if num_fitting else 0, recompute=way))
-    packing = found[0] if found[0].tokens >= LEAST else found[-1]
-    if (
-        len(budgets_of(cfg)) > 1
-    ):  # a budget is drawn for each micro batch: many, and the same ones on another machine
-        packing = replace(packing, tokens=min(packing.tokens, max(LEAST, least)))
+    tokens = cfg.batch.tokens
+    recompute = cfg.batch.recompute
+    if tokens is not None:
+        _check_longest_example(tokens, lengths.longest)
+        if recompute is None:
+            recompute = memory_of(tokens, recompute=False) > room
+        return Packing(tokens, recompute)
+
+    # An example is never cut: the micro batch must hold the longest one.
+    smallest = max(1, -(-lengths.longest // MULTIPLE)) * MULTIPLE
+
+    # Recompute only if the micro batch would be too small otherwise.
+    packing = Packing(0, recompute=False)
+    for choice in [False, True] if recompute is None else [recompute]:
+        if packing.tokens < MIN_TOKENS:
+            fitting = largest_fitting(room, partial(memory_of, recompute=choice), smallest=smallest)
+            packing = Packing(fitting, recompute=choice)
+
     if not packing.tokens:
-        needed = resident + micro_batch(least, packing.recompute)
-        raise _too_small(card, f"weights, moments and a row of {lengths.longest} tokens", needed)
+        needed = resident + memory_of(smallest, recompute=packing.recompute)
+        raise _card_too_small(card, f"weights, moments and an example of {lengths.longest} tokens", needed)
+
+    # Each micro batch draws one of several budgets: cut many of them, and the same ones on every machine.
+    if len(budgets_of(cfg)) > 1:
+        packing = replace(packing, tokens=min(packing.tokens, max(MIN_TOKENS, smallest)))
     return packing
+
+
+def _card_too_small(card: Card, what: str, needed: int) -> UserError:
+    return UserError(
+        f"{what} need {needed / (1 - LOST_SHARE) / 1e9:.1f} GB, more than {card.name}; use a larger card (hardware=80gb shows "
+        f"what it would hold), deepspeed=zero3 on several cards, deepspeed=zero3_offload, quantize=nf4 (gradients are no "
+        f"longer exact), or shorter examples (data.max_tokens)"
+    )
+
+
+def _check_longest_example(tokens: int, longest: int) -> None:
+    if tokens < longest:
+        raise UserError(
+            f"batch.tokens={tokens} is less than the {longest} tokens of the longest example; set at least as many, or cut "
+            f"examples with data.max_tokens"
+        )
 
 
 def choose_packing(
     cfg: DictConfig, family: Family, *, num_trainable: int, lengths: LongestExamples
 ) -> Packing:
-    """The packed tokens of a micro batch: `batch.tokens` and `batch.recompute`, or what the smallest rank's memory holds.
+    """The size of micro batches: `batch.tokens` and `batch.recompute`, or the largest that every rank's memory holds.
 
-    The MLPs are computed again only where without it fewer than 2,048 tokens, or not the longest row, would fit. Called by all
-    ranks.
+    MLPs are recomputed only when memory is short: when fewer than 2,048 tokens, or the longest example, would not fit.
+    Called by all ranks.
 
     Args:
         cfg: the run's settings.
-        family: around the model, with its tuned parameters opened.
-        num_trainable: tuned parameters.
-        lengths: of the rows.
+        family: around the model, with its trainable parameters in float32.
+        num_trainable: trainable parameters.
+        lengths: lengths of the examples.
 
     Raises:
-        UserError: the weights, or the longest row beside them, don't fit; `batch.tokens` is less than the longest row.
+        UserError: the weights, or the longest example beside them, do not fit; or `batch.tokens` is less than the longest
+            example.
     """
-    card = min(all_gather_list([card_of(cfg)]), key=lambda card: card.memory)
-    size = {"num_trainable": num_trainable, "world_size": deepspeed.comm.get_world_size()}
-    packing = fit_packing(cfg, family, card, lengths=lengths, **size)
-    needed = resident_memory(cfg, family, **size) + micro_batch_memory(cfg, family, packing, lengths)
+    card = smallest_card(cfg)
+    world_size = get_world_size()
+    packing = fit_packing(
+        cfg, family, card, num_trainable=num_trainable, lengths=lengths, world_size=world_size
+    )
+
+    # A setting of the user is taken as it is, with a warning if it seems too large.
+    needed = resident_memory(cfg, family, num_trainable=num_trainable, world_size=world_size)
+    needed += micro_batch_memory(cfg, family, packing, lengths)
     if needed > card.memory:
         print_rank0(
-            f"batch.tokens={packing.tokens} is reckoned to need {needed / 1e9:.1f} GB, more than {card.name}"
+            f"batch.tokens={packing.tokens} is estimated to need {needed / 1e9:.1f} GB, more than {card.name}"
         )
     return packing
 
@@ -215,7 +307,7 @@ def choose_packing(
 def fitting_questions(
     cfg: DictConfig, family: Family, *, longest: int, num_trainable: int, world_size: int
 ) -> int:
-    """The questions of one generate call: `evaluate.batch`, or as many as the smallest rank's memory holds.
+    """The questions of one `generate` call: `evaluate.batch`, or fewer if the smallest card does not hold as many.
 
     Called by all ranks.
 
@@ -223,15 +315,16 @@ def fitting_questions(
         cfg: the run's settings.
         family: around the model.
         longest: tokens of the longest question, with its answer.
-        num_trainable: tuned parameters.
+        num_trainable: trainable parameters.
         world_size: ranks.
     """
-    card = min(all_gather_list([card_of(cfg)]), key=lambda card: card.memory)
+    card = smallest_card(cfg)
     resident = resident_memory(cfg, family, num_trainable=num_trainable, world_size=world_size)
-    room = int(card.memory * (1 - SPARE)) - resident
-    fitting = max(1, room // generation_memory(family, num_tokens=longest))
-    if fitting < cfg.evaluate.batch:
+    room = card.usable - resident
+
+    num_fitting = max(1, room // generation_memory(family, num_tokens=longest))
+    if num_fitting < cfg.evaluate.batch:
         print_rank0(
-            f"{fitting} questions of up to {longest} tokens at once, and not evaluate.batch={cfg.evaluate.batch}: {card.name}"
+            f"{num_fitting} questions of up to {longest} tokens at once, not evaluate.batch={cfg.evaluate.batch}: {card.name}"
         )
-    return int(min(fitting, cfg.evaluate.batch))
+    return int(min(num_fitting, cfg.evaluate.batch))

@@ -23,16 +23,17 @@ import vzip
 from scripts import push
 from scripts.export import main as command
 from tests.helpers import tiny
+from tests.helpers.configs import composed
 from tests.helpers.runs import attached, edit_meta, family_class, logits, save_run, tune
-from tests.unit.test_train_parts import settings_of
 from train.trainable import make_trainable
 from vzip import Comparison, UserError
 from vzip.checkpoints.original.llava import _check_config, _llava_config
+from vzip.checkpoints.original.llava_config import llava_config
 from vzip.checkpoints.original.renaming import read_projector
 from vzip.families import families
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
-from vzip.runs.export import _original_config, llava_config, write_hf, write_llava, write_peft
+from vzip.runs.export import _original_config, write_hf, write_llava, write_peft
 from vzip.runs.projector import ADAPTER, WEIGHTS, fingerprint, projector_meta, save_checkpoint
 
 IN_TRANSFORMERS = [kind for kind in tiny.KINDS if kind != "mini-gemini"]
@@ -312,7 +313,7 @@ def test_llavas_projector_is_the_runs_bit_for_bit(exported, tmp_path):
 def test_llavas_config_describes_the_same_model(tiny_folder):
     """As our own reader of that layout understands it; the vocabulary ends where `<image>` was added."""
     family = attached(tiny_folder).family
-    written = json.loads(json.dumps(llava_config(family, tiny.processor(), "some/clip")))
+    written = json.loads(json.dumps(llava_config(family.model.config, tiny.processor(), "some/clip")))
     _check_config("here", written)
     config = family.model.config
     read = _llava_config(written, config.vision_config)
@@ -340,7 +341,7 @@ def test_llavas_config_describes_the_same_model(tiny_folder):
 
 def test_the_real_llava_gets_a_config_and_other_towers_do_not(tmp_path, tiny_folder):
     """LLaVA's code finds its tower by name, which the layout of transformers does not hold."""
-    config = LlavaConfig(**OmegaConf.to_container(settings_of("model=llava-7b").model.architecture))
+    config = LlavaConfig(**OmegaConf.to_container(composed("model=llava-7b").model.architecture))
     config.save_pretrained(tmp_path)
     written = _original_config(
         families()["llava"](SimpleNamespace(config=config)), tiny.processor(), str(tmp_path)
@@ -439,7 +440,7 @@ def test_base_and_export_may_be_on_the_hub(hub_cache, tmp_path):
 
 @pytest.mark.parametrize("to", command.FORMATS)
 def test_the_command_writes_an_export_with_its_card(to, run):
-    settings = settings_of("model=llava-7b", "optim.lr=0.002", "data.path=a/train.json")
+    settings = composed("model=llava-7b", "optim.lr=0.002", "data.path=a/train.json")
     (run / "config.yaml").write_text(OmegaConf.to_yaml(settings, resolve=True))
     rows = [
         {"name": "full", "num_visual_tokens": 16, "num_questions": 8, "metrics": {"open": 0.5, "all": 0.25}}

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 from scripts.bench.paths import kept_bytes
-from tests.contract.test_configs import composed, counted
 from tests.helpers import tiny
+from tests.helpers.configs import composed, counted
 from train import memory
 from train.checks import check
 from train.config import build_reducer

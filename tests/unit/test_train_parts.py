@@ -1,19 +1,12 @@
 """The parts around the training loop: schedule, settings, names, reducers, the plan, the loss, grades, records."""
 
-import errno
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from functools import cache
 from itertools import pairwise
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -23,35 +16,23 @@ from data.batches.collate import Collator, Packer
 from data.batches.dataset import BatchPlan, MicroBatches, PaddedBatcher, has_media
 from data.batches.packing import shared_prefix
 from data.examples.tokens import Example, Examples
-from tests.conftest import ROOT
 from tests.helpers import tiny
+from tests.helpers.configs import composed, counted
 from tests.helpers.rows import IMAGE_ROWS, NUM_FRAMES, NUM_LABELS, VIDEO_ROWS, examples_of, processed, rows_of
 from train import config
 from train.checkpoint import write_json
 from train.checks import check
-from train.cli import exit_on_user_error
 from train.control import control_row
 from train.evaluate import _normal, gap_closed, score
 from train.loop import learning_rate
 from train.losses import FastLoss, ReferenceLoss, media_inputs
-from train.models import count_model
 from train.plan import print_plan
 from train.track import Tracker, memory_gb
 from vzip import UserError
 from vzip.cost import example_cost
 from vzip.families import family_of
 from vzip.reducers.identity import Identity
-from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
-
-
-@cache
-def settings_of(*overrides):
-    """The run's settings, as the command line composes them."""
-    config.register()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose("tune", overrides=list(overrides))
-
 
 # Learning rate
 
@@ -88,63 +69,7 @@ def test_the_rate_is_never_above_the_peak_nor_zero_nor_nan(num_steps, warmup):
     assert all(math.isfinite(rate) and 0 < rate <= 2e-3 for rate in rates(num_steps, warmup, peak=2e-3))
 
 
-# Settings
-
-
-def test_the_defaults_pass_the_check():
-    check(settings_of())
-
-
-@pytest.mark.parametrize(
-    ("override", "named"),
-    [
-        ("batch.size=0", "batch.size=0"),
-        ("batch.micro=-1", "batch.micro=-1"),
-        ("batch.tokens=0", "batch.tokens=0"),
-        ("engine=quick", "engine='quick'"),
-        ("save_every=0", "save_every=0"),
-        ("optim.epochs=0", r"optim.epochs=0"),
-        ("optim.lr=-1e-5", r"optim.lr=-1e-05"),
-        ("optim.warmup=1", r"optim.warmup=1"),
-        ("optim.warmup=-0.1", r"optim.warmup=-0.1"),
-        ("weights=none", "weights='none'"),
-        ("optim.lr=nan", "optim.lr"),
-        ("optim.max_steps=0", "optim.max_steps"),
-        ("optim.max_steps=-1", "optim.max_steps"),
-        ("evaluate.batch=0", "evaluate.batch"),
-        ("evaluate.max_new_tokens=0", "evaluate.max_new_tokens=0"),
-        ("evaluate.questions=-1", "evaluate.questions=-1"),
-        ("optim.betas=[0.9]", "optim.betas=[0.9]"),
-        ("optim.betas=[0.9,1.5]", "optim.betas=[0.9, 1.5]"),
-        ("optim.weight_decay=-1", "optim.weight_decay=-1"),
-        ("optim.max_grad_norm=-1", "optim.max_grad_norm=-1"),
-        ("data.num_workers=-1", "data.num_workers=-1"),
-        ("data.fraction=abc", "data.fraction"),
-        ("+lr=1e-4", "lr is no setting; did you mean optim.lr?"),
-        ("+optim.lrr=4", "optim.lrr is no setting; did you mean optim.lr?"),
-        ("+data.fractoin=0.2", "data.fractoin is no setting; did you mean data.fraction?"),
-        ("name=..", "name=.. must be the name of a folder below runs=runs"),
-        ("name=a/b", "name=a/b must be the name of a folder"),
-        (
-            "model.dtype=float16",
-            "model.dtype='float16' does not exist; choose one of: float32, bfloat16, float64",
-        ),
-        ("tune.projector=maybe", "tune.projector=maybe must be true or false"),
-        ("tune.projector=false", "tune.projector=false and tune.lora=null tune nothing"),
-        ("tune.lora=true", "tune.lora=True must be null or a mapping"),
-        (
-            "tune=projector_lora tune.lora.target=vision",
-            "tune.lora.target='vision' does not exist; choose one of: projector",
-        ),
-        ("tune=projector_lora tune.lora.r=0", "tune.lora.r=0"),
-        ("model.dtype=float99", "model.dtype"),
-        ("model=video-llava-7b model.num_frames=0", "model.num_frames=0"),
-    ],
-)
-def test_a_value_that_no_run_can_have_is_refused_by_name(override, named):
-    with pytest.raises((UserError, HydraException)) as error:
-        check(settings_of(*override.split()))
-    assert named in str(error.value)
+# Batches
 
 
 @pytest.mark.parametrize(
@@ -152,7 +77,7 @@ def test_a_value_that_no_run_can_have_is_refused_by_name(override, named):
     [(128, 16, 1, 8), (128, 16, 8, 1), (16, 8, 2, 1), (12, 2, 3, 2), (1, 1, 1, 1)],
 )
 def test_a_global_batch_is_cut_exactly(size, micro, world_size, accumulation):
-    cfg = settings_of("engine=reference", f"batch.size={size}", f"batch.micro={micro}", "seed=5")
+    cfg = composed("engine=reference", f"batch.size={size}", f"batch.micro={micro}", "seed=5")
     plan = config.batch_plan(cfg, num_examples=1000, world_size=world_size)
     assert plan == BatchPlan(size=size, world_size=world_size, num_steps=max(1, round(1000 / size)), seed=5)
 
@@ -166,235 +91,13 @@ def test_a_global_batch_is_cut_exactly(size, micro, world_size, accumulation):
         assert {len(batches[part].input_ids) for part in range(len(batches))} == {micro}
 
 
-@pytest.mark.parametrize(
-    ("overrides", "num_examples", "num_steps"),
-    [
-        ((), 400, 25),
-        (("optim.epochs=2.5",), 400, 62),
-        (("optim.epochs=0.1",), 400, 2),
-        (("optim.max_steps=7",), 400, 7),
-        (("optim.max_steps=700",), 400, 25),
-    ],
-)
-def test_steps_follow_from_rows_and_epochs(overrides, num_examples, num_steps):
-    for engine in ("fast", "reference"):
-        cfg = settings_of(f"engine={engine}", "batch.size=16", "batch.micro=8", *overrides)
-        assert config.batch_plan(cfg, num_examples=num_examples, world_size=1).num_steps == num_steps
-
-
-def test_a_batch_that_can_not_be_cut_names_what_fits():
-    def plan(micro, world_size, *, engine="reference"):
-        cfg = settings_of(f"engine={engine}", "batch.size=12", f"batch.micro={micro}")
-        return config.batch_plan(cfg, num_examples=100, world_size=world_size)
-
-    with pytest.raises(
-        UserError, match=r"batch\.size=12 .* batch\.micro=8 x 1 ranks; batch\.micro can be 1, 2, 3, 4, 6, 12$"
-    ):
-        plan(8, 1)
-    with pytest.raises(UserError, match=r"x 2 ranks; batch\.micro can be 1, 2, 3, 6$"):
-        plan(4, 2)
-    with pytest.raises(UserError, match="multiple of 5"):
-        plan(4, 5)
-    assert plan(8, 5, engine="fast") == BatchPlan(
-        size=12, world_size=5, num_steps=8, seed=0
-    )  # which cuts as it likes
-
-
-@settings(max_examples=60, deadline=None)
-@given(size=st.integers(1, 64), micro=st.integers(1, 64), world_size=st.integers(1, 9))
-def test_what_the_plan_advises_works(size, micro, world_size):
-    cfg = OmegaConf.merge(settings_of("engine=reference"), {"batch": {"size": size, "micro": micro}})
-    try:
-        plan = config.batch_plan(cfg, num_examples=100, world_size=world_size)
-    except UserError as error:
-        advice = str(error).split("; ")[1]
-        fits = (
-            [int(number) for number in advice.removeprefix("batch.micro can be ").split(", ")]
-            if "micro" in advice
-            else []
-        )
-        assert bool(fits) == (size % world_size == 0)
-        for fitting in fits:
-            config.batch_plan(
-                OmegaConf.merge(cfg, {"batch": {"micro": fitting}}), num_examples=100, world_size=world_size
-            )
-    else:
-        assert plan.size == size and size % (micro * world_size) == 0
-
-
-def test_a_data_file_without_rows_is_a_user_error():
-    with pytest.raises(UserError, match="has an answer to learn from"):
-        config.batch_plan(settings_of(), num_examples=0, world_size=1)
-    with pytest.raises(UserError, match=r"batch\.size=16 is more than the 3 rows"):
-        config.batch_plan(settings_of("batch.size=16"), num_examples=3, world_size=1)
-
-
-# Names
-
-
-def test_the_name_is_a_function_of_the_settings():
-    name = config.run_name(settings_of("seed=3"))
-    assert name == config.run_name(settings_of("seed=3").copy())
-    assert name.startswith("smol-visionzip-8-projector-seed3-")
-    assert config.run_name(settings_of("reducer=identity")).startswith("smol-identity-projector-seed0-")
-    assert config.run_name(settings_of("name=mine", "seed=3")) == "mine"
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "optim.lr=1e-4",
-        "model.budget=9",
-        "data.fraction=0.2",
-        "seed=1",
-        "tune=projector_lora",
-        "batch.micro=4",
-        "weights=random",
-    ],
-)
-def test_the_name_changes_with_a_setting(override):
-    assert config.run_name(settings_of(override)) != config.run_name(settings_of())
-
-
-@pytest.mark.parametrize("override", ["fresh=true", "track=none", "dry_run=true", "runs=elsewhere"])
-def test_the_name_does_not_change_with_what_is_no_part_of_a_run(override):
-    assert config.run_name(settings_of(override)) == config.run_name(settings_of())
-
-
-# Building, and teaching
-
-
-def test_build_makes_what_the_target_names():
-    reducer = config.instantiate_target(settings_of("model.budget=64", "reducer.merge=average").reducer)
-    assert reducer == VisionZip(dominant=54, contextual=10, merge="average")
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("reducer.budget=null", "give reducer.budget"),
-        ("reducer.merge=median", "reducer.merge='median' does not exist"),
-        ("reducer.contextual=-1", "give reducer.budget, or both"),
-    ],
-)
-def test_build_turns_a_reducers_mistake_into_that_very_error(override, message):
-    with pytest.raises(UserError) as error:
-        config.instantiate_target(settings_of(override).reducer)
-    assert str(error.value).startswith(message)
-
-
-@pytest.mark.parametrize("node", [{"budget": 8, "bugdet": 3}, {"budget": 8, "tiles": "many"}])
-def test_build_turns_any_other_mistake_into_a_user_error(node):
-    target = "vzip.reducers.random.Random"
-    with pytest.raises(UserError, match=target):
-        config.instantiate_target(OmegaConf.create({"_target_": target, **node}))
-
-
-def test_build_names_a_target_that_does_not_exist():
-    with pytest.raises(UserError, match=r"vzip\.reducers\.nosuch"):
-        config.instantiate_target(OmegaConf.create({"_target_": "vzip.reducers.nosuch.NoSuch"}))
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize(
-    ("raised", "message", "code"),
-    [
-        ("UserError('optim.lr=0 must be positive')", "error: optim.lr=0 must be positive\n", 2),
-        ("OSError(28, 'No space left on device')", "error: the disk is full", 2),
-        (
-            "torch.OutOfMemoryError('CUDA out of memory')",
-            "error: the GPU's memory ran out (CUDA out of memory); make batch",
-            2,
-        ),
-        ("KeyboardInterrupt()", "error: stopped; the same command goes on", 130),
-    ],
-)
-def test_a_user_error_is_printed_and_ends_the_command(raised, message, code):
-    program = (
-        "import torch; from train.cli import exit_on_user_error; from vzip import UserError\n"
-        f"@exit_on_user_error\ndef main(): raise {raised}\n"
-        "main(); print('went on')"
-    )
-    env = {key: value for key, value in os.environ.items() if key != "RANK"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
-
-    assert done.returncode == code
-    assert done.stderr.startswith(message) and "Traceback" not in done.stderr
-    assert done.stdout == ""
-
-
-def test_other_errors_pass_through(monkeypatch):
-    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"exit {code}"))  # it would end pytest itself
-
-    @exit_on_user_error
-    def command(error):
-        if error:
-            raise error
-
-    command(None)
-    for error in (PermissionError(errno.EACCES, "no"), ValueError("a bug"), SystemExit()):
-        with pytest.raises(type(error)):
-            command(error)
-
-
-# Reducers
-
-
-@cache
-def counted(model):
-    return count_model(settings_of(f"model={model}"))
-
-
-@pytest.mark.parametrize(
-    ("overrides", "reducer"),
-    [
-        (["model=llava-7b"], VisionZip(dominant=54, contextual=10)),
-        (["model=llava-7b", "reducer.budget=192"], VisionZip(dominant=162, contextual=30)),
-        (["model=next-7b"], VisionZip(dominant=27, contextual=5)),
-        (["model=next-7b", "reducer.budget=640"], VisionZip(dominant=108, contextual=20)),
-        (["model=next-mistral-7b", "model.budget=320"], VisionZip(dominant=54, contextual=10)),
-        (
-            ["model=next-7b", "reducer.dominant=27", "reducer.contextual=5"],
-            VisionZip(dominant=27, contextual=5),
-        ),
-        (["model=next-7b", "reducer.anyres=spatial"], VisionZip(dominant=27, contextual=5, anyres="spatial")),
-        (["model=onevision-0.5b"], VisionZip(dominant=68, contextual=13)),  # of one tile
-        (["model=video-llava-7b"], VisionZip(dominant=14, contextual=3)),  # of one frame
-        (["+exp=ablate-no-cls"], VisionZip(dominant=7, contextual=1, keep_cls=False)),
-        (["+exp=ablate-early-layer"], VisionZip(dominant=7, contextual=1, layer=4)),
-        (["+exp=ablate-no-dominant"], VisionZip(dominant=0, contextual=8)),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_a_run_has_the_reducer_that_its_settings_name(overrides, reducer):
-    assert config.build_reducer(settings_of(*overrides)) == reducer
-
-
-@pytest.mark.parametrize(("model", "budget"), [("llava-7b", 64), ("next-7b", 32), ("onevision-0.5b", 81)])
-def test_a_random_reducer_has_the_same_budget_of_a_tile(model, budget):
-    reducer = config.build_reducer(settings_of(f"model={model}", "reducer=random"))
-    assert isinstance(reducer, Random) and reducer.budget == budget
-    assert isinstance(config.build_reducer(settings_of(f"model={model}", "reducer=identity")), Identity)
-
-
-@pytest.mark.parametrize("reducer", ["visionzip", "random"])
-def test_a_budget_that_five_tiles_can_not_share_is_refused_with_what_they_can(reducer):
-    with pytest.raises(UserError, match=r"^reducer\.budget=161 .* 5 tiles.* 160 or 165$"):
-        config.build_reducer(settings_of("model=next-7b", f"reducer={reducer}", "reducer.budget=161"))
-    assert config.build_reducer(
-        settings_of("model=llava-7b", f"reducer={reducer}", "reducer.budget=161")
-    )  # of one tile
-
-
 # The plan
 
 
 def plan_of(capsys, monkeypatch, *overrides):
     """The rows of the plan, by name."""
     monkeypatch.setenv("COLUMNS", "200")
-    print_plan(settings_of(*overrides), world_size=1)
+    print_plan(composed(*overrides), world_size=1)
     cells = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines()]
     return {row[1]: row[2] for row in cells if len(row) == 4}
 
@@ -455,7 +158,7 @@ def test_the_plan_of_many_tiles_shows_some_and_the_video(capsys, monkeypatch):
 
 def test_the_plan_of_videos_for_a_model_of_images_is_refused(capsys):
     with pytest.raises(UserError, match="'llava' models take no videos"):
-        print_plan(settings_of("model=llava-7b", "data=videochatgpt"), world_size=1)
+        print_plan(composed("model=llava-7b", "data=videochatgpt"), world_size=1)
 
 
 @pytest.mark.parametrize(
@@ -464,7 +167,7 @@ def test_the_plan_of_videos_for_a_model_of_images_is_refused(capsys):
 )
 def test_a_plan_that_no_run_can_have_is_refused(override, named):
     with pytest.raises(UserError, match=named):
-        print_plan(settings_of("model=llava-7b", override), world_size=1)
+        print_plan(composed("model=llava-7b", override), world_size=1)
 
 
 def test_costs_follow_tiles_tokens_and_layers():
@@ -501,13 +204,13 @@ def control_of(*overrides):
         asked.append(cfg)
         return [{"name": "tuned", "metrics": {"all": 0.5}}]
 
-    rows = control_row(settings_of("control=true", *overrides), tune)
+    rows = control_row(composed("control=true", *overrides), tune)
     (cfg,) = asked
     return rows, cfg
 
 
 def test_without_control_nothing_else_is_tuned():
-    assert control_row(settings_of(), lambda cfg: pytest.fail("tuned")) == []
+    assert control_row(composed(), lambda cfg: pytest.fail("tuned")) == []
 
 
 def test_the_control_has_as_many_random_tokens_and_its_own_name():
@@ -515,7 +218,7 @@ def test_the_control_has_as_many_random_tokens_and_its_own_name():
     assert rows == [{"name": "random", "metrics": {"all": 0.5}}]
     assert config.build_reducer(cfg).settings() == {"budget": 8, "anyres": "released"}
     assert cfg.name == "mine-random" and not cfg.control and not cfg.evaluate.baselines
-    assert (cfg.seed, cfg.optim, cfg.batch) == (0, settings_of().optim, settings_of().batch)
+    assert (cfg.seed, cfg.optim, cfg.batch) == (0, composed().optim, composed().batch)
 
 
 @pytest.mark.parametrize(
@@ -535,7 +238,7 @@ def test_the_control_has_as_many_random_tokens_and_its_own_name():
 def test_the_control_of_every_family_has_as_many_tokens(model, overrides):
     if "reducer.budget=320" in overrides and model == "video-llava-7b":
         overrides = ("reducer.budget=200",)
-    cfg = settings_of("control=true", f"model={model}", *overrides)
+    cfg = composed("control=true", f"model={model}", *overrides)
     _, other = control_of(f"model={model}", *overrides)
     check(other)
     family, reducer, control = counted(model), config.build_reducer(cfg), config.build_reducer(other)
@@ -548,7 +251,7 @@ def test_the_control_of_every_family_has_as_many_tokens(model, overrides):
 
 
 def test_a_control_of_all_tokens_is_a_user_error():
-    cfg = settings_of("control=true", "reducer=identity")
+    cfg = composed("control=true", "reducer=identity")
     with pytest.raises(UserError):
         check(cfg)
         control_row(cfg, lambda cfg: [{"name": "tuned"}])

@@ -1,0 +1,86 @@
+"""How commands end, and the types of their arguments."""
+
+import argparse
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from train.cli import count, exit_on_user_error, output, writable
+from vzip import UserError
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("raised", "message", "code"),
+    [
+        ("UserError('optim.lr=0 must be positive')", "error: optim.lr=0 must be positive\n", 2),
+        ("OSError(28, 'No space left on device')", "error: the disk is full", 2),
+        (
+            "__import__('torch').OutOfMemoryError('CUDA out of memory')",
+            "error: the GPU's memory ran out (CUDA out of memory); make batch",
+            2,
+        ),
+        ("KeyboardInterrupt()", "error: stopped; the same command goes on", 130),
+    ],
+)
+def test_a_user_error_is_printed_and_ends_the_command(raised, message, code):
+    program = (
+        "from train.cli import exit_on_user_error; from vzip.errors import UserError\n"
+        f"@exit_on_user_error\ndef main(): raise {raised}\n"
+        "main(); print('went on')"
+    )
+    env = {key: value for key, value in os.environ.items() if key != "RANK"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == code
+    assert done.stderr.startswith(message)
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_other_errors_pass_through(monkeypatch):
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"exit {code}"))  # it would end pytest itself
+
+    @exit_on_user_error
+    def command(error):
+        if error:
+            raise error
+
+    command(None)
+    for error in (PermissionError(errno.EACCES, "no"), ValueError("a bug"), SystemExit()):
+        with pytest.raises(type(error)):
+            command(error)
+
+
+@pytest.mark.integration
+def test_a_report_starts_without_torch():
+    program = "import sys; import scripts.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many"])
+def test_a_count_is_a_whole_number(text):
+    assert count("12") == 12
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{text} must be a whole number"):
+        count(text)
+
+
+def test_the_folder_of_an_output_is_made_or_the_option_named(tmp_path):
+    assert writable(str(tmp_path / "new" / "figures.json")).parent.is_dir()
+    target = tmp_path / "other" / "figure.png"
+    with output("--out", target):
+        target.write_text("drawn")
+
+    with pytest.raises(argparse.ArgumentTypeError, match="can't be written"):
+        writable(str(target / "below a file"))
+    with pytest.raises(
+        UserError, match=r"--out=.*can't be written: .*; free some space, or give another path"
+    ):
+        with output("--out", target / "below a file"):
+            pass
