@@ -1,75 +1,28 @@
-"""The two ways from a run's rows to the gradient: how they are laid out in micro batches, and the loss that takes these."""
+"""Two paths from examples to the same gradient: how examples become micro batches, and the loss that takes these.
+
+`engine=fast` packs examples one behind the other and runs only what the gradient needs. `engine=reference` pads them and
+runs everything, as stock trainers do.
+"""
 
 from collections.abc import Sequence
 
-import deepspeed
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from data.batches.collate import Collator, Packer
-from data.batches.dataset import BatchPlan, MicroBatches, PackedBatcher, PaddedBatcher, has_media
+from data.batches.dataset import Batcher, BatchPlan, MicroBatches, PackedBatcher, PaddedBatcher, has_media
 from data.batches.packing import shared_prefix
 from data.examples.tokens import Examples
+from train.hardware import best_device
 from train.losses import FastLoss, ReferenceLoss
 from train.memory import LongestExamples, choose_packing, flash_runs
-from train.ranks import print_rank0
+from train.ranks import get_rank, print_rank0
 from train.trainable import Trainable
 from vzip import UserError
 from vzip.families import Family
 from vzip.fast.fused import check_compiles
 from vzip.fast.language import check_language_model
-
-
-def _fast(
-    cfg: DictConfig,
-    family: Family,
-    trainable: Trainable,
-    collators: Sequence[Collator],
-    examples: Examples,
-    plan: BatchPlan,
-) -> tuple[PackedBatcher, FastLoss]:
-    """Packed. Rows without a picture, and the prefix of the others, are left out where only a projector learns."""
-    placeholders = [family.placeholder_id(kind) for kind in collators[0].kinds]
-    prefix = [] if trainable.in_language else shared_prefix(examples, placeholders)
-    packers = [
-        Packer(collate, num_prefix=len(prefix), reducer=number) for number, collate in enumerate(collators)
-    ]
-    has_gradient = has_media(examples) | trainable.in_language
-    num_run = torch.stack([packer.lengths(examples) for packer in packers])
-    longest = int(num_run[:, has_gradient].max())
-    check_language_model(family.model.config.get_text_config(), longest=len(prefix) + longest)
-    lengths = LongestExamples(longest, prefix=len(prefix))
-    packing = choose_packing(cfg, family, num_trainable=trainable.num_parameters, lengths=lengths)
-    batcher = PackedBatcher(
-        packers, examples, plan, num_run=num_run, has_gradient=has_gradient, tokens=packing.tokens
-    )
-    attention = "FlashAttention" if flash_runs(cfg, family) else "attention in blocks of rows of like length"
-    print_rank0(f"fast path: {batcher}, behind a shared prefix of {len(prefix)}; {attention}")
-    if packing.recompute:
-        print_rank0("  to save memory, the MLPs are run again in the backward pass")
-    if not_run := int((~has_gradient).sum()):
-        print_rank0(f"  {not_run:,} rows without a picture are counted, but not run: their gradient is zero")
-    reducers, on_gpu = [each.reducer for each in collators], torch.cuda.is_available()
-    if compiled := on_gpu if cfg.compile is None else cfg.compile:
-        check_compiles(torch.device("cuda" if on_gpu else "cpu"), getattr(torch, cfg.model.dtype))
-    return batcher, FastLoss(family, reducers, prefix=prefix, recompute=packing.recompute, compiled=compiled)
-
-
-def _reference(
-    cfg: DictConfig,
-    family: Family,
-    trainable: Trainable,
-    collators: Sequence[Collator],
-    examples: Examples,
-    plan: BatchPlan,
-) -> tuple[PaddedBatcher, ReferenceLoss]:
-    """Padded, all rows."""
-    batcher = PaddedBatcher(collators[0], examples, plan, micro=cfg.batch.micro)
-    print_rank0(f"reference path: {batcher}")
-    return batcher, ReferenceLoss(family, collators[0].reducer, text_has_gradient=trainable.in_language)
-
-
-WAYS = {"fast": _fast, "reference": _reference}
 
 
 def make_batches(
@@ -80,23 +33,106 @@ def make_batches(
     examples: Examples,
     plan: BatchPlan,
 ) -> tuple[MicroBatches, FastLoss | ReferenceLoss]:
-    """(this rank's micro batches, their loss) of `engine=fast` or `engine=reference`, whose gradients are the same.
+    """Cut the run's steps into micro batches, and choose the loss that takes them. The gradients of both paths are the same.
 
     Args:
         cfg: the run's settings.
         family: around the model.
-        trainable: what is tuned.
-        collators: one a reducer.
-        examples: the rows of the run.
+        trainable: the trainable parameters.
+        collators: one per reducer.
+        examples: the examples of the run.
         plan: its steps.
 
+    Returns:
+        (the micro batches of this rank, the loss)
+
     Raises:
-        UserError: nothing to learn from, a language model that the fast path does not take, or a row that the memory does not.
+        UserError: no example has a gradient, the fast path does not support the language model, or an example does not fit
+            into memory.
     """
-    has_gradient = has_media(examples) | trainable.in_language
+    has_gradient = gradient_mask(examples, trainable)
     if not has_gradient.any():
         raise UserError(
-            f"no row of data.path={cfg.data.path} has an image or a video: the projector can learn nothing"
+            f"no example of data.path={cfg.data.path} has an image or a video: the projector can learn nothing"
         )
-    batcher, loss = WAYS[cfg.engine](cfg, family, trainable, collators, examples, plan)
-    return MicroBatches(batcher, plan, rank=deepspeed.comm.get_rank(), has_gradient=has_gradient), loss
+
+    batcher: Batcher
+    loss: FastLoss | ReferenceLoss
+    if cfg.engine == "fast":
+        batcher, loss = _fast_path(cfg, family, trainable, collators, examples, plan)
+    else:
+        (collator,) = collators
+        batcher = PaddedBatcher(collator, examples, plan, micro=cfg.batch.micro)
+        loss = ReferenceLoss(family, collator.reducer, text_has_gradient=trainable.in_language)
+        print_rank0(f"reference path: {batcher}")
+
+    return MicroBatches(batcher, plan, rank=get_rank(), has_gradient=has_gradient), loss
+
+
+def gradient_mask(examples: Examples, trainable: Trainable) -> Tensor:
+    """bool[examples]: whether the trainable parameters learn from an example.
+
+    An example without a picture never reaches the projector. LoRA in the language model learns from every example.
+    """
+    return has_media(examples) | trainable.in_language
+
+
+def _fast_path(
+    cfg: DictConfig,
+    family: Family,
+    trainable: Trainable,
+    collators: Sequence[Collator],
+    examples: Examples,
+    plan: BatchPlan,
+) -> tuple[PackedBatcher, FastLoss]:
+    """Pack the examples that have a gradient."""
+    has_gradient = gradient_mask(examples, trainable)
+
+    # All examples begin with the same system prompt. It is run once, unless LoRA changes what the language model makes of it.
+    placeholders = [family.placeholder_id(kind) for kind in collators[0].kinds]
+    prefix = [] if trainable.in_language else shared_prefix(examples, placeholders)
+
+    packers = []
+    for number, collator in enumerate(collators):
+        packers.append(Packer(collator, num_prefix=len(prefix), reducer=number))
+
+    # int64[reducers, examples]: tokens of an example that are run, with each reducer.
+    num_run = torch.stack([packer.lengths(examples) for packer in packers])
+    longest = int(num_run[:, has_gradient].max())
+    check_language_model(family.model.config.get_text_config(), longest=len(prefix) + longest)
+
+    # As many tokens per micro batch as the memory holds.
+    lengths = LongestExamples(longest, prefix=len(prefix))
+    packing = choose_packing(cfg, family, num_trainable=trainable.num_parameters, lengths=lengths)
+    batcher = PackedBatcher(
+        packers,
+        examples,
+        plan,
+        tokens=packing.tokens,
+        num_run=num_run,
+        has_gradient=has_gradient,
+    )
+
+    # Compiling takes some seconds at the start, and pays on a GPU only.
+    device = best_device()
+    compiled = cfg.compile if cfg.compile is not None else device.type == "cuda"
+    if compiled:
+        check_compiles(device, getattr(torch, cfg.model.dtype))
+    loss = FastLoss(
+        family,
+        [collator.reducer for collator in collators],
+        prefix=prefix,
+        recompute=packing.recompute,
+        compiled=compiled,
+    )
+
+    attention = "FlashAttention" if flash_runs(cfg, family) else "attention in blocks of similar length"
+    print_rank0(f"fast path: {batcher}, behind a shared prefix of {len(prefix)}; {attention}")
+    if packing.recompute:
+        print_rank0("  to save memory, the backward pass computes the MLPs again")
+    num_without = int((~has_gradient).sum())
+    if num_without:
+        print_rank0(
+            f"  {num_without:,} examples without a picture are counted, but not run: their gradient is zero"
+        )
+    return batcher, loss

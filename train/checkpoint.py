@@ -1,18 +1,18 @@
-"""A run's folder: what it is, its resumable state, what was trained, its results.
+"""The folder of a run: its settings and environment, its resumable state, the trained projector, its results.
 
-`runs/NAME/` holds config.yaml, env.json, metrics.jsonl, manifest.json, projector.safetensors, meta.json, result.json, wandb/
-and pictures; while it trains, also state/.
+`runs/NAME/` holds config.yaml, env.json, manifest.json, metrics.jsonl, answers_SETTING.json, projector.safetensors,
+meta.json, result.json, wandb/ and pictures. While the run trains it also holds state/.
 """
 
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -21,30 +21,23 @@ from data.paths import atomic_write, write_json
 from train.config import identity, run_name
 from train.engine import Engine
 from train.hardware import best_device, current_commit, current_environment
-from train.ranks import broadcast_from_rank0
+from train.ranks import barrier, broadcast_from_rank0, is_main
 from vzip import UserError
+from vzip.reducers import Reducer
 from vzip.runs.projector import ADAPTER, save_checkpoint
 from vzip.templates.encode import Template
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "hydra-core", "wandb", "safetensors")
+
+# Disk space per trainable parameter: two resumable states of float32 weights and AdamW's moments, and the result.
 BYTES_PER_PARAMETER = 28
-"""Of disk: two resumable states of float32 weights and AdamW moments, and the result."""
 
-
-def _command() -> list[str]:
-    """What starts this run alone again, also where it is one of a sweep."""
-    job = HydraConfig.get() if HydraConfig.initialized() else None
-    if job is None or job.mode is not RunMode.MULTIRUN:
-        return sys.argv
-    return [
-        sys.argv[0],
-        *job.overrides.task,
-        "hydra.mode=RUN",
-    ]  # RUN: also where it is an experiment that makes it a sweep
+# Disk space for everything else.
+OTHER_BYTES = 100_000_000
 
 
 def environment_record(cfg: DictConfig, *, world_size: int) -> dict[str, Any]:
-    """What a run ran on: date, commit, versions, hardware, seed."""
+    """The content of env.json: date, commit, command, versions, hardware and seed of a run."""
     environment = current_environment(best_device())
     return {
         "date": environment.date,
@@ -62,40 +55,57 @@ def environment_record(cfg: DictConfig, *, world_size: int) -> dict[str, Any]:
     }
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
-    """The settings that differ, as "optim.lr=1e-05 there, 2e-05 now"."""
-    found = []
+def _command() -> list[str]:
+    """The command that starts this run again. For a run of a sweep it starts this run alone."""
+    job = HydraConfig.get() if HydraConfig.initialized() else None
+    if job is None or job.mode is not RunMode.MULTIRUN:
+        return sys.argv
+
+    # RUN, because an experiment may itself ask for a sweep.
+    return [sys.argv[0], *job.overrides.task, "hydra.mode=RUN"]
+
+
+def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
+    """The settings that differ, each as "optim.lr=1e-05 there, 2e-05 now"."""
+    changed = []
     for key in dict.fromkeys([*before, *now]):
-        one, other = before.get(key), now.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            found += _differences(one, other, f"{path}{key}.")
-        elif one != other:
-            found.append(f"{path}{key}={one} there, {other} now")
-    return found
+        old = before.get(key)
+        new = now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed += _changed_settings(old, new, f"{path}{key}.")
+        elif old != new:
+            changed.append(f"{path}{key}={old} there, {new} now")
+    return changed
 
 
 class RunFolder:
-    """The folder of one run. Rank 0 writes; all ranks call the same methods.
+    """The folder of one run. All ranks call the same methods; rank 0 writes.
+
+    Args:
+        cfg: the run's settings.
 
     Raises:
-        UserError: a folder of that name holds another run, or the disk is full.
+        UserError: the folder holds a run with other settings.
     """
 
-    def __init__(self, cfg: DictConfig, *, rank: int) -> None:
-        self.cfg, self.main = cfg, rank == 0
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
         self.path = Path(cfg.runs) / run_name(cfg)
         self.state = self.path / "state"
-        self._refuse_other_run()
+        self._check_same_run()
 
-    def _refuse_other_run(self) -> None:
+    def _check_same_run(self) -> None:
         config = self.path / "config.yaml"
         if not config.is_file():
-            if self.cfg.fresh and self.path.is_dir() and any(self.path.iterdir()):  # it would be deleted
-                raise UserError(f"fresh=true: {self.path} is there and holds no run; choose another name=...")
+            # fresh=true deletes the folder, which must not happen to anything but a run.
+            if self.cfg.fresh and self.path.is_dir() and any(self.path.iterdir()):
+                raise UserError(f"fresh=true: {self.path} exists and holds no run; choose another name=...")
             return
-        if not self.cfg.fresh and (
-            changed := _differences(identity(OmegaConf.load(config)), identity(self.cfg))
-        ):
+
+        if self.cfg.fresh:
+            return
+        changed = _changed_settings(identity(OmegaConf.load(config)), identity(self.cfg))
+        if changed:
             raise UserError(
                 f"{self.path} holds a run with other settings ({', '.join(changed)}); choose another name=..., or start over "
                 f"with fresh=true"
@@ -103,91 +113,129 @@ class RunFolder:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """result.json of a finished run; None if it will be started over."""
+        """The content of result.json; None if the run has not finished, or starts over."""
         path = self.path / "result.json"
-        return broadcast_from_rank0(
-            json.loads(path.read_text()) if path.is_file() and not self.cfg.fresh else None
-        )
+        is_finished = path.is_file() and not self.cfg.fresh
+        return broadcast_from_rank0(json.loads(path.read_text()) if is_finished else None)
 
-    def begin(self, manifest: dict[str, Any], *, num_trainable: int, world_size: int) -> None:
-        """Write what the run is, before it trains; with `fresh` what was there is deleted only now, where all else is right.
+    def begin(self, manifest: Mapping[str, Any], *, num_trainable: int, world_size: int) -> None:
+        """Write settings, environment and data before the run trains.
 
-        Raises UserError if the disk has no room for its states, or the rows are others than before.
+        With `fresh` the old run is deleted here, after every check of the new one.
+
+        Args:
+            manifest: what the training data consists of.
+            num_trainable: trainable parameters.
+            world_size: ranks.
+
+        Raises:
+            UserError: the disk is too full, or the training data has changed since the run was begun.
         """
-        if self.main:
-            self._begin(manifest, num_trainable=num_trainable, world_size=world_size)
-        deepspeed.comm.barrier()
+        if is_main():
+            if self.cfg.fresh and self.path.exists():
+                shutil.rmtree(self.path)
+            self._check_same_data(manifest)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._check_disk(num_trainable)
 
-    def _begin(self, manifest: dict[str, Any], *, num_trainable: int, world_size: int) -> None:
-        if self.cfg.fresh and self.path.exists():
-            shutil.rmtree(self.path)
+            with atomic_write(self.path / "config.yaml") as scratch:
+                scratch.write_text(OmegaConf.to_yaml(self.cfg, resolve=True))
+            write_json(self.path / "env.json", environment_record(self.cfg, world_size=world_size))
+            write_json(self.path / "manifest.json", manifest)
+        barrier()
+
+    def _check_same_data(self, manifest: Mapping[str, Any]) -> None:
         recorded = self.path / "manifest.json"
-        if recorded.is_file() and (before := json.loads(recorded.read_text())["hash"]) != manifest["hash"]:
-            raise UserError(
-                f"{self.path} was begun on other rows (hash {before[:12]}, now {manifest['hash'][:12]}): the data has changed "
-                f"since; bring it back, choose another name=..., or start over with fresh=true"
-            )
-        self.path.mkdir(parents=True, exist_ok=True)
-        needed = 100_000_000 + BYTES_PER_PARAMETER * num_trainable
-        if (free := shutil.disk_usage(self.path).free) < needed:
-            raise UserError(
-                f"{self.path} has {free / 1e6:,.0f} MB free, a run needs {needed / 1e6:,.0f} MB; free some, or set runs=... "
-                f"to a folder on another disk"
-            )
-        with atomic_write(self.path / "config.yaml") as scratch:
-            scratch.write_text(OmegaConf.to_yaml(self.cfg, resolve=True))
-        write_json(self.path / "env.json", environment_record(self.cfg, world_size=world_size))
-        write_json(self.path / "manifest.json", manifest)
+        if not recorded.is_file():
+            return
 
-    def save_state(self, engine: Engine, step: int) -> None:
-        """Save the state after `step` steps, then delete older ones."""
-        engine.save(str(self.state), tag=f"step{step}", state={"step": step})
-        deepspeed.comm.barrier()
-        if self.main:
-            for old in self.state.glob("step*"):
-                if old.name != f"step{step}":
-                    shutil.rmtree(old)
+        before = json.loads(recorded.read_text())["hash"]
+        now = manifest["hash"]
+        if before != now:
+            raise UserError(
+                f"{self.path} was begun on other examples (hash {before[:12]}, now {now[:12]}): the data has changed since; "
+                f"restore it, choose another name=..., or start over with fresh=true"
+            )
+
+    def _check_disk(self, num_trainable: int) -> None:
+        needed = OTHER_BYTES + BYTES_PER_PARAMETER * num_trainable
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise UserError(
+                f"{self.path} has {free / 1e6:,.0f} MB free, a run needs {needed / 1e6:,.0f} MB; free some space, or set "
+                f"runs=... to a folder on another disk"
+            )
+
+    def save_state(self, engine: Engine, num_done: int) -> None:
+        """Save the state after `num_done` steps, then delete older states."""
+        tag = f"step{num_done}"
+        engine.save(str(self.state), tag=tag, state={"step": num_done})
+        barrier()
+
+        if is_main():
+            for folder in self.state.glob("step*"):
+                if folder.name != tag:
+                    shutil.rmtree(folder)
 
     def resume(self, engine: Engine) -> int:
-        """Load the newest state into the engine: how many steps it has done, 0 without one."""
-        if not broadcast_from_rank0((self.state / "latest").is_file()):
+        """Load the newest state into the engine. Returns the steps that it has done, 0 without a state."""
+        has_state = broadcast_from_rank0((self.state / "latest").is_file())
+        if not has_state:
             return 0
         return int(engine.load(str(self.state))["step"])
 
-    def save_trained(self, engine: Engine, meta: dict[str, Any]) -> None:
-        """Write projector.safetensors and meta.json, and the adapter in peft's format where there is LoRA."""
-        projector, adapter = engine.weights()
-        if not self.main:
-            return
-        if adapter:
-            engine.trainable.peft_model.save_pretrained(self.path / ADAPTER, state_dict=adapter)
-        save_checkpoint(self.path, projector, meta)
+    def save_trained(
+        self,
+        engine: Engine,
+        meta: Mapping[str, Any],
+        *,
+        reducer: Reducer,
+        template: Template,
+        manifest: Mapping[str, Any],
+    ) -> None:
+        """Write projector.safetensors and meta.json, and the adapter in peft's format if there is LoRA.
 
-    def trained_meta(
-        self, engine: Engine, template: Template, manifest: dict[str, Any], num_image_tokens: int
-    ) -> dict[str, Any]:
-        """The part of meta.json that says how the projector was trained."""
-        return {
-            "num_image_tokens": num_image_tokens,
+        Args:
+            engine: holds the trained weights.
+            meta: what the projector belongs to: base model and reducers.
+            reducer: the first of these reducers.
+            template: the format of the conversations.
+            manifest: what the training data consists of.
+        """
+        projector, adapter = engine.weights()
+        if not is_main():
+            return
+
+        peft_model = engine.trainable.peft_model
+        if adapter:
+            peft_model.save_pretrained(self.path / ADAPTER, state_dict=adapter)
+
+        how_trained = {
+            "num_image_tokens": engine.family.num_image_tokens(reducer),
             "template": asdict(template),
             "dtype": self.cfg.model.dtype,
-            "adapter": engine.trainable.peft_model is not None,
+            "adapter": peft_model is not None,
             "trained": list(engine.trainable.parameters),
             "data": {key: manifest[key] for key in ("hash", "num_rows", "fraction", "seed")},
             "commit": current_commit(),
         }
+        save_checkpoint(self.path, projector, {**meta, **how_trained})
 
-    def answers(self, row: str) -> list[dict[str, Any]] | None:
-        """The answers of an evaluation row, where an interrupted run has them already."""
-        path = self.path / f"answers_{row}.json"
-        return broadcast_from_rank0(json.loads(path.read_text()) if path.is_file() else None)
+    def finish(self, rows: list[dict[str, Any]], *, num_steps: int, manifest: Mapping[str, Any]) -> None:
+        """Write result.json, which marks the run as finished, and delete the resumable state.
 
-    def save_answers(self, row: str, answers: list[dict[str, Any]]) -> None:
-        if self.main:
-            write_json(self.path / f"answers_{row}.json", answers)
-
-    def finish(self, result: dict[str, Any]) -> None:
-        """Write result.json, which makes the run a finished one, and delete the resumable state."""
-        if self.main:
+        Args:
+            rows: the scores of each setting.
+            num_steps: steps that the run took.
+            manifest: what the training data consists of.
+        """
+        result = {"rows": rows, "num_steps": num_steps, "manifest": manifest["hash"], "seed": self.cfg.seed}
+        if is_main():
             write_json(self.path / "result.json", result)
             shutil.rmtree(self.state, ignore_errors=True)
+
+    def replace_rows(self, rows: list[dict[str, Any]]) -> None:
+        """Replace the scores in result.json of a finished run."""
+        if is_main():
+            path = self.path / "result.json"
+            write_json(path, {**json.loads(path.read_text()), "rows": rows})

@@ -1,32 +1,72 @@
-"""The control: an ordinary run with as many random tokens in place of the reducer's."""
+"""The control: an ordinary run whose reducer keeps as many tokens as VisionZip, drawn at random."""
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from train.config import build_reducer
+from train.checkpoint import RunFolder
+from train.config import build_reducer, tile_order
 from vzip import UserError
 from vzip.reducers.visionzip import VisionZip
 
+CONTROL = "random"
+"""Name of the control's setting in result.json."""
 
-def control_row(cfg: DictConfig, tune: Callable[[DictConfig], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """With `control=true`, the row `random`: its own run, folder and resumption; else nothing."""
-    if not cfg.control:
-        return []
+
+def control_settings(cfg: DictConfig) -> DictConfig:
+    """The settings of the control of a run. It has a folder of its own, and resumes by itself.
+
+    Raises:
+        UserError: the run's reducer is not VisionZip.
+    """
     reducer = build_reducer(cfg)
     if not isinstance(reducer, VisionZip):
         raise UserError(
             f"control=true compares with reducer=visionzip, not with {cfg.reducer['_target_']}; leave control out"
         )
-    budget = (reducer.dominant + reducer.contextual) * get_class(cfg.model["_target_"]).budget_tiles
+
+    tokens_per_tile = reducer.dominant + reducer.contextual
+    budget_tiles = get_class(cfg.model["_target_"]).budget_tiles
+    random_reducer = {
+        "_target_": "vzip.reducers.random.Random",
+        "budget": tokens_per_tile * budget_tiles,
+        "anyres": tile_order(cfg),
+    }
+
+    # Replaced, not merged: Random does not have the other settings of VisionZip.
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    settings["reducer"] = random_reducer
     changes = {
-        "reducer": {"_target_": "vzip.reducers.random.Random", "budget": budget, "anyres": reducer.anyres},
         "evaluate": {"baselines": False},
         "data": {"cache": False},
         "control": False,
-        "name": cfg.name and f"{cfg.name}-random",
+        "name": f"{cfg.name}-random" if cfg.name else None,
     }
-    other = OmegaConf.create({**OmegaConf.to_container(cfg, resolve=True), "reducer": changes.pop("reducer")})
-    return [{**row, "name": "random"} for row in tune(OmegaConf.merge(other, changes))]
+    return OmegaConf.merge(OmegaConf.create(settings), changes)
+
+
+def has_control(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the results of a run include those of its control."""
+    return any(row["name"] == CONTROL for row in rows)
+
+
+def add_control(
+    run: RunFolder, rows: Sequence[dict[str, Any]], control_rows: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Add the results of the control to result.json of the run, as its last setting.
+
+    Args:
+        run: the folder of the run.
+        rows: the results of the run.
+        control_rows: the results of its control.
+
+    Returns:
+        all results
+    """
+    all_rows = list(rows)
+    for row in control_rows:
+        all_rows.append({**row, "name": CONTROL})
+    run.replace_rows(all_rows)
+    return all_rows

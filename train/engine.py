@@ -1,10 +1,9 @@
-"""DeepSpeed around the loss: an engine of any ZeRO stage.
+"""DeepSpeed around the loss: forward, backward and optimizer step, in any ZeRO stage.
 
-The frozen weights stay in bf16 and the tuned ones are float32 parameters, their own master weights. DeepSpeed is told of no
-precision at all: its bf16 mode would cast them, and keeps master weights in some ZeRO stages but not in others.
+The frozen weights stay in bf16. The trainable parameters are in float32 and serve as their own master weights. DeepSpeed
+is not told about bf16: its bf16 mode would cast the trainable parameters, and keep master weights in some ZeRO stages only.
 """
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,19 +18,16 @@ from train.trainable import Trainable
 from vzip import UserError
 
 
-def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The batch with its tensors on the device; from pinned memory, while other work goes on."""
-    return batch.each(lambda values: values.to(device, non_blocking=True))
-
-
 def deepspeed_config(cfg: DictConfig) -> dict[str, Any]:
-    """The group `deepspeed`, completed with what the other settings say."""
+    """The config group `deepspeed`, completed from the other settings."""
     settings = OmegaConf.to_container(cfg.deepspeed, resolve=True)
     assert isinstance(settings, dict)
     return {
         **{str(key): value for key, value in settings.items()},
-        "train_micro_batch_size_per_gpu": 1,  # of no consequence: it is asked for, and micro batches differ
-        "gradient_accumulation_steps": 1,  # the engine says itself which micro batch is a step's last
+        # DeepSpeed requires a micro batch size and uses it for statistics only: ours differ from one to the next.
+        "train_micro_batch_size_per_gpu": 1,
+        # The number of micro batches differs from step to step, so `backward` marks the last one of a step.
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": cfg.optim.max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
@@ -39,16 +35,24 @@ def deepspeed_config(cfg: DictConfig) -> dict[str, Any]:
 
 
 class Engine:
-    """One optimizer step at a time, on the mean loss over the label tokens of the global batch.
+    """The model on this rank's device, with AdamW on its trainable parameters.
 
     Args:
-        loss: of a micro batch; around the model.
-        trainable: what AdamW gets.
+        loss: the loss of a micro batch, as a module around the model.
+        trainable: the parameters for AdamW.
         cfg: the run's settings.
+
+    Attributes:
+        family: around the model.
+        rank: number of this process.
+        world_size: number of processes.
+        device: where the model runs.
+        is_sharded: whether the ranks share the weights between them (ZeRO 3), so that all of them must run the same modules.
     """
 
     def __init__(self, loss: ReferenceLoss | FastLoss, trainable: Trainable, cfg: DictConfig) -> None:
-        self.family, self.trainable = loss.family, trainable
+        self.family = loss.family
+        self.trainable = trainable
         optimizer = torch.optim.AdamW(
             trainable.parameters.values(),
             lr=cfg.optim.lr,
@@ -56,89 +60,124 @@ class Engine:
             weight_decay=cfg.optim.weight_decay,
         )
         settings = deepspeed_config(cfg)
-        if (
-            cfg.deepspeed.zero_optimization.stage == 3
-        ):  # shared out one by one, before all of them would go to the device
+
+        # Share out the weights one tensor at a time: `initialize` alone would copy the whole model to the device first.
+        if cfg.deepspeed.zero_optimization.stage == 3:
             deepspeed.zero.Init(module=loss, config_dict_or_path=settings)
+
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=loss, optimizer=optimizer, config=settings
         )
-        self.rank, self.world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+        self.rank = deepspeed.comm.get_rank()
+        self.world_size = deepspeed.comm.get_world_size()
         self.device = torch.device(self.deepspeed.device)
-        self.stage = self.deepspeed.zero_optimization_stage()
+        self.is_sharded = self.deepspeed.zero_optimization_stage() == 3
 
-    def gathered_parameters(self) -> AbstractContextManager[None]:
-        """For calls of parts of the model: gathers, under ZeRO 3, what no part's hook would (LLaVA-NeXT's image_newline)."""
-        loose = list(self.family.model.model.parameters(recurse=False))
-        gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
-            loose, enabled=self.stage == 3
-        )
-        return gathered
+        # The model is on its device now.
+        if isinstance(loss, FastLoss):
+            loss.run_prefix(self.device)
 
-    def step(
-        self, micro_batches: Sequence[MicroBatch], *, lr: float, num_labels: int, num_grad_labels: int
-    ) -> tuple[float, float]:
-        """One AdamW step: (mean loss over the label tokens that teach, gradient norm before clipping).
+    @property
+    def num_trainable(self) -> int:
+        """Number of trainable parameters."""
+        return self.trainable.num_parameters
 
-        Args:
-            micro_batches: this rank's parts of the global batch; the ranks have the same number of them.
-            lr: learning rate of this step.
-            num_labels: label tokens of the whole global batch, on all ranks.
-            num_taught_labels: those of the rows that the tuned weights learn from.
+    def forward(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Compute the loss of a micro batch.
+
+        Returns:
+            (cross entropy summed over all label tokens, to call `backward` on; the same over the label tokens that give the
+            trainable parameters a gradient, to report)
+        """
+        with self.gathered_parameters():
+            loss, reported = self.deepspeed(micro_batch.to(self.device))
+        return loss, reported
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add the gradient of a micro batch. The last one of a step also averages the gradients over the ranks."""
+        self.deepspeed.set_gradient_accumulation_boundary(is_last)
+        self.deepspeed.backward(loss)
+
+    def optimizer_step(self, lr: float) -> float:
+        """Clip the gradients, take an AdamW step and clear the gradients.
+
+        Returns:
+            the 2-norm of all gradients before clipping
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        scale = self.world_size / max(
-            num_labels, 1
-        )  # DeepSpeed averages over ranks; this makes it a global token mean
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for number, part in enumerate(micro_batches, start=1):
-            self.deepspeed.set_gradient_accumulation_boundary(number == len(micro_batches))
-            with self.gathered_parameters():
-                loss, has_gradient = self.deepspeed(to_device(part, self.device))
-            total += has_gradient
-            self.deepspeed.backward(loss * scale)
-        norm = self._unsharded_norm()
-        self.deepspeed.step()
-        deepspeed.comm.all_reduce(total)
-        return total.item() / max(num_grad_labels, 1), norm if norm is not None else float(
-            self.deepspeed.get_global_grad_norm()
-        )
 
-    def _unsharded_norm(self) -> float | None:
-        """The gradient norm where gradients are whole (ZeRO 0); ZeRO 2 and 3 report theirs after the step."""
-        if self.stage > 0:
-            return None
+        # Without ZeRO every rank holds whole gradients, and the step clears them: take their norm before it.
+        # In ZeRO 2 and 3 a rank holds a part of them, and DeepSpeed knows the norm after the step.
+        if self.deepspeed.zero_optimization_stage() == 0:
+            norm = self._gradient_norm()
+            self.deepspeed.step()
+        else:
+            self.deepspeed.step()
+            norm = float(self.deepspeed.get_global_grad_norm())
+        return norm
+
+    def _gradient_norm(self) -> float:
         gradients = [p.grad for p in self.trainable.parameters.values() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
+    def sum_over_ranks(self, value: Tensor) -> float:
+        """The sum of a scalar over all ranks. Called by all ranks."""
+        deepspeed.comm.all_reduce(value)
+        return float(value.item())
+
+    def gathered_parameters(self) -> AbstractContextManager[None]:
+        """Gather, under ZeRO 3, the parameters that belong to no submodule, such as LLaVA-NeXT's image_newline.
+
+        DeepSpeed gathers the parameters of a submodule when it runs. Use this around calls of parts of the model.
+        """
+        loose = list(self.family.model.model.parameters(recurse=False))
+        gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
+            loose, enabled=self.is_sharded
+        )
+        return gathered
+
     def save(self, folder: str, tag: str, state: dict[str, Any]) -> None:
-        """Write the resumable state: tuned weights, optimizer, `state`. Called by all ranks."""
+        """Write what a run needs to resume: trainable parameters, optimizer, `state`. Called by all ranks."""
         self.deepspeed.save_checkpoint(folder, tag=tag, client_state=state, exclude_frozen_parameters=True)
 
     def load(self, folder: str) -> dict[str, Any]:
-        """Read the newest state back. Raises UserError if it is of other ranks or another ZeRO stage."""
+        """Read the newest state back. Called by all ranks.
+
+        Raises:
+            UserError: the state was written by another number of ranks or in another ZeRO stage.
+        """
         try:
             _, state = self.deepspeed.load_checkpoint(folder, load_module_strict=False)
         except (OSError, RuntimeError, KeyError, AssertionError) as error:
             raise UserError(
-                f"the state in {folder} can't be resumed ({error}); use as many ranks and the ZeRO stage that wrote it, "
-                f"or start over with fresh=true"
+                f"the state in {folder} can't be resumed ({error}); use the number of ranks and the ZeRO stage that wrote "
+                f"it, or start over with fresh=true"
             ) from error
         return dict(state)
 
     def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(projector, adapter): whole copies on the CPU, named as in the model and as in peft. Called by all ranks.
+        """Copy the tuned weights to the CPU. Called by all ranks.
 
-        The projector is there whether it was tuned itself or carries LoRA: it need not be the base model's own.
+        Returns:
+            (projector, adapter): whole tensors, named as in the model and as in peft. The projector is included even if only
+            LoRA was tuned, because it may differ from that of the base model.
         """
         family = self.family
-        kept = {
-            n: p
-            for n, p in family.model.named_parameters()
-            if n.startswith(family.projector_name) or "lora_" in n
-        }
-        with deepspeed.zero.GatheredParameters(list(kept.values()), enabled=self.stage == 3):
-            copies = {name: value.detach().to("cpu", copy=True) for name, value in kept.items()}
-        projector = {n.replace(".base_layer", ""): value for n, value in copies.items() if "lora_" not in n}
-        return projector, {f"base_model.model.{n}": value for n, value in copies.items() if "lora_" in n}
+        tuned = {}
+        for name, parameter in family.model.named_parameters():
+            if name.startswith(family.projector_name) or "lora_" in name:
+                tuned[name] = parameter
+
+        with deepspeed.zero.GatheredParameters(list(tuned.values()), enabled=self.is_sharded):
+            copies = {name: parameter.detach().to("cpu", copy=True) for name, parameter in tuned.items()}
+
+        projector = {}
+        adapter = {}
+        for name, value in copies.items():
+            if "lora_" in name:
+                adapter[f"base_model.model.{name}"] = value
+            else:
+                # peft renames the layer that it wraps.
+                projector[name.replace(".base_layer", "")] = value
+        return projector, adapter

@@ -1,249 +1,288 @@
-"""Answers generated for held-out questions, with all tokens, reduced, and tuned; one table."""
+"""Ask the held-out questions in each setting (full, training-free, tuned), and draw the tokens that the reducer keeps."""
 
-import string
-from collections import defaultdict
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import product
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
 
 from data.batches.collate import Collator
-from data.conversations import Conversation
 from data.examples.tokens import Example, example_of, kinds_of
+from data.paths import write_json
 from data.progress import progress
-from train.checkpoint import RunFolder
 from train.config import asks_questions
-from train.engine import Engine, to_device
 from train.examples import held_out_conversations
-from train.losses import media_inputs
 from train.memory import fitting_questions
-from train.ranks import all_gather_list, print_rank0
-from train.tables import score_kinds, score_table
+from train.questions import HeldOutQuestion, SettingAnswers, held_out_questions
+from train.ranks import all_gather_list, broadcast_from_rank0, get_rank, get_world_size, is_main, print_rank0
 from vzip import attach
+from vzip.families import Family
+from vzip.generate import generate_answers
+from vzip.overlay import kept_tokens, look
+from vzip.pictures import open_picture
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
 from vzip.runs.projector import budget_of
 from vzip.templates.encode import Template, encode
 
-NUM_SAMPLES = 4
-"""Answers and pictures that the tracker shows of each row."""
+NUM_PICTURES = 4
+"""Pictures of kept tokens that a run draws."""
 
 
-@dataclass(frozen=True)
-class HeldOutQuestion:
-    """A held-out question, with the turns before it, ready for the model."""
+class Runner(Protocol):
+    """The model on this rank's device. `train.engine.Engine` is one.
 
-    example: Example
-    text: str
-    expected: str
-    kind: str
-    image: str
+    Attributes:
+        family: around the model, which has no reducer attached.
+        device: where inputs go.
+        num_trainable: trainable parameters, whose gradients and moments take memory.
+        is_sharded: whether the ranks share the weights between them (ZeRO 3).
+    """
 
+    family: Family
+    device: torch.device
+    is_sharded: bool
 
-def held_out_questions(
-    rows: Sequence[Conversation], template: Template, tokenizer: Any, folder: Path, *, limit: int
-) -> list[HeldOutQuestion]:
-    """The first `limit` questions of the rows, each with the turns before it and their true answers."""
-    questions = []
-    for row in rows:
-        for turn, (text, expected) in enumerate(row.turns):
-            ids, labels = encode(template, tokenizer, [*row.turns[:turn], (text, None)])
-            example = example_of(ids, labels, row, tokenizer, folder)  # with the pictures of the turns so far
-            questions.append(
-                HeldOutQuestion(example, text, expected, row.kind, ", ".join(row.images + row.videos))
-            )
-        if len(questions) >= limit:
-            break
-    return questions[:limit]
+    @property
+    def num_trainable(self) -> int: ...
+
+    def gathered_parameters(self) -> AbstractContextManager[None]:
+        """Gather the parameters that belong to no submodule, around calls of the model."""
+        ...
 
 
-def _normal(answer: str) -> str:
-    return answer.strip().strip(string.punctuation).strip().lower()
+class SingleDevice:
+    """A `Runner` for a model that is not being trained.
+
+    Args:
+        family: around the model, on its device.
+    """
+
+    num_trainable = 0
+    is_sharded = False
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.device: torch.device = family.model.device
+
+    def gathered_parameters(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class AnswerFiles:
+    """The answers of each setting as answers_SETTING.json: an interrupted run does not ask again. Rank 0 reads and writes.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, setting: str) -> list[dict[str, Any]] | None:
+        """The answers of a setting, on every rank; None if it was not asked."""
+        path = self.folder / f"answers_{setting}.json"
+        return broadcast_from_rank0(json.loads(path.read_text()) if path.is_file() else None)
+
+    def save(self, setting: str, answers: Sequence[dict[str, Any]]) -> None:
+        """Write the answers of a setting."""
+        if is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / f"answers_{setting}.json", list(answers))
 
 
 class Evaluator:
-    """Asks the held-out questions under one reducer after another.
+    """Asks the held-out questions with one reducer after another. Its methods are called by all ranks.
 
     Args:
         cfg: the run's settings.
-        engine: around the model, which must have no reducer attached when a method is called.
-        run: keeps the answers, so that a resumed run does not ask again.
+        runner: the model.
+        answers: where answers are kept.
         processor: of the model.
-        template: the model's training format.
+        template: the format that the model was trained with.
+
+    Attributes:
+        questions: empty if the run asks none.
     """
 
     def __init__(
-        self, cfg: DictConfig, engine: Engine, run: RunFolder, processor: Any, template: Template
+        self, cfg: DictConfig, runner: Runner, answers: AnswerFiles, processor: Any, template: Template
     ) -> None:
-        self.cfg, self.engine, self.run, self.processor, self.template = cfg, engine, run, processor, template
+        self.cfg = cfg
+        self.runner = runner
+        self.answers = answers
+        self.processor = processor
+        self.template = template
         self.questions: list[HeldOutQuestion] = []
-        self.samples: list[dict[str, Any]] = []
+        self.examples: list[Example] = []
+
         if asks_questions(cfg):
-            folder, limit = Path(cfg.data.image_folder).expanduser(), cfg.evaluate.questions
-            self.questions = held_out_questions(
-                held_out_conversations(cfg), template, processor.tokenizer, folder, limit=limit
-            )
+            self.questions = held_out_questions(held_out_conversations(cfg), limit=cfg.evaluate.questions)
+            self.examples = [self._example(question) for question in self.questions]
         else:
             print_rank0("no evaluation: data.held_out is not set, or evaluate.questions is 0")
 
-    @property
-    def pictures(self) -> list[Path]:
-        """The pictures of the first questions."""
-        paths = (path for question in self.questions for path in question.example.media.get("image", ()))
-        return list(dict.fromkeys(paths))[:NUM_SAMPLES]
+    def _example(self, question: HeldOutQuestion) -> Example:
+        """The question as token ids, with the turns before it, and with the pictures so far."""
+        tokenizer = self.processor.tokenizer
+        turns = [*question.previous_turns, (question.text, None)]
+        ids, labels = encode(self.template, tokenizer, turns)
+        folder = Path(self.cfg.data.image_folder).expanduser()
+        return example_of(ids, labels, question.conversation, tokenizer, folder)
 
-    def baselines(self, reducers: Sequence[Reducer]) -> list[dict[str, Any]]:
-        """The rows `full` and `free`, of the model as it is before tuning."""
+    def baselines(self, reducers: Sequence[Reducer]) -> list[SettingAnswers]:
+        """Ask with all tokens (`full`), and reduced (`free`), before tuning."""
         if not self.cfg.evaluate.baselines:
             return []
-        full = self.rows("full", [Identity()])
-        return full if isinstance(reducers[0], Identity) else full + self.rows("free", reducers)
 
-    def rows(self, name: str, reducers: Sequence[Reducer]) -> list[dict[str, Any]]:
-        """The row `name` under a reducer, or under each of several a row `name-BUDGET`; none without questions."""
+        full = self.ask("full", [Identity()])
+        if isinstance(reducers[0], Identity):
+            return full
+        return full + self.ask("free", reducers)
+
+    def ask(self, name: str, reducers: Sequence[Reducer]) -> list[SettingAnswers]:
+        """Ask all questions with each reducer, or read the answers that an earlier run has left.
+
+        Args:
+            name: of the setting. With several reducers it is NAME-BUDGET.
+            reducers: to attach to the model, one after the other.
+
+        Returns:
+            the answers in each setting; empty without questions
+        """
         if not self.questions:
             return []
-        budgets = [budget_of(self.engine.family, reducer) for reducer in reducers]
-        names = [name] if len(reducers) == 1 else [f"{name}-{budget}" for budget in budgets]
-        return [self._row(name, reducer) for name, reducer in zip(names, reducers, strict=True)]
 
-    def _row(self, name: str, reducer: Reducer) -> dict[str, Any]:
-        answers = self.run.answers(name)
-        if answers is None:
-            with attach(self.engine.family.model, reducer=reducer):
-                kinds = kinds_of([question.example for question in self.questions])
-                num_frames = self.cfg.model.get("num_frames", 1)
-                collate = Collator(
-                    self.processor, self.engine.family, reducer, kinds=kinds, num_frames=num_frames
-                )
-                answers = self._ask(collate, title=f"evaluate {name}")
-            self.run.save_answers(name, answers)
-        self.samples += [{"row": name, **given} for given in answers[:NUM_SAMPLES]]
-        return score(name, answers)
+        settings = []
+        for reducer in reducers:
+            setting = name
+            if len(reducers) > 1:
+                setting = f"{name}-{budget_of(self.runner.family, reducer)}"
+
+            answers = self.answers.load(setting)
+            if answers is None:
+                answers = self._generate_all(reducer, title=f"evaluate {setting}")
+                self.answers.save(setting, answers)
+            settings.append(SettingAnswers(setting, answers))
+        return settings
 
     @torch.no_grad()
-    def _ask(self, collate: Collator, *, title: str) -> list[dict[str, Any]]:
-        """Greedy answers to all questions, in order, on every rank."""
+    def _generate_all(self, reducer: Reducer, *, title: str) -> list[dict[str, Any]]:
+        """Generate the answers to all questions, greedily, and grade them. All ranks share the work, and have all answers."""
         torch.manual_seed(self.cfg.seed)
-        rank, world_size = self.engine.rank, self.engine.world_size
-        longest = int(collate.lengths([question.example for question in self.questions]).max())
-        held = {"num_trainable": self.engine.trainable.num_parameters, "world_size": world_size}
+        family = self.runner.family
+        num_frames = self.cfg.model.get("num_frames", 1)
+
+        with attach(family.model, reducer=reducer, anyres=family.anyres):
+            collator = Collator(
+                self.processor, family, reducer, kinds=kinds_of(self.examples), num_frames=num_frames
+            )
+            batches = self._own_batches(collator)
+
+            # (number of the question, text, visual tokens), of this rank.
+            answers: list[tuple[int, str, int]] = []
+            for numbers in progress(batches, total=len(batches), title=title, unit="batch", shown=is_main()):
+                examples = [self.examples[number] for number in numbers]
+                with self.runner.gathered_parameters():
+                    texts, num_visual_tokens = self._generate(collator, examples)
+                answers += zip(numbers, texts, num_visual_tokens, strict=True)
+
+        graded = {}
+        for number, text, num_visual_tokens in all_gather_list(answers):
+            graded[number] = self.questions[number].graded(text, num_visual_tokens=num_visual_tokens)
+        return [graded[number] for number in range(len(self.questions))]
+
+    def _own_batches(self, collator: Collator) -> list[list[int]]:
+        """The numbers of the questions that this rank asks, in batches; the same number of batches on every rank."""
+        num_questions = len(self.questions)
+        world_size = get_world_size()
+        own = list(range(get_rank(), num_questions, world_size))
+
+        # Under ZeRO 3 the ranks must generate equally often: a rank with fewer questions asks its last one again.
+        num_per_rank = -(-num_questions // world_size)
+        last = own[-1] if own else 0
+        own += [last] * (num_per_rank - len(own))
+
+        longest = max(self._num_tokens(collator, example) for example in self.examples)
         size = fitting_questions(
-            self.cfg, self.engine.family, longest=longest + self.cfg.evaluate.max_new_tokens, **held
+            self.cfg,
+            self.runner.family,
+            longest=longest + self.cfg.evaluate.max_new_tokens,
+            num_trainable=self.runner.num_trainable,
+            world_size=world_size,
         )
-        mine = list(range(rank, len(self.questions), world_size)) or [0]
-        mine += mine[-1:] * (
-            -(-len(self.questions) // world_size) - len(mine)
-        )  # as many calls on every rank, for ZeRO 3
-        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-        found = []
-        for part in progress(parts, total=len(parts), title=title, unit="batch", shown=rank == 0):
-            with self.engine.gathered_parameters():
-                answers = self._generate([self.questions[index].example for index in part], collate)
-            found += list(zip(part, answers, strict=True))
-        by_index = dict(all_gather_list(found))
-        return [_graded(question, *by_index[index]) for index, question in enumerate(self.questions)]
+        return [own[start : start + size] for start in range(0, len(own), size)]
 
-    def _end(self) -> dict[str, Any]:
-        """What an answer ends at: the template's end token, or the text behind an answer where it has none."""
-        tokenizer = self.processor.tokenizer
-        if self.template.end:
-            return {"eos_token_id": tokenizer.convert_tokens_to_ids(self.template.end)}
-        return {
-            "eos_token_id": tokenizer.eos_token_id,
-            "stop_strings": [self.template.answer_suffix],
-            "tokenizer": tokenizer,
-        }
+    def _num_tokens(self, collator: Collator, example: Example) -> int:
+        """Tokens of a question after expansion. An image counts as one of the family's usual size."""
+        num_images = len(example.media.get("image", ()))
+        num_videos = len(example.media.get("video", ()))
+        num_text = len(example.ids) - num_images - num_videos
 
-    def _generate(self, examples: Sequence[Example], collate: Collator) -> list[tuple[str, int]]:
-        """The answers, each with the visual tokens that its question had."""
-        model, tokenizer, sharded = self.engine.family.model, self.processor.tokenizer, self.engine.stage == 3
-        batch = to_device(collate(examples, left=True), self.engine.device)
-        media: dict[str, Any] = {}
-        for kind, count in batch.num_placeholders.items():
-            inputs = media_inputs(batch, kind, model.dtype)
-            if count:
-                media |= inputs
-            elif sharded:
-                self.engine.family.media_features(
-                    collate.reducer, kind, inputs
-                )  # every rank runs the same modules
-        output = model.generate(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            **media,
+        family = self.runner.family
+        num_visual = family.num_example_tokens(collator.reducer, [None] * num_images)
+        if num_videos:
+            num_visual += num_videos * family.num_video_tokens(collator.reducer, collator.num_frames)
+        return num_text + num_visual
+
+    def _generate(self, collator: Collator, examples: Sequence[Example]) -> tuple[list[str], list[int]]:
+        """Generate the answers to a batch of questions.
+
+        Returns:
+            (answers, visual tokens of each question)
+        """
+        family = self.runner.family
+        batch = collator(examples, left=True).to(self.runner.device)
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        for kind, num_placeholders in batch.num_placeholders.items():
+            media = batch.media[kind].normalized(family.model.dtype)
+            if num_placeholders:
+                inputs |= media.arguments
+            elif self.runner.is_sharded:
+                # No question of this batch has a picture, but those of other ranks may: run the same modules.
+                family.project(family.visual_features(kind, media, collator.reducer))
+
+        answers = generate_answers(
+            family.model,
+            self.processor.tokenizer,
+            inputs,
             max_new_tokens=self.cfg.evaluate.max_new_tokens,
             do_sample=False,
-            **self._end(),
-            pad_token_id=collate.pad_id,
-            synced_gpus=sharded,
+            synced_gpus=self.runner.is_sharded,
+            **self._stop_settings(),
         )
-        texts: list[str] = tokenizer.batch_decode(
-            output[:, batch.input_ids.shape[1] :], skip_special_tokens=True
-        )
-        placeholders = torch.tensor([self.engine.family.placeholder_id(kind) for kind in batch.media])
-        counts: list[int] = torch.isin(batch.input_ids.cpu(), placeholders).sum(dim=1).tolist()
-        return list(zip(texts, counts, strict=True))
+        texts = [answer.text for answer in answers]
 
+        placeholders = torch.tensor([family.placeholder_id(kind) for kind in batch.media])
+        is_placeholder = torch.isin(batch.input_ids.cpu(), placeholders)
+        return texts, is_placeholder.sum(dim=1).tolist()
 
-def _graded(question: HeldOutQuestion, answer: str, num_visual_tokens: int) -> dict[str, Any]:
-    return {
-        "num_visual_tokens": num_visual_tokens,
-        "image": question.image,
-        "question": question.text,
-        "expected": question.expected,
-        "answer": answer.strip(),
-        "kind": question.kind,
-        "correct": _normal(answer) == _normal(question.expected),
-    }
+    def _stop_settings(self) -> dict[str, Any]:
+        """What ends an answer: the template's end token, or else the text that the template writes behind an answer."""
+        tokenizer = self.processor.tokenizer
+        if self.template.end:
+            return {"ends": {tokenizer.convert_tokens_to_ids(self.template.end)}}
+        return {"ends": {tokenizer.eos_token_id}, "stop_strings": [self.template.answer_suffix]}
 
+    def draw_kept_tokens(self, reducer: Reducer, folder: Path) -> list[Path]:
+        """Draw which tokens the reducer keeps of the first pictures, as kept_tokens_N.png. Returns the files.
 
-def score(name: str, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A row of result.json: the visual tokens a question had on average, the share of correct answers by kind, and of all."""
-    by_kind: dict[str, list[bool]] = defaultdict(list)
-    for given in answers:
-        by_kind[given["kind"]].append(given["correct"])
-        if given["kind"] != "all":
-            by_kind["all"].append(given["correct"])
-    metrics = {
-        kind: sum(correct) / len(correct)
-        for kind, correct in sorted(by_kind.items(), key=lambda item: item[0] == "all")
-    }
-    mean = round(sum(given["num_visual_tokens"] for given in answers) / len(answers), 1)
-    return {
-        "name": name,
-        "num_visual_tokens": int(mean) if mean == int(mean) else mean,
-        "num_questions": len(answers),
-        "metrics": metrics,
-    }
+        All ranks run the tower, because they may share its weights. Rank 0 writes.
+        """
+        pictures: list[Path] = []
+        for example in self.examples:
+            for path in example.media.get("image", ()):
+                if path not in pictures:
+                    pictures.append(path)
 
-
-def gap_closed(rows: Sequence[dict[str, Any]], kind: str, *, suffix: str = "") -> float | None:
-    """Share of the gap between `free` and `full` that `tuned` closes; None where there is no gap.
-
-    `suffix` is what the names of both rows have behind them where there are several budgets, e.g. "-64".
-    """
-    value = {row["name"]: row["metrics"].get(kind) for row in rows}
-    full, free, tuned = (value.get(name) for name in ("full", f"free{suffix}", f"tuned{suffix}"))
-    if full is None or free is None or tuned is None or full <= free:
-        return None
-    return float((tuned - free) / (full - free))
-
-
-def print_results(rows: Sequence[dict[str, Any]], *, title: str) -> None:
-    """Print the table of scores, and how much of the gap between training-free and full tuning closes."""
-    if not rows:
-        print(f"{title}: tuned; no question was asked, `make eval RUN={title}` asks lmms-eval's")
-        return
-    console = Console()
-    console.print(title, soft_wrap=True, highlight=False)
-    console.print(score_table(rows).rich())
-    suffixes = [row["name"].removeprefix("tuned") for row in rows if row["name"].startswith("tuned")]
-    for kind, suffix in product(score_kinds(rows), suffixes):
-        if (share := gap_closed(rows, kind, suffix=suffix)) is not None:
-            console.print(f"{kind}: tuning closes {share:.0%} of the gap between free{suffix} and full")
+        files = []
+        for number, path in enumerate(pictures[:NUM_PICTURES]):
+            tokens = look(self.runner.family, reducer, self.processor.image_processor, open_picture(path))
+            file = folder / f"kept_tokens_{number}.png"
+            if is_main():
+                kept_tokens(tokens).save(file)
+            files.append(file)
+        return files

@@ -1,4 +1,4 @@
-"""A run's data: prepared once on each host, opened by every rank, with what was left out reported."""
+"""The data of a run: prepared once on each host, then opened by every rank."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from data.batches.collate import Collator
-from data.cache.features import cache_settings, media_of_examples, open_cache
+from data.cache.features import cache_settings, name_of_examples, open_cache
 from data.conversations import Conversation
 from data.examples.prepare import Subset, prepare
 from data.examples.tokens import Examples
@@ -18,37 +18,69 @@ from vzip.reducers import Reducer
 from vzip.templates.encode import Template
 
 
-def _report(subset: Subset) -> None:
-    """Say what was left out, on rank 0. Raises UserError if the hosts hold different data."""
-    manifest = subset.manifest
-    if len(set(all_gather_list([manifest["hash"] + manifest["media_hash"]]))) > 1:
-        raise UserError(
-            f"the hosts' copies of {manifest['data']['name']} or its pictures differ; make them the same"
-        )
-    for line in subset.left_out:
-        print_rank0(line)
-    if manifest["bad_rows"]:
-        replaced = sum(row.get("replaced", False) for row in manifest["bad_rows"])
-        print_rank0(
-            f"  {len(manifest['bad_rows'])} rows left out in all, {replaced} replaced; `make data` looks at them again"
-        )
-
-
 def training_subset(cfg: DictConfig) -> Subset:
-    """The rows that the run is tuned on. The held-out ones are looked at too: mistakes in the data come before the model.
+    """Prepare the examples that the run is tuned on. Called by all ranks.
 
-    Raises UserError as `prepare_tiny` does.
+    The held-out conversations are prepared too: mistakes in them should show before the model is loaded.
+
+    Raises:
+        UserError: as `prepare` does, or the hosts hold different data.
     """
     subset = main_first(lambda: prepare(selection(cfg)))
-    _report(subset)
+    _report_left_out(subset)
+
     if asks_questions(cfg):
-        _report(main_first(lambda: prepare(held_out(cfg))))
+        held_out_subset = main_first(lambda: prepare(held_out(cfg)))
+        _report_left_out(held_out_subset)
     return subset
 
 
+def _report_left_out(subset: Subset) -> None:
+    """Print which examples were left out, and why. Raises UserError if the hosts hold different data."""
+    manifest = subset.manifest
+    hashes = all_gather_list([manifest["hash"] + manifest["media_hash"]])
+    if len(set(hashes)) > 1:
+        raise UserError(
+            f"the hosts' copies of {manifest['data']['name']} or its pictures differ; make them the same"
+        )
+
+    for line in subset.left_out:
+        print_rank0(line)
+
+    bad_examples = manifest["bad_rows"]
+    if bad_examples:
+        num_replaced = sum(bad.get("replaced", False) for bad in bad_examples)
+        print_rank0(
+            f"  {len(bad_examples)} examples left out in all, {num_replaced} replaced; `make data` checks them again"
+        )
+
+
 def held_out_conversations(cfg: DictConfig) -> list[Conversation]:
-    """The rows of `data.held_out`."""
-    return list(prepare(held_out(cfg)).rows())
+    """The conversations of `data.held_out`."""
+    return list(prepare(held_out(cfg)).conversations())
+
+
+def training_examples(cfg: DictConfig, subset: Subset, template: Template, tokenizer: Any) -> Examples:
+    """Tokenize the subset, or open the tokens of an earlier run. Called by all ranks.
+
+    Raises:
+        UserError: an example that the template or the tokenizer does not accept.
+    """
+    max_tokens = cfg.data.max_tokens
+    examples = main_first(lambda: subset.examples(template, tokenizer, max_tokens=max_tokens))
+
+    manifest = subset.manifest
+    sources = [f"{source} {count:,}" for source, count in manifest["num_rows_by_source"].items()]
+    print_rank0(f"data: {len(examples):,} examples ({', '.join(sources)}), hash {manifest['hash'][:12]}")
+
+    num_cut = int((examples.column("num_whole_tokens") > max_tokens).sum())
+    if num_cut:
+        print_rank0(f"  {num_cut} examples cut at data.max_tokens={max_tokens}")
+
+    num_without_answer = manifest["num_rows"] - len(examples)
+    if num_without_answer:
+        print_rank0(f"  {num_without_answer} examples left out, because the cut leaves no answer in them")
+    return examples
 
 
 def training_collators(
@@ -60,40 +92,38 @@ def training_collators(
     *,
     base_fingerprint: str,
 ) -> list[Collator]:
-    """The collators of the run's micro batches, one a reducer: of files, or, with `data.cache`, of features that `make cache`
-    made.
+    """Build one collator per reducer. Its pictures come from files, or from the feature cache with `data.cache`.
 
-    With these the towers' memory is freed, unless questions will be asked.
-    Raises UserError for a kind of media that the model does not take, and for a cache that does not fit.
+    Args:
+        cfg: the run's settings.
+        processor: of the model.
+        family: around the model.
+        reducers: of the run.
+        examples: of the run.
+        base_fingerprint: fingerprint of the base model, which the features of a cache belong to.
+
+    Raises:
+        UserError: a kind of media that the model does not support, or a cache that does not fit.
     """
-    num_frames, media = cfg.model.get("num_frames", 1), None
+    num_frames = cfg.model.get("num_frames", 1)
+
+    media = None
     if cfg.data.cache:
-        (reducer,) = reducers  # `train.checks` refuses several
+        # A cache holds the features of one reducer. `train.checks` allows no more.
+        (reducer,) = reducers
         settings = cache_settings(
             family,
             reducer,
             processor,
             base_fingerprint=base_fingerprint,
-            rows=media_of_examples(examples),
+            examples_name=name_of_examples(examples),
             num_frames=num_frames,
         )
         media = open_cache(examples.path.parent, settings)
-        if not asks_questions(cfg):
-            family.drop_towers()
-    return [
-        Collator(processor, family, reducer, kinds=examples.kinds, num_frames=num_frames, media=media)
-        for reducer in reducers
-    ]
 
-
-def training_examples(cfg: DictConfig, subset: Subset, template: Template, tokenizer: Any) -> Examples:
-    """The subset as token ids and labels. Raises UserError for rows that the template or the tokenizer does not take."""
-    manifest = subset.manifest
-    examples = main_first(lambda: subset.examples(template, tokenizer, max_tokens=cfg.data.max_tokens))
-    counts = ", ".join(f"{source} {count:,}" for source, count in manifest["num_rows_by_source"].items())
-    print_rank0(f"data: {len(examples):,} rows ({counts}), hash {manifest['hash'][:12]}")
-    if num_cut := int((examples.column("num_whole_tokens") > cfg.data.max_tokens).sum()):
-        print_rank0(f"  {num_cut} rows cut at data.max_tokens={cfg.data.max_tokens}")
-    if num_mute := manifest["num_rows"] - len(examples):
-        print_rank0(f"  {num_mute} rows left out, of which that cut leaves no answer")
-    return examples
+    collators = []
+    for reducer in reducers:
+        collators.append(
+            Collator(processor, family, reducer, kinds=examples.kinds, num_frames=num_frames, media=media)
+        )
+    return collators

@@ -1,12 +1,14 @@
-"""The training loop."""
+"""The training loop. `train_step` is one step: forward and backward of its micro batches, then the optimizer."""
 
 import math
 import time
+from collections.abc import Iterator
 from itertools import islice
 
 import torch
 from omegaconf import DictConfig
 
+from data.batches.collate import MicroBatch
 from data.batches.dataset import MicroBatches, explain_workers, loader
 from data.progress import progress
 from train.checkpoint import RunFolder
@@ -16,58 +18,107 @@ from vzip import UserError
 
 
 def learning_rate(step: int, *, num_steps: int, peak: float, warmup: float) -> float:
-    """Linear warmup over `warmup` * num_steps steps (rounded up), then a cosine to zero at num_steps."""
+    """The learning rate of a step: a linear warmup, then a cosine that reaches zero at `num_steps`.
+
+    Args:
+        step: number of the step, from 0.
+        num_steps: steps of the run.
+        peak: the rate after the warmup.
+        warmup: share of the steps that warm up, rounded up to whole steps.
+    """
     num_warmup = math.ceil(warmup * num_steps)
     if step < num_warmup:
         return peak * (step + 1) / num_warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / (num_steps - num_warmup)))
+
+    decayed = (step - num_warmup) / (num_steps - num_warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * decayed))
+
+
+def train_step(
+    engine: Engine, batches: MicroBatches, micro_batches: Iterator[MicroBatch], step: int, cfg: DictConfig
+) -> dict[str, float]:
+    """Take one optimizer step on the mean loss over the label tokens of the global batch.
+
+    Args:
+        engine: the model and its optimizer.
+        batches: the plan of the steps, and their token counts.
+        micro_batches: this rank's micro batches; those of this step come next.
+        step: number of the step, from 0.
+        cfg: the run's settings.
+
+    Returns:
+        loss, learning rate and gradient norm, as the tracker names them
+    """
+    # Derive the seed from the step, so that resuming needs no saved state of the random generator.
+    torch.manual_seed(cfg.seed * 1_000_003 + step * engine.world_size + engine.rank)
+
+    # Divide by the label tokens of all ranks, which are counted in advance: the loss does not depend on how the batch is cut.
+    # Multiply by the number of ranks, because DeepSpeed averages gradients over them.
+    scale = engine.world_size / max(batches.num_labels(step), 1)
+
+    num_micro_batches = batches.num_micro_batches(step)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for number, micro_batch in enumerate(islice(micro_batches, num_micro_batches), start=1):
+        loss, reported = engine.forward(micro_batch)
+        loss_sum += reported
+        engine.backward(loss * scale, is_last=number == num_micro_batches)
+
+    lr = learning_rate(step, num_steps=batches.plan.num_steps, peak=cfg.optim.lr, warmup=cfg.optim.warmup)
+    grad_norm = engine.optimizer_step(lr)
+
+    # Report the mean over the label tokens that the trainable parameters learn from.
+    loss_mean = engine.sum_over_ranks(loss_sum) / max(batches.num_grad_labels(step), 1)
+    return {"train/loss": loss_mean, "train/lr": lr, "train/grad_norm": grad_norm}
 
 
 @explain_workers()
 def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, tracker: Tracker) -> None:
-    """Tune for `batches.plan.num_steps` steps, from the newest saved state on, saving one every `cfg.save_every` steps."""
+    """Train from the newest saved state, or from the start, to the last step.
+
+    Args:
+        engine: the model and its optimizer.
+        batches: this rank's micro batches, and the plan of the steps.
+        cfg: the run's settings.
+        run: where the state is saved, every `cfg.save_every` steps.
+        tracker: where the metrics go.
+
+    Raises:
+        UserError: the loss is not finite, or a picture can't be loaded any more.
+    """
+    num_steps = batches.plan.num_steps
     first = run.resume(engine)
     tracker.forget_from(first)
+
+    # Worker processes load pictures ahead of the steps that need them.
     micro_batches = iter(loader(batches, first=first, num_workers=cfg.data.num_workers))
-    bar = progress(
-        range(first, batches.plan.num_steps),
-        total=batches.plan.num_steps,
-        start=first,
-        title="tune",
-        unit="step",
-        shown=engine.rank == 0,
-    )
+    steps = range(first, num_steps)
+    is_shown = engine.rank == 0
+    bar = progress(steps, total=num_steps, start=first, title="tune", unit="step", shown=is_shown)
     for step in bar:
         start = time.perf_counter()
-        torch.manual_seed(
-            cfg.seed * 1_000_003 + step * engine.world_size + engine.rank
-        )  # resuming needs no saved RNG
-        parts = list(islice(micro_batches, batches.num_parts(step)))
-        lr = learning_rate(step, num_steps=batches.plan.num_steps, peak=cfg.optim.lr, warmup=cfg.optim.warmup)
-        loss, grad_norm = engine.step(
-            parts,
-            lr=lr,
-            num_labels=batches.num_labels(step),
-            num_grad_labels=batches.num_grad_labels(step),
-        )
+        metrics = train_step(engine, batches, micro_batches, step, cfg)
         seconds = time.perf_counter() - start
-        num_tokens = batches.num_tokens(step)
-        metrics = {
-            "train/loss": loss,
-            "train/lr": lr,
-            "train/grad_norm": grad_norm,
-            "train/tokens_per_s": num_tokens / seconds,
-            "train/step_s": seconds,
-            "train/memory_gb": memory_gb(engine.device),
-        }
+
+        metrics["train/tokens_per_s"] = batches.num_tokens(step) / seconds
+        metrics["train/step_s"] = seconds
+        metrics["train/memory_gb"] = memory_gb(engine.device)
         tracker.log(step, metrics)
-        bar.set_postfix_str(
-            f"loss {loss:.3f}, {num_tokens / seconds:,.0f} tokens/s, {metrics['train/memory_gb']:.1f} GB",
-            refresh=False,
-        )
+        bar.set_postfix_str(_summary(metrics), refresh=False)
+
+        loss = metrics["train/loss"]
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss is {loss} at step {step}; lower optim.lr={cfg.optim.lr}, and start over with fresh=true"
             )
-        if (step + 1) % cfg.save_every == 0 and step + 1 < batches.plan.num_steps:
-            run.save_state(engine, step + 1)
+
+        # The result follows the last step at once, so its state is not saved.
+        num_done = step + 1
+        if num_done % cfg.save_every == 0 and num_done < num_steps:
+            run.save_state(engine, num_done)
+
+
+def _summary(metrics: dict[str, float]) -> str:
+    """What the progress bar shows of a step."""
+    loss = metrics["train/loss"]
+    tokens_per_s = metrics["train/tokens_per_s"]
+    return f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, {metrics['train/memory_gb']:.1f} GB"

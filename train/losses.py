@@ -1,6 +1,13 @@
-"""The loss of a micro batch in two ways that give the tuned weights the same gradient.
+"""Two losses of a micro batch that give the trainable parameters the same gradient.
 
-`ReferenceLoss` is the specification, and how stock trainers do it. `FastLoss` runs nothing that the gradient does not need.
+`ReferenceLoss` is the specification: what stock trainers do. `FastLoss` runs nothing that the gradient does not need:
+
+- it packs examples one behind the other, so that no padding is run;
+- it runs the prefix that all examples share (the system prompt) once per training, and keeps its keys and values;
+- it computes logits only where a label follows, and never all of them at a time.
+
+Legend of shapes: M examples of a micro batch, L tokens of the longest one, T tokens of packed examples, n of them followed
+by a label, d_llm width of the language model.
 """
 
 from collections.abc import Sequence
@@ -13,87 +20,110 @@ from torch.utils.checkpoint import checkpoint
 
 from data.batches.collate import MicroBatch, PackedBatch, PaddedBatch
 from vzip.families import Family
+from vzip.families.features import VisualFeatures
 from vzip.fast.language import PackedLanguage
 from vzip.fast.loss import cross_entropy
 from vzip.fast.segments import Prefix, Segments
-from vzip.media import normalised
 from vzip.patch import replaced_forwards
 from vzip.reducers import Reducer
 from vzip.templates.encode import IGNORED
 
 
-def media_inputs(batch: MicroBatch, kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's inputs of one kind of media, rescaled and normalised here, in the model's precision."""
-    return normalised(batch.media[kind], dtype)
+def visual_tokens(family: Family, reducer: Reducer, batch: MicroBatch, kind: str) -> Tensor:
+    """float[n, d_llm]: the projected tokens of all images, or all videos, of a micro batch.
+
+    A feature cache holds what the tower and the reducer made of them. Otherwise both run here, without a gradient.
+    """
+    media = batch.media[kind]
+    if isinstance(media, VisualFeatures):
+        features = media
+    else:
+        inputs = media.normalized(family.model.dtype)
+        features = family.visual_features(kind, inputs, reducer)
+    return family.project(features)
 
 
 def embed(family: Family, reducer: Reducer, batch: MicroBatch) -> Tensor:
-    """float[..., d_llm] of the ids int64[...]: what the language model receives."""
-    dtype = family.model.dtype
-    # Pictures first, whatever the rows hold, so that every rank runs the same modules in the same order.
-    features = {
-        kind: family.media_features(reducer, kind, media_inputs(batch, kind, dtype)) for kind in batch.media
-    }
+    """float[..., d_llm]: what the language model receives for ids int64[...], with visual tokens in place of placeholders."""
+    # Pictures come first, whatever the examples hold, so that every rank runs the same modules in the same order.
+    tokens_by_kind = {kind: visual_tokens(family, reducer, batch, kind) for kind in batch.media}
+
     embeddings: Tensor = family.model.get_input_embeddings()(batch.input_ids)
-    for kind, found in features.items():
-        if count := batch.num_placeholders[kind]:
-            assert len(found) == count, f"{count} placeholders of {kind}s, {len(found)} features"
-            at = (batch.input_ids == family.placeholder_id(kind)).unsqueeze(-1)
-            embeddings = embeddings.masked_scatter(at, found.to(embeddings.dtype))
+    for kind, tokens in tokens_by_kind.items():
+        num_placeholders = batch.num_placeholders[kind]
+        if num_placeholders:
+            assert len(tokens) == num_placeholders, (
+                f"{num_placeholders} placeholders of {kind}s, {len(tokens)} tokens"
+            )
+            is_placeholder = batch.input_ids == family.placeholder_id(kind)
+            embeddings = embeddings.masked_scatter(is_placeholder.unsqueeze(-1), tokens.to(embeddings.dtype))
         else:
-            # Text alone gives the projector no gradient. But the ranks wait for each other in every module: a blank picture
-            # goes through them, times zero.
-            embeddings = embeddings + (0.0 * found.sum()).to(embeddings.dtype)
+            # Without a picture there is a blank one. It gets a gradient of zero, but it must run: under ZeRO 3 the ranks
+            # wait for each other in every module.
+            embeddings = embeddings + (0.0 * tokens.sum()).to(embeddings.dtype)
     return embeddings
 
 
 class ReferenceLoss(nn.Module):
-    """The plain way: padded rows through the stock language model, its layers checkpointed, logits of all tokens in float32.
+    """Padded examples through the stock language model, with checkpointed layers, and logits of all tokens in float32.
 
     Args:
         family: around the model.
-        reducer: of the pictures.
-        learns_text: whether a row without a picture teaches the tuned weights anything, as it does LoRA in the language model.
+        reducer: reduces the pictures.
+        text_has_gradient: whether the trainable parameters also learn from examples without a picture, as LoRA in the
+            language model does.
     """
 
     def __init__(self, family: Family, reducer: Reducer, *, text_has_gradient: bool) -> None:
         super().__init__()
-        self.family, self.model, self.reducer, self.text_has_gradient = (
-            family,
-            family.model,
-            reducer,
-            text_has_gradient,
-        )
+        self.family = family
+        self.model = family.model
+        self.reducer = reducer
+        self.text_has_gradient = text_has_gradient
 
     def forward(self, batch: PaddedBatch) -> tuple[Tensor, Tensor]:
-        """(sum of the cross entropy over all label tokens, the same of the rows that teach)."""
-        embeddings, language = embed(self.family, self.reducer, batch), self.family.language_model
-        checkpointed = {
-            layer: partial(checkpoint, layer.forward, use_reentrant=False) for layer in language.layers
-        }
+        """Compute the cross entropy, summed over label tokens.
+
+        Returns:
+            (sum over all examples, sum over those that the trainable parameters learn from)
+        """
+        embeddings = embed(self.family, self.reducer, batch)
+
+        # Each layer keeps only its input, and runs again in the backward pass.
+        language = self.family.language_model
+        checkpointed = {}
+        for layer in language.layers:
+            checkpointed[layer] = partial(checkpoint, layer.forward, use_reentrant=False)
         with replaced_forwards(checkpointed):
             output = language(inputs_embeds=embeddings, attention_mask=batch.attention_mask, use_cache=False)
-        logits: Tensor = self.model.lm_head(output.last_hidden_state)[:, :-1]
-        high = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits: Tensor = self.model.lm_head(output.last_hidden_state)
+
+        # The output at a token predicts the next one.
+        logits = logits[:, :-1]
         targets = batch.labels[:, 1:]
         losses = F.cross_entropy(
-            high.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+            logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1),
+            targets.flatten(),
+            ignore_index=IGNORED,
+            reduction="none",
         )
-        losses = losses.view_as(targets).sum(dim=1)
-        placeholders = torch.tensor(
-            [self.family.placeholder_id(kind) for kind in batch.media], device=losses.device
-        )
-        has_gradient = torch.isin(batch.input_ids, placeholders).any(dim=1) | self.text_has_gradient
-        return losses.sum(), losses.detach()[has_gradient].sum()
+        loss_by_example = losses.view_as(targets).sum(dim=1)
+
+        placeholders = [self.family.placeholder_id(kind) for kind in batch.media]
+        is_placeholder = torch.isin(batch.input_ids, torch.tensor(placeholders, device=losses.device))
+        has_gradient = is_placeholder.any(dim=1) | self.text_has_gradient
+        return loss_by_example.sum(), loss_by_example.detach()[has_gradient].sum()
 
 
 class FastLoss(nn.Module):
-    """The fast way: packed rows behind a prefix that is run once, and outputs where a label follows alone.
+    """Packed examples behind a shared prefix that is run once, and logits only where a label follows.
+
+    Call `run_prefix` before the first forward.
 
     Args:
         family: around the model.
-        reducers: of the pictures; a micro batch says which is its own.
-        prefix: ids that every row begins with, and that are not among the packed ones.
+        reducers: reduce the pictures. A micro batch says which of them is its own.
+        prefix: ids that every example begins with, and that are not among the packed ones.
         settings: of `PackedLanguage`.
     """
 
@@ -101,17 +131,32 @@ class FastLoss(nn.Module):
         self, family: Family, reducers: Sequence[Reducer], *, prefix: Sequence[int], **settings: bool
     ) -> None:
         super().__init__()
-        self.family, self.model, self.reducers, self.prefix = family, family.model, reducers, prefix
+        self.family = family
+        self.model = family.model
+        self.reducers = reducers
+        self.prefix = prefix
         self.language = PackedLanguage(family.language_model, **settings)
-        self._prefixes: list[Prefix] | None = None
+        self.prefix_by_layer: list[Prefix] = []
+
+    def run_prefix(self, device: torch.device) -> None:
+        """Compute the keys and values of the prefix, once the model is on its device.
+
+        They depend on frozen weights alone, so that training does not change them.
+        """
+        self.prefix_by_layer = self.language.prefixes(self.prefix, device)
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """The sum of the cross entropy over the label tokens, twice: all of its rows teach."""
-        if self._prefixes is None:
-            self._prefixes = self.language.prefixes(self.prefix, batch.input_ids.device)
+        """Compute the cross entropy, summed over label tokens.
+
+        Returns:
+            (the sum, the same without a gradient): the trainable parameters learn from all packed examples
+        """
         embeddings = embed(self.family, self.reducers[batch.reducer], batch)
-        hidden = self.language(embeddings, Segments(batch.lengths, self._prefixes), batch.at_labels)
+        segments = Segments(batch.lengths, self.prefix_by_layer)
+        hidden = self.language(embeddings, segments, batch.at_labels)
         loss = cross_entropy(self.model.lm_head, hidden, batch.targets)
+
+        # A rank without examples runs a single token, so that all ranks run the same modules.
         if not batch.num_examples:
             loss = 0.0 * loss
         return loss, loss.detach()

@@ -1,4 +1,4 @@
-"""From the model's settings to a model with its starting projector in float32, and its processor."""
+"""Load the model that the settings name, with its starting projector in float32, and its processor."""
 
 import importlib.util
 import logging
@@ -8,106 +8,147 @@ from typing import Any
 import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from data.paths import data_dir
+from train.config import build_reducers, tile_order
+from train.hardware import best_device
 from train.ranks import print_rank0
 from vzip import UserError
 from vzip.cost import frozen_linears
 from vzip.families import Family
 from vzip.runs.projector import load_weights
 
-PREPARE = "run `make data` to prepare the embedded default and the tiny models"
+# In int8 products, inputs at least this large stay in float16 (arXiv 2208.07339).
 OUTLIERS = 6.0
-"""Inputs at least as large stay in float16 in int8 products (arXiv 2208.07339)."""
-CONNECT = "connect to the hub once, or set model.id to a folder that holds the model"
-
-
-def _found(load: Callable[..., Any], cfg: DictConfig, **settings: Any) -> Any:
-    """What `load` finds at `model.id`. Raises UserError if that is nowhere."""
-    try:
-        return load(cfg.model.id, **settings)
-    except OSError as error:
-        hint = PREPARE if str(cfg.model.id).startswith(str(data_dir())) else CONNECT
-        raise UserError(
-            f"nothing to load at model.id={cfg.model.id}: {hint}\n({str(error).splitlines()[0]})"
-        ) from error
-
-
-def load_unreduced_processor(cfg: DictConfig) -> Any:
-    """The processor of the model at `model.id`, unreduced. Raises UserError if there is none."""
-    return _found(get_class(cfg.model["_target_"]).load_processor, cfg)
 
 
 def load_family(cfg: DictConfig) -> tuple[Family, Any]:
-    """(family around the model, processor), on the CPU, in `model.dtype`, with the starting projector.
+    """Load the model on the CPU, in `model.dtype`, with its starting projector in float32.
+
+    Returns:
+        (family around the model, its processor)
 
     Raises:
-        UserError: no weights at `model.id`, a `model.projector` that does not fit, or no package for `quantize`.
+        UserError: no weights at `model.id`, a `model.projector` or a budget that does not fit, or a missing package
+            for `quantize`.
     """
     if cfg.quantize and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            f"quantize={cfg.quantize} needs a package that is not there; `pip install bitsandbytes`, or quantize=null"
+            f"quantize={cfg.quantize} needs a package that is not installed; `pip install bitsandbytes`, or quantize=null"
         )
-    cls, dtype = get_class(cfg.model["_target_"]), getattr(torch, cfg.model.dtype)
+
     processor = load_unreduced_processor(cfg)
+    cls = get_class(cfg.model["_target_"])
     if cfg.weights == "random":
         torch.manual_seed(cfg.seed)
-        model = cls.from_architecture(
-            OmegaConf.to_container(cfg.model.architecture, resolve=True), dtype=dtype
-        )
+        model = _build_model(cfg)
     else:
-        model = _found(cls.load_model, cfg, dtype=dtype)
-    family = cls(model)
+        model = _load_from_id(cls.load_model, cfg, dtype=getattr(torch, cfg.model.dtype))
+
+    family: Family = cls(model, anyres=tile_order(cfg))
     family.projector.float()
     if cfg.model.projector and cfg.weights == "pretrained":
         load_weights(family, cfg.model.projector)
+
+    for reducer in build_reducers(cfg):
+        family.check_reducer(reducer)
     return family, processor
 
 
-def quantize_language_model(family: Family, quantize: str | None) -> None:
-    """Hold the language model's frozen linear layers in 4 bits ("nf4") or 8 ("int8"), where they will run; None does nothing.
+def load_unreduced_processor(cfg: DictConfig) -> Any:
+    """Load the processor at `model.id`, which counts all visual tokens. Raises UserError if there is none."""
+    return _load_from_id(get_class(cfg.model["_target_"]).load_processor, cfg)
 
-    Take the model's fingerprint, and open what is tuned, before: a projector tuned this way belongs to the model as it was.
-    """
-    if quantize is None:
-        return
-    import bitsandbytes
 
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # it warns at each product that int8 goes through float16
-    for name, layer in list(frozen_linears(family)):
-        shape, settings = (
-            (layer.in_features, layer.out_features),
-            {"bias": layer.bias is not None, "device": "meta"},
-        )
-        if quantize == "nf4":
-            held = bitsandbytes.nn.Linear4bit(
-                *shape, compute_dtype=layer.weight.dtype, quant_type="nf4", **settings
-            )
-            held.weight = bitsandbytes.nn.Params4bit(
-                layer.weight.data, requires_grad=False, quant_type="nf4", module=held
-            )
+def _load_from_id(load: Callable[..., Any], cfg: DictConfig, **settings: Any) -> Any:
+    """Call `load` on `model.id`. Raises UserError, with what to do, if nothing is there."""
+    try:
+        return load(cfg.model.id, **settings)
+    except OSError as error:
+        is_prepared_here = str(cfg.model.id).startswith(str(data_dir()))
+        if is_prepared_here:
+            advice = "run `make data` to prepare the embedded default and the tiny models"
         else:
-            held = bitsandbytes.nn.Linear8bitLt(
-                *shape, has_fp16_weights=False, threshold=OUTLIERS, **settings
-            )
-            held.weight = bitsandbytes.nn.Int8Params(
-                layer.weight.data, requires_grad=False, has_fp16_weights=False
-            )
-        held.bias = layer.bias
-        family.language_model.set_submodule(name, held.to("cuda" if torch.cuda.is_available() else "cpu"))
-    print_rank0(
-        f"quantize={quantize}: the language model is quantised, and gradients are no longer those of the exact model"
-    )
+            advice = "connect to the hub once, or set model.id to a folder that holds the model"
+        reason = str(error).splitlines()[0]
+        raise UserError(f"nothing to load at model.id={cfg.model.id}: {advice}\n({reason})") from error
+
+
+def _build_model(cfg: DictConfig) -> Any:
+    """Build the model of `model.architecture`, in `model.dtype`, with random weights."""
+    architecture = OmegaConf.to_container(cfg.model.architecture, resolve=True)
+    cls = get_class(cfg.model["_target_"])
+    return cls.from_architecture(architecture, dtype=getattr(torch, cfg.model.dtype))
 
 
 def count_model(cfg: DictConfig) -> Family:
-    """The model without memory, on the meta device: for counting."""
+    """Build the model on the meta device, where it takes no memory: for counting parameters and FLOPs."""
     with torch.device("meta"):
-        cls = get_class(cfg.model["_target_"])
-        architecture = OmegaConf.to_container(cfg.model.architecture, resolve=True)
-        dtype = getattr(torch, cfg.model.dtype)
-        family: Family = cls(cls.from_architecture(architecture, dtype=dtype))
+        family: Family = get_class(cfg.model["_target_"])(_build_model(cfg))
         family.projector.float()
     return family
+
+
+def quantize_language_model(family: Family, quantize: str | None) -> None:
+    """Quantize the frozen linear layers of the language model, on the device where they will run.
+
+    Call it after the fingerprint was taken, because a tuned projector belongs to the model as it was, and after LoRA was
+    added, because LoRA weights stay in float32.
+
+    Args:
+        family: around the model.
+        quantize: "nf4" for 4 bits, "int8" for 8 bits; None does nothing.
+    """
+    if quantize is None:
+        return
+
+    # It warns at each product that int8 goes through float16.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+    make_layer = _nf4_layer if quantize == "nf4" else _int8_layer
+    device = best_device()
+    for name, layer in list(frozen_linears(family)):
+        quantized = make_layer(layer)
+        quantized.bias = layer.bias
+        family.language_model.set_submodule(name, quantized.to(device))
+
+    print_rank0(
+        f"quantize={quantize}: the language model is quantized, and gradients are no longer those of the exact model"
+    )
+
+
+def _nf4_layer(layer: nn.Linear) -> Any:
+    """The layer with its weight in 4 bits. bitsandbytes quantizes it when it is moved to a device."""
+    import bitsandbytes
+
+    quantized = bitsandbytes.nn.Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        compute_dtype=layer.weight.dtype,
+        quant_type="nf4",
+        device="meta",
+    )
+    quantized.weight = bitsandbytes.nn.Params4bit(
+        layer.weight.data, requires_grad=False, quant_type="nf4", module=quantized
+    )
+    return quantized
+
+
+def _int8_layer(layer: nn.Linear) -> Any:
+    """The layer with its weight in 8 bits. bitsandbytes quantizes it when it is moved to a device."""
+    import bitsandbytes
+
+    quantized = bitsandbytes.nn.Linear8bitLt(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        has_fp16_weights=False,
+        threshold=OUTLIERS,
+        device="meta",
+    )
+    quantized.weight = bitsandbytes.nn.Int8Params(
+        layer.weight.data, requires_grad=False, has_fp16_weights=False
+    )
+    return quantized

@@ -9,155 +9,224 @@ from rich.console import Console
 from rich.table import Table
 
 from train.config import asks_questions, batch_plan, build_reducer, build_reducers
+from train.hardware import best_device
 from train.memory import LongestExamples, card_of, fit_packing, micro_batch_memory, resident_memory
 from train.models import count_model
 from train.trainable import make_trainable, print_trainable
 from vzip import UserError
-from vzip.cost import example_cost, padded_memory, weight_memory
+from vzip.cost import ExampleCost, example_cost, padded_memory, weight_memory
 from vzip.families import Family
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
 from vzip.runs.projector import budget_of
 
-H100_PEAK, MFU = 989e12, 0.4
-"""bf16 FLOP/s of an H100 SXM, and the share of a device's peak that the estimate counts on."""
+# Dense bf16 FLOP/s of an H100 SXM.
+H100_PEAK = 989e12
+
+# The share of a device's peak that the time estimate assumes.
+MFU = 0.4
+
+# (height, width) of a typical picture, for data whose settings give no size.
 COCO_SIZE = (480, 640)
-"""(height, width) of a typical picture, where the data's settings name none."""
+
+# Text tokens that all examples begin with: about as many as Vicuna's system prompt has.
 NUM_PREFIX = 40
-"""Text tokens that all rows begin with, much as Vicuna's system prompt takes."""
+
+# Numbers of tiles that the plan shows.
 MAX_SIZES = 5
-"""Numbers of tiles that the plan shows."""
 
 
-def measured_peak() -> float:
-    """FLOP/s of a bf16 matrix product on this machine, by a short measurement."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size, fastest = (8192 if device == "cuda" else 1024), math.inf
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    for _ in range(5):  # the best of some, as other programs take time too
+def print_plan(cfg: DictConfig, *, world_size: int) -> None:
+    """Print the trainable parts, visual tokens before and after, steps, FLOPs, memory and time of a run."""
+    family = count_model(cfg)
+    reducers = build_reducers(cfg)
+    reducer = build_reducer(cfg)
+    family.check_reducer(reducer)
+    trainable = make_trainable(family, cfg.tune)
+    print_trainable(family, trainable)
+
+    num_pictures, num_visual_tokens = _typical_example(family, cfg, reducer)
+    cost = example_cost(
+        family,
+        reducer,
+        num_tiles=num_pictures,
+        num_visual_tokens=num_visual_tokens,
+        num_text_tokens=cfg.data.expected.text_tokens,
+    )
+
+    # With a feature cache and no questions, a run frees the towers.
+    if cfg.data.cache and not asks_questions(cfg):
+        family.drop_towers()
+    memory = _memory_lines(
+        cfg,
+        family,
+        num_trainable=trainable.num_parameters,
+        num_visual_tokens=num_visual_tokens,
+        world_size=world_size,
+    )
+
+    reducer_names = "; ".join(repr(each) for each in reducers)
+    if len(reducers) > 1:
+        reducer_names += "; the plan is for the largest"
+    lines = {
+        "model": f"{cfg.model.name} ({cfg.model.id}, weights={cfg.weights})",
+        "reducer": reducer_names,
+        **_token_lines(family, cfg, reducer),
+        **_step_lines(cfg, cost, world_size=world_size),
+        **memory,
+        **_time_lines(cfg, cost, world_size=world_size),
+    }
+
+    table = Table(show_header=False, title="plan", title_justify="left")
+    for name, value in lines.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _typical_example(family: Family, cfg: DictConfig, reducer: Reducer) -> tuple[int, int]:
+    """(pictures that the tower sees, visual tokens) of a typical example of the data."""
+    expected = cfg.data.expected
+    if expected.get("media", "image") == "video":
+        num_frames = cfg.model.get("num_frames", 1)
+        return num_frames, family.num_video_tokens(reducer, num_frames)
+
+    size = tuple(expected.get("image_size", COCO_SIZE))
+    return family.num_tiles(size), family.num_image_tokens(reducer, size)
+
+
+def _token_lines(family: Family, cfg: DictConfig, reducer: Reducer) -> dict[str, str]:
+    """What the budget means: tokens before and after, of images with each number of tiles, and of a video."""
+    full = Identity()
+    size_by_tiles = {family.num_tiles(size): size for size in family.image_sizes}
+    numbers = sorted(size_by_tiles)
+    if len(numbers) > MAX_SIZES:
+        # Some of them, at even distances, the smallest and the largest included.
+        step = (len(numbers) - 1) / (MAX_SIZES - 1)
+        numbers = [numbers[round(index * step)] for index in range(MAX_SIZES)]
+
+    lines = {}
+    for num_tiles in numbers:
+        height, width = size_by_tiles[num_tiles]
+        before = family.num_image_tokens(full, (height, width))
+        after = family.num_image_tokens(reducer, (height, width))
+        counts = f"{before:,} before, {after:,} after"
+        if len(size_by_tiles) == 1:
+            lines["tokens an image"] = counts
+        else:
+            lines[f"image of {num_tiles} tiles"] = f"{counts} ({height} x {width} px)"
+
+    if family.budget_tiles > 1 and cfg.reducer.get("budget") is not None:
+        more = "; row ends come on top" if family.anyres == "spatial" else ""
+        lines["budget"] = (
+            f"{budget_of(family, reducer)} is the total of {family.budget_tiles} tiles: "
+            f"{family.num_tile_tokens(reducer)} each; an image of fewer tiles has fewer tokens{more}"
+        )
+
+    if "video" in family.kinds:
+        num_frames = cfg.model.num_frames
+        before = family.num_video_tokens(full, num_frames)
+        after = family.num_video_tokens(reducer, num_frames)
+        lines[f"video of {num_frames} frames"] = f"{before:,} before, {after:,} after"
+    return lines
+
+
+def _step_lines(cfg: DictConfig, cost: ExampleCost, *, world_size: int) -> dict[str, str]:
+    """The data, the steps, and the FLOPs of the run."""
+    expected = cfg.data.expected
+    num_examples = _num_examples(cfg)
+    plan = batch_plan(cfg, num_examples=num_examples, world_size=world_size)
+    stages = f"tower {cost.tower / 1e9:,.0f}, projector {cost.projector / 1e9:,.1f}, language {cost.language / 1e9:,.0f} GFLOP"
+    return {
+        "examples": f"{num_examples:,} = {cfg.data.fraction:g} of {expected.rows:,}, with {expected.text_tokens} text tokens each "
+        f"(estimated)",
+        "batches": str(plan),
+        "compute": f"{_flops(cfg, cost, world_size=world_size) / 1e15:,.1f} PFLOP for all tokens, of which engine=fast runs "
+        f"fewer; an example: {stages}",
+    }
+
+
+def _num_examples(cfg: DictConfig) -> int:
+    return round(cfg.data.expected.rows * cfg.data.fraction)
+
+
+def _flops(cfg: DictConfig, cost: ExampleCost, *, world_size: int) -> int:
+    """FLOPs of the whole run."""
+    plan = batch_plan(cfg, num_examples=_num_examples(cfg), world_size=world_size)
+    return cost.total * plan.size * plan.num_steps
+
+
+def _memory_lines(
+    cfg: DictConfig, family: Family, *, num_trainable: int, num_visual_tokens: int, world_size: int
+) -> dict[str, str]:
+    """The micro batch of one rank and the memory that it takes, or why none fits.
+
+    Args:
+        cfg: the run's settings.
+        family: around the model.
+        num_trainable: trainable parameters.
+        num_visual_tokens: visual tokens of a typical example.
+        world_size: ranks.
+    """
+    expected = cfg.data.expected
+    card = card_of(cfg)
+    memory = resident_memory(cfg, family, num_trainable=num_trainable, world_size=world_size)
+    if cfg.engine == "reference":
+        micro_batch = f"{cfg.batch.micro} examples, padded, layers checkpointed"
+        num_tokens = cfg.batch.micro * (num_visual_tokens + expected.text_tokens)
+        memory += padded_memory(family, num_tokens=num_tokens)
+    else:
+        longest = num_visual_tokens + min(expected.longest, cfg.data.max_tokens)
+        lengths = LongestExamples(longest, NUM_PREFIX)
+        try:
+            packing = fit_packing(
+                cfg, family, card, num_trainable=num_trainable, lengths=lengths, world_size=world_size
+            )
+        except UserError as error:
+            return {"a micro batch": f"none: {error}"}
+
+        how = "the backward pass computes the MLPs again" if packing.recompute else "nothing computed twice"
+        micro_batch = f"up to {packing.tokens:,} packed tokens, {how}"
+        memory += micro_batch_memory(cfg, family, packing, lengths)
+
+    weights = weight_memory(family, quantize=cfg.quantize)
+    quantized = f", the language model in {cfg.quantize}: gradients are not exact" if cfg.quantize else ""
+    return {
+        "a micro batch": micro_batch,
+        "memory a rank": f"{memory / 1e9:,.1f} GB, of {card.name}; all weights {weights / 1e9:,.1f} GB{quantized}",
+    }
+
+
+def _time_lines(cfg: DictConfig, cost: ExampleCost, *, world_size: int) -> dict[str, str]:
+    """How long the run takes on an H100, and on this machine."""
+    flops = _flops(cfg, cost, world_size=world_size)
+    on_h100 = flops / H100_PEAK / MFU
+    here = flops / _measured_peak() / MFU / world_size
+    return {
+        "time on one H100": f"{_duration(on_h100)} at {MFU:.0%} of its peak",
+        "time here": f"{_duration(here)} at {MFU:.0%} of the measured peak",
+    }
+
+
+def _measured_peak() -> float:
+    """FLOP/s of a bf16 matrix product on this machine."""
+    device = best_device()
+    size = 8192 if device.type == "cuda" else 1024
+    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+
+    # Take the fastest of some, because other programs take time too.
+    fastest = math.inf
+    for _ in range(5):
         start = time.perf_counter()
-        a @ a
-        if device == "cuda":
+        matrix @ matrix
+        if device.type == "cuda":
             torch.cuda.synchronize()
         fastest = min(fastest, time.perf_counter() - start)
     return 2 * size**3 / fastest
 
 
 def _duration(seconds: float) -> str:
+    """The seconds in the largest unit of which there are at least two."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} seconds"
-
-
-def _visual(family: Family, cfg: DictConfig, reducer: Reducer) -> tuple[int, int]:
-    """(pictures that the tower sees, visual tokens) of a typical row of the data."""
-    expected = cfg.data.expected
-    if expected.get("media", "image") == "video":
-        num_frames = cfg.model.get("num_frames", 1)
-        return num_frames, family.num_video_tokens(reducer, num_frames)
-    size = tuple(expected.get("image_size", COCO_SIZE))
-    return family.num_tiles(size), family.num_image_tokens(reducer, size)
-
-
-def _token_rows(family: Family, cfg: DictConfig, reducer: Reducer) -> dict[str, str]:
-    """What the budget means: tokens of an image of each number of tiles, and of a video, before and after."""
-    rows, full = {}, Identity()
-    by_tiles = {family.num_tiles(size): size for size in family.image_sizes}
-    shown = sorted(by_tiles.items())
-    if len(shown) > MAX_SIZES:
-        shown = [shown[round(index * (len(shown) - 1) / (MAX_SIZES - 1))] for index in range(MAX_SIZES)]
-    for num_tiles, size in shown:
-        before, after = family.num_image_tokens(full, size), family.num_image_tokens(reducer, size)
-        name = "tokens an image" if len(by_tiles) == 1 else f"image of {num_tiles} tiles"
-        rows[name] = f"{before:,} before, {after:,} after" + (
-            f" ({size[0]} x {size[1]} px)" if len(by_tiles) > 1 else ""
-        )
-    if family.budget_tiles > 1 and "budget" in cfg.reducer and cfg.reducer.budget is not None:
-        more = "; row ends come on top" if reducer.anyres == "spatial" else ""
-        rows["budget"] = (
-            f"{budget_of(family, reducer)} is the total of {family.budget_tiles} tiles: {family.num_tile_tokens(reducer)} "
-            f"each; an image of fewer tiles has as much less{more}"
-        )
-    if "video" in family.kinds:
-        before, after = (family.num_video_tokens(which, cfg.model.num_frames) for which in (full, reducer))
-        rows[f"video of {cfg.model.num_frames} frames"] = f"{before:,} before, {after:,} after"
-    return rows
-
-
-def _memory_rows(
-    cfg: DictConfig, family: Family, *, num_trainable: int, num_visual: int, world_size: int
-) -> dict[str, str]:
-    """The micro batch of one rank, and the memory that it takes, at `num_visual` visual tokens a row; or why none fits."""
-    if cfg.data.cache and not asks_questions(cfg):
-        family.drop_towers()
-    card = card_of(cfg)
-    memory = resident_memory(cfg, family, num_trainable=num_trainable, world_size=world_size)
-    if cfg.engine == "reference":
-        micro = f"{cfg.batch.micro} rows, padded, layers checkpointed"
-        memory += padded_memory(
-            family, num_tokens=cfg.batch.micro * (num_visual + cfg.data.expected.text_tokens)
-        )
-    else:
-        try:
-            longest = num_visual + min(cfg.data.expected.longest, cfg.data.max_tokens)
-            lengths = LongestExamples(longest, NUM_PREFIX)
-            packing = fit_packing(
-                cfg, family, card, num_trainable=num_trainable, lengths=lengths, world_size=world_size
-            )
-        except UserError as error:
-            return {"a micro batch": f"none: {error}"}
-        how = "MLPs computed again in the backward pass" if packing.recompute else "nothing computed twice"
-        micro = f"up to {packing.tokens:,} packed tokens, {how}"
-        memory += micro_batch_memory(cfg, family, packing, lengths)
-    weights = weight_memory(family, quantize=cfg.quantize)
-    held = f", the language model in {cfg.quantize}: gradients are not exact" if cfg.quantize else ""
-    return {
-        "a micro batch": micro,
-        "memory a rank": f"{memory / 1e9:,.1f} GB, of {card.name}; all weights {weights / 1e9:,.1f} GB{held}",
-    }
-
-
-def print_plan(cfg: DictConfig, *, world_size: int) -> None:
-    """Model, trainable table, visual tokens before and after, batch arithmetic, FLOPs, memory and time."""
-    family, reducer = count_model(cfg), build_reducer(cfg)
-    reducers = build_reducers(cfg)
-    family.refuse_unfit(reducer)
-    trainable = make_trainable(family, cfg.tune)
-    print_trainable(family, trainable)
-
-    expected = cfg.data.expected
-    num_examples = round(expected.rows * cfg.data.fraction)
-    batches = batch_plan(cfg, num_examples=num_examples, world_size=world_size)
-    num_tiles, num_visual_tokens = _visual(family, cfg, reducer)
-    cost = example_cost(
-        family,
-        reducer,
-        num_tiles=num_tiles,
-        num_visual_tokens=num_visual_tokens,
-        num_text_tokens=expected.text_tokens,
-    )
-    flops = cost.total * cfg.batch.size * batches.num_steps
-    memory_rows = _memory_rows(
-        cfg,
-        family,
-        num_trainable=trainable.num_parameters,
-        num_visual=num_visual_tokens,
-        world_size=world_size,
-    )
-    parts = f"tower {cost.tower / 1e9:,.0f}, projector {cost.projector / 1e9:,.1f}, language {cost.language / 1e9:,.0f} GFLOP"
-    table = Table(show_header=False, title="plan", title_justify="left")
-    for name, value in {
-        "model": f"{cfg.model.name} ({cfg.model.id}, weights={cfg.weights})",
-        "reducer": "; ".join(map(repr, reducers))
-        + ("; the plan is of the largest" if len(reducers) > 1 else ""),
-        **_token_rows(family, cfg, reducer),
-        "rows": f"{num_examples:,} = {cfg.data.fraction:g} of {expected.rows:,}, at {expected.text_tokens} text tokens (estimated)",
-        "batches": str(batches),
-        "compute": f"{flops / 1e15:,.1f} PFLOP for all tokens, of which engine=fast runs fewer; a row: {parts}",
-        **memory_rows,
-        "time on one H100": f"{_duration(flops / H100_PEAK / MFU)} at {MFU:.0%} of its peak",
-        "time here": f"{_duration(flops / measured_peak() / MFU / world_size)} at {MFU:.0%} of the measured peak",
-    }.items():
-        table.add_row(name, value)
-    Console().print(table)

@@ -1,8 +1,10 @@
-"""Held-out questions, and when an answer to one is correct: the same for `make tune` and `make eval`."""
+"""Held-out questions, the grades of answers, and scores: the same for `make tune` and `make eval`."""
 
 import string
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from data.conversations import Conversation
 from vzip.templates.encode import IMAGE, VIDEO
@@ -54,6 +56,19 @@ class HeldOutQuestion:
         turns = self.conversation.turns[: self.turn + 1]
         return sum(question.count(placeholder) for question, _ in turns)
 
+    def graded(self, answer: str, *, num_visual_tokens: int) -> dict[str, Any]:
+        """The record of an answer in answers_SETTING.json."""
+        conversation = self.conversation
+        return {
+            "num_visual_tokens": num_visual_tokens,
+            "image": ", ".join(conversation.images + conversation.videos),
+            "question": self.text,
+            "expected": self.expected,
+            "answer": answer.strip(),
+            "kind": self.kind,
+            "correct": is_correct(answer, self.expected),
+        }
+
 
 def held_out_questions(conversations: Iterable[Conversation], *, limit: int) -> list[HeldOutQuestion]:
     """The first `limit` questions of the conversations, in order."""
@@ -72,3 +87,51 @@ def is_correct(answer: str, expected: str) -> bool:
 
 def _normalized(answer: str) -> str:
     return answer.strip().strip(string.punctuation).strip().lower()
+
+
+@dataclass(frozen=True)
+class SettingAnswers:
+    """The graded answers in one setting: full, free (training-free), tuned or random.
+
+    Attributes:
+        name: of the setting, with "-BUDGET" behind it if the run has several budgets.
+        answers: records of `HeldOutQuestion.graded`, in the order of the questions.
+    """
+
+    name: str
+    answers: list[dict[str, Any]]
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The scores, as they stand in result.json."""
+        return score(self.name, self.answers)
+
+
+def score(name: str, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The scores of a setting: the share of correct answers, for each kind of question and for all.
+
+    Args:
+        name: of the setting.
+        answers: records of `HeldOutQuestion.graded`.
+    """
+    correct_by_kind: dict[str, list[bool]] = defaultdict(list)
+    for answer in answers:
+        # Questions without a kind have the kind "all", and count once.
+        for kind in {answer["kind"], "all"}:
+            correct_by_kind[kind].append(answer["correct"])
+
+    kinds = [kind for kind in correct_by_kind if kind != "all"]
+    metrics = {}
+    for kind in [*kinds, "all"]:
+        correct = correct_by_kind[kind]
+        metrics[kind] = sum(correct) / len(correct)
+
+    # Images of different sizes may have different numbers of tokens. A mean that is a whole number is written as one.
+    num_visual_tokens = sum(answer["num_visual_tokens"] for answer in answers)
+    mean = round(num_visual_tokens / len(answers), 1)
+    return {
+        "name": name,
+        "num_visual_tokens": int(mean) if mean == int(mean) else mean,
+        "num_questions": len(answers),
+        "metrics": metrics,
+    }

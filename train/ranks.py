@@ -1,4 +1,7 @@
-"""The processes of a run: joining them, printing once, and passing values between them."""
+"""The processes of a run, called ranks: join them, print once, pass values between them.
+
+Everything but `init_distributed` also works in a process that has joined no others: it is rank 0 of 1.
+"""
 
 import logging
 import os
@@ -7,36 +10,154 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import deepspeed
 import torch
+from torch import distributed
 
 from vzip import UserError
 
 T = TypeVar("T")
 
 
-def _first_host(nodelist: str) -> str:
-    """Of Slurm's list of hosts, e.g. node07 of "node[07-09,12],login1"."""
-    first = re.match(r"(?:[^,\[]|\[[^]]*])+", nodelist)
-    assert first, nodelist
-    return re.sub(r"\[(\w+)[^]]*]", r"\1", first[0])
+def get_rank() -> int:
+    """The number of this process; 0 without other processes."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def _tasks_per_node(counts: str) -> list[int]:
-    """Slurm's tasks by node, e.g. [2, 2, 1] of "2(x2),1"."""
-    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
-    return [int(number) for number, times in parts for _ in range(int(times or 1))]
+def get_world_size() -> int:
+    """The number of processes."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which prints and writes."""
+    return get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def print_rank0(what: str | Callable[..., None], *arguments: Any, **settings: Any) -> None:
+    """Print a line, or call a function that prints, on rank 0 alone."""
+    if not is_main():
+        return
+    if isinstance(what, str):
+        print(what, flush=True)
+    else:
+        what(*arguments, **settings)
+
+
+def broadcast_from_rank0(value: Any) -> Any:
+    """Return rank 0's value on every rank: the ranks of other hosts do not see its files."""
+    if not distributed.is_initialized():
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_gather_list(values: list[Any]) -> list[Any]:
+    """Return the values of all ranks, in the order of the ranks, on every rank."""
+    if not distributed.is_initialized():
+        return list(values)
+    values_by_rank: list[list[Any]] = [[] for _ in range(get_world_size())]
+    distributed.all_gather_object(values_by_rank, values)
+    return [value for values_of_rank in values_by_rank for value in values_of_rank]
+
+
+def main_first(make: Callable[[], T]) -> T:
+    """Call `make` on every rank: on rank 0 first, then on one rank of each other host, then on the rest.
+
+    `make` caches its work on disk, so that the ranks of a host find what the first of them has prepared.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    turns = [is_main(), local_rank == 0 and not is_main(), local_rank > 0]
+    for is_my_turn in turns:
+        if is_my_turn:
+            result = make()
+        barrier()
+    return result
+
+
+def init_distributed() -> None:
+    """Join the ranks that a launcher or srun started, or become the only rank.
+
+    A sweep calls this once for each of its runs. Only the first call does anything.
+
+    Raises:
+        UserError: a host has more ranks than GPUs that they can see.
+    """
+    if distributed.is_initialized():
+        return
+
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if "RANK" not in os.environ:
+        os.environ.update(_srun_ranks(os.environ) or _single_rank())
+
+    # DeepSpeed's all-reduce in shared memory, for CPUs, is compiled for a minute, and again whenever a flag changes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+    if torch.cuda.is_available():
+        _take_gpu(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(verbose=False)
+
+    # The ranks of one machine share its cores.
+    if not torch.cuda.is_available():
+        local_size = int(os.environ.get("LOCAL_SIZE", "1"))
+        torch.set_num_threads(max(1, torch.get_num_threads() // local_size))
+
+
+def leave_distributed() -> None:
+    """Leave the other ranks in order. A rank that just ends may abort in one of its threads after all work was done."""
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def _take_gpu(local_rank: int) -> None:
+    """Select this rank's GPU. Called before the first collective operation, which would use GPU 0 on all ranks."""
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise UserError(
+            f"rank {local_rank} of this host sees {num_gpus} GPUs; start one rank per GPU, each seeing all GPUs of the host: "
+            f"with srun --gpus-per-node=N --ntasks-per-node=N, not --gpus-per-task"
+        )
+    torch.cuda.set_device(local_rank)
+
+
+def _single_rank() -> dict[str, str]:
+    """The variables that a launcher would set for a single process."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    return {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def _srun_ranks(slurm: Mapping[str, str]) -> dict[str, str]:
-    """What a launcher would set, in a step of several tasks that srun started; else nothing.
+    """The variables that a launcher would set, in a step of several tasks that srun started; empty anywhere else.
 
-    Outside of a step an sbatch script has SLURM_PROCID, and salloc's shell SLURM_NTASKS: only a step's own variables tell.
-    Task 0 is on the first host of the step; SLURM_LAUNCH_NODE_IPADDR is where srun was typed, which may be a login node.
+    Only the variables of a step (SLURM_STEP_...) tell: an sbatch script outside of a step has SLURM_PROCID, and the shell of
+    salloc has SLURM_NTASKS. Task 0 runs on the first host of the step. SLURM_LAUNCH_NODE_IPADDR is the host where srun was
+    typed, which may be a login node.
     """
     if int(slurm.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return {}
-    local_size = _tasks_per_node(slurm["SLURM_STEP_TASKS_PER_NODE"])[int(slurm["SLURM_NODEID"])]
+
+    tasks_per_node = _tasks_per_node(slurm["SLURM_STEP_TASKS_PER_NODE"])
+    local_size = tasks_per_node[int(slurm["SLURM_NODEID"])]
+
+    # Every task computes the same port, below the range that Linux gives to clients.
     port = 10_000 + (31 * int(slurm["SLURM_JOB_ID"]) + int(slurm["SLURM_STEP_ID"])) % 20_000
     return {
         "RANK": slurm["SLURM_PROCID"],
@@ -48,82 +169,17 @@ def _srun_ranks(slurm: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _alone() -> dict[str, str]:
-    """The variables of a world of one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
-    return alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _first_host(nodelist: str) -> str:
+    """The first host of Slurm's compact list: node07 for "node[07-09,12],login1"."""
+    # Up to the first comma that is not in brackets; then the first number or range in each pair of brackets.
+    first_entry = re.match(r"(?:[^,\[]|\[[^]]*])+", nodelist)
+    assert first_entry, nodelist
+    return re.sub(r"\[(\w+)[^]]*]", r"\1", first_entry[0])
 
 
-def _take_gpu(local_rank: int) -> None:
-    """Before the first collective, which would use GPU 0 on all ranks."""
-    if local_rank >= (count := torch.cuda.device_count()):
-        raise UserError(
-            f"rank {local_rank} of this host sees {count} GPUs; start one rank a GPU, each seeing all of the host's: with srun "
-            f"--gpus-per-node=N --ntasks-per-node=N, not --gpus-per-task"
-        )
-    torch.cuda.set_device(local_rank)
-
-
-def init_distributed() -> None:
-    """Join the ranks that a launcher or srun started, or be a world of one; once, though a sweep has several runs.
-
-    Raises UserError on a host with more ranks than GPUs that they see.
-    """
-    if torch.distributed.is_initialized():
-        return
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if "RANK" not in os.environ:
-        os.environ.update(_srun_ranks(os.environ) or _alone())
-    # An all-reduce in shared memory for CPUs, which DeepSpeed would compile for a minute, and again when a flag changes.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if torch.cuda.is_available():
-        _take_gpu(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(verbose=False)
-    if not torch.cuda.is_available():  # ranks of one machine share its cores
-        torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1"))))
-
-
-def leave_distributed() -> None:
-    """Part from the other ranks in order: a rank that just ends may abort in its threads, after all work was done."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-def is_main() -> bool:
-    """Whether this is rank 0, which prints and writes."""
-    return bool(deepspeed.comm.get_rank() == 0)
-
-
-def print_rank0(what: str | Callable[..., None], *arguments: Any, **settings: Any) -> None:
-    """Print a line, or call a function that prints, on rank 0 alone."""
-    if is_main():
-        print(what, flush=True) if isinstance(what, str) else what(*arguments, **settings)
-
-
-def broadcast_from_rank0(value: Any) -> Any:
-    """Rank 0's value, on every rank: the ranks of other hosts don't see its files."""
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def main_first(make: Callable[[], T]) -> T:
-    """`make()` on every rank: first on rank 0, then on one of each other host; the rest find what these left on disk."""
-    local_rank = int(os.environ["LOCAL_RANK"])
-    turns = [is_main(), local_rank == 0 and not is_main(), local_rank > 0]
-    for turn in turns:
-        if turn:
-            made = make()
-        deepspeed.comm.barrier()
-    return made
-
-
-def all_gather_list(values: list[Any]) -> list[Any]:
-    """The values of all ranks, one rank after the other, on every rank."""
-    parts: list[Any] = [None] * deepspeed.comm.get_world_size()
-    torch.distributed.all_gather_object(parts, values)
-    return [value for part in parts for value in part]
+def _tasks_per_node(counts: str) -> list[int]:
+    """Slurm's compact list of task counts, one per node: [2, 2, 1] for "2(x2),1"."""
+    tasks: list[int] = []
+    for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
+        tasks += [int(number)] * int(times or 1)
+    return tasks

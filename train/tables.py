@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 LEGEND = (
@@ -73,3 +74,45 @@ def score_table(rows: Sequence[Mapping[str, Any]]) -> ScoreTable:
 def format_share(share: float) -> str:
     """A share with three digits and no leading zero: .935, 1.000."""
     return f"{share:.3f}".removeprefix("0")
+
+
+def gap_closed(rows: Sequence[Mapping[str, Any]], kind: str, *, suffix: str = "") -> float | None:
+    """The share of the gap between `free` and `full` that `tuned` closes; None if there is no gap.
+
+    Args:
+        rows: the settings in result.json.
+        kind: kind of questions.
+        suffix: what the names of `free` and `tuned` end with in a run with several budgets, e.g. "-64".
+    """
+    share_by_name = {row["name"]: row["metrics"].get(kind) for row in rows}
+    full = share_by_name.get("full")
+    free = share_by_name.get(f"free{suffix}")
+    tuned = share_by_name.get(f"tuned{suffix}")
+
+    if full is None or free is None or tuned is None or full <= free:
+        return None
+    return float((tuned - free) / (full - free))
+
+
+def print_results(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
+    """Print the table of scores, and how much of the gap tuning closes.
+
+    Args:
+        rows: the settings in result.json.
+        title: the run's folder.
+    """
+    if not rows:
+        print(f"{title}: tuned; no questions were asked, `make eval RUN={title}` asks those of lmms-eval")
+        return
+
+    console = Console()
+    console.print(title, soft_wrap=True, highlight=False)
+    console.print(score_table(rows).rich())
+
+    tuned_names = [row["name"] for row in rows if row["name"].startswith("tuned")]
+    for kind in score_kinds(rows):
+        for name in tuned_names:
+            suffix = name.removeprefix("tuned")
+            share = gap_closed(rows, kind, suffix=suffix)
+            if share is not None:
+                console.print(f"{kind}: tuning closes {share:.0%} of the gap between free{suffix} and full")

@@ -1,10 +1,11 @@
-"""Where the numbers of a run go: metrics.jsonl always, wandb beside it."""
+"""Where the numbers of a run go: always to metrics.jsonl, and to wandb if `track=wandb`."""
 
 import json
 import os
 import resource
 import secrets
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,135 +14,171 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data.paths import atomic_write
+from train.questions import SettingAnswers
 from vzip.runs.projector import META, WEIGHTS, read_meta
 
-INIT_TIMEOUT, FINISH_TIMEOUT = 20, 300
-"""Seconds that wandb may take to begin a run, and to send what is left at its end."""
+# Seconds that wandb may take to start a run.
+INIT_TIMEOUT = 20
+
+# Seconds that wandb may take to send the rest at the end of a run.
+FINISH_TIMEOUT = 300
+
+# Answers of each setting that wandb shows.
+NUM_SAMPLES = 4
 
 
 def memory_gb(device: torch.device) -> float:
-    """Peak memory so far, in GB: of the GPU, or of this process."""
+    """The peak memory so far in GB: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes * (1 if sys.platform == "darwin" else 1024) / 1e9
 
-
-def _has_key() -> bool:
-    """Whether wandb has credentials where it looks for them. Raises wandb.errors.AuthenticationError for malformed ones."""
-    import wandb
-
-    wandb.setup(wandb.Settings(silent=True))
-    return wandb.login(prompt=False, verify=False)
-
-
-def _id(folder: Path) -> str:
-    """The run's own among all of the project, kept in its folder: resumed it is the same, started over another."""
-    path = folder / "wandb" / "id"
-    if not path.is_file():
-        path.parent.mkdir(exist_ok=True)
-        with atomic_write(path) as scratch:
-            scratch.write_text(secrets.token_hex(4))
-    return path.read_text()
-
-
-def _begin(folder: Path, cfg: DictConfig) -> Any:
-    """The run in wandb: online where there are credentials that work and a network, else offline."""
-    import wandb
-
-    begin = partial(
-        wandb.init,
-        project=cfg.track.project,
-        name=folder.name,
-        id=_id(folder),
-        resume="allow",
-        dir=folder,
-        config=OmegaConf.to_container(cfg, resolve=True),
-        settings=wandb.Settings(
-            silent=True, init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT, finish_timeout_raises=True
-        ),
-    )
-    mode = os.environ.get("WANDB_MODE") or "online"
-    try:
-        return begin(mode="offline" if mode == "online" and not _has_key() else mode)
-    except wandb.errors.Error as error:
-        print(f"wandb can't be reached, the run is tracked offline: {' '.join(str(error).split())}")
-        wandb.teardown()  # which lets go of the run's id
-        return begin(mode="offline")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return peak * unit / 1e9
 
 
 class Tracker:
-    """Writes on rank 0, does nothing on the others.
+    """Writes the numbers of a run on rank 0, and does nothing on the other ranks.
 
     Args:
         folder: the run's folder.
         cfg: the run's settings.
-        rank: of this process.
+        rank: number of this process.
     """
 
     def __init__(self, folder: Path, cfg: DictConfig, *, rank: int) -> None:
-        self.folder, self.path, self.main = folder, folder / "metrics.jsonl", rank == 0
+        self.folder = folder
+        self.path = folder / "metrics.jsonl"
+        self.is_main = rank == 0
         self.wandb: Any = None
-        if self.main and cfg.track.wandb:
-            self.wandb = _begin(folder, cfg)
+        if self.is_main and cfg.track.wandb:
+            self.wandb = _start_wandb(folder, cfg)
 
     def __str__(self) -> str:
         return f"wandb {self.wandb.url or 'offline'}" if self.wandb else "no wandb"
 
     def forget_from(self, step: int) -> None:
-        """Drop the metrics of steps that will be run again."""
-        if self.main and self.path.is_file():
-            whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["step"] < step]
-            with atomic_write(self.path) as scratch:
-                scratch.write_text("".join(kept))
+        """Drop the metrics from a step on, because a resumed run takes these steps again."""
+        if not self.is_main or not self.path.is_file():
+            return
+
+        kept = []
+        for line in self.path.read_text().splitlines(keepends=True):
+            # A kill may have cut the last line short.
+            is_complete = line.endswith("\n")
+            if is_complete and json.loads(line)["step"] < step:
+                kept.append(line)
+
+        with atomic_write(self.path) as scratch:
+            scratch.write_text("".join(kept))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        if not self.main:
+        """Add the metrics of a step."""
+        if not self.is_main:
             return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.wandb:
             self.wandb.log(metrics, step=step)
 
-    def log_results(
-        self, rows: list[dict[str, Any]], answers: list[dict[str, Any]], pictures: list[Path]
-    ) -> None:
-        """To wandb, what on disk are files of their own: scores, sample answers, pictures of kept tokens, and the projector."""
+    def log_results(self, settings: Sequence[SettingAnswers], pictures: Sequence[Path]) -> None:
+        """Send to wandb what the run's folder holds as files: scores, some answers, pictures and the projector.
+
+        Args:
+            settings: the answers of each setting.
+            pictures: of the tokens that the reducer keeps.
+        """
         if not self.wandb:
             return
         import wandb
 
+        rows = [setting.row for setting in settings]
         for row in rows:
-            for kind, value in row["metrics"].items():
-                self.wandb.summary[f"eval/{row['name']}_{kind}"] = value
+            for kind, share in row["metrics"].items():
+                self.wandb.summary[f"eval/{row['name']}_{kind}"] = share
+
         kinds = list(rows[0]["metrics"]) if rows else []
         scores = wandb.Table(columns=["row", "visual_tokens", "questions", *kinds])
         for row in rows:
-            scores.add_data(
-                row["name"], row["num_visual_tokens"], row["num_questions"], *row["metrics"].values()
-            )
-        columns = ["row", "image", "question", "expected", "answer"]
-        samples = wandb.Table(columns=columns, data=[[answer[key] for key in columns] for answer in answers])
-        shown = {"eval/scores": scores, "eval/answers": samples}
-        self.wandb.log(shown | {"eval/kept_tokens": [wandb.Image(str(path)) for path in pictures]})
-        self._log_projector()
+            shares = row["metrics"].values()
+            scores.add_data(row["name"], row["num_visual_tokens"], row["num_questions"], *shares)
 
-    def _log_projector(self) -> None:
-        import wandb
+        columns = ["image", "question", "expected", "answer"]
+        samples = wandb.Table(columns=["row", *columns])
+        for setting in settings:
+            for answer in setting.answers[:NUM_SAMPLES]:
+                samples.add_data(setting.name, *(answer[column] for column in columns))
 
-        artifact = wandb.Artifact(f"projector-{self.wandb.id}", type="model", metadata=read_meta(self.folder))
+        images = [wandb.Image(str(path)) for path in pictures]
+        self.wandb.log({"eval/scores": scores, "eval/answers": samples, "eval/kept_tokens": images})
+
+        projector = wandb.Artifact(
+            f"projector-{self.wandb.id}", type="model", metadata=read_meta(self.folder)
+        )
         for name in (WEIGHTS, META, "config.yaml"):
-            artifact.add_file(str(self.folder / name))
-        self.wandb.log_artifact(artifact)
+            projector.add_file(str(self.folder / name))
+        self.wandb.log_artifact(projector)
 
     def finish(self) -> None:
+        """Wait until wandb has received everything, but not forever."""
         if not self.wandb:
             return
-        kept = Path(self.wandb.dir).parent
+        folder = Path(self.wandb.dir).parent
         try:
             self.wandb.finish()
         except TimeoutError:
             print(
-                f"wandb has not got all of the run in {FINISH_TIMEOUT} s; `wandb sync {kept}` sends the rest"
+                f"wandb did not finish uploading within {FINISH_TIMEOUT} s; `wandb sync {folder}` sends the rest"
             )
+
+
+def _start_wandb(folder: Path, cfg: DictConfig) -> Any:
+    """Start the run in wandb: online with working credentials and a network, else offline."""
+    import wandb
+
+    settings = wandb.Settings(
+        silent=True,
+        init_timeout=INIT_TIMEOUT,
+        finish_timeout=FINISH_TIMEOUT,
+        finish_timeout_raises=True,
+    )
+    start = partial(
+        wandb.init,
+        project=cfg.track.project,
+        name=folder.name,
+        id=_wandb_id(folder),
+        resume="allow",
+        dir=folder,
+        config=OmegaConf.to_container(cfg, resolve=True),
+        settings=settings,
+    )
+    mode = os.environ.get("WANDB_MODE") or "online"
+    try:
+        # Without a key, wandb would prompt for one.
+        if mode == "online" and not _has_key():
+            mode = "offline"
+        return start(mode=mode)
+    except wandb.errors.Error as error:
+        reason = " ".join(str(error).split())
+        print(f"wandb can't be reached, the run is tracked offline: {reason}")
+        # Without teardown, the failed start would keep the run's id.
+        wandb.teardown()
+        return start(mode="offline")
+
+
+def _has_key() -> bool:
+    """Whether wandb finds credentials where it looks for them. Raises wandb.errors.AuthenticationError for malformed ones."""
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))
+    return wandb.login(prompt=False, verify=False)
+
+
+def _wandb_id(folder: Path) -> str:
+    """The id of the run in its wandb project. It lies in the run's folder: resuming keeps it, starting over makes a new one."""
+    path = folder / "wandb" / "id"
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        with atomic_write(path) as scratch:
+            scratch.write_text(secrets.token_hex(4))
+    return path.read_text()

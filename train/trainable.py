@@ -1,4 +1,4 @@
-"""What is tuned: everything is frozen first, then an allow-list of names is opened, logged and checked."""
+"""Freezing: the whole model is frozen first, then an allow-list of parameters is opened, printed and checked."""
 
 import re
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from vzip.families import Family
 
 @dataclass(frozen=True)
 class Trainable:
-    """What is tuned.
+    """The parameters that are tuned.
 
     Attributes:
-        parameters: the tuned ones, by name.
-        in_language: whether some of them are in the language model, so that text without a picture teaches them too.
-        peft_model: peft's wrapper where there is LoRA.
+        parameters: by name, in float32.
+        in_language: whether some of them are in the language model, which also learns from examples without a picture.
+        peft_model: the model as peft wraps it, if there is LoRA.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -28,51 +28,77 @@ class Trainable:
 
     @property
     def num_parameters(self) -> int:
+        """How many numbers are tuned."""
         return sum(parameter.numel() for parameter in self.parameters.values())
 
 
-def _add_lora(family: Family, lora: DictConfig) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    target = family.projector if lora.target == "projector" else family.language_model
-    linears = {id(module) for module in target.modules() if isinstance(module, nn.Linear)}
-    names = [name for name, module in family.model.named_modules() if id(module) in linears]
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        target_modules="|".join(re.escape(name) for name in names),  # full names: no other module can match
-    )
-    return get_peft_model(family.model, config)
-
-
 def make_trainable(family: Family, tune: DictConfig) -> Trainable:
-    """Freeze the model, then open the projector, LoRA weights, or both, as `tune` says."""
+    """Freeze the model, then open the projector, LoRA weights, or both.
+
+    Args:
+        family: around the model.
+        tune: the config group `tune`.
+    """
     peft_model = _add_lora(family, tune.lora) if tune.lora else None
+
     family.model.requires_grad_(False)
     opened = {}
     for name, parameter in family.model.named_parameters():
-        if "lora_" in name or (tune.projector and name.startswith(family.projector_name)):
+        is_lora = "lora_" in name
+        is_tuned_projector = tune.projector and name.startswith(family.projector_name)
+        if is_lora or is_tuned_projector:
             parameter.requires_grad_(True)
-            parameter.data = (
-                parameter.data.float()
-            )  # whatever the model's precision: DeepSpeed takes nothing higher
+            # Also in a float64 model: DeepSpeed supports no higher precision.
+            parameter.data = parameter.data.float()
             opened[name] = parameter
-    assert opened and all(p.requires_grad == (name in opened) for name, p in family.model.named_parameters())
+
+    # Nothing else is trainable, whatever peft did.
+    assert opened
+    for name, parameter in family.model.named_parameters():
+        assert parameter.requires_grad == (name in opened), name
+
     in_language = any(parameter.requires_grad for parameter in family.language_model.parameters())
     return Trainable(opened, in_language, peft_model)
 
 
+def _add_lora(family: Family, lora: DictConfig) -> Any:
+    """Wrap the linear layers of the projector or of the language model, and return peft's wrapper of the model."""
+    from peft import LoraConfig, get_peft_model
+
+    target = family.projector if lora.target == "projector" else family.language_model
+    targets = {id(module) for module in target.modules() if isinstance(module, nn.Linear)}
+
+    # Full names, so that no other module can match.
+    names = [name for name, module in family.model.named_modules() if id(module) in targets]
+    pattern = "|".join(re.escape(name) for name in names)
+
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=pattern)
+    return get_peft_model(family.model, config)
+
+
 def print_trainable(family: Family, trainable: Trainable) -> None:
-    """One line a part of the model, frozen or trainable, with counts, and the trainable tensors."""
-    table = Table("part", "state", "parameters", "trainable", title="what is tuned", title_justify="left")
-    parts = family.frozen_parts | {"projector": family.projector, "language model": family.language_model}
-    tied = family.lm_head.weight is family.model.get_input_embeddings().weight
-    parts["head (tied)" if tied else "head"] = family.lm_head
+    """Print one line for each part of the model: frozen or trainable, with parameter counts."""
+    parts = {
+        **family.frozen_parts,
+        "projector": family.projector,
+        "language model": family.language_model,
+    }
+    is_tied = family.lm_head.weight is family.model.get_input_embeddings().weight
+    parts["head (tied)" if is_tied else "head"] = family.lm_head
+
+    table = Table("part", "state", title="trainable parts", title_justify="left")
+    table.add_column("parameters", justify="right")
+    table.add_column("trainable", justify="right")
     for title, module in parts.items():
-        opened = [p for p in module.parameters() if p.requires_grad]
-        total, tuned = sum(p.numel() for p in module.parameters()), sum(p.numel() for p in opened)
-        table.add_row(title, "[TRAINABLE]" if tuned else "[Frozen]", f"{total:,}", f"{tuned:,}")
-    table.columns[2].justify = table.columns[3].justify = "right"
+        num_total = 0
+        num_trainable = 0
+        for parameter in module.parameters():
+            num_total += parameter.numel()
+            if parameter.requires_grad:
+                num_trainable += parameter.numel()
+        state = "[TRAINABLE]" if num_trainable else "[Frozen]"
+        table.add_row(title, state, f"{num_total:,}", f"{num_trainable:,}")
+
     console = Console(markup=False)
     console.print(table)
     console.print(f"{trainable.num_parameters:,} trainable parameters in {len(trainable.parameters)} tensors")

@@ -1,4 +1,4 @@
-"""Tune the projector of a LLaVA-type model behind a token reducer: the table of contents of a run.
+"""Tune the projector of a LLaVA-type model behind a token reducer. `tune` is the table of contents of a run.
 
 make tune MODEL=llava-7b        deepspeed train/tune.py model=llava-7b        python train/tune.py model=smol
 """
@@ -8,17 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(
-    Path(__file__).resolve().parent.parent
-)  # the repository, from wherever this file is started
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # on CPU: threads that spin while others work stall a busy machine
-os.environ.setdefault(
-    "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
-)  # on GPU: packed lengths differ each time
+# Import from the repository, whatever folder this file is started in.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import deepspeed
+# On a CPU, threads that spin while they wait slow down the others. On a GPU, lengths that vary fragment the memory.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 import hydra
 from omegaconf import DictConfig
 
@@ -27,72 +23,76 @@ from train.batches import make_batches
 from train.checkpoint import RunFolder
 from train.checks import check
 from train.cli import exit_on_user_error
-from train.control import control_row
+from train.control import add_control, control_settings, has_control
 from train.engine import Engine
-from train.evaluate import Evaluator, print_results
+from train.evaluate import AnswerFiles, Evaluator
 from train.examples import training_collators, training_examples, training_subset
 from train.hardware import device_name
 from train.loop import fit
 from train.models import load_family, quantize_language_model
-from train.overlay import draw_examples
 from train.plan import print_plan
-from train.ranks import init_distributed, leave_distributed, print_rank0
+from train.ranks import get_world_size, init_distributed, leave_distributed, print_rank0
+from train.tables import print_results
 from train.track import Tracker
 from train.trainable import make_trainable, print_trainable
-from vzip import attach
 from vzip.runs.projector import fingerprint, projector_meta
 
 
 def tune(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Run the recipe, or the rest of it: the rows of result.json."""
-    rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
-    reducers, template = config.build_reducers(cfg), config.instantiate_target(cfg.model.template)
-    run = RunFolder(cfg, rank=rank)
+    """Run the recipe, or the rest of an interrupted run. Returns the "rows" of result.json: the scores of each setting."""
+    reducers = config.build_reducers(cfg)
+    template = config.instantiate_target(cfg.model.template)
+    run = RunFolder(cfg)
     if run.result is not None:
         print_rank0(f"{run.path} is finished; fresh=true starts it over")
         return run.result["rows"]
-    control = control_row(cfg, tune)
 
+    # Data first: a mistake in it should show before a large model is loaded.
     subset = training_subset(cfg)
+
+    # The base model, on the CPU, with its starting projector in float32.
     family, processor = load_family(cfg)
-    for reducer in reducers:
-        family.refuse_unfit(reducer)
-    meta = projector_meta(
-        family,
-        *reducers,
-        base=cfg.model.id,
-        base_fingerprint=fingerprint(family),
-        projector=cfg.model.projector,
-    )
+
+    # The fingerprint identifies the base model in meta.json, so it is taken before anything changes.
+    base = fingerprint(family)
+    source = {"base": cfg.model.id, "base_fingerprint": base, "projector": cfg.model.projector}
+    meta = projector_meta(family, *reducers, **source)
+
+    # Freeze everything, then open the projector or LoRA weights, and print what is frozen and what is not.
     trainable = make_trainable(family, cfg.tune)
     print_rank0(print_trainable, family, trainable)
+
+    # With quantize=..., hold the frozen part of the language model in 4 or 8 bits.
     quantize_language_model(family, cfg.quantize)
 
+    # Tokenize the examples, plan the steps, and cut them into micro batches that fit into memory.
     examples = training_examples(cfg, subset, template, processor.tokenizer)
-    plan = config.batch_plan(cfg, num_examples=len(examples), world_size=world_size)
-    collators = training_collators(
-        cfg, processor, family, reducers, examples, base_fingerprint=meta["base"]["fingerprint"]
-    )
+    plan = config.batch_plan(cfg, num_examples=len(examples), world_size=get_world_size())
+    collators = training_collators(cfg, processor, family, reducers, examples, base_fingerprint=base)
+    if cfg.data.cache and not config.asks_questions(cfg):
+        family.drop_towers()  # the cache holds their features
     batches, loss = make_batches(cfg, family, trainable, collators, examples, plan)
-    run.begin(subset.manifest, num_trainable=trainable.num_parameters, world_size=world_size)
 
+    # Every check has passed: write the run's settings, and move the model to its device.
+    run.begin(subset.manifest, num_trainable=trainable.num_parameters, world_size=plan.world_size)
     engine = Engine(loss, trainable, cfg)
-    tracker = Tracker(run.path, cfg, rank=rank)
-    print_rank0(f"{run.path}: {world_size} rank(s) on {device_name(engine.device)}, {tracker}")
-    evaluator = Evaluator(cfg, engine, run, processor, template)
-    rows = evaluator.baselines(reducers)
+    tracker = Tracker(run.path, cfg, rank=engine.rank)
+    print_rank0(f"{run.path}: {plan.world_size} rank(s) on {device_name(engine.device)}, {tracker}")
+
+    # Ask the held-out questions before training: with all tokens, and reduced but training-free.
+    evaluator = Evaluator(cfg, engine, AnswerFiles(run.path), processor, template)
+    settings = evaluator.baselines(reducers)
+
+    # Train from the newest saved state on, and save the projector.
     fit(engine, batches, cfg, run, tracker)
-    run.save_trained(
-        engine,
-        meta | run.trained_meta(engine, template, subset.manifest, family.num_image_tokens(reducers[0])),
-    )
-    with attach(family.model, reducer=config.build_reducer(cfg)) as handle:
-        pictures = draw_examples(handle, processor.image_processor, evaluator.pictures, run.path)
-    rows += evaluator.rows("tuned", reducers) + control
-    run.finish(
-        {"rows": rows, "num_steps": plan.num_steps, "manifest": subset.manifest["hash"], "seed": cfg.seed}
-    )
-    tracker.log_results(rows, evaluator.samples, pictures)
+    run.save_trained(engine, meta, reducer=reducers[0], template=template, manifest=subset.manifest)
+
+    # Ask again, and draw the kept tokens. result.json comes last: it marks the run as finished.
+    settings += evaluator.ask("tuned", reducers)
+    pictures = evaluator.draw_kept_tokens(config.build_reducer(cfg), run.path)
+    rows = [setting.row for setting in settings]
+    run.finish(rows, num_steps=plan.num_steps, manifest=subset.manifest)
+    tracker.log_results(settings, pictures)
     tracker.finish()
     return rows
 
@@ -103,15 +103,18 @@ def main(cfg: DictConfig) -> None:
     init_distributed()
     check(cfg)
     if cfg.dry_run:
-        print_rank0(print_plan, cfg, world_size=deepspeed.comm.get_world_size())
-    else:
-        print_rank0(print_results, tune(cfg), title=f"{cfg.runs}/{config.run_name(cfg)}")
+        print_rank0(print_plan, cfg, world_size=get_world_size())
+        return
+
+    rows = tune(cfg)
+    if cfg.control and not has_control(rows):
+        # A second, ordinary run with random tokens. Its scores are added to the results of the first one.
+        rows = add_control(RunFolder(cfg), rows, tune(control_settings(cfg)))
+    print_rank0(print_results, rows, title=f"{cfg.runs}/{config.run_name(cfg)}")
 
 
 if __name__ == "__main__":
-    sys.argv = [
-        argument for argument in sys.argv if not argument.startswith("--local_rank")
-    ]  # from the launcher
+    sys.argv = [word for word in sys.argv if not word.startswith("--local_rank")]  # launchers add it
     config.register()
     main()
     leave_distributed()

@@ -1,22 +1,17 @@
 """The held-out questions of a finished run: their pictures, and answers of rows that the run itself has not asked."""
 
-import json
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from data.conversations import Conversation
-from data.paths import write_json
 from train import config
-from train.evaluate import Evaluator
+from train.evaluate import AnswerFiles, Evaluator, SingleDevice
 from train.examples import held_out_conversations
 from train.ranks import init_distributed
 from vzip import Comparison, UserError
-from vzip.families import Family
 from vzip.reducers import Reducer
 from vzip.runs.projector import ADAPTER
 
@@ -67,34 +62,6 @@ def held_out_with_pictures(run: Path) -> list[tuple[Conversation, Path]]:
     return found
 
 
-class _Engine:
-    """What the evaluation needs of an engine, where nothing is trained: a model on one device."""
-
-    rank, world_size, stage = 0, 1, 0
-    trainable = SimpleNamespace(num_parameters=0)
-
-    def __init__(self, family: Family) -> None:
-        self.family, self.device = family, family.model.device
-
-    def gathered_parameters(self) -> nullcontext[None]:
-        return nullcontext()
-
-
-class _Answers:
-    """What it needs of a run's folder: answers that are there are not asked for again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def answers(self, row: str) -> list[dict[str, Any]] | None:
-        path = self.folder / f"answers_{row}.json"
-        return json.loads(path.read_text()) if path.is_file() else None
-
-    def save_answers(self, row: str, answers: list[dict[str, Any]]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / f"answers_{row}.json", answers)
-
-
 def free_row(
     run: Path, comparison: Comparison, reducer: Reducer, *, name: str, folder: Path
 ) -> dict[str, Any]:
@@ -119,10 +86,10 @@ def free_row(
     comparison.attach("full").detach()  # which leaves the starting projector in place
     evaluator = Evaluator(
         cfg,
-        _Engine(comparison.family),
-        _Answers(folder),
+        SingleDevice(comparison.family),
+        AnswerFiles(folder),
         comparison.processor,
         config.instantiate_target(cfg.model.template),
     )
-    (row,) = evaluator.rows(name, [reducer])
-    return row
+    (setting,) = evaluator.ask(name, [reducer])
+    return setting.row
