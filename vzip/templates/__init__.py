@@ -1,4 +1,6 @@
-"""Conversation templates: token ids and labels (`run_vision_tower`), and the same text as a Jinja chat template (`jinja`)."""
+"""Conversation templates: as token ids and labels (`encode`), and as Jinja chat templates
+(`jinja`).
+"""
 
 from vzip.templates.encode import chatml, mistral, plain, vicuna
 

@@ -1,17 +1,21 @@
 """Conversation templates: from turns of text to token ids and labels, built piece by piece.
 
-Each piece is tokenized where it stands, so that no boundary between question and answer can be split differently than in
-the model's own training, and labels need no counting of characters. Source of the Vicuna format: repository
-haotian-liu/LLaVA, `llava/conversation.py` (`conv_vicuna_v1`) and `llava/train/train.py` (`preprocess_v1`).
+Each piece is tokenized by itself, in the place where it stands. So the boundary between a question
+and an answer is never split differently than in the model's own training, and labels need no
+counting of characters. Source of the Vicuna format: repository haotian-liu/LLaVA,
+`llava/conversation.py` (`conv_vicuna_v1`) and `llava/train/train.py` (`preprocess_v1`).
 
-A control token (`</s>`, `<|im_end|>`, ...) is set by its id, and only where the template writes it. Spelled in a question or
-an answer it is ordinary text, as `USER:` and `[INST]` are: no row can close its own turn or open another one. LLaVA's code
-takes such spellings for the tokens, and then masks the whole row with a "tokenization mismatch". `<image>` and `<video>` are
-placeholders in a question and text in an answer; that a question has as many as the row has media is checked where it is read.
+A control token (`</s>`, `<|im_end|>`, ...) is set by its id, and only where the template writes it.
+Spelled in a question or an answer it is ordinary text, like `USER:` and `[INST]`: no example can
+end its own turn or open another one. LLaVA's code takes such spellings for the tokens, and then
+masks the whole example with a "tokenization mismatch".
+
+`<image>` and `<video>` are placeholders in a question, and text in an answer. The reader of the
+data checks that a question has as many placeholders as the example has media.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +23,19 @@ from vzip.errors import UserError
 
 IMAGE = "<image>"
 VIDEO = "<video>"
+
 IGNORED = -100
-"""The label of a token that carries no loss, as in `torch.nn.functional.cross_entropy`."""
+"""The label of a token without loss, as in `torch.nn.functional.cross_entropy`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
     """The texts around system prompt, questions and answers.
 
-    A row is `bos system [user QUESTION assistant | answer_prefix ANSWER answer_suffix end | separator]...`; loss is carried
-    by the part between the bars: the answer, what is written around it, and its end token.
+    A conversation is written as
+    `bos system [user QUESTION assistant | answer_prefix ANSWER answer_suffix end | separator]...`.
+    The loss is on what stands between the bars: the answer with what is written around it, and its
+    end token.
     """
 
     name: str
@@ -38,164 +45,246 @@ class Template:
     answer_prefix: str = ""
     answer_suffix: str = ""
     end: str
-    """The token that ends an answer; "" where nothing but `answer_suffix` does."""
+    """The token that ends an answer; "" if an answer ends with `answer_suffix` alone."""
     separator: str = ""
     controls: tuple[str, ...] = ()
     """Tokens that `system`, `user` and `assistant` spell."""
     adds_bos: bool = False
     captions: bool = False
-    """Rows are a caption of their pictures: of a question only the placeholders stay, and there is one."""
+    """Conversations are captions: one question, of which only the placeholders stay."""
+
+
+# Ids of one piece of text
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of `text` by itself, control tokens that it spells as text."""
+    """Tokenize `text` by itself. Control tokens that it spells are text."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     return ids
 
 
 def _ids_after(tokenizer: Any, anchor: str, text: str) -> list[int]:
-    """Ids of `text` as it stands after the text `anchor`: a SentencePiece tokenizer puts no space before it there."""
-    head, whole = _ids(tokenizer, anchor), _ids(tokenizer, anchor + text)
-    if whole[: len(head)] != head:
+    """Tokenize `text` as it stands after the text `anchor`; an empty anchor is the start of a text.
+
+    A SentencePiece tokenizer puts a space before a text, but not in the middle of one.
+    """
+    if not anchor:
+        return _ids(tokenizer, text)
+
+    anchor_ids = _ids(tokenizer, anchor)
+    ids = _ids(tokenizer, anchor + text)
+    if ids[: len(anchor_ids)] != anchor_ids:
         raise UserError(
             f"the tokenizer joins {anchor!r} and {text[:40]!r}; this template does not fit the tokenizer"
         )
-    return whole[len(head) :]
+    return ids[len(anchor_ids) :]
 
 
-def _anchor(tokenizer: Any, control: str) -> str:
-    """What `_ids_after` takes for a control token: "" where text after one is tokenized as it is by itself.
+def _anchor_after(tokenizer: Any, control: str) -> str:
+    """Find the anchor with which `_ids_after` tokenizes text as it stands after a control token.
 
-    Not so with a SentencePiece tokenizer that is not "legacy": only by itself, text gets a space before it. It gets none
-    after a newline either, which is a byte there, and joins nothing.
+    Most tokenizers treat it as the start of a text, for which the anchor is empty. A SentencePiece
+    tokenizer that is not "legacy" puts no space before it. It does not put one after a newline
+    either, which is a token of its own and never joins with what follows.
     """
-    behind: list[int] = tokenizer.encode(control + "a", add_special_tokens=False)[1:]
-    return "" if behind == _ids(tokenizer, "a") else "\n"
+    ids: list[int] = tokenizer.encode(control + "a", add_special_tokens=False)[1:]
+    return "" if ids == _ids(tokenizer, "a") else "\n"
 
 
-def _split(text: str, tokens: Sequence[str]) -> list[str]:
-    """`text` cut at the tokens that it spells: text, token, text, ..., token, text."""
-    return re.split(f"({'|'.join(map(re.escape, tokens))})", text) if tokens else [text]
-
-
-def place_media(question: str) -> str:
-    """The question with its placeholders at the front, each followed by a newline: first the images, then the videos.
-
-    For images this is LLaVA's preprocessing (`preprocess_multimodal`). Video-LLaVA's moves nothing: its data starts with
-    `<video>` and a newline already, and the few rows with both have the videos before the images.
-    """
-    front = (IMAGE + "\n") * question.count(IMAGE) + (VIDEO + "\n") * question.count(VIDEO)
-    return (front + question.replace(IMAGE, "").replace(VIDEO, "").strip()).strip() if front else question
-
-
-def _captioned(template: Template, question: str) -> str:
-    """The question's placeholders alone, as in LLaVA's first stage. Raises UserError where there are none."""
-    placeholders = IMAGE * question.count(IMAGE) + VIDEO * question.count(VIDEO)
-    if not placeholders:
-        raise UserError(
-            f"the {template.name!r} template takes captions of pictures, but the question {question[:40]!r} has no {IMAGE}; "
-            f"take such rows out, or choose a model.template of conversations"
-        )
-    return placeholders
-
-
-def _token_id(tokenizer: Any, token: str, fault: str) -> int:
+def _token_id(tokenizer: Any, token: str, error: str) -> int:
+    """Look up a token. Raises UserError with the message `error` if the tokenizer lacks it."""
     token_id: int | None = tokenizer.convert_tokens_to_ids(token)
     if token_id is None or token_id == getattr(tokenizer, "unk_token_id", None):
-        raise UserError(fault)
+        raise UserError(error)
     return token_id
 
 
 def _control_id(template: Template, tokenizer: Any, control: str) -> int:
-    hint = "choose the model.template that the model was trained with"
-    fault = (
-        f"the {template.name!r} template writes {control}, which this model's tokenizer does not know; {hint}"
+    error = (
+        f"the {template.name!r} template writes {control}, which this model's tokenizer does not "
+        "know; choose the model.template that the model was trained with"
     )
-    return _token_id(tokenizer, control, fault)
+    return _token_id(tokenizer, control, error)
+
+
+def _split(text: str, tokens: Sequence[str]) -> tuple[str, Iterator[tuple[str, str]]]:
+    """Cut `text` at the tokens that it spells: the text before the first, and (token, text) pairs."""
+    if not tokens:
+        return text, iter(())
+
+    pattern = "|".join(re.escape(token) for token in tokens)
+    first, *rest = re.split(f"({pattern})", text)
+    return first, zip(rest[::2], rest[1::2], strict=True)
 
 
 def _text_ids(tokenizer: Any, text: str, anchor: str) -> list[int]:
-    """Ids of text that stands after `anchor` ("" for by itself), one id for each `<image>` and `<video>`, in order.
+    """Tokenize text that stands after `anchor`, with one id for each `<image>` and `<video>`.
 
-    Around a placeholder every chunk of text is tokenized by itself, as in LLaVA (`tokenizer_image_token`).
+    The text on both sides of a placeholder is tokenized by itself, as in LLaVA
+    (`tokenizer_image_token`).
     """
-    first, *others = _split(text, (IMAGE, VIDEO))
-    ids = _ids_after(tokenizer, anchor, first) if anchor else _ids(tokenizer, first)
-    for placeholder, chunk in zip(others[::2], others[1::2], strict=True):
-        fault = (
-            f"a question has {placeholder}, which this model's tokenizer does not know; take such rows out"
+    first, rest = _split(text, (IMAGE, VIDEO))
+    ids = _ids_after(tokenizer, anchor, first)
+    for placeholder, chunk in rest:
+        error = (
+            f"a question has {placeholder}, which this model's tokenizer does not know; remove such examples"
         )
-        ids += [_token_id(tokenizer, placeholder, fault), *_ids(tokenizer, chunk)]
+        ids.append(_token_id(tokenizer, placeholder, error))
+        ids += _ids(tokenizer, chunk)
     return ids
 
 
-def _prompt_ids(
-    template: Template, tokenizer: Any, before: str, question: str, anchors: tuple[str, str]
-) -> list[int]:
-    """Ids of `before`, a question and what the template writes around it.
+# Ids of questions and answers
 
-    `anchors` are those of the first text, and of text behind a control token.
+
+def place_media(question: str) -> str:
+    """Move a question's placeholders to its front, images first, each followed by a newline.
+
+    For images this is LLaVA's preprocessing (`preprocess_multimodal`). Video-LLaVA's moves nothing:
+    its data starts with `<video>` and a newline already. Only its few examples with both kinds have
+    the videos before the images.
     """
-    *head, left = _split(before + template.user, template.controls)
-    right, *tail = _split(template.assistant, template.controls)
-    question = _captioned(template, question) if template.captions else place_media(question)
-    parts = [*head, left + question + right, *tail]
-    first, others = parts[0], parts[1:]
-    ids = _text_ids(tokenizer, first, anchors[0])
-    for control, text in zip(others[::2], others[1::2], strict=True):
-        ids += [_control_id(template, tokenizer, control), *_text_ids(tokenizer, text, anchors[1])]
+    front = (IMAGE + "\n") * question.count(IMAGE) + (VIDEO + "\n") * question.count(VIDEO)
+    if not front:
+        return question
+
+    text = question.replace(IMAGE, "").replace(VIDEO, "").strip()
+    return (front + text).strip()
+
+
+def _placeholders_alone(template: Template, question: str) -> str:
+    """Drop a question's text, as in LLaVA's first stage. Raises UserError without a placeholder."""
+    placeholders = IMAGE * question.count(IMAGE) + VIDEO * question.count(VIDEO)
+    if not placeholders:
+        raise UserError(
+            f"the {template.name!r} template takes captions of pictures, but the question "
+            f"{question[:40]!r} has no {IMAGE}; remove such examples, or choose a model.template "
+            "for conversations"
+        )
+    return placeholders
+
+
+def _prompt_ids(
+    template: Template,
+    tokenizer: Any,
+    question: str,
+    *,
+    before: str,
+    anchor: str,
+    control_anchor: str,
+) -> list[int]:
+    """Tokenize a question with what the template writes around it.
+
+    Args:
+        template: the conversation's template.
+        tokenizer: the model's tokenizer.
+        question: the question, which may spell control tokens: they are text.
+        before: what the template writes before this turn: the system prompt or the separator.
+        anchor: the anchor of `before`.
+        control_anchor: the anchor of text after a control token.
+    """
+    if template.captions:
+        question = _placeholders_alone(template, question)
+    else:
+        question = place_media(question)
+
+    # Cut the template's own texts at its control tokens, then put the question between them.
+    first, pairs_before = _split(before + template.user, template.controls)
+    text_after, pairs_after = _split(template.assistant, template.controls)
+    texts = [first]
+    controls = []
+    for control, text in pairs_before:
+        controls.append(control)
+        texts.append(text)
+    texts[-1] += question + text_after
+    for control, text in pairs_after:
+        controls.append(control)
+        texts.append(text)
+
+    ids = _text_ids(tokenizer, texts[0], anchor)
+    for control, text in zip(controls, texts[1:], strict=True):
+        ids.append(_control_id(template, tokenizer, control))
+        ids += _text_ids(tokenizer, text, control_anchor)
     return ids
 
 
 def _answer_ids(template: Template, tokenizer: Any, answer: str) -> list[int]:
-    """Ids of an answer with its end: after a prompt's last word where a space leads it, else by itself."""
-    prefix, text = template.answer_prefix, answer + template.answer_suffix
-    ids = _ids_after(tokenizer, "a", prefix + text) if prefix else _ids(tokenizer, text)
-    return [*ids, _control_id(template, tokenizer, template.end)] if template.end else ids
+    """Tokenize an answer with its prefix, its suffix and its end token."""
+    # A prefix, which is a space, follows the last word of the prompt: any word will do as the
+    # anchor.
+    anchor = "a" if template.answer_prefix else ""
+    text = template.answer_prefix + answer + template.answer_suffix
+    ids = _ids_after(tokenizer, anchor, text)
+    if template.end:
+        ids.append(_control_id(template, tokenizer, template.end))
+    return ids
 
 
 def encode(
     template: Template, tokenizer: Any, turns: Sequence[tuple[str, str | None]]
 ) -> tuple[list[int], list[int]]:
-    """Token ids and labels of a conversation, one id for each `<image>` and `<video>`, not yet expanded.
+    """Make token ids and labels of a conversation.
+
+    Each `<image>` and `<video>` is one id; nothing is expanded yet.
 
     Args:
         template: the model's training format.
-        tokenizer: the model's tokenizer; it must know the template's tokens and the placeholders that the questions have.
-        turns: (question, answer) pairs; None as the last answer ends the row where generation starts.
+        tokenizer: the model's tokenizer. It must know the template's tokens, and the placeholders
+            of the questions.
+        turns: (question, answer) pairs. None as the last answer ends the ids where generation
+            starts.
 
     Returns:
-        ids and labels of equal length; labels are `IGNORED` but on answers, with their prefix and suffix, and their end tokens.
+        ids and labels of equal length. Labels are `IGNORED` except on answers, with their prefix
+        and suffix, and on their end tokens.
 
     Raises:
-        UserError: a tokenizer that the template does not fit, or that does not know a token; for a template of captions,
-            a conversation that is none.
+        UserError: the template does not fit the tokenizer, the tokenizer does not know a token, or
+            the template takes captions and the conversation is not one.
     """
     if template.adds_bos and tokenizer.bos_token_id is None:
         raise UserError(
-            f"the {template.name!r} template starts with a BOS token, but this model's tokenizer has none"
+            f"the {template.name!r} template starts with a BOS token, "
+            "but this model's tokenizer has none; choose another model.template"
         )
     if template.captions and len(turns) != 1:
         raise UserError(
-            f"the {template.name!r} template takes one caption a row, not {len(turns)} turns; take such rows out"
+            f"the {template.name!r} template takes one caption per example, not {len(turns)} turns; "
+            "remove such examples"
         )
+
     ids = [tokenizer.bos_token_id] if template.adds_bos else []
     labels = [IGNORED] * len(ids)
-    behind_control = _anchor(tokenizer, template.end) if template.end else ""
-    before, anchor = template.system, ""
+    control_anchor = _anchor_after(tokenizer, template.end) if template.end else ""
+
+    # The system prompt comes before the first question, the separator before every other one.
+    before = template.system
+    anchor = ""
     for question, answer in turns:
-        prompt_ids = _prompt_ids(template, tokenizer, before, question, (anchor, behind_control))
+        prompt_ids = _prompt_ids(
+            template,
+            tokenizer,
+            question,
+            before=before,
+            anchor=anchor,
+            control_anchor=control_anchor,
+        )
         ids += prompt_ids
         labels += [IGNORED] * len(prompt_ids)
         if answer is None:
             return ids, labels
+
         answer_ids = _answer_ids(template, tokenizer, answer)
         ids += answer_ids
         labels += answer_ids
-        before, anchor = template.separator, behind_control
-    separator_ids = _text_ids(tokenizer, template.separator, behind_control)
+        before = template.separator
+        anchor = control_anchor
+
+    separator_ids = _text_ids(tokenizer, template.separator, control_anchor)
     return ids + separator_ids, labels + [IGNORED] * len(separator_ids)
 
+
+# The templates
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -204,7 +293,10 @@ VICUNA_SYSTEM = (
 
 
 def vicuna(system: str = VICUNA_SYSTEM) -> Template:
-    """Vicuna v1, of LLaVA-1.5 and LLaVA-NeXT with Vicuna: `SYSTEM USER: question ASSISTANT: answer</s>USER: ...`."""
+    """Vicuna v1: `SYSTEM USER: question ASSISTANT: answer</s>USER: ...`.
+
+    LLaVA-1.5 and LLaVA-NeXT with Vicuna use it.
+    """
     return Template(
         name="vicuna",
         system=system,
@@ -217,10 +309,11 @@ def vicuna(system: str = VICUNA_SYSTEM) -> Template:
 
 
 def mistral() -> Template:
-    """Mistral's instructions, of LLaVA-NeXT with Mistral: `[INST] question [/INST] answer </s>[INST] ...`.
+    """Mistral's instructions: `[INST] question [/INST] answer </s>[INST] ...`.
 
-    Source: repository haotian-liu/LLaVA, `llava/conversation.py` (`conv_mistral_instruct`, whose LLAMA_2 style writes a space
-    on both sides of an answer) and `llava/train/train.py` (`preprocess_llama_2`).
+    LLaVA-NeXT with Mistral uses it. Source: repository haotian-liu/LLaVA, `llava/conversation.py`
+    (`conv_mistral_instruct`, whose LLAMA_2 style writes a space on both sides of an answer) and
+    `llava/train/train.py` (`preprocess_llama_2`).
     """
     return Template(
         name="mistral",
@@ -234,12 +327,13 @@ def mistral() -> Template:
 
 
 def chatml(system: str) -> Template:
-    """ChatML, of Qwen2 and SmolLM2, with their system prompt.
+    """ChatML with the system prompt `system`, which Qwen2 and SmolLM2 use.
 
-    The ids are those of repository LLaVA-VL/LLaVA-NeXT, `llava/train/train.py` (`preprocess_qwen`). Its labels are not: it
-    also puts loss on the assistant's header, the newline behind an answer, and each `<|im_start|>`, `<|im_end|>` and newline of
-    a prompt. Here loss is on the answer and its `<|im_end|>`, as in the other templates. Where a question holds several
-    images it leaves them in place; here they go to the front (`place_media`).
+    The ids are those of repository LLaVA-VL/LLaVA-NeXT, `llava/train/train.py` (`preprocess_qwen`).
+    Two things differ. That function also puts loss on the assistant's header, on the newline after
+    an answer, and on each `<|im_start|>`, `<|im_end|>` and newline of a prompt. Here the loss is on
+    the answer and its `<|im_end|>`, as in the other templates. And it leaves several images of a
+    question in place; here they go to the front (`place_media`).
     """
     return Template(
         name="chatml",
@@ -253,13 +347,20 @@ def chatml(system: str) -> Template:
 
 
 def plain(*, adds_bos: bool = True) -> Template:
-    """LLaVA's first stage: `<image>caption` and a newline, which is the only end that a caption has.
+    """The format of LLaVA's first stage: `<image>caption` and a newline, which ends the caption.
 
-    Whatever else a question says is dropped; loss is on the caption and its newline. Several images of a question follow each
-    other. LLaVA writes a BOS where the tokenizer does: set `adds_bos` to false for one that has none, as Qwen's.
-    Source: repository haotian-liu/LLaVA, `llava/conversation.py` (`conv_llava_plain`) and `llava/train/train.py`
+    Everything else in a question is dropped. The loss is on the caption and its newline. Several
+    images of a question follow each other. LLaVA writes a BOS token if the tokenizer has one: set
+    `adds_bos` to false for a tokenizer without it, such as Qwen's. Source: repository
+    haotian-liu/LLaVA, `llava/conversation.py` (`conv_llava_plain`) and `llava/train/train.py`
     (`preprocess_plain`).
     """
     return Template(
-        name="plain", user="", assistant="", answer_suffix="\n", end="", adds_bos=adds_bos, captions=True
+        name="plain",
+        user="",
+        assistant="",
+        answer_suffix="\n",
+        end="",
+        adds_bos=adds_bos,
+        captions=True,
     )

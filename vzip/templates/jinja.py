@@ -1,62 +1,96 @@
-"""A template of the recipe as a Jinja chat template of `transformers`, so that a loaded model is asked as it was tuned."""
+"""A template of the recipe as a Jinja chat template of `transformers`.
 
+With it, a loaded model gets its prompts in the format that it was tuned with.
+"""
+
+import re
 from typing import Any
 
 from vzip.errors import UserError
 from vzip.templates.encode import IMAGE, VIDEO, Template
 
+_CHAT_TEMPLATE = """\
+{{ OPENING }}\
+{% for message in messages %}\
+{% set content = message.content %}\
+{% if message.role == 'user' %}\
+{{ USER }}\
+{% if content is string %}\
+{{ content }}\
+{% else %}\
+{% for part in content if part.type == 'image' %}{{ IMAGE_LINE }}{% endfor %}\
+{% for part in content if part.type == 'video' %}{{ VIDEO_LINE }}{% endfor %}\
+{{ TEXT_LINES }}\
+{% endif %}\
+{{ ASSISTANT }}\
+{% elif message.role == 'assistant' %}\
+{{ ANSWER_PREFIX }}\
+{% if content is string %}{{ content }}{% else %}{{ TEXT_LINES }}{% endif %}\
+{{ ANSWER_END }}\
+{% else %}\
+{{ raise_exception('this template takes the roles user and assistant, and has its own system prompt') }}\
+{% endif %}\
+{% endfor %}"""
+"""The names in capitals stand for Jinja expressions, which `chat_template` puts in."""
+
+_TEXT_LINES = "content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\\n')"
+
 
 def _literal(text: str) -> str:
-    """A Jinja string of any text."""
+    """Write any text as a string of Jinja."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
     return f"'{escaped}'"
 
 
-def _space(tokenizer: Any) -> str:
-    """What text behind a token needs so that it is tokenized as by itself, as in training: a space, where only the start of a
-    text gets one.
+def _space_after_token(tokenizer: Any) -> str:
+    """The space that text after a token needs so that it is tokenized as by itself, as in training.
+
+    It is empty unless the tokenizer puts a space before the start of a text alone.
     """
     token: str = tokenizer.bos_token or tokenizer.eos_token
-    behind: list[int] = tokenizer.encode(token + "a", add_special_tokens=False)[1:]
-    return "" if behind == tokenizer.encode("a", add_special_tokens=False) else " "
+    ids: list[int] = tokenizer.encode(token + "a", add_special_tokens=False)[1:]
+    return "" if ids == tokenizer.encode("a", add_special_tokens=False) else " "
 
 
 def chat_template(template: Template, tokenizer: Any) -> str:
-    """The Jinja text of a template: the same conversation as `vzip.templates.encode.run_vision_tower` makes.
+    """Write a template as Jinja text, for conversations as `vzip.templates.encode.encode` makes
+    them.
 
-    A message's content is a string, or a list of parts of the types "image", "video" and "text"; pictures go to the front, each
-    followed by a newline, as in training. Of several parts of text each begins a new line: whoever cuts a question at its
-    pictures leaves what stood between the pieces to the template. A BOS is written where the tokenizer does not do so itself.
+    A message's content is a string, or a list of parts of the types "image", "video" and "text".
+    Pictures and videos go to the front, each followed by a newline, as in training. Each part of
+    text begins a new line, because evaluation harnesses cut a question at its pictures, and leave
+    what stood between the pieces to the template.
 
     Raises:
-        UserError: a template of captions, which are no conversation.
+        UserError: the template takes captions, which are not conversations.
     """
     if template.captions:
         raise UserError(
-            f"the {template.name!r} template is one of captions: it has no chat; choose a model.template that has"
+            f"the {template.name!r} template takes captions, so it can't be used to chat; "
+            "choose a model.template for conversations"
         )
-    space = _space(tokenizer)
-    has_bos = not template.adds_bos or tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    opening = ("" if has_bos else tokenizer.bos_token + space) + template.system
-    answer = (_literal(template.answer_prefix), _literal(template.answer_suffix + template.end))
-    media = "".join(
-        f"{{% for part in content if part.type == '{kind}' %}}{{{{ {_literal(token + space + chr(10))} }}}}{{% endfor %}}"
-        for kind, token in (("image", IMAGE), ("video", VIDEO))
-    )
-    text = (
-        f"content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join({_literal(chr(10))})"
-    )
-    return (
-        f"{{{{ {_literal(opening)} }}}}"
-        "{% for message in messages %}{% set content = message.content %}"
-        "{% if message.role == 'user' %}"
-        f"{{{{ {_literal(template.user)} }}}}"
-        f"{{% if content is string %}}{{{{ content }}}}{{% else %}}{media}{{{{ {text} }}}}{{% endif %}}"
-        f"{{{{ {_literal(template.assistant)} }}}}"
-        "{% elif message.role == 'assistant' %}"
-        f"{{{{ {answer[0]} }}}}"
-        f"{{% if content is string %}}{{{{ content }}}}{{% else %}}{{{{ {text} }}}}{{% endif %}}"
-        f"{{{{ {answer[1]} + {_literal(template.separator)} }}}}"
-        "{% else %}{{ raise_exception('this template has roles user and assistant; its system prompt is its own') }}{% endif %}"
-        "{% endfor %}"
+
+    space = _space_after_token(tokenizer)
+
+    # The template writes the BOS token if the tokenizer does not add it to a text.
+    opening = template.system
+    tokenizer_adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if template.adds_bos and not tokenizer_adds_bos:
+        opening = tokenizer.bos_token + space + opening
+
+    expressions = {
+        "OPENING": _literal(opening),
+        "USER": _literal(template.user),
+        "IMAGE_LINE": _literal(IMAGE + space + "\n"),
+        "VIDEO_LINE": _literal(VIDEO + space + "\n"),
+        "TEXT_LINES": _TEXT_LINES,
+        "ASSISTANT": _literal(template.assistant),
+        "ANSWER_PREFIX": _literal(template.answer_prefix),
+        "ANSWER_END": _literal(template.answer_suffix + template.end + template.separator),
+    }
+    # In one pass, so that the texts of a template may spell the names.
+    return re.sub(
+        r"{{ ([A-Z_]+) }}",
+        lambda name: f"{{{{ {expressions[name[1]]} }}}}",
+        _CHAT_TEMPLATE,
     )

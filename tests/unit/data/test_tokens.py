@@ -119,7 +119,7 @@ def test_an_interrupted_command_leaves_no_file(tmp_path):
 
 def test_a_conversation_that_can_not_be_used_is_named(tmp_path):
     without_image = conversation("no picture", "here", name="this one")
-    with pytest.raises(UserError, match=r"example this one: .*'plain' template.*take such"):
+    with pytest.raises(UserError, match=r"example this one: .*'plain' template.*remove such"):
         write(tmp_path, [CONVERSATIONS[0], without_image], plain())
 
     with pytest.raises(UserError, match=r"nothing is recorded about vg/1\.jpg; run `make data`"):
