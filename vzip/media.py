@@ -1,7 +1,12 @@
-"""Images and videos as models take them, also without torchvision, which the video processors of transformers need."""
+"""Images and videos the way models take them.
 
-from collections.abc import Mapping
-from typing import Any
+`MediaInputs` is what a processor makes of images or videos. `FrameProcessor` and `build_processor` process videos without
+torchvision, which the video processors of transformers need.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,73 +18,113 @@ from transformers.video_utils import make_batched_videos
 
 from vzip.errors import UserError
 
-MEDIA_INPUTS = {
-    "image": ("pixel_values", "pixel_values_images", "image_sizes", "batch_num_images"),
+KINDS = ("image", "video")
+"""Kinds of media that a model may take. Where both occur, images come first."""
+
+PIXEL_NAMES = {
+    "image": ("pixel_values", "pixel_values_images"),
     "video": ("pixel_values_videos",),
 }
-"""Arguments of a model by kind of media, images first, the pixels foremost; Video-LLaVA has its own name for an image's."""
+"""Names of the pixels, by kind of media. Video-LLaVA has its own name for those of images."""
 
-LOOKUP = "levels"
-"""Name, among inputs of one kind, of the table `lookup_table`, which makes of their uint8 pixels what the model takes."""
+EXTRA_NAMES = ("image_sizes", "batch_num_images")
+"""Names of what some processors return beside the pixels."""
 
-
-def model_inputs(kind: str, processed: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's arguments of one kind, pixels first, of what an image or video processor returned."""
-    return {name: processed[name] for name in MEDIA_INPUTS[kind] if name in processed}
+LOOKUP_SIDE = 16
+"""Side in pixels of the picture that holds all 256 values."""
 
 
-def pixels_of(inputs: Mapping[str, Any]) -> Any:
-    """The pixel values among the model's arguments of one kind."""
-    return next(iter(inputs.values()))
+@dataclass(frozen=True)
+class MediaInputs:
+    """All images, or all videos, of a micro batch: what the model's processor makes of them."""
+
+    pixels: Tensor
+    """float or uint8[B, (tiles or frames,) 3, height, width]."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """Other arguments of the model: `image_sizes` int64[images, 2] (height, width) and `batch_num_images` int64[examples]."""
+    lookup: Tensor | None = None
+    """float32[3, 256]: the normalized value of each uint8 value, by channel; None if the pixels are normalized already."""
+    pixel_name: str = "pixel_values"
+    """Name of the pixels among the model's arguments."""
+
+    @classmethod
+    def from_processed(cls, kind: str, processed: Mapping[str, Any], *, lookup: Tensor | None = None) -> Self:
+        """Pick the inputs of one kind of media from what a processor returns, or from a model's arguments."""
+        pixel_names = [name for name in PIXEL_NAMES[kind] if processed.get(name) is not None]
+        assert pixel_names, f"no pixels of any {kind} among {', '.join(processed)}"
+
+        extra = {}
+        for name in EXTRA_NAMES if kind == "image" else ():
+            if processed.get(name) is not None:
+                extra[name] = processed[name]
+
+        return cls(processed[pixel_names[0]], extra, lookup, pixel_names[0])
+
+    @property
+    def num_media(self) -> int:
+        """Number of images or videos."""
+        return len(self.pixels)
+
+    @property
+    def arguments(self) -> dict[str, Tensor]:
+        """The same as keyword arguments of the model. The pixels must be normalized."""
+        assert self.lookup is None, "the pixels are not normalized"
+        return {self.pixel_name: self.pixels, **self.extra}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Apply a function to each tensor, e.g. move it to a device."""
+        return replace(
+            self,
+            pixels=change(self.pixels),
+            extra={name: change(value) for name, value in self.extra.items()},
+            lookup=None if self.lookup is None else change(self.lookup),
+        )
+
+    def normalized(self, dtype: torch.dtype) -> Self:
+        """Rescale and normalize uint8 pixels by the lookup table, and cast float ones.
+
+        The result is, to the bit, what the processor makes itself, with one exception. Tiles that pad a batch of images with
+        different numbers of tiles are black here, and 0 in the processor's output. No model looks at them.
+        """
+        if self.lookup is None:
+            return replace(self, pixels=self.pixels.to(dtype))
+
+        # One flat table of 3 * 256 values, so that a single index_select does all channels.
+        channel = torch.arange(3, dtype=torch.int32, device=self.pixels.device).view(3, 1, 1)
+        index = (self.pixels.int() + 256 * channel).flatten()
+        values = self.lookup.to(dtype).flatten().index_select(0, index)
+        return replace(self, pixels=values.view(self.pixels.shape), lookup=None)
 
 
 def lookup_table(kind: str, processor: Any) -> Tensor:
-    """float32[3, 256]: what an image or video processor makes of each value of each channel by rescaling and normalising.
+    """Compute float32[3, 256]: what an image or video processor makes of each value of each channel.
 
-    Both take each value by itself, so that a table of 256 is all of their arithmetic, whatever the backend and the settings. It
-    is read off what the processor itself returns for a picture of all values that there is nothing to resize, cut or pad of.
+    Rescaling and normalizing treat each value separately, so a table of 256 entries holds all of their arithmetic, whatever
+    the backend and the settings. It is read off what the processor returns for a picture of all 256 values, in whose size
+    nothing has to be resized, cut or padded.
     """
-    ramp = torch.arange(256, dtype=torch.uint8).view(16, 16, 1).expand(16, 16, 3).contiguous()
-    square = {"height": 16, "width": 16}
+    ramp = torch.arange(256, dtype=torch.uint8).view(LOOKUP_SIDE, LOOKUP_SIDE, 1)
+    picture = Image.fromarray(ramp.expand(LOOKUP_SIDE, LOOKUP_SIDE, 3).contiguous().numpy())
+
+    square = {"height": LOOKUP_SIDE, "width": LOOKUP_SIDE}
     settings: dict[str, Any] = {"size": square, "crop_size": square}
     if hasattr(processor, "image_grid_pinpoints"):
-        settings["image_grid_pinpoints"] = [[16, 16]]
+        settings["image_grid_pinpoints"] = [[LOOKUP_SIDE, LOOKUP_SIDE]]
 
-    def made(**more: bool) -> Tensor:
-        processed = processor([[Image.fromarray(ramp.numpy())]], return_tensors="pt", **settings, **more)
-        tiles: Tensor = pixels_of(model_inputs(kind, processed)).reshape(-1, 3, 256)
-        return tiles[0]
+    def first_tile(**more: bool) -> Tensor:
+        processed = processor([[picture]], return_tensors="pt", **settings, **more)
+        pixels: Tensor = MediaInputs.from_processed(kind, processed).pixels
+        return pixels.reshape(-1, 3, 256)[0]
 
-    untouched = made(do_rescale=False, do_normalize=False)
-    assert torch.equal(untouched, ramp.view(256, 3).T), (
+    untouched = first_tile(do_rescale=False, do_normalize=False)
+    assert torch.equal(untouched, ramp.view(1, 256).expand(3, 256)), (
         f"{type(processor).__name__} changes pixels where it should not"
     )
-    return made().float()
-
-
-def normalised(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's arguments of one kind in its precision.
-
-    Args:
-        inputs: of `model_inputs`; with pixels that were neither rescaled nor normalised, uint8[..., 3, height, width], the
-            processor's `lookup_table` is among them by the name `LOOKUP`, and is used up. The result is, to the bit, what the
-            processor makes itself, but for tiles that pad a batch of images of several tiles, which no model looks at: they are
-            black, where the processor's are 0.
-        dtype: of what is not whole numbers.
-    """
-    arguments = dict(inputs)
-    if (lookup := arguments.pop(LOOKUP, None)) is not None:
-        name, pixels = next(iter(arguments.items()))
-        channel = torch.arange(3, dtype=torch.int32, device=pixels.device).view(3, 1, 1)
-        index = (pixels.int() + 256 * channel).flatten()
-        arguments[name] = lookup.to(dtype).flatten().index_select(0, index).view(pixels.shape)
-    return {
-        name: value.to(dtype) if value.is_floating_point() else value for name, value in arguments.items()
-    }
+    return first_tile().float()
 
 
 def check_num_frames(num_frames: int) -> None:
-    """Raises UserError for a video without frames."""
+    """Raise UserError for a video without frames."""
     if num_frames < 1:
         raise UserError(
             f"a video of {num_frames} frames can't be shown to the model; give one of at least 1 frame"
@@ -87,7 +132,7 @@ def check_num_frames(num_frames: int) -> None:
 
 
 def stack_frames(pixel_values_videos: Tensor) -> Tensor:
-    """float[videos * frames, 3, height, width] of float[videos, frames, 3, height, width].
+    """Flatten float[videos, frames, 3, height, width] to float[videos * frames, 3, height, width].
 
     Raises:
         UserError: another shape, or no frames.
@@ -101,8 +146,8 @@ def stack_frames(pixel_values_videos: Tensor) -> Tensor:
     return pixel_values_videos.flatten(0, 1)
 
 
-def _in_colour(videos: Any) -> Any:
-    """Lists, or lists of lists, with RGB pictures: read as an array, a palette's picture would be its indices.
+def _convert_to_rgb(videos: Any) -> Any:
+    """Convert the pictures in lists, or lists of lists, to RGB. An array of a palette picture would hold its indices.
 
     Raises:
         UserError: an empty list.
@@ -111,12 +156,12 @@ def _in_colour(videos: Any) -> Any:
         return videos.convert("RGB")
     if isinstance(videos, list | tuple):
         check_num_frames(len(videos))
-        return [_in_colour(video) for video in videos]
+        return [_convert_to_rgb(video) for video in videos]
     return videos
 
 
-def _array_picture(frame: Any) -> Image.Image:
-    """A frame of an array of frames. Raises UserError unless it is uint8[height, width, 3]."""
+def _frame_to_picture(frame: Any) -> Image.Image:
+    """Convert a frame of an array of frames. Raise UserError unless it is uint8[height, width, 3]."""
     pixels = np.asarray(frame)
     if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
         raise UserError(
@@ -126,13 +171,14 @@ def _array_picture(frame: Any) -> Image.Image:
 
 
 class FrameProcessor:
-    """A video processor that makes of each frame what the model's image processor makes of a picture's base tile.
+    """A video processor that treats each frame as the model's image processor treats a picture's base tile.
 
     Args:
-        image_processor: of the model.
+        image_processor: the model's.
     """
 
-    _auto_class = None  # saving a processor asks its parts
+    # Saving a processor reads this attribute of its parts.
+    _auto_class = None
 
     def __init__(self, image_processor: Any) -> None:
         self.image_processor = image_processor
@@ -140,42 +186,55 @@ class FrameProcessor:
         self.has_tiles = "image_grid_pinpoints" in self.settings
 
     def __call__(self, videos: Any, **kwargs: Any) -> BatchFeature:
-        """`pixel_values_videos`: float[videos, frames, 3, height, width] of videos as lists of pictures, or as arrays.
+        """Process videos, given as lists of pictures or as arrays.
 
-        Settings of the image processor may be given; others are those of transformers' own video processors, and ignored.
+        Settings of the image processor may be overridden. Other settings are those of the video processors of transformers,
+        and are ignored.
+
+        Returns:
+            `pixel_values_videos`: float[videos, frames, 3, height, width].
 
         Raises:
-            UserError: a video without frames, videos of different numbers of frames, a frame that is no picture, or a wish to
-                have frames chosen.
+            UserError: a video without frames, videos of different numbers of frames, a frame that is no picture, or a
+                setting that asks for a choice of frames.
         """
-        if asked := [name for name in ("num_frames", "fps", "do_sample_frames") if kwargs.get(name)]:
-            raise UserError(
-                f"{asked[0]}={kwargs[asked[0]]}: without torchvision, frames are not chosen here; give those to be seen"
-            )
+        for name in ("num_frames", "fps", "do_sample_frames"):
+            if kwargs.get(name):
+                raise UserError(
+                    f"{name}={kwargs[name]}: without torchvision, frames are not chosen here; give those to be seen"
+                )
+
         settings = {name: value for name, value in kwargs.items() if name in self.settings}
         if self.has_tiles:
+            # A grid of one cell of the tower's size: the frame is not cut.
             size = settings.get("size", self.settings["size"])
             side = size.get("height") or size["shortest_edge"]
             settings["image_grid_pinpoints"] = [[side, side]]
-        made = []
-        for video in make_batched_videos(_in_colour(videos)):
-            frames = [_array_picture(frame) for frame in video]
-            check_num_frames(len(frames))
-            made_of_frames = self.image_processor(frames, return_tensors="pt", **settings)
-            pixel_values = pixels_of(model_inputs("image", made_of_frames))
-            made.append(pixel_values[:, 0] if self.has_tiles else pixel_values)
-        if len({len(video) for video in made}) > 1:
-            counts = [len(video) for video in made]
+
+        processed = [
+            self._process_video(video, settings) for video in make_batched_videos(_convert_to_rgb(videos))
+        ]
+        counts = [len(frames) for frames in processed]
+        if len(set(counts)) > 1:
             raise UserError(
                 f"videos of {counts} frames can't share a batch; take the same number of frames of each"
             )
-        return BatchFeature({"pixel_values_videos": torch.stack(made)})
+        return BatchFeature({"pixel_values_videos": torch.stack(processed)})
+
+    def _process_video(self, video: Any, settings: Mapping[str, Any]) -> Tensor:
+        """float[frames, 3, height, width]."""
+        frames = [_frame_to_picture(frame) for frame in video]
+        check_num_frames(len(frames))
+
+        processed = self.image_processor(frames, return_tensors="pt", **settings)
+        pixels = MediaInputs.from_processed("image", processed).pixels
+        return pixels[:, 0] if self.has_tiles else pixels
 
 
 def build_processor(
     processor_class: Any, image_processor: Any, tokenizer: Any, settings: dict[str, Any]
 ) -> Any:
-    """A processor of images and videos without torchvision: frames go through a `FrameProcessor`."""
+    """Build a processor of images and videos that works without torchvision: frames go through a `FrameProcessor`."""
 
     class WithoutTorchvision(processor_class):  # type: ignore[misc]
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
@@ -184,26 +243,33 @@ def build_processor(
             return super().check_argument_for_proper_class(argument_name, argument)
 
         def to_dict(self) -> dict[str, Any]:
-            """As transformers' own processor, whose video processor has the image processor's settings."""
+            """Return what the class of transformers would save. Its video processor has the image processor's settings."""
             saved: dict[str, Any] = super().to_dict()
             name = processor_class.__name__
             kind = {"video_processor_type": name.replace("Processor", "VideoProcessor")}
             return saved | {"video_processor": self.image_processor.to_dict() | kind}
 
-    WithoutTorchvision.__name__ = processor_class.__name__  # which saved tokenizers record
-    video_processor = FrameProcessor(image_processor)
+    # Saved tokenizers record the name of the class.
+    WithoutTorchvision.__name__ = processor_class.__name__
     return WithoutTorchvision(
-        image_processor=image_processor, tokenizer=tokenizer, video_processor=video_processor, **settings
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        video_processor=FrameProcessor(image_processor),
+        **settings,
     )
 
 
 def load_video_processor(processor_class: Any, path: str) -> Any:
-    """The processor of a folder or hub id of a model that takes videos, with or without torchvision."""
+    """Load the processor of a model that takes videos, from a folder or hub id, with or without torchvision."""
     if is_torchvision_available():
         return AutoProcessor.from_pretrained(path)
+
     settings, _ = processor_class.get_processor_dict(path)
     parts = {"processor_class", *processor_class.get_attributes()}
-    kept = {name: value for name, value in settings.items() if name not in parts}
+    own_settings = {name: value for name, value in settings.items() if name not in parts}
     return build_processor(
-        processor_class, AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path), kept
+        processor_class,
+        AutoImageProcessor.from_pretrained(path),
+        AutoTokenizer.from_pretrained(path),
+        own_settings,
     )

@@ -20,9 +20,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vzip.families import Family
-from vzip.families.llava_next import LlavaNext
-from vzip.media import model_inputs, pixels_of
-from vzip.reducers.base import Reducer, VisionTokens
+from vzip.media import MediaInputs
+from vzip.reducers.base import Reducer
 from vzip.reducers.visionzip import VisionZip
 
 SIDE = 336
@@ -60,9 +59,8 @@ class TileTokens:
 
 def first_tile(family: Family, image_processor: Any, picture: Image.Image) -> Tensor:
     """float[1, 3, height, width]: a picture as the tower gets it; where it is cut into tiles, the first, which is all of it."""
-    pixels: Tensor = pixels_of(
-        model_inputs("image", image_processor([[picture]], return_tensors="pt"))
-    ).flatten(0, -4)[:1]
+    processed = image_processor([[picture]], return_tensors="pt")
+    pixels = MediaInputs.from_processed("image", processed).pixels.flatten(0, -4)[:1]
     weight = next(family.tower.parameters())
     return pixels.to(weight.device, weight.dtype)
 
@@ -77,11 +75,9 @@ def look(family: Family, reducer: Reducer, image_processor: Any, picture: Image.
         UserError: a budget that does not fit.
     """
     seen = image_processor([[picture]], return_tensors="pt", do_rescale=False, do_normalize=False)
-    shown = pixels_of(model_inputs("image", seen)).flatten(0, -4)[0].to(torch.uint8)
+    shown = MediaInputs.from_processed("image", seen).pixels.flatten(0, -4)[0].to(torch.uint8)
     asking = reducer if reducer.uses_attention else VisionZip(dominant=1, contextual=0)
-    tokens = family.vision_tokens(family.model.model, asking, first_tile(family, image_processor, picture))
-    if isinstance(family, LlavaNext) and reducer.anyres == "spatial":
-        tokens = _without_cls(tokens)
+    tokens = family.vision_tokens(asking, first_tile(family, image_processor, picture))
     assert tokens.saliency is not None
     reduction = reducer(tokens)
     first, num_dominant = int(tokens.has_cls), reduction.dominant.shape[1]
@@ -96,13 +92,6 @@ def look(family: Family, reducer: Reducer, image_processor: Any, picture: Image.
         contextual=reduction.contextual[0].cpu() - first,
         members=slots.clamp(min=-1),
     )
-
-
-def _without_cls(tokens: VisionTokens) -> VisionTokens:
-    """The patches alone, which is what the order "spatial" reduces."""
-    first = int(tokens.has_cls)
-    keys = None if tokens.keys is None else tokens.keys[:, first:]
-    return replace(tokens, features=tokens.features[:, first:], keys=keys, has_cls=False, num_dropped=0)
 
 
 class _Canvas:

@@ -1,8 +1,9 @@
-"""The reducer's output of a whole subset, kept in files: training from it opens no picture and needs no vision tower.
+"""The reducer's output of a whole subset in files: training from it opens no image and needs no vision tower.
 
-A folder `cache-KEY/` holds `cache.json`, which says all that the features depend on, and shards of a fixed number of rows. A
-shard is a safetensors file; of each kind of media it has the fields of a `VisualFeatures` of all its rows, and `starts`,
-int64[rows + 1, 3]: where in them the images (or videos), places and tokens of each row begin. Written by `make_features.py`.
+A folder `cache-KEY/` holds `cache.json`, with everything that the features depend on, and shards of a fixed number of
+examples. A shard is a safetensors file. For each kind of media it has the fields of a `VisualFeatures` of all its
+examples, and `starts`, int64[examples + 1, 3]: where the images (or videos), positions and tokens of each example begin in
+them. `make_features.py` writes the files, this module reads them.
 """
 
 import hashlib
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from data.examples.tokens import Example, Examples
 from vzip import UserError
@@ -27,119 +27,143 @@ from vzip.reducers import Reducer
 
 FORMAT = 1
 META = "cache.json"
-CONFIG = (
-    "vision_feature_layer",
-    "vision_feature_select_strategy",
-    "image_grid_pinpoints",
-    "vision_aspect_ratio",
-)
-"""What of a model's config, beside its weights, the reducer's output depends on."""
 
 
 def cache_settings(
-    family: Family, reducer: Reducer, processor: Any, *, base_fingerprint: str, rows: str, num_frames: int
+    family: Family,
+    reducer: Reducer,
+    processor: Any,
+    *,
+    base_fingerprint: str,
+    examples_name: str,
+    num_frames: int,
 ) -> dict[str, Any]:
-    """Everything that the features depend on.
+    """Collect everything that the features depend on.
 
     Args:
-        family: around the model.
-        reducer: of the features.
-        processor: of the model, unreduced.
+        family: the model's family.
+        reducer: the reducer whose output is kept.
+        processor: the model's processor, unreduced.
         base_fingerprint: `vzip.runs.projector.fingerprint` of the model as it was loaded.
-        rows: what tells the rows, their order and their images and videos from others, see `media_of_examples`.
-        num_frames: of a video.
+        examples_name: `name_of_examples` of the examples.
+        num_frames: frames taken of a video.
 
     Raises:
-        UserError: a reducer whose output can't be cached for this model.
+        UserError: this reducer's output can't be cached for this model.
     """
-    family.refuse_uncacheable(reducer)
-    config = family.model.config
+    family.check_cacheable(reducer)
+    processors = {}
+    for kind in family.kinds:
+        processors[kind] = _processor_settings(getattr(processor, f"{kind}_processor"))
+
     settings = {
         "format": FORMAT,
         "model": {"type": family.model_type, "fingerprint": base_fingerprint},
-        "config": {name: getattr(config, name) for name in CONFIG if hasattr(config, name)},
-        "reducer": {"name": reducer.name, **reducer.settings()},
-        "processors": {kind: _settings_of(getattr(processor, f"{kind}_processor")) for kind in family.kinds},
+        "config": family.feature_settings(),
+        "reducer": family.describe_reduction(reducer),
+        "processors": processors,
         "dtype": str(next(family.tower.parameters()).dtype).removeprefix("torch."),
-        "width": config.vision_config.hidden_size,
+        "width": family.model.config.vision_config.hidden_size,
         "num_frames": num_frames if "video" in family.kinds else None,
-        "rows": rows,
+        "rows": examples_name,
         "transformers": transformers.__version__,
     }
-    as_read: dict[str, Any] = json.loads(json.dumps(settings))  # lists for tuples, so that it can be compared
+
+    # Through JSON and back, so that tuples are lists, as in the settings of a cache that was read.
+    as_read: dict[str, Any] = json.loads(json.dumps(settings))
     return as_read
 
 
-def media_of_examples(examples: Examples) -> str:
-    """What tells these rows from others: the folder of their subset, and the name of their tokens."""
+def name_of_examples(examples: Examples) -> str:
+    """The subset's folder and the token file: together they tell examples, their order and their media from others."""
+    assert examples.path is not None, "examples in memory have no name"
     return f"{examples.path.parent.name}/{examples.path.stem}"
 
 
-def _settings_of(processor: Any) -> dict[str, Any]:
-    """Of a processor of transformers; that of frames without torchvision has none but the image processor's."""
-    settings = json.loads(processor.to_json_string()) if hasattr(processor, "to_json_string") else {}
+def _processor_settings(processor: Any) -> dict[str, Any]:
+    """Class and settings of a processor. `FrameProcessor` has no settings besides those of the image processor."""
+    settings = {}
+    if hasattr(processor, "to_json_string"):
+        settings = json.loads(processor.to_json_string())
     return {"class": type(processor).__name__, **settings}
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def differences(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """One line for each setting that differs, with both values."""
-    there, here = dict(_flat(cached)), dict(_flat(wanted))
-    names = [name for name in {**here, **there} if there.get(name) != here.get(name)]
-    return [f"{name}: {there.get(name)!r} in the cache, {here.get(name)!r} wanted" for name in names]
+    in_cache = dict(_flatten(cached))
+    in_run = dict(_flatten(wanted))
+
+    lines = []
+    for name in {**in_run, **in_cache}:
+        if in_cache.get(name) != in_run.get(name):
+            lines.append(f"{name}: {in_cache.get(name)!r} in the cache, {in_run.get(name)!r} wanted")
+    return lines
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of each setting, also of those in groups."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """What `cache.json` says: the settings, and how the rows are cut into shards."""
+    """What `cache.json` says: the settings, and how the examples are cut into shards."""
 
     settings: dict[str, Any]
-    num_rows: int
-    rows_a_shard: int
+    num_examples: int
+    examples_per_shard: int
 
     @classmethod
     def read(cls, folder: Path) -> "CacheLayout":
-        """Of a cache's folder. Raises UserError for a folder that is none."""
+        """Read `cache.json`. Raises UserError if the folder is not a feature cache."""
         try:
-            return cls(**json.loads((folder / META).read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            meta = json.loads((folder / META).read_text())
+            return cls(meta["settings"], meta["num_rows"], meta["rows_a_shard"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(
-                f"data.cache=true: {folder} is no feature cache ({error}); run `make cache` with the same settings"
+                f"data.cache=true: {folder} is no feature cache ({error!r}); "
+                f"run `make cache` with the same settings"
             ) from error
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `cache.json`."""
+        return {
+            "settings": self.settings,
+            "num_rows": self.num_examples,
+            "rows_a_shard": self.examples_per_shard,
+        }
 
     @cached_property
     def key(self) -> str:
+        """A short hash of the settings."""
         return key_of(self.settings)
 
     @property
     def num_shards(self) -> int:
-        return -(-self.num_rows // self.rows_a_shard)
+        return -(-self.num_examples // self.examples_per_shard)
 
-    def rows(self, shard: int) -> range:
-        """The rows of a shard."""
-        return range(self.num_rows)[shard * self.rows_a_shard : (shard + 1) * self.rows_a_shard]
+    def examples_in(self, shard: int) -> range:
+        """Numbers of the examples in a shard."""
+        first = shard * self.examples_per_shard
+        return range(first, min(first + self.examples_per_shard, self.num_examples))
 
     def metadata(self, shard: int) -> dict[str, str]:
-        """What a shard says of itself: one of other settings or other rows is not this one."""
-        rows = self.rows(shard)
-        return {
-            "of": f"{self.key}, rows {rows.start} to {rows.stop}"
-        }  # one entry: safetensors writes several in any order
+        """What a shard of these settings says about itself, to be told from one of other settings or examples."""
+        examples = self.examples_in(shard)
+        # A single entry, as safetensors writes several in any order, and equal shards should be equal files.
+        return {"of": f"{self.key}, rows {examples.start} to {examples.stop}"}
 
-    def find(self, folder: Path, shard: int) -> Any:
-        """The shard, opened; None if it is not there, of other settings or rows, or cut off."""
+    def open_shard(self, folder: Path, shard: int) -> Any:
+        """Open a shard. None if it does not exist, is cut off, or has other settings or examples."""
         try:
-            found = safe_open(shard_path(folder, shard), framework="pt")
+            opened = safe_open(shard_path(folder, shard), framework="pt")
         except (FileNotFoundError, SafetensorError):
             return None
-        return found if found.metadata() == self.metadata(shard) else None
+        return opened if opened.metadata() == self.metadata(shard) else None
 
 
 def key_of(settings: Mapping[str, Any]) -> str:
@@ -148,7 +172,7 @@ def key_of(settings: Mapping[str, Any]) -> str:
 
 
 def folder_of(parent: Path, settings: Mapping[str, Any]) -> Path:
-    """Where the features of these settings are kept."""
+    """The folder for features of these settings."""
     return parent / f"cache-{key_of(settings)}"
 
 
@@ -156,92 +180,114 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05}.safetensors"
 
 
-class Cached:
-    """Media of rows that were cached: what a collator brings to the model in place of pictures. A `data.batches.media.Media`.
+class CachedMedia:
+    """Features from a cache, which a collator brings to the model instead of pixels. A `data.batches.media.Media`.
 
-    Files are mapped when they are first read, by each process for itself.
+    Each process maps a shard when it first reads from it.
 
     Args:
-        folder: of the cache.
-        settings: what `cache_settings` says of this run.
+        folder: the folder of the cache.
+        settings: what `cache_settings` returns for this run.
 
     Raises:
-        UserError: no cache, one of other settings, or one that is not whole.
+        UserError: there is no cache, it has other settings, or shards are missing.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.folder, self.layout = folder, CacheLayout.read(folder)
-        if different := differences(self.layout.settings, settings):
-            listed = "\n".join(f"  {line}" for line in different)
-            raise UserError(
-                f"data.cache=true: {folder} does not fit this run; `make cache` with the same settings makes one that does. "
-                f"Different are:\n{listed}"
-            )
-        shards = [self.layout.find(folder, shard) for shard in range(self.layout.num_shards)]
-        if None in shards:
-            num_there = sum(
-                len(self.layout.rows(shard)) for shard, found in enumerate(shards) if found is not None
-            )
-            raise UserError(
-                f"data.cache=true: {folder} holds {num_there:,} of {self.layout.num_rows:,} rows; run `make cache` again for "
-                f"the others"
-            )
-        kinds = tuple(settings["processors"])
-        self.starts = [{kind: shard.get_tensor(f"{kind}.starts") for kind in kinds} for shard in shards]
-        self._process, self._opened = os.getpid(), dict[int, Any]()
+        self.folder = folder
+        self.layout = CacheLayout.read(folder)
+        self._check_settings(settings)
+
+        shards = [self.layout.open_shard(folder, number) for number in range(self.layout.num_shards)]
+        self._check_complete(shards)
+
+        # Small, and needed for every example, so they are read at once.
+        self.starts = []
+        for shard in shards:
+            self.starts.append({kind: shard.get_tensor(f"{kind}.starts") for kind in settings["processors"]})
+
+        self._process = os.getpid()
+        self._opened: dict[int, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
+        # Another process maps the files itself.
         return {**vars(self), "_opened": {}}
 
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Raise UserError, with all differences, unless the cache has these settings."""
+        different = differences(self.layout.settings, settings)
+        if different:
+            listed = "\n".join(f"  {line}" for line in different)
+            raise UserError(
+                f"data.cache=true: {self.folder} does not fit this run; "
+                f"`make cache` with the same settings makes one that does. These settings differ:\n{listed}"
+            )
+
+    def _check_complete(self, shards: Sequence[Any]) -> None:
+        """Raise UserError if a shard is None."""
+        num_cached = 0
+        for number, shard in enumerate(shards):
+            if shard is not None:
+                num_cached += len(self.layout.examples_in(number))
+
+        if None in shards:
+            raise UserError(
+                f"data.cache=true: {self.folder} holds {num_cached:,} of {self.layout.num_examples:,} examples; "
+                f"run `make cache` again for the others"
+            )
+
     def _shard(self, number: int) -> Any:
-        if self._process != os.getpid():  # forked: an opened file is not shared
-            self._process, self._opened = os.getpid(), {}
+        """A shard that this process has mapped."""
+        # A forked process must not use the files of its parent.
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._opened = {}
+
         if number not in self._opened:
             self._opened[number] = safe_open(shard_path(self.folder, number), framework="pt")
         return self._opened[number]
 
-    def row(self, kind: str, index: int) -> VisualFeatures:
-        """The images, or videos, of row `index` of the subset."""
-        assert 0 <= index < self.layout.num_rows, "an example of another subset"
-        number, place = divmod(index, self.layout.rows_a_shard)
+    def of_example(self, kind: str, index: int) -> VisualFeatures:
+        """Features of the images, or videos, of example number `index` of the subset."""
+        assert 0 <= index < self.layout.num_examples, "an example of another subset"
+        number, position = divmod(index, self.layout.examples_per_shard)
         shard = self._shard(number)
-        begin, end = self.starts[number][kind][place : place + 2].tolist()
-        names = ("counts", "order", "features")
-        counts, order, features = (
-            shard.get_slice(f"{kind}.{name}")[first:last]
-            for name, first, last in zip(names, begin, end, strict=True)
-        )
-        return VisualFeatures(features, torch.where(order < 0, order, order - begin[2]), counts)
+        begin, end = self.starts[number][kind][position : position + 2].tolist()
 
-    def load(self, kind: str, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """The fields of a `VisualFeatures` of all images, or videos, of the rows."""
-        return dict(
-            vars(
-                VisualFeatures.join(
-                    [self.row(kind, example.index) for example in examples if kind in example.media]
-                )
-            )
+        counts = shard.get_slice(f"{kind}.counts")[begin[0] : end[0]]
+        order = shard.get_slice(f"{kind}.order")[begin[1] : end[1]]
+        features = shard.get_slice(f"{kind}.features")[begin[2] : end[2]]
+
+        # In the shard, `order` counts from the shard's first token. -1 is a row end and stays.
+        order = torch.where(order < 0, order, order - begin[2])
+        return VisualFeatures(features, order, counts)
+
+    def load(self, kind: str, examples: Sequence[Example]) -> VisualFeatures:
+        """Features of all images, or videos, of the examples."""
+        return VisualFeatures.join(
+            [self.of_example(kind, example.index) for example in examples if kind in example.media]
         )
 
-    def blank(self, kind: str) -> dict[str, Tensor]:
-        """One token of zeros."""
+    def blank(self, kind: str) -> VisualFeatures:
+        """A single token of zeros."""
         dtype = getattr(torch, self.layout.settings["dtype"])
-        return dict(
-            vars(
-                VisualFeatures.as_it_is(
-                    torch.zeros(1, self.layout.settings["width"], dtype=dtype), num_media=1
-                )
-            )
-        )
+        zeros = torch.zeros(1, self.layout.settings["width"], dtype=dtype)
+        return VisualFeatures.in_order(zeros, num_media=1)
 
-    def counts(self, kind: str, inputs: dict[str, Tensor]) -> list[int]:
-        counts: list[int] = inputs["counts"].tolist()
+    def counts(self, kind: str, inputs: VisualFeatures) -> list[int]:
+        """Read the placeholders off the features."""
+        counts: list[int] = inputs.counts.tolist()
         return counts
 
 
-def open_cache(parent: Path, settings: Mapping[str, Any]) -> Cached:
-    """The cache of these settings among those of a subset. Raises UserError, saying what the newest one has otherwise."""
+def open_cache(parent: Path, settings: Mapping[str, Any]) -> CachedMedia:
+    """Open the cache of these settings in a subset's folder.
+
+    Raises:
+        UserError: there is none. The message says in what the newest cache differs.
+    """
     folder = folder_of(parent, settings)
     if not folder.is_dir():
-        folder = max(parent.glob("cache-*"), key=lambda other: other.stat().st_mtime, default=folder)
-    return Cached(folder, settings)
+        caches = sorted(parent.glob("cache-*"), key=lambda other: other.stat().st_mtime)
+        folder = caches[-1] if caches else folder
+    return CachedMedia(folder, settings)

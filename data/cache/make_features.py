@@ -1,8 +1,7 @@
-"""Make a feature cache: the reducer's output of every row, computed once. `features.py` says how it is kept, and reads it."""
+"""Compute a feature cache: the reducer's output of every example, once. `features.py` describes the files and reads them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from itertools import groupby
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,102 +10,131 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.batches.dataset import explain_workers
+from data.batches.dataset import explain_workers, usable_workers
 from data.batches.media import Media
-from data.cache.features import META, CacheLayout, shard_path
+from data.cache.features import META, CacheLayout, folder_of, shard_path
 from data.examples.tokens import Example
 from data.paths import atomic_write, write_json
 from data.progress import progress
 from vzip.families import Family
 from vzip.families.features import VisualFeatures
-from vzip.media import normalised
+from vzip.media import MediaInputs
 from vzip.reducers import Reducer
 
 SHARD_BYTES = 2**28
-"""Of features in a shard, at most, where a row has one image or video; while it is written, thrice as much is in memory."""
-
-Batch = tuple[dict[str, list[int]], dict[str, Any]]
-"""Of some rows, by kind: how many images (or videos) each row has, and what was made of them all."""
+"""Most bytes of features in a shard, if each example has one image or video. Writing it takes three times as much memory."""
 
 
-class FeatureMaker:
-    """From rows to what a reducer leaves of their images and videos.
+@dataclass(frozen=True)
+class LoadedBatch:
+    """The images and videos of some examples, by kind."""
 
-    Args:
-        family: around the model, on its device; no reducer needs to be attached.
-        reducer: of the features. One that draws at random draws once, for good.
-        media: opens and processes images and videos; used in data workers.
-    """
-
-    def __init__(self, family: Family, reducer: Reducer, media: Media) -> None:
-        self.family, self.reducer, self.media = family, reducer, media
-        parameter = next(family.tower.parameters())
-        self.dtype, self.device = parameter.dtype, parameter.device
-        none = torch.empty(0, dtype=torch.int64)
-        self.nothing = VisualFeatures(
-            torch.empty(0, family.model.config.vision_config.hidden_size, dtype=self.dtype), none, none
-        )
-
-    @torch.no_grad()
-    def reduce(self, kind: str, inputs: Mapping[str, Tensor]) -> VisualFeatures:
-        """What `media` loaded, reduced on the model's device; on the CPU."""
-        there = {name: value.to(self.device) for name, value in inputs.items()}
-        reduced = self.family.reduce_media(self.reducer, kind, normalised(there, self.dtype))
-        return VisualFeatures(reduced.features.cpu(), reduced.order.cpu(), reduced.counts)
+    num_media: dict[str, list[int]]
+    """Number of images, or videos, of each example."""
+    inputs: dict[str, MediaInputs]
+    """All of them, ready for the vision tower. A kind that does not occur has no entry."""
 
 
-def examples_per_shard(family: Family, reducer: Reducer, settings: Mapping[str, Any]) -> int:
-    """As many as have `SHARD_BYTES` if each has one image or video of the largest kind."""
-    num_tokens = max(family.num_image_tokens(reducer, size) for size in family.image_sizes)
-    if "video" in family.kinds:
-        num_tokens = max(num_tokens, family.num_video_tokens(reducer, settings["num_frames"]))
-    itemsize: int = getattr(torch, settings["dtype"]).itemsize
-    return max(1, SHARD_BYTES // (num_tokens * settings["width"] * itemsize))
+class _MediaBatches(Dataset[LoadedBatch]):
+    """Loads the media of batch after batch, in data workers."""
 
-
-class _ExampleBatches(Dataset[Batch]):
-    """Item i is what the rows of batch i hold: by kind, images (or videos) of each row, and all of them loaded."""
-
-    def __init__(self, examples: Sequence[Example], maker: FeatureMaker, batches: Sequence[range]) -> None:
-        self.examples, self.kinds, self.media, self.batches = (
-            examples,
-            maker.family.kinds,
-            maker.media,
-            batches,
-        )
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        media: Media,
+        kinds: Sequence[str],
+        batches: Sequence[Sequence[int]],
+    ) -> None:
+        self.examples = examples
+        self.media = media
+        self.kinds = kinds
+        self.batches = batches
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, index: int) -> Batch:
-        rows = [self.examples[row] for row in self.batches[index]]
-        num_media = {kind: [len(row.media.get(kind, ())) for row in rows] for kind in self.kinds}
-        return num_media, {
-            kind: self.media.load(kind, rows) for kind, counts in num_media.items() if any(counts)
-        }
+    def __getitem__(self, index: int) -> LoadedBatch:
+        examples = [self.examples[number] for number in self.batches[index]]
+
+        num_media = {}
+        inputs: dict[str, Any] = {}
+        for kind in self.kinds:
+            num_media[kind] = [len(example.media.get(kind, ())) for example in examples]
+            if any(num_media[kind]):
+                inputs[kind] = self.media.load(kind, examples)
+        return LoadedBatch(num_media, inputs)
 
 
-def _starts(num_media: Sequence[int], reduced: VisualFeatures) -> Tensor:
-    """int64[rows + 1, 3]: where the images (or videos), places and tokens of each row begin, and the last one's end."""
+class FeatureMaker:
+    """Computes what a reducer leaves of images and videos.
 
-    def ends(counts: Tensor) -> Tensor:
-        return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    Args:
+        family: the model's family, with the model on its device. No reducer needs to be attached.
+        reducer: the reducer. If it draws at random, it does so once, for good.
+        media: opens and processes images and videos, in data workers.
+    """
 
-    media = ends(torch.tensor(num_media))
-    places = ends(reduced.counts)[media]
-    return torch.stack([media, places, ends((reduced.order >= 0).long())[places]], dim=1)
+    def __init__(self, family: Family, reducer: Reducer, media: Media) -> None:
+        self.family = family
+        self.reducer = reducer
+        self.media = media
+
+        parameter = next(family.tower.parameters())
+        self.dtype = parameter.dtype
+        self.device = parameter.device
+
+    @torch.no_grad()
+    def compute(self, kind: str, inputs: MediaInputs) -> VisualFeatures:
+        """Run tower and reducer on the model's device, and return the features on the CPU."""
+        on_device = inputs.map(lambda values: values.to(self.device))
+        features = self.family.visual_features(kind, on_device.normalized(self.dtype), self.reducer)
+        return features.map(Tensor.cpu)
+
+    def no_features(self) -> VisualFeatures:
+        """Features of no image. They give a shard without any image its dtype and width."""
+        width = self.family.model.config.vision_config.hidden_size
+        none = torch.empty(0, dtype=torch.int64)
+        return VisualFeatures(torch.empty(0, width, dtype=self.dtype), none, none)
 
 
-def _tensors(parts: Sequence[Batch], nothing: VisualFeatures) -> dict[str, Tensor]:
-    """A shard's tensors of what was made of its batches."""
-    tensors = {}
-    for kind in parts[0][0]:
-        reduced = VisualFeatures.join([nothing, *(made[kind] for _, made in parts if kind in made)])
-        tensors |= {f"{kind}.{name}": value for name, value in vars(reduced).items()}
-        tensors[f"{kind}.starts"] = _starts(
-            [count for num_media, _ in parts for count in num_media[kind]], reduced
-        )
-    return tensors
+def examples_per_shard(family: Family, reducer: Reducer, settings: Mapping[str, Any]) -> int:
+    """How many examples have `SHARD_BYTES` of features, if each has one image or video of the largest kind."""
+    num_tokens = max(family.num_image_tokens(reducer, size) for size in family.image_sizes)
+    if "video" in family.kinds:
+        num_tokens = max(num_tokens, family.num_video_tokens(reducer, settings["num_frames"]))
+
+    itemsize: int = getattr(torch, settings["dtype"]).itemsize
+    return max(1, SHARD_BYTES // (num_tokens * settings["width"] * itemsize))
+
+
+def make_cache(
+    parent: Path,
+    examples: Sequence[Example],
+    maker: FeatureMaker,
+    settings: Mapping[str, Any],
+    *,
+    batch: int,
+    num_workers: int,
+) -> Path:
+    """Compute the cache of these settings, or what is missing of it, and return its folder.
+
+    Args:
+        parent: the subset's folder.
+        examples: the subset's examples.
+        maker: computes the features.
+        settings: what `cache_settings` returned.
+        batch: examples that are computed at once.
+        num_workers: processes that open and process images (0: this one).
+
+    Raises:
+        UserError: an image or video can't be read, or the system has ended a worker.
+        OSError: the disk is full.
+    """
+    folder = folder_of(parent, settings)
+    shard_size = examples_per_shard(maker.family, maker.reducer, settings)
+    layout = CacheLayout(dict(settings), len(examples), shard_size)
+    write_features(folder, layout, examples, maker, batch=batch, num_workers=num_workers)
+    return folder
 
 
 def write_features(
@@ -118,50 +146,90 @@ def write_features(
     batch: int = 16,
     num_workers: int = 0,
 ) -> None:
-    """Make what is missing of a cache: a run that was ended goes on at the shard that it was making.
+    """Write `cache.json` and the shards that are missing. An interrupted command resumes at the shard it was writing.
 
     Args:
-        folder: of the cache, see `folder_of`.
-        layout: of the cache.
-        examples: `layout.num_rows` of them.
-        maker: from rows to features.
-        batch: rows reduced at once.
-        num_workers: processes that open and process pictures (0: this one).
+        folder: the cache's folder.
+        layout: its settings and the size of its shards.
+        examples: `layout.num_examples` of them.
+        maker: computes the features.
+        batch: examples that are computed at once.
+        num_workers: processes that open and process images (0: this one).
 
     Raises:
-        UserError: a picture or video that can't be read, or a worker that the system has ended.
-        OSError: a full disk.
+        UserError: an image or video can't be read, or the system has ended a worker.
+        OSError: the disk is full.
     """
-    assert len(examples) == layout.num_rows
+    assert len(examples) == layout.num_examples
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / META, asdict(layout))
-    missing = [shard for shard in range(layout.num_shards) if layout.find(folder, shard) is None]
-    cut = {shard: layout.rows(shard) for shard in missing}
-    batches = [
-        (shard, rows[start : start + batch])
-        for shard, rows in cut.items()
-        for start in range(0, len(rows), batch)
-    ]
-    num_done = layout.num_rows - sum(len(rows) for _, rows in batches)
-    loaded = iter(
-        DataLoader(
-            _ExampleBatches(examples, maker, [rows for _, rows in batches]),
-            batch_size=None,
-            num_workers=num_workers,
-        )
+    write_json(folder / META, layout.to_json())
+
+    batches_by_shard: dict[int, list[range]] = {}
+    for shard in range(layout.num_shards):
+        if layout.open_shard(folder, shard) is None:
+            numbers = layout.examples_in(shard)
+            starts = range(0, len(numbers), batch)
+            batches_by_shard[shard] = [numbers[start : start + batch] for start in starts]
+
+    # One loader for all shards, so that workers read ahead while a shard is written.
+    batches = [numbers for of_shard in batches_by_shard.values() for numbers in of_shard]
+    dataset = _MediaBatches(examples, maker.media, maker.family.kinds, batches)
+    loaded = iter(DataLoader(dataset, batch_size=None, num_workers=usable_workers(num_workers)))
+
+    num_missing = sum(len(numbers) for numbers in batches)
+    bar = progress(
+        None,
+        total=layout.num_examples,
+        title="cache features",
+        unit="example",
+        start=layout.num_examples - num_missing,
     )
-    with (
-        explain_workers(),
-        progress(None, total=layout.num_rows, title="cache features", unit="row", start=num_done) as bar,
-    ):
-        for shard, its_batches in groupby(batches, key=lambda each: each[0]):
-            parts = []
-            for _, rows in its_batches:
-                num_media, inputs = next(loaded)
-                torch.manual_seed(rows.start)  # what is drawn at random is the same in a run that was resumed
-                parts.append(
-                    (num_media, {kind: maker.reduce(kind, values) for kind, values in inputs.items()})
-                )
-                bar.update(len(rows))
+    with explain_workers(), bar:
+        for shard, of_shard in batches_by_shard.items():
+            num_media: dict[str, list[int]] = {kind: [] for kind in maker.family.kinds}
+            features = {kind: [maker.no_features()] for kind in maker.family.kinds}
+
+            for numbers in of_shard:
+                loaded_batch = next(loaded)
+                # A reducer that draws at random draws the same in a command that resumes.
+                torch.manual_seed(numbers.start)
+                for kind, inputs in loaded_batch.inputs.items():
+                    features[kind].append(maker.compute(kind, inputs))
+                for kind, counts in loaded_batch.num_media.items():
+                    num_media[kind] += counts
+                bar.update(len(numbers))
+
+            content = save(_shard_tensors(num_media, features), metadata=layout.metadata(shard))
             with atomic_write(shard_path(folder, shard)) as scratch:
-                scratch.write_bytes(save(_tensors(parts, maker.nothing), metadata=layout.metadata(shard)))
+                scratch.write_bytes(content)
+
+
+def _shard_tensors(
+    num_media: Mapping[str, Sequence[int]], features: Mapping[str, Sequence[VisualFeatures]]
+) -> dict[str, Tensor]:
+    """The content of a shard: by kind, the fields of all its features, and where each example begins in them."""
+    tensors = {}
+    for kind, parts in features.items():
+        joined = VisualFeatures.join(parts)
+        tensors[f"{kind}.features"] = joined.features
+        tensors[f"{kind}.order"] = joined.order
+        tensors[f"{kind}.counts"] = joined.counts
+        tensors[f"{kind}.starts"] = _starts(num_media[kind], joined)
+    return tensors
+
+
+def _starts(num_media: Sequence[int], features: VisualFeatures) -> Tensor:
+    """int64[examples + 1, 3]: where each example's images (or videos), positions and tokens begin. Last: their ends."""
+    first_medium = _cumulative(torch.tensor(num_media))
+    first_position = _cumulative(features.counts)[first_medium]
+
+    # Row ends take a position, but are no tokens.
+    is_token = (features.order >= 0).long()
+    first_token = _cumulative(is_token)[first_position]
+
+    return torch.stack([first_medium, first_position, first_token], dim=1)
+
+
+def _cumulative(counts: Tensor) -> Tensor:
+    """int64[n + 1]: 0, then the sum of the first 1, 2, ... counts."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])

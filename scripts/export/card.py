@@ -9,6 +9,7 @@ from huggingface_hub import metadata_load
 from omegaconf import OmegaConf
 from transformers.utils import cached_file
 
+from vzip.families import families
 from vzip.runs.export import base_name
 from vzip.runs.projector import read_meta, reducers_of
 
@@ -62,8 +63,9 @@ def _use_hf(meta: dict[str, Any]) -> str:
         "```",
         "",
     ]
-    if meta["base"]["model_type"] == "mini_gemini":
-        lines += ["`transformers` has no class for Mini-Gemini: it is loaded with `vzip` alone."]
+    note = families()[meta["base"]["model_type"]].export_note
+    if note:
+        lines += [note]
     else:
         lines += [
             "Without `vzip` it is an ordinary model with all its visual tokens, which the projector was not tuned for:",

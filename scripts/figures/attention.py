@@ -60,7 +60,7 @@ def attention_of_layers(family: Family, pixel_values: Tensor) -> list[LayerAtten
         for part in ("queries", "keys")
     }
     with captured({str(name): module for name, module in parts.items()}) as outputs:
-        family.vision_tokens(family.model.model, ALL_LAYERS, pixel_values)
+        family.vision_tokens(ALL_LAYERS, pixel_values)
     heads = {name: split_heads(outputs[str(name)], tower.config.num_attention_heads) for name in parts}
     return [
         LayerAttention(queries=heads[index, "queries"], keys=heads[index, "keys"], has_cls=layout.has_cls)

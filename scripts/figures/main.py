@@ -92,7 +92,7 @@ def _kept_tokens(subject: FigureInputs) -> tuple[Figure, dict[str, Any]]:
     budgets = []
     for budget in subject.shown_budgets:
         reducer, held = subject.with_budget(budget), []
-        family.refuse_unfit(reducer)
+        family.check_reducer(reducer)
         for pictures, picture in zip(drawn, subject.pictures, strict=False):
             tile = look(family, reducer, processor.image_processor, picture)
             pictures += [kept_tokens(tile)] if pictures else [tile.picture, kept_tokens(tile)]

@@ -110,7 +110,7 @@ def _finished_scores(run: Path, meta: dict[str, Any], result: dict[str, Any]) ->
     if isinstance(first, Random):
         by_name["tuned"] = ("random", first)
     elif isinstance(first, VisionZip):
-        by_name["random"] = ("random", Random(budget=first.dominant + first.contextual, anyres=first.anyres))
+        by_name["random"] = ("random", Random(budget=first.dominant + first.contextual))
     found = []
     for row in result["rows"]:
         series, reducer = by_name[row["name"]]

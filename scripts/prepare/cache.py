@@ -10,9 +10,9 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from data.batches.media import Processed
-from data.cache.features import CacheLayout, cache_settings, folder_of, media_of_examples
-from data.cache.make_features import FeatureMaker, examples_per_shard, write_features
+from data.batches.media import ProcessedMedia
+from data.cache.features import cache_settings, name_of_examples
+from data.cache.make_features import FeatureMaker, make_cache
 from data.examples.prepare import prepare
 from train import config
 from train.checks import check
@@ -22,44 +22,50 @@ from vzip.runs.projector import fingerprint
 
 
 def cache_features(cfg: DictConfig) -> Path:
-    """The folder of the whole cache; what a killed command made is not made again."""
-    reducer, template, num_frames = (
-        config.build_reducer(cfg),
-        config.instantiate_target(cfg.model.template),
-        cfg.model.get("num_frames", 1),
-    )
+    """Compute the cache of a run, or what is missing of it, and return its folder."""
+    reducer = config.build_reducer(cfg)
+    template = config.instantiate_target(cfg.model.template)
+    num_frames = cfg.model.get("num_frames", 1)
     family, processor = load_family(cfg)
-    family.refuse_unfit(reducer)
-    family.refuse_uncacheable(reducer)
+
+    # Before the data is looked at, which takes longer.
+    family.check_reducer(reducer)
+    family.check_cacheable(reducer)
+
     subset = prepare(config.selection(cfg))
     examples = subset.examples(template, processor.tokenizer, max_tokens=cfg.data.max_tokens)
-
     settings = cache_settings(
         family,
         reducer,
         processor,
         base_fingerprint=fingerprint(family),
-        rows=media_of_examples(examples),
+        examples_name=name_of_examples(examples),
         num_frames=num_frames,
     )
-    layout = CacheLayout(settings, len(examples), examples_per_shard(family, reducer, settings))
+
     family.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    maker = FeatureMaker(
-        family, reducer, Processed(processor, family.without_weights(), reducer, num_frames=num_frames)
+    media = ProcessedMedia(processor, family.without_weights(), reducer, num_frames=num_frames)
+    return make_cache(
+        subset.folder,
+        examples,
+        FeatureMaker(family, reducer, media),
+        settings,
+        batch=cfg.batch.micro,
+        num_workers=cfg.data.num_workers,
     )
-    folder = folder_of(subset.folder, settings)
-    write_features(folder, layout, examples, maker, batch=cfg.batch.micro, num_workers=cfg.data.num_workers)
-    return folder
 
 
 @hydra.main(config_path="../../configs", config_name="tune", version_base="1.3")
 @exit_on_user_error
 def main(cfg: DictConfig) -> None:
     check(OmegaConf.merge(cfg, {"data": {"cache": True}}))
+
     start = time.perf_counter()
     folder = cache_features(cfg)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"{size / 1e6:,.1f} MB, {time.perf_counter() - start:,.0f} s; {folder}; tune with data.cache=true")
+    seconds = time.perf_counter() - start
+
+    megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    print(f"{megabytes:,.1f} MB, {seconds:,.0f} s; {folder}; tune with data.cache=true")
 
 
 if __name__ == "__main__":

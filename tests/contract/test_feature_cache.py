@@ -13,7 +13,7 @@ from data.cache.make_features import FeatureMaker, write_features
 from data.examples.tokens import kinds_of
 from tests.helpers import tiny
 from tests.helpers.rows import IMAGE_ROWS, NUM_FRAMES, examples_of, rows_of
-from train.losses import FastLoss, ReferenceLoss, media_inputs
+from train.losses import FastLoss, ReferenceLoss, visual_tokens
 from vzip import UserError
 from vzip.families import family_of
 from vzip.reducers.identity import Identity
@@ -22,30 +22,30 @@ from vzip.reducers.visionzip import VisionZip
 from vzip.runs.projector import fingerprint
 
 ENGINES = ("reference", "fast")
-REDUCERS = {
-    "released": VisionZip(dominant=4, contextual=2),
-    "spatial": VisionZip(dominant=4, contextual=2, anyres="spatial"),
-    "without CLS": VisionZip(dominant=3, contextual=4, keep_cls=False),
-    "random": Random(budget=5),
-    "random-spatial": Random(budget=5, anyres="spatial"),
+REDUCERS = {  # (reducer, order of tiles)
+    "released": (VisionZip(dominant=4, contextual=2), "released"),
+    "spatial": (VisionZip(dominant=4, contextual=2), "spatial"),
+    "without CLS": (VisionZip(dominant=3, contextual=4, keep_cls=False), "released"),
+    "random": (Random(budget=5), "released"),
+    "random-spatial": (Random(budget=5), "spatial"),
 }
 
 
-def family_with(kind, dtype=torch.float32):
+def family_with(kind, dtype=torch.float32, anyres="released"):
     """A model as it is tuned: frozen but for a float32 projector."""
-    family = family_of(tiny.llava(kind, dtype=dtype).requires_grad_(False))
+    family = family_of(tiny.llava(kind, dtype=dtype).requires_grad_(False), anyres=anyres)
     family.projector.float().requires_grad_(True)
     return family
 
 
 @cache
-def seeing(kind, dtype):
-    return family_with(kind, dtype)
+def seeing(kind, dtype, anyres):
+    return family_with(kind, dtype, anyres)
 
 
 @cache
-def blind(kind, dtype):
-    family = family_with(kind, dtype)
+def blind(kind, dtype, anyres):
+    family = family_with(kind, dtype, anyres)
     family.drop_towers()
     return family
 
@@ -56,18 +56,27 @@ def processor(kind):
 
 
 def stock_features(model, kind, inputs):
-    (_, pixels), *more = inputs.items()
-    return torch.cat(list(getattr(model.model, f"get_{kind}_features")(pixels, **dict(more)).pooler_output))
+    method = getattr(model.model, f"get_{kind}_features")
+    return torch.cat(list(method(inputs.pixels, **inputs.extra).pooler_output))
 
 
 class Runs:
     """The same rows for a model that sees pictures, and for one that has a cache and no towers."""
 
     def __init__(
-        self, folder, kind, reducer, *, texts=None, batch=100, rows_a_shard=100, dtype=torch.float32
+        self,
+        folder,
+        kind,
+        reducer,
+        anyres="released",
+        *,
+        texts=None,
+        batch=100,
+        rows_a_shard=100,
+        dtype=torch.float32,
     ):
         self.examples, self.reducer = examples_of(texts or rows_of(kind), folder), reducer
-        self.seeing, self.blind = seeing(kind, dtype), blind(kind, dtype)
+        self.seeing, self.blind = seeing(kind, dtype, anyres), blind(kind, dtype, anyres)
         settings = cache_settings(
             self.seeing,
             reducer,
@@ -105,20 +114,15 @@ class Runs:
     def features(self, rows=None):
         """By kind of media, projected: (of pictures, as the model itself makes them; of the cache)."""
         seen, cached = self.batches(rows)
-        of_pictures, of_cache = (
-            {kind: media_inputs(batch, kind, self.seeing.model.dtype) for kind in seen.media}
-            for batch in (seen, cached)
-        )
-        with torch.no_grad(), vzip.attach(self.seeing.model, reducer=self.reducer):
+        model = self.seeing.model
+        want, got = {}, {}
+        with torch.no_grad(), vzip.attach(model, reducer=self.reducer, anyres=self.seeing.anyres):
             torch.manual_seed(0)
-            want = {
-                kind: stock_features(self.seeing.model, kind, inputs) for kind, inputs in of_pictures.items()
-            }
+            for kind, inputs in seen.media.items():
+                want[kind] = stock_features(model, kind, inputs.normalized(model.dtype))
         with torch.no_grad():
-            got = {
-                kind: self.blind.media_features(self.reducer, kind, inputs)
-                for kind, inputs in of_cache.items()
-            }
+            for kind in cached.media:
+                got[kind] = visual_tokens(self.blind, self.reducer, cached, kind)
         return want, got
 
     def losses(self, engine, rows=None):
@@ -127,10 +131,9 @@ class Runs:
         for family, collate in ((self.seeing, self.from_pictures), (self.blind, self.from_cache)):
             torch.manual_seed(0)
             if engine == "fast":
-                way, lay_out = (
-                    FastLoss(family, [self.reducer], prefix=[], recompute=False),
-                    Packer(collate, num_prefix=0),
-                )
+                way = FastLoss(family, [self.reducer], prefix=[], recompute=False)
+                way.run_prefix(torch.device("cpu"))
+                lay_out = Packer(collate, num_prefix=0)
             else:
                 way, lay_out = ReferenceLoss(family, self.reducer, text_has_gradient=False), collate
             loss, _ = way(lay_out(examples))
@@ -145,7 +148,7 @@ def relative(got, want):
 @pytest.mark.parametrize("name", REDUCERS)
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_a_model_without_towers_learns_the_same(tmp_path, kind, name):
-    runs = Runs(tmp_path, kind, REDUCERS[name])
+    runs = Runs(tmp_path, kind, *REDUCERS[name])
     seen, cached = runs.batches()
     assert list(cached.media) == list(seen.media) and cached.num_placeholders == seen.num_placeholders
     assert all(
@@ -166,7 +169,7 @@ def test_a_model_without_towers_learns_the_same(tmp_path, kind, name):
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_rows_of_several_shards_come_in_any_order(tmp_path, kind, name):
     """Made two by two, three a shard. LLaVA-OneVision cuts only an image that is alone in its row into tiles."""
-    runs = Runs(tmp_path, kind, REDUCERS[name], batch=2, rows_a_shard=3)
+    runs = Runs(tmp_path, kind, *REDUCERS[name], batch=2, rows_a_shard=3)
     last = len(runs.examples) - 1
     for rows in ([last, 0, 2], [3, 1], [2, last, 2]):
         _, cached = runs.batches(rows)
@@ -177,9 +180,9 @@ def test_rows_of_several_shards_come_in_any_order(tmp_path, kind, name):
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_a_bfloat16_model_is_cached_in_bfloat16(tmp_path, kind):
-    runs = Runs(tmp_path, kind, REDUCERS["released"], dtype=torch.bfloat16)
+    runs = Runs(tmp_path, kind, *REDUCERS["released"], dtype=torch.bfloat16)
     _, cached = runs.batches()
-    assert {inputs["features"].dtype for inputs in cached.media.values()} == {torch.bfloat16}
+    assert {inputs.features.dtype for inputs in cached.media.values()} == {torch.bfloat16}
     want, got = runs.features()
     assert all(torch.equal(got[media], values) for media, values in want.items())
     for engine in ENGINES:
@@ -190,7 +193,7 @@ def test_a_bfloat16_model_is_cached_in_bfloat16(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_a_batch_of_text_alone_runs_the_projector_and_teaches_it_nothing(tmp_path, kind):
-    runs = Runs(tmp_path, kind, REDUCERS["released"])
+    runs = Runs(tmp_path, kind, *REDUCERS["released"])
     _, cached = runs.batches([1])
     assert cached.num_placeholders == dict.fromkeys(cached.media, 0)
     for engine in ENGINES:

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 import vzip
 from tests.conftest import GOLDEN
+from tests.helpers import tiny
 from vzip.tap import run_tower
 
 TOLERANCE = 1e-5
@@ -109,7 +110,7 @@ def test_rows_are_expanded_alike(case, attached):
 def test_kept_indices(case, attached):
     family = attached.handle.family
     want = case.want["kept_indices"]
-    assert torch.equal(attached.handle.reduce(case.tiles).dominant, want.sort(dim=1).values)
+    assert torch.equal(tiny.reduce(attached.handle, case.tiles).dominant, want.sort(dim=1).values)
 
     layer = family.model.config.vision_feature_layer
     tokens = run_tower(family.tower, case.tiles, feature_layer=layer, num_dropped=1, attention_layer=layer)
@@ -121,7 +122,7 @@ def test_kept_indices(case, attached):
 
 @torch.no_grad()
 def test_reduced_features(case, attached):
-    assert error(attached.handle.reduce(case.tiles).features, case.want["reduced"]) < TOLERANCE
+    assert error(tiny.reduce(attached.handle, case.tiles).features, case.want["reduced"]) < TOLERANCE
 
 
 def test_what_the_language_model_receives(case, attached):

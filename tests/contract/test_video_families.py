@@ -11,7 +11,7 @@ import vzip
 from tests.helpers import tiny
 from vzip import UserError
 from vzip.families import families
-from vzip.media import FrameProcessor, model_inputs
+from vzip.media import FrameProcessor
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
@@ -139,12 +139,16 @@ def test_handle_processor_and_model_agree_on_the_number_of_tokens(kind, model, p
 
 
 @pytest.mark.parametrize(
-    "reducer",
-    [Random(budget=5), Random(budget=5, anyres="spatial"), VisionZip(dominant=0, contextual=4)],
+    "settings",
+    [
+        {"reducer": Random(budget=5)},
+        {"reducer": Random(budget=5), "anyres": "spatial"},
+        {"dominant": 0, "contextual": 4},
+    ],
     ids=repr,
 )
-def test_other_reducers_take_videos_alike(model, processor, reducer):
-    with vzip.attach(model, reducer=reducer) as handle:
+def test_other_reducers_take_videos_alike(model, processor, settings):
+    with vzip.attach(model, **settings) as handle:
         inputs = batch(handle.processor(processor))
         counts = (inputs["input_ids"] == model.config.video_token_id).sum(dim=1).tolist()
         assert counts == [handle.num_video_tokens(3)] * 2 + [0]
@@ -187,7 +191,7 @@ def test_a_frame_is_what_handle_reduce_makes_of_it(model, processor):
         model.model.video_tower.load_state_dict(model.model.image_tower.state_dict())
     with vzip.attach(model, dominant=4, contextual=2) as handle, torch.no_grad():
         (got,), _ = frame_features(model, pixels, 6)
-        want = handle.family.projector(handle.reduce(pixels[0]).features)
+        want = handle.family.projector(tiny.reduce(handle, pixels[0]).features)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
@@ -235,7 +239,7 @@ def test_greedy_generation_of_a_batch_is_row_by_row(model, processor):
         assert len(set(together.flatten().tolist())) > 2  # not the one token that a broken model repeats
         renamed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         for medium in ("image", "video"):
-            renamed |= model_inputs(medium, inputs)
+            renamed |= tiny.media_arguments(medium, inputs)
         assert torch.equal(model.generate(**renamed, **GREEDY)[:, inputs["input_ids"].shape[1] :], together)
 
 

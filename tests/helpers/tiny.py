@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from vzip.families import families
-from vzip.media import build_processor
+from vzip.media import MediaInputs, build_processor
 from vzip.models.mini_gemini import MiniGeminiConfig, make_processor
 
 GRID, PATCH, LAYERS = 4, 14, 4
@@ -223,6 +223,16 @@ def save_data(folder: Path, num_examples=24, *, text_only=2, held_out=False, see
     target = folder / ("test.json" if held_out else "train.json")
     target.write_text(json.dumps(rows))
     return target
+
+
+def media_arguments(kind, processed):
+    """The model's arguments for the images, or the videos, that a processor returned."""
+    return MediaInputs.from_processed(kind, processed).arguments
+
+
+def reduce(handle, pixel_values):
+    """What the attached reducer makes of float[B, 3, height, width]: the tokens before the projector."""
+    return handle.reducer(handle.family.vision_tokens(handle.reducer, pixel_values))
 
 
 def exact(model):

@@ -14,39 +14,50 @@ __all__ = ["Family", "families", "family_at", "family_of"]
 
 @cache
 def families() -> dict[str, type[Family]]:
-    """The families on disk, by `model_type`."""
-    found: dict[str, type[Family]] = {}
+    """Return the families on disk, by `model_type`."""
+    by_type: dict[str, type[Family]] = {}
     for entry in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{entry.name}")
         for value in vars(module).values():
             if isinstance(value, type) and issubclass(value, Family) and value is not Family:
-                found[value.model_type] = value
-    return found
+                by_type[value.model_type] = value
+    return by_type
 
 
-def family_of(model: Any) -> Family:
-    """The adapter around a model, by its nearest class. Raises UserError for a model of another family."""
+def family_of(model: Any, *, anyres: str = "released") -> Family:
+    """Return the adapter around a model, chosen by the nearest class.
+
+    Args:
+        model: the conditional-generation model.
+        anyres: order of the tokens of several tiles, see `vzip.families.anyres`.
+
+    Raises:
+        UserError: a model of an unsupported class, or an unknown order.
+    """
     by_class = {family.model_class: family for family in families().values()}
     for cls in type(model).__mro__:
         if cls in by_class:
-            return by_class[cls](model)
-    supported = ", ".join(sorted(family.model_class.__name__ for family in families().values()))
+            return by_class[cls](model, anyres=anyres)
+
+    supported = ", ".join(sorted(cls.__name__ for cls in by_class))
     raise UserError(f"a model of class {type(model).__name__} is not supported; supported are: {supported}")
 
 
 def family_at(path: str) -> type[Family]:
-    """The family of the model in a folder or at a hub id, also in the layout of a model's own code.
+    """Return the family of the model in a folder or at a hub id, also in the layout of a model's own code.
 
     Raises:
-        OSError: there is neither, or it has no config.json.
-        UserError: a model of another kind.
+        OSError: no such folder or hub id, or no config.json in it.
+        UserError: a model of an unsupported type.
     """
     config = read_config(path)
     for family in families().values():
         if family.original is not None and family.original.is_original(config):
             return family
-    if (kind := config.get("model_type")) not in families():
+
+    model_type = config.get("model_type")
+    if model_type not in families():
         raise UserError(
-            f"{path} holds a model of type {kind!r}; supported are: {', '.join(sorted(families()))}"
+            f"{path} holds a model of type {model_type!r}; supported are: {', '.join(sorted(families()))}"
         )
-    return families()[kind]
+    return families()[model_type]

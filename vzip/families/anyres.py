@@ -1,16 +1,16 @@
-"""Where the tokens of an image that was cut into tiles stand in the language model (LLaVA's "anyres").
+"""The order in which the tokens of an image that was cut into tiles stand in the language model (LLaVA's "anyres").
 
-Such an image is one *base* tile, the whole picture made small, and a grid of tiles of the picture in full resolution, in
-which padding fills what the picture leaves free. Three orders of the tokens that a reducer leaves:
+Such an image is one *base* tile, the whole picture made small, and a grid of tiles of the picture in full resolution. Padding
+fills the grid where the picture does not reach. There are three orders of the tokens that a reducer leaves:
 
-- "released", as VisionZip's released code has it (repository dvlab-research/VisionZip, `visionzip/llava_arch.py`): the base
-  tile's tokens; the patches kept of all other tiles in the raster of the stitched grid; the CLS of each of these tiles; their
-  contextual tokens, tile by tile. Padding can be kept, and no row end is marked. (1 + tiles) * (D + C) tokens.
-- "spatial", closer to what the model was trained on: no CLS; padding is never kept nor merged; every token at its place in
-  the raster (a contextual one at its target's), and `image_newline` at the end of each row of patches.
+- "released", the order of VisionZip's released code (repository dvlab-research/VisionZip, `visionzip/llava_arch.py`): the base
+  tile's tokens; the kept patches of all other tiles in the raster of the stitched grid; the CLS of each of these tiles; their
+  contextual tokens, tile by tile. Padding may be kept, and row ends are not marked. (1 + tiles) * (D + C) tokens.
+- "spatial", closer to what the model was trained on: no CLS; padding is never kept nor merged; every token at its position in
+  the raster (a contextual token at its target's), and `image_newline` at the end of each row of patches.
 - "model": all tokens, packed by the model's own code; the order of the identity reducer.
 
-An image of one tile alone has `image_newline` after its tokens, in every order.
+An image of a single tile has `image_newline` after its tokens, in every order.
 """
 
 import math
@@ -20,34 +20,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ANYRES = ("released", "spatial")
+"""The orders that the setting `reducer.anyres` chooses from."""
+
 
 @dataclass(frozen=True)
 class Grid:
-    """The tiles of one image but the base tile, and which of their patches show the picture and not padding."""
+    """The tiles of one image except the base tile, and which of their patches show the picture instead of padding."""
 
     rows: int
-    """Of tiles."""
+    """Rows of tiles."""
     columns: int
-    """Of tiles."""
+    """Columns of tiles."""
     side: int
-    """Patches of a tile's side."""
+    """Patches along one side of a tile."""
     top: int
-    """Rows of patches that are padding above the picture, and as many below."""
+    """Rows of patches that are padding above the picture. There are as many below."""
     left: int
-    """Columns of padding to its left, and as many to its right."""
+    """Columns of patches that are padding to its left. There are as many to its right."""
     max_tiles: int | None = None
-    """A picture of more patches than about so many tiles have is pooled by the model (LLaVA-OneVision)."""
+    """The model pools images larger than about this many tiles (LLaVA-OneVision); None: it never pools."""
 
     @classmethod
     def of(
         cls, image_size: tuple[int, int], tiles: tuple[int, int], *, side: int, max_tiles: int | None = None
     ) -> "Grid":
-        """The grid of an image of (height, width) pixels that was fitted into (rows, columns) of tiles.
+        """Make the grid of an image of (height, width) pixels that was fitted into (rows, columns) of tiles.
 
         Source of the rounding: `unpad_image` of transformers' `modeling_llava_next.py`.
         """
-        (height, width), (rows, columns) = image_size, tiles
-        num_rows, num_columns = rows * side, columns * side
+        height, width = image_size
+        rows, columns = tiles
+        num_rows = rows * side
+        num_columns = columns * side
+
         top = left = 0
         if width / height > num_columns / num_rows:
             top = (num_rows - int(round(height * (num_columns / width), 7))) // 2
@@ -57,7 +63,7 @@ class Grid:
 
     @property
     def num_tiles(self) -> int:
-        """Tiles of the image, the base tile counted."""
+        """Tiles of the image, the base tile included."""
         return 1 + self.rows * self.columns
 
     @property
@@ -76,79 +82,107 @@ class Grid:
 
         Source: `pack_image_features` of transformers' `modeling_llava_onevision.py`.
         """
-        shown = self.num_rows * self.num_columns
-        ratio = 1.0 if self.max_tiles is None else math.sqrt(shown / (self.max_tiles * self.side**2))
+        if self.max_tiles is None:
+            return self.num_rows, self.num_columns
+
+        max_patches = self.max_tiles * self.side**2
+        ratio = math.sqrt(self.num_rows * self.num_columns / max_patches)
         if ratio <= 1.1:
             return self.num_rows, self.num_columns
         return int(self.num_rows // ratio), int(self.num_columns // ratio)
 
     @property
     def visible(self) -> list[tuple[range, range]]:
-        """Of each tile but the base tile, rows and columns of its patches that show the picture."""
-        rows = [_overlap(self.top, self.num_rows, index * self.side, self.side) for index in range(self.rows)]
-        columns = [
-            _overlap(self.left, self.num_columns, index * self.side, self.side)
-            for index in range(self.columns)
-        ]
-        return [(tile_rows, tile_columns) for tile_rows in rows for tile_columns in columns]
+        """For each tile except the base tile: the rows and columns of its patches that show the picture."""
+        visible = []
+        for row in range(self.rows):
+            tile_rows = _overlap(self.top, self.num_rows, row * self.side, self.side)
+            for column in range(self.columns):
+                tile_columns = _overlap(self.left, self.num_columns, column * self.side, self.side)
+                visible.append((tile_rows, tile_columns))
+        return visible
 
     def raster(self, tile: Tensor, patches: Tensor) -> Tensor:
-        """int64[...]: places in the raster of the stitched grid of patches int64[...] of tiles int64[...] (1 is the first)."""
+        """Return the positions of patches in the raster of the stitched grid.
+
+        Args:
+            tile: int64[...]: the tile of each patch; 1 is the first tile after the base tile.
+            patches: int64[...]: the patch within the tile.
+        """
         row = (tile - 1) // self.columns * self.side + patches // self.side
         column = (tile - 1) % self.columns * self.side + patches % self.side
         return row * (self.columns * self.side) + column
 
 
 def _overlap(start: int, length: int, tile_start: int, side: int) -> range:
-    """Where the patches start, ..., start + length - 1 lie in a tile that begins at `tile_start`."""
-    return range(min(max(start - tile_start, 0), side), min(max(start + length - tile_start, 0), side))
+    """Return which of the patches start, ..., start + length - 1 lie in a tile that begins at `tile_start`."""
+    first = start - tile_start
+    stop = first + length
+    return range(min(max(first, 0), side), min(max(stop, 0), side))
 
 
 def released_order(
     dominant: Tensor, grid: Grid | None, *, num_tokens: int, num_cls: int, has_cls: bool
 ) -> Tensor:
-    """int64[(1 + tiles) * T]: which of the image's tokens, tile after tile, stand in the language model, in that order.
+    """Return the order "released" of one image.
 
     Args:
         dominant: int64[1 + tiles, D], as in `ReducerOutput`.
-        grid: of the image; None for a single tile, behind which -1, `image_newline`, stands.
+        grid: of the image; None for a single tile.
         num_tokens: T, tokens of a tile.
-        num_cls: 1 where CLS leads the dominant tokens, else 0.
-        has_cls: whether token 0 of the encoder is CLS.
+        num_cls: 1 if CLS leads the dominant tokens, else 0.
+        has_cls: whether token 0 of the vision tower is CLS.
+
+    Returns:
+        int64[(1 + tiles) * T]: indices into the image's tokens, tile after tile. For a single tile, -1 (`image_newline`)
+        follows its T tokens.
     """
-    tokens = torch.arange(dominant.shape[0] * num_tokens, device=dominant.device).view(-1, num_tokens)
+    num_tiles, num_dominant = dominant.shape
+    tokens = torch.arange(num_tiles * num_tokens, device=dominant.device).view(-1, num_tokens)
     if grid is None:
         return torch.cat([tokens[0], tokens.new_tensor([-1])])
-    tile = torch.arange(1, dominant.shape[0], device=dominant.device).unsqueeze(1)
-    order = grid.raster(tile, dominant[1:, num_cls:] - int(has_cls)).flatten().argsort()
-    kept = tokens[1:, num_cls : dominant.shape[1]].flatten()[order]
-    return torch.cat(
-        [tokens[0], kept, tokens[1:, :num_cls].flatten(), tokens[1:, dominant.shape[1] :].flatten()]
-    )
+
+    tile = torch.arange(1, num_tiles, device=dominant.device).unsqueeze(1)
+    patches = dominant[1:, num_cls:] - int(has_cls)
+    by_raster = grid.raster(tile, patches).flatten().argsort()
+
+    base = tokens[0]
+    kept_patches = tokens[1:, num_cls:num_dominant].flatten()[by_raster]
+    cls_tokens = tokens[1:, :num_cls].flatten()
+    contextual = tokens[1:, num_dominant:].flatten()
+    return torch.cat([base, kept_patches, cls_tokens, contextual])
 
 
-def spatial_order(places: Sequence[Tensor], grid: Grid | None) -> Tensor:
-    """int64[n + newlines]: indices into the image's tokens, tile after tile, with -1 where `image_newline` stands.
+def spatial_order(positions: Sequence[Tensor], grid: Grid | None) -> Tensor:
+    """Return the order "spatial" of one image.
 
-    There are as many newlines as the model's own packing has, also where it pools the patches.
+    There are as many newlines as in the model's own packing, even if that pools the patches.
 
     Args:
-        places: for each tile, base first, int64[n_i]: the patches of its tokens.
+        positions: for each tile, base tile first, int64[n_i]: the patch of each of its tokens.
         grid: of the image; None for a single tile.
+
+    Returns:
+        int64[n + newlines]: indices into the image's tokens, tile after tile; -1 is `image_newline`.
     """
-    base = places[0].argsort()
+    base = positions[0].argsort()
     if grid is None:
         return torch.cat([base, base.new_tensor([-1])])
+
+    # Position of each token of the other tiles in the raster of the grid.
+    rasters = []
+    for tile, patches in enumerate(positions[1:], start=1):
+        rasters.append(grid.raster(torch.full_like(patches, tile), patches))
+    raster = torch.cat(rasters)
+
+    # A newline stands before the first patch of the row with this number; rows are spread evenly over the newlines.
     num_newlines = grid.pooled[0]
-    raster = torch.cat(
-        [grid.raster(torch.full_like(patches, tile), patches) for tile, patches in enumerate(places)][1:]
-    )
-    ends = [grid.top - (-(line + 1) * grid.num_rows // num_newlines) for line in range(num_newlines)]
-    newlines = torch.tensor(ends, device=raster.device, dtype=raster.dtype) * (grid.columns * grid.side)
-    order = torch.cat(
-        [2 * raster, 2 * newlines - 1]
-    ).argsort()  # a newline between the last patch of a row and the next row
-    tokens = torch.cat(
-        [len(places[0]) + torch.arange(len(raster), device=raster.device), torch.full_like(newlines, -1)]
-    )
-    return torch.cat([base, tokens[order]])
+    next_rows = [grid.top - (-(line + 1) * grid.num_rows // num_newlines) for line in range(num_newlines)]
+    next_row = torch.tensor(next_rows, device=raster.device, dtype=raster.dtype)
+    newline = next_row * (grid.columns * grid.side)
+
+    # Tokens sort by even keys, newlines by odd ones: between the last patch of a row and the first of the next.
+    by_raster = torch.cat([2 * raster, 2 * newline - 1]).argsort()
+    token_index = len(positions[0]) + torch.arange(len(raster), device=raster.device)
+    indices = torch.cat([token_index, torch.full_like(newline, -1)])
+    return torch.cat([base, indices[by_raster]])

@@ -1,8 +1,7 @@
-"""Images and videos between the reducer and the projector: what the projector gets, and where its output then stands."""
+"""What stands between the reducer and the projector: tokens, and their order in the language model."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -11,37 +10,67 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VisualFeatures:
-    """m tokens of images, or of videos, one after the other, for n places in the language model.
+    """Tokens of all images, or all videos, of a micro batch, one after the other.
 
-    Its fields are also what a model takes in place of pictures: see `Family.media_features`.
+    They depend on frozen weights alone, so they can be kept in a file. m is the number of tokens, n the number of positions
+    that they take in the language model; row ends (`image_newline`) are added by the projector's side.
     """
 
     features: Tensor
-    """float[..., d]: m tokens, in the shape in which the projector gets them."""
+    """float[..., d]: m tokens, in the shape that the projector takes."""
     order: Tensor
-    """int64[n]: the token at each place; -1 is `image_newline`. Each token has one place, among those of its own image."""
+    """int64[n]: the token at each position; -1 is `image_newline`. Each token has one position, among those of its image."""
     counts: Tensor
-    """int64[images], on the CPU: places of each image, or video."""
+    """int64[images]: positions of each image, or video."""
 
     @classmethod
-    def as_it_is(cls, features: Tensor, *, num_media: int) -> Self:
-        """Tokens float[..., d] that stand as they are, the same number of each image or video."""
+    def in_order(cls, features: Tensor, *, num_media: int) -> Self:
+        """Keep tokens float[..., d] in their order, with the same number for each image or video."""
         num_tokens = features.shape[:-1].numel()
         order = torch.arange(num_tokens, device=features.device)
         return cls(features, order, torch.full((num_media,), num_tokens // num_media))
 
     @classmethod
     def of_image(cls, features: Tensor, order: Tensor) -> Self:
-        """The tokens float[m, d] of one image in the order int64[n]."""
+        """Put the tokens float[m, d] of one image in the order int64[n]."""
         return cls(features, order, torch.tensor([len(order)]))
 
     @classmethod
     def join(cls, parts: Sequence["VisualFeatures"]) -> Self:
-        """All the parts' images, or videos, one after the other; features are float[m, d]."""
-        features = [part.features.flatten(0, -2) for part in parts]
-        starts = accumulate(map(len, features), initial=0)
-        orders = [
-            torch.where(part.order < 0, part.order, part.order + start)
-            for part, start in zip(parts, starts, strict=False)
-        ]
-        return cls(torch.cat(features), torch.cat(orders), torch.cat([part.counts for part in parts]))
+        """Put the images, or videos, of several parts one after the other; features become float[m, d]."""
+        features, orders = [], []
+        num_tokens = 0
+        for part in parts:
+            tokens = part.features.flatten(0, -2)
+            features.append(tokens)
+            # Indices count from the first token of all parts; -1 stays -1.
+            orders.append(torch.where(part.order < 0, part.order, part.order + num_tokens))
+            num_tokens += len(tokens)
+
+        counts = torch.cat([part.counts for part in parts])
+        return cls(torch.cat(features), torch.cat(orders), counts)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Apply a function to each tensor, e.g. move it to a device."""
+        return replace(
+            self,
+            features=change(self.features),
+            order=change(self.order),
+            counts=change(self.counts),
+        )
+
+
+@dataclass(frozen=True)
+class UnpackedFeatures(VisualFeatures):
+    """All tokens of tiles, or of frames, before the model's own code packs them.
+
+    That code runs after the projector and may average projected tokens, so these features can't be kept in a file. `order`
+    is empty; `counts` are those after packing.
+    """
+
+    kind: str
+    """"image" or "video"."""
+    num_tiles: tuple[int, ...]
+    """Tiles of each image, or frames of each video."""
+    image_sizes: Tensor | None
+    """int64[images, 2]: (height, width) in pixels; None for videos."""

@@ -3,13 +3,14 @@
 Folders in the layout of LLaVA's own code load into the same class, see `vzip.checkpoints.original.llava`.
 """
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from transformers import LlavaForConditionalGeneration
 
 from vzip.checkpoints.original import llava as original
-from vzip.families.base import Family, num_dropped
+from vzip.checkpoints.original.llava_config import export_config
+from vzip.families.base import Family, num_dropped_tokens
+from vzip.media import MediaInputs
 from vzip.reducers.base import Reducer
 
 
@@ -20,9 +21,14 @@ class Llava(Family):
     model_class: ClassVar[type] = LlavaForConditionalGeneration
     original: ClassVar[Any] = original
 
-    def num_processed_tokens(self, reducer: Reducer, kind: str, inputs: Mapping[str, Any], index: int) -> int:
-        """By the picture's own size, which some towers take as it is."""
-        patch = self.model.config.vision_config.patch_size
-        height, width = inputs["pixel_values"][index].shape[-2:]
-        has_cls, dropped = self.has_cls, num_dropped(self.model.config)
-        return reducer.num_tokens((height // patch) * (width // patch), has_cls=has_cls, num_dropped=dropped)
+    def original_config(self, processor: Any) -> dict[str, Any] | None:
+        return export_config(self.model.config, processor)
+
+    def num_processed_tokens(self, reducer: Reducer, kind: str, inputs: MediaInputs, index: int) -> int:
+        """Count by the picture's own size: some towers take other sizes than their usual one."""
+        patch_size = self.model.config.vision_config.patch_size
+        height, width = inputs.pixels[index].shape[-2:]
+        num_patches = (height // patch_size) * (width // patch_size)
+        return reducer.num_tokens(
+            num_patches, has_cls=self.has_cls, num_dropped=num_dropped_tokens(self.model.config)
+        )

@@ -1,10 +1,9 @@
-"""LLaVA-NeXT (LLaVA-1.6): an image becomes a base tile and up to four more, each behind the reducer with a budget of its own.
+"""LLaVA-NeXT (LLaVA-1.6): an image becomes a base tile and up to four more, and each tile is reduced to the same budget.
 
-Where the tokens of the tiles then stand: `vzip.families.anyres`.
+`vzip.families.anyres` says in which order the tokens of the tiles then stand.
 """
 
-from collections.abc import Mapping, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,16 +13,23 @@ from transformers.image_processing_utils import select_best_resolution
 
 from vzip.errors import UserError
 from vzip.families.anyres import Grid, released_order, spatial_order
-from vzip.families.base import Family, num_dropped, project
-from vzip.families.features import VisualFeatures
+from vzip.families.base import Family, num_dropped_tokens
+from vzip.families.features import UnpackedFeatures, VisualFeatures
+from vzip.media import MediaInputs
 from vzip.reducers.base import Reducer, VisionTokens
+from vzip.reducers.identity import Identity
+
+
+def tiles_of(grids: Sequence[Grid | None]) -> list[int]:
+    """Count the tiles of each image, the base tile included; None is an image of a single tile."""
+    return [1 if grid is None else grid.num_tiles for grid in grids]
 
 
 def stack_tiles(pixel_values: Tensor, counts: Sequence[int]) -> Tensor:
-    """float[all tiles, 3, side, side] of float[images, most tiles, 3, side, side]; stacked ones stay as they are.
+    """Stack float[images, most tiles, 3, side, side] to float[all tiles, 3, side, side]; stacked tiles are returned unchanged.
 
     Raises:
-        UserError: fewer images or tiles than `counts` asks for.
+        UserError: the number of images or tiles is not that of `counts`.
     """
     if pixel_values.dim() == 5:
         shape = list(pixel_values.shape)
@@ -32,7 +38,9 @@ def stack_tiles(pixel_values: Tensor, counts: Sequence[int]) -> Tensor:
                 f"pixel_values of shape {shape} do not hold {list(counts)} tiles of {len(counts)} images, as image_sizes has "
                 f"it; use what the model's processor returns"
             )
+        # Images of fewer tiles are padded with empty ones.
         return torch.cat([image[:count] for image, count in zip(pixel_values, counts, strict=True)])
+
     if pixel_values.dim() == 4 and len(pixel_values) != sum(counts):
         raise UserError(
             f"pixel_values hold {len(pixel_values)} tiles, image_sizes asks for {list(counts)}; use what the processor returns"
@@ -43,71 +51,32 @@ def stack_tiles(pixel_values: Tensor, counts: Sequence[int]) -> Tensor:
 def _reduce_visible(
     tokens: VisionTokens, reducer: Reducer, tiles: Tensor, patches: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Tiles that show the same `patches`, reduced without their padding and CLS: float[tiles, n, d], patches int64[tiles, n].
+    """Reduce tiles that show the same patches of the picture, without their padding.
 
-    Where a tile shows no more patches than the budget has, it keeps them all.
+    A tile that shows no more patches than the budget keeps them all.
+
+    Args:
+        tokens: patches of all tiles, without CLS.
+        reducer: reduces each tile by itself.
+        tiles: int64[tiles]: the tiles to reduce.
+        patches: int64[P]: the patches that they show.
+
+    Returns:
+        The tokens float[tiles, n, d], and the patch of each token, int64[tiles, n].
     """
-    first = int(tokens.has_cls)
-    index = (patches + first).expand(len(tiles), -1)
     rows = tiles.unsqueeze(1)
-    part = VisionTokens(
-        features=tokens.features[rows, index],
+    visible = VisionTokens(
+        features=tokens.features[rows, patches],
         has_cls=False,
-        saliency=None if tokens.saliency is None else tokens.saliency[rows, index - first],
-        keys=None if tokens.keys is None else tokens.keys[rows, index],
+        saliency=None if tokens.saliency is None else tokens.saliency[rows, patches],
+        keys=None if tokens.keys is None else tokens.keys[rows, patches],
     )
-    if len(patches) <= reducer.num_tokens(tokens.features.shape[1] - first, has_cls=False, num_dropped=0):
-        return part.features, patches.expand(len(tiles), -1)
-    reduction = reducer(part)
-    return reduction.features, patches[torch.cat([reduction.dominant, reduction.contextual], dim=1)]
+    budget = reducer.num_tokens(tokens.features.shape[1], has_cls=False, num_dropped=0)
+    if len(patches) <= budget:
+        return visible.features, patches.expand(len(tiles), -1)
 
-
-def _tile_counts(grids: Sequence[Grid | None]) -> list[int]:
-    return [1 if grid is None else grid.num_tiles for grid in grids]
-
-
-def _released(
-    inner: Any, reducer: Reducer, tokens: VisionTokens, grids: Sequence[Grid | None]
-) -> VisualFeatures:
-    """The images' tokens in the order "released"."""
-    reduction, counts = reducer(tokens), _tile_counts(grids)
-    num_tokens = reduction.features.shape[1]
-    num_cls = int(
-        tokens.has_cls and reduction.dominant.shape[1] > 0 and not reduction.dominant[:, 0].any().item()
-    )
-    orders = [
-        released_order(dominant, grid, num_tokens=num_tokens, num_cls=num_cls, has_cls=tokens.has_cls)
-        for dominant, grid in zip(torch.split(reduction.dominant, counts), grids, strict=True)
-    ]
-    images = zip(torch.split(reduction.features, counts), orders, strict=True)
-    return VisualFeatures.join(
-        [VisualFeatures.of_image(features.flatten(0, 1), order) for features, order in images]
-    )
-
-
-def _spatial(
-    inner: Any, reducer: Reducer, tokens: VisionTokens, grids: Sequence[Grid | None]
-) -> VisualFeatures:
-    """The images' tokens in the order "spatial"."""
-    side = inner.config.vision_config.image_size // inner.config.vision_config.patch_size
-    device = tokens.features.device
-    whole = (range(side), range(side))
-    shown = [patches for grid in grids for patches in ([whole] if grid is None else [whole, *grid.visible])]
-    reduced: dict[int, tuple[Tensor, Tensor]] = {}
-    for rows, columns in dict.fromkeys(
-        shown
-    ):  # tiles that show the same patches together, in an order that random draws keep
-        alike = [tile for tile, patches in enumerate(shown) if patches == (rows, columns)]
-        patches = torch.tensor(
-            [row * side + column for row in rows for column in columns], dtype=torch.int64, device=device
-        )
-        kept, places = _reduce_visible(tokens, reducer, torch.tensor(alike, device=device), patches)
-        reduced |= dict(zip(alike, zip(kept, places, strict=True), strict=True))
-    images, tiles = [], iter(range(len(shown)))
-    for grid, count in zip(grids, _tile_counts(grids), strict=True):
-        kept_of, places_of = zip(*(reduced[tile] for tile in islice(tiles, count)), strict=True)
-        images.append(VisualFeatures.of_image(torch.cat(kept_of), spatial_order(places_of, grid)))
-    return VisualFeatures.join(images)
+    output = reducer(visible)
+    return output.features, patches[torch.cat([output.dominant, output.contextual], dim=1)]
 
 
 class LlavaNext(Family):
@@ -116,106 +85,197 @@ class LlavaNext(Family):
     model_type: ClassVar[str] = "llava_next"
     model_class: ClassVar[type] = LlavaNextForConditionalGeneration
     budget_tiles: ClassVar[int] = 5
-    """The paper's budgets 160, 320 and 640 are totals over 5 tiles."""
+    """The paper's budgets 160, 320 and 640 count the tokens of 5 tiles."""
+    config_of_features: ClassVar[tuple[str, ...]] = (*Family.config_of_features, "image_grid_pinpoints")
 
-    @classmethod
-    def grid_of(cls, config: Any, image_size: tuple[int, int]) -> Grid:
-        """The grid that the processor cuts an image of (height, width) pixels into."""
-        cls.refuse_wrong_size(image_size)
-        tile = config.vision_config.image_size
+    # ---- Tiles ----
+
+    def tile_order(self, reducer: Reducer) -> str:
+        """Return "released" or "spatial", or "model" if there is no reduction and the model's own code packs all tokens."""
+        return "model" if isinstance(reducer, Identity) else self.anyres
+
+    def grid_of(self, image_size: tuple[int, int]) -> Grid:
+        """Return the grid into which the processor cuts an image of (height, width) pixels."""
+        self.check_image_size(image_size)
+        config = self.model.config
         height, width = select_best_resolution(image_size, config.image_grid_pinpoints)
         return Grid.of(
-            image_size, (height // tile, width // tile), side=tile // config.vision_config.patch_size
+            image_size,
+            (height // self.tile_side, width // self.tile_side),
+            side=self.tile_side // config.vision_config.patch_size,
         )
 
-    @classmethod
-    def grids_of(cls, config: Any, image_sizes: Any, **inputs: Any) -> list[Grid | None]:
-        """The grid of each image; None for one that is a single tile. Raises UserError without sizes."""
-        if image_sizes is None:
+    def grids(self, inputs: MediaInputs) -> list[Grid | None]:
+        """Return the grid of each image; None for an image of a single tile. Raises UserError without sizes."""
+        if "image_sizes" not in inputs.extra:
             raise UserError(
-                f"a {cls.model_type!r} model needs image_sizes beside pixel_values; use what its processor returns"
+                f"a {self.model_type!r} model needs image_sizes beside pixel_values; use what its processor returns"
             )
-        return [cls.grid_of(config, (int(height), int(width))) for height, width in image_sizes]
+        return [self.grid_of((int(height), int(width))) for height, width in inputs.extra["image_sizes"]]
+
+    # ---- Sizes and counts ----
 
     @property
     def image_sizes(self) -> list[tuple[int, int]]:
         return [(height, width) for height, width in self.model.config.image_grid_pinpoints]
 
     def num_tiles(self, image_size: tuple[int, int]) -> int:
-        return self.grid_of(self.model.config, image_size).num_tiles
+        return self.grid_of(image_size).num_tiles
 
     def num_tile_tokens(self, reducer: Reducer) -> int:
-        has_cls = self.has_cls and reducer.anyres != "spatial"
-        dropped = num_dropped(self.model.config) if has_cls else 0
+        # The order "spatial" has no position for CLS.
+        has_cls = self.has_cls and self.tile_order(reducer) != "spatial"
+        dropped = num_dropped_tokens(self.model.config) if has_cls else 0
         return reducer.num_tokens(self.num_patches, has_cls=has_cls, num_dropped=dropped)
 
     def num_image_tokens(self, reducer: Reducer, image_size: tuple[int, int] | None = None) -> int:
-        """Of an image of (height, width) pixels; without one, of a square of two tiles a side, which makes 5 tiles."""
+        """Count the placeholders of an image; without a size, of a square of 2 x 2 tiles, which makes 5 tiles."""
         size = image_size or (2 * self.tile_side, 2 * self.tile_side)
-        return self.num_grid_tokens(reducer, self.grid_of(self.model.config, size))
+        return self.num_grid_tokens(reducer, self.grid_of(size))
 
     def num_grid_tokens(self, reducer: Reducer, grid: Grid | None) -> int:
-        """Placeholders of an image in these tiles, or of one that is a single tile."""
-        budget = self.num_tile_tokens(reducer)
+        """Count the placeholders of an image with this grid; None is an image of a single tile."""
+        tile_tokens = self.num_tile_tokens(reducer)
         if grid is None:
-            return budget + 1
-        if reducer.anyres == "released":
-            return budget * grid.num_tiles
-        rows, columns = grid.pooled
-        if reducer.anyres == "model":
-            return budget + rows * (columns + 1)
-        return (
-            budget
-            + sum(min(budget, len(tile_rows) * len(tile_columns)) for tile_rows, tile_columns in grid.visible)
-            + rows
-        )
+            return tile_tokens + 1  # image_newline
 
-    def num_processed_tokens(self, reducer: Reducer, kind: str, inputs: Mapping[str, Any], index: int) -> int:
+        order = self.tile_order(reducer)
+        if order == "released":
+            return tile_tokens * grid.num_tiles
+
+        num_rows, num_columns = grid.pooled
+        if order == "model":
+            return tile_tokens + num_rows * (num_columns + 1)
+
+        # A tile that shows fewer patches than the budget keeps them all.
+        num_tokens = tile_tokens
+        for rows, columns in grid.visible:
+            num_tokens += min(tile_tokens, len(rows) * len(columns))
+        return num_tokens + num_rows
+
+    def num_processed_tokens(self, reducer: Reducer, kind: str, inputs: MediaInputs, index: int) -> int:
         if kind == "video":
             return super().num_processed_tokens(reducer, kind, inputs, index)
-        return self.num_grid_tokens(reducer, self.grids_of(self.model.config, **inputs)[index])
+        return self.num_grid_tokens(reducer, self.grids(inputs)[index])
 
-    @classmethod
-    def pack(cls, inner: Any, features: Sequence[Tensor], image_sizes: Any) -> list[Tensor]:
-        """All tokens of the images, in the model's own order."""
-        strategy = inner.config.vision_feature_select_strategy
-        images: list[Tensor] = inner.pack_image_features(
-            features, image_sizes, strategy, inner.image_newline
-        )[0]
-        return images
-
-    @classmethod
-    def tiles(
-        cls, inner: Any, reducer: Reducer, pixels: Tensor, *, image_sizes: Any = None, **inputs: Any
-    ) -> tuple[VisionTokens, list[Grid | None]]:
-        """Vision tokens of all tiles, and the grid of each image."""
-        grids = cls.grids_of(inner.config, image_sizes, batch_num_images=inputs.pop("batch_num_images", None))
-        inputs.pop("vision_aspect_ratio", None)  # the config's
-        return cls.vision_tokens(inner, reducer, stack_tiles(pixels, _tile_counts(grids)), **inputs), grids
-
-    @classmethod
-    def reduced(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> VisualFeatures:
-        """As the other families', in the reducer's order of tiles, which is not the model's own."""
-        assert reducer.anyres != "model", "the model's own packing works behind the projector"
-        order = _spatial if reducer.anyres == "spatial" else _released
-        return order(inner, reducer, *cls.tiles(inner, reducer, pixels, **inputs))
-
-    @classmethod
-    def placed(cls, inner: Any, reduced: VisualFeatures) -> Tensor:
-        tokens = super().placed(inner, reduced)
-        return torch.cat([tokens, inner.image_newline.to(tokens)[None]])[reduced.order]
-
-    @classmethod
-    def features(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> list[Tensor]:
-        if reducer.anyres != "model":
-            return super().features(kind, inner, reducer, pixels, **inputs)
-        tokens, grids = cls.tiles(inner, reducer, pixels, **inputs)
-        projected = torch.split(project(inner, reducer(tokens).features), _tile_counts(grids))
-        return cls.pack(inner, projected, inputs["image_sizes"])
-
-    def refuse_uncacheable(self, reducer: Reducer) -> None:
-        if reducer.anyres == "model":
+    def check_cacheable(self, reducer: Reducer) -> None:
+        if self.tile_order(reducer) == "model":
             raise UserError(
                 f"reducer={reducer.name}: a {self.model_type!r} model packs all tokens of its tiles behind the projector, so "
                 f"nothing can be cached before it; train without the cache, or choose another reducer"
             )
+
+    # ---- The two computations ----
+
+    def vision_tokens(self, reducer: Reducer, pixel_values: Tensor, **options: Any) -> VisionTokens:
+        tokens = super().vision_tokens(reducer, pixel_values, **options)
+        return tokens.without_cls() if self.tile_order(reducer) == "spatial" else tokens
+
+    def visual_features(
+        self, kind: str, inputs: MediaInputs, reducer: Reducer, **options: Any
+    ) -> VisualFeatures:
+        grids = self.grids(inputs)
+        tiles = stack_tiles(inputs.pixels, tiles_of(grids))
+        tokens = self.vision_tokens(reducer, tiles, **options)
+
+        order = self.tile_order(reducer)
+        if order == "released":
+            return self._released_features(tokens, reducer, grids)
+        if order == "spatial":
+            return self._spatial_features(tokens, reducer, grids)
+        return UnpackedFeatures(
+            features=reducer(tokens).features,
+            order=torch.empty(0, dtype=torch.int64),
+            counts=torch.tensor([self.num_grid_tokens(reducer, grid) for grid in grids]),
+            kind=kind,
+            num_tiles=tuple(tiles_of(grids)),
+            image_sizes=inputs.extra["image_sizes"],
+        )
+
+    def _released_features(
+        self, tokens: VisionTokens, reducer: Reducer, grids: Sequence[Grid | None]
+    ) -> VisualFeatures:
+        """Reduce all tiles, and put their tokens in the order "released"."""
+        output = reducer(tokens)
+        num_tokens = output.features.shape[1]
+
+        # CLS is token 0 and leads the dominant tokens, in all tiles or in none.
+        num_cls = 0
+        if tokens.has_cls and output.dominant.shape[1] > 0:
+            num_cls = int(not output.dominant[:, 0].any().item())
+
+        images = []
+        first_tile = 0
+        for grid, count in zip(grids, tiles_of(grids), strict=True):
+            of_image = slice(first_tile, first_tile + count)
+            order = released_order(
+                output.dominant[of_image],
+                grid,
+                num_tokens=num_tokens,
+                num_cls=num_cls,
+                has_cls=tokens.has_cls,
+            )
+            images.append(VisualFeatures.of_image(output.features[of_image].flatten(0, 1), order))
+            first_tile += count
+        return VisualFeatures.join(images)
+
+    def _spatial_features(
+        self, tokens: VisionTokens, reducer: Reducer, grids: Sequence[Grid | None]
+    ) -> VisualFeatures:
+        """Reduce the visible patches of all tiles, and put their tokens in the order "spatial"."""
+        device = tokens.features.device
+        side = self.tile_side // self.model.config.vision_config.patch_size
+        all_patches = (range(side), range(side))
+
+        # Rows and columns of the patches that each tile shows; base tiles have no padding.
+        visible: list[tuple[range, range]] = []
+        for grid in grids:
+            visible.append(all_patches)
+            if grid is not None:
+                visible += grid.visible
+
+        # Tiles that show the same patches are reduced together. The order of these groups is fixed, because a reducer may
+        # draw at random.
+        groups: dict[tuple[range, range], list[int]] = {}
+        for tile, rows_and_columns in enumerate(visible):
+            groups.setdefault(rows_and_columns, []).append(tile)
+
+        reduced: dict[int, tuple[Tensor, Tensor]] = {}
+        for (rows, columns), tiles in groups.items():
+            raster = [row * side + column for row in rows for column in columns]
+            patches = torch.tensor(raster, dtype=torch.int64, device=device)
+            features, positions = _reduce_visible(
+                tokens, reducer, torch.tensor(tiles, device=device), patches
+            )
+            for index, tile in enumerate(tiles):
+                reduced[tile] = (features[index], positions[index])
+
+        images = []
+        first_tile = 0
+        for grid, count in zip(grids, tiles_of(grids), strict=True):
+            of_image = [reduced[tile] for tile in range(first_tile, first_tile + count)]
+            features = torch.cat([tile_features for tile_features, _ in of_image])
+            order = spatial_order([positions for _, positions in of_image], grid)
+            images.append(VisualFeatures.of_image(features, order))
+            first_tile += count
+        return VisualFeatures.join(images)
+
+    def project(self, features: VisualFeatures) -> Tensor:
+        if isinstance(features, UnpackedFeatures):
+            return torch.cat(self.pack(self.run_projector(features.features), features))
+
+        tokens = super().project(features)
+        newline = self.model.model.image_newline.to(tokens)[None]
+        # -1 in `order` takes the last one, the newline.
+        return torch.cat([tokens, newline])[features.order]
+
+    def pack(self, tokens: Tensor, features: UnpackedFeatures) -> list[Tensor]:
+        """Pack projected tokens float[all tiles, P, d_llm] with the model's own code: float[n, d_llm] of each image."""
+        inner = self.model.model
+        images: list[Tensor] = inner.pack_image_features(
+            torch.split(tokens, list(features.num_tiles)),
+            features.image_sizes,
+            self.model.config.vision_feature_select_strategy,
+            inner.image_newline,
+        )[0]
+        return images

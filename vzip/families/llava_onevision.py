@@ -1,6 +1,6 @@
 """LLaVA-OneVision: LLaVA-NeXT's tiles with a SigLIP tower (no CLS) and up to 36 of them, several images, and video.
 
-Without a reducer the model pools large images and every frame; a reduced one has few tokens instead, and is not pooled.
+Without a reducer the model pools large images and every frame. A reduced model has few tokens instead, and does not pool.
 """
 
 import math
@@ -17,14 +17,13 @@ from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionP
 
 from vzip.errors import UserError
 from vzip.families.anyres import Grid
-from vzip.families.base import project
-from vzip.families.features import VisualFeatures
+from vzip.families.features import UnpackedFeatures, VisualFeatures
 from vzip.families.llava_next import LlavaNext
-from vzip.media import check_num_frames, load_video_processor, stack_frames
+from vzip.media import MediaInputs, check_num_frames, load_video_processor, stack_frames
 from vzip.reducers.base import Reducer
 
 TAKES_VIDEOS = version.parse(transformers.__version__) >= version.parse("5.18")
-"""Before, `image_newline` was put behind a video elsewhere than in the method that is replaced."""
+"""Older versions add `image_newline` to a video outside of the method that is patched."""
 
 
 class LlavaOnevision(LlavaNext):
@@ -35,73 +34,97 @@ class LlavaOnevision(LlavaNext):
     kinds: ClassVar[tuple[str, ...]] = ("image", "video") if TAKES_VIDEOS else ("image",)
     stacked: ClassVar[tuple[str, ...]] = ("video",)
     budget_tiles: ClassVar[int] = 1
-    """No budgets are published: a budget here is of one tile, or one frame."""
+    """No budgets are published. A budget here counts the tokens of one tile, or one frame."""
+    config_of_features: ClassVar[tuple[str, ...]] = (*LlavaNext.config_of_features, "vision_aspect_ratio")
 
     @classmethod
     def load_processor(cls, path: str) -> Any:
         return load_video_processor(LlavaOnevisionProcessor, path)
 
-    @classmethod
-    def grid_of(cls, config: Any, image_size: tuple[int, int]) -> Grid:
-        return replace(
-            super().grid_of(config, image_size),
-            max_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
-        )
+    # ---- Tiles ----
 
-    @classmethod
-    def grids_of(
-        cls, config: Any, image_sizes: Any, batch_num_images: Any = None, **inputs: Any
-    ) -> list[Grid | None]:
-        """The images of a row that holds several are single tiles."""
-        grids = super().grids_of(config, image_sizes)
-        if batch_num_images is None:
+    def grid_of(self, image_size: tuple[int, int]) -> Grid:
+        max_tiles = int(self.model.config.vision_aspect_ratio.removeprefix("anyres_max_"))
+        return replace(super().grid_of(image_size), max_tiles=max_tiles)
+
+    def grids(self, inputs: MediaInputs) -> list[Grid | None]:
+        """Return the grid of each image. The images of an example that holds several are single tiles, with None."""
+        grids = super().grids(inputs)
+        if "batch_num_images" not in inputs.extra:
             return grids
-        alone = [int(count) == 1 for count in batch_num_images for _ in range(int(count))]
-        if len(alone) != len(grids):
+
+        counts = [int(count) for count in inputs.extra["batch_num_images"]]
+        is_alone = []
+        for count in counts:
+            is_alone += [count == 1] * count
+        if len(is_alone) != len(grids):
             raise UserError(
-                f"batch_num_images={list(map(int, batch_num_images))} are {len(alone)} images, image_sizes has {len(grids)}; "
+                f"batch_num_images={counts} are {len(is_alone)} images, image_sizes has {len(grids)}; "
                 f"use what the model's processor returns"
             )
-        return [grid if single else None for grid, single in zip(grids, alone, strict=True)]
+        return [grid if alone else None for grid, alone in zip(grids, is_alone, strict=True)]
+
+    # ---- Sizes and counts ----
 
     def num_example_tokens(self, reducer: Reducer, image_sizes: Sequence[tuple[int, int] | None]) -> int:
-        if len(image_sizes) > 1:  # not cut into tiles
+        if len(image_sizes) > 1:
+            # Several images are not cut into tiles.
             return len(image_sizes) * self.num_grid_tokens(reducer, None)
         return super().num_example_tokens(reducer, image_sizes)
 
     def num_video_tokens(self, reducer: Reducer, num_frames: int) -> int:
-        """All frames, and one newline behind them."""
+        """Count the tokens of all frames, and one newline after them."""
         if not TAKES_VIDEOS:
             raise UserError(
                 f"videos of {self.model_type!r} models need transformers 5.18 or newer; this is {transformers.__version__}"
             )
         check_num_frames(num_frames)
-        side = math.ceil(self.tile_side // self.model.config.vision_config.patch_size / 2)
-        return num_frames * (side * side if reducer.anyres == "model" else self.num_tile_tokens(reducer)) + 1
 
-    @classmethod
-    def pack(cls, inner: Any, features: Sequence[Tensor], image_sizes: Any) -> list[Tensor]:
-        aspect_ratio = inner.config.vision_aspect_ratio
-        images: list[Tensor] = inner.pack_image_features(
-            features, image_sizes, inner.image_newline, aspect_ratio
-        )[0]
-        return images
+        num_frame_tokens = self.num_tile_tokens(reducer)
+        if self.tile_order(reducer) == "model":
+            # The model halves the side of each frame.
+            side = math.ceil(self.tile_side // self.model.config.vision_config.patch_size / 2)
+            num_frame_tokens = side * side
+        return num_frames * num_frame_tokens + 1
 
-    @classmethod
-    def reduced(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> VisualFeatures:
-        """As LLaVA-NeXT's; of a video all frames, and one newline behind them."""
+    # ---- The two computations ----
+
+    def visual_features(
+        self, kind: str, inputs: MediaInputs, reducer: Reducer, **options: Any
+    ) -> VisualFeatures:
+        """Do the same as LLaVA-NeXT for images. A video is all of its frames, and one newline after them."""
         if kind == "image":
-            return super().reduced(kind, inner, reducer, pixels, **inputs)
-        features = reducer(cls.vision_tokens(inner, reducer, stack_frames(pixels), **inputs)).features
-        frames = VisualFeatures.as_it_is(features, num_media=len(pixels))
-        order = F.pad(frames.order.view(len(pixels), -1), (0, 1), value=-1)
+            return super().visual_features(kind, inputs, reducer, **options)
+
+        tokens = self.vision_tokens(reducer, stack_frames(inputs.pixels), **options)
+        features = reducer(tokens).features
+        num_videos, num_frames = inputs.pixels.shape[:2]
+
+        if self.tile_order(reducer) == "model":
+            return UnpackedFeatures(
+                features=features,
+                order=torch.empty(0, dtype=torch.int64),
+                counts=torch.full((num_videos,), self.num_video_tokens(reducer, num_frames)),
+                kind=kind,
+                num_tiles=(num_frames,) * num_videos,
+                image_sizes=None,
+            )
+
+        frames = VisualFeatures.in_order(features, num_media=num_videos)
+        order = F.pad(frames.order.view(num_videos, -1), (0, 1), value=-1)
         return VisualFeatures(features, order.flatten(), frames.counts + 1)
 
-    @classmethod
-    def features(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> list[Tensor]:
-        if kind == "image" or reducer.anyres != "model":
-            return super().features(kind, inner, reducer, pixels, **inputs)
-        tokens = cls.vision_tokens(inner, reducer, stack_frames(pixels), **inputs)
-        frames = inner.apply_pooling(project(inner, reducer(tokens).features)).flatten(0, 1)
-        newline = inner.image_newline.to(frames)[None]
-        return [torch.cat([video, newline]) for video in frames.chunk(len(pixels))]
+    def pack(self, tokens: Tensor, features: UnpackedFeatures) -> list[Tensor]:
+        inner = self.model.model
+        if features.kind == "video":
+            frames = inner.apply_pooling(tokens).flatten(0, 1)
+            newline = inner.image_newline.to(frames)[None]
+            return [torch.cat([video, newline]) for video in frames.chunk(len(features.num_tiles))]
+
+        images: list[Tensor] = inner.pack_image_features(
+            torch.split(tokens, list(features.num_tiles)),
+            features.image_sizes,
+            inner.image_newline,
+            self.model.config.vision_aspect_ratio,
+        )[0]
+        return images

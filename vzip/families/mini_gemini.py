@@ -1,6 +1,7 @@
-"""Mini-Gemini: CLIP finds what to keep, and the reducer gets CLIP's patches after mining of the high-resolution picture.
+"""Mini-Gemini: CLIP finds the tokens to keep, and the reducer gets CLIP's patches enriched from the high-resolution picture.
 
-CLS is not mined, having no region of the picture, and so is not kept: D counts patches alone.
+That enrichment is called *mining* in the released code. CLS has no region of the picture, so it is not mined and not kept:
+D counts patches alone.
 """
 
 from dataclasses import replace
@@ -17,7 +18,7 @@ from vzip.reducers.base import Reducer, VisionTokens
 
 
 class MiniGemini(Family):
-    """Adapter of `vzip.models.mini_gemini.MiniGeminiForConditionalGeneration`; loads the public checkpoints as they are."""
+    """Adapter of `vzip.models.mini_gemini.MiniGeminiForConditionalGeneration`. It loads the public checkpoints directly."""
 
     model_type: ClassVar[str] = "mini_gemini"
     model_class: ClassVar[type] = MiniGeminiForConditionalGeneration
@@ -27,29 +28,28 @@ class MiniGemini(Family):
         "high-resolution tower": "model.high_resolution_tower",
         "mining": "model.mining",
     }
+    export_note: ClassVar[str | None] = (
+        "`transformers` has no class for Mini-Gemini: it is loaded with `vzip` alone."
+    )
 
     @property
     def other_flops(self) -> int:
         config, inner = self.model.config, self.model.model
-        side, width = config.high_resolution_config.image_size, config.vision_config.hidden_size
         settings = {"dtype": self.model.dtype, "device": self.model.device}
+        patches = torch.empty(1, config.grid**2, config.vision_config.hidden_size, **settings)
+        side = config.high_resolution_config.image_size
+        picture = torch.empty(1, 3, side, side, **settings)
+
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            inner.mine(
-                torch.empty(1, config.grid**2, width, **settings), torch.empty(1, 3, side, side, **settings)
-            )
+            inner.mine(patches, picture)
         return int(counter.get_total_flops())
 
     def num_tile_tokens(self, reducer: Reducer) -> int:
         return reducer.num_tokens(self.num_patches, has_cls=False, num_dropped=0)
 
-    @classmethod
-    def vision_tokens(cls, inner: Any, reducer: Reducer, pixel_values: Tensor, **kwargs: Any) -> VisionTokens:
-        """CLIP's patches, mined: of high-resolution pictures float[B, 3, side, side]."""
-        tokens = super().vision_tokens(inner, reducer, inner.low_resolution(pixel_values), **kwargs)
-        return replace(
-            tokens,
-            features=inner.mine(tokens.features[:, 1:], pixel_values),
-            has_cls=False,
-            num_dropped=0,
-            keys=None if tokens.keys is None else tokens.keys[:, 1:],
-        )
+    def vision_tokens(self, reducer: Reducer, pixel_values: Tensor, **options: Any) -> VisionTokens:
+        """Run CLIP on the small picture and mine its patches in the high-resolution one, float[B, 3, side, side]."""
+        inner: Any = self.model.model
+        small_pictures = inner.low_resolution(pixel_values)
+        patches = super().vision_tokens(reducer, small_pictures, **options).without_cls()
+        return replace(patches, features=inner.mine(patches.features, pixel_values))

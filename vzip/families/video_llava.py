@@ -4,14 +4,14 @@ from typing import Any, ClassVar
 
 from transformers import VideoLlavaForConditionalGeneration, VideoLlavaProcessor
 
-from vzip.families.base import Family, run_vision_tower
+from vzip.families.base import Family
 from vzip.families.features import VisualFeatures
-from vzip.media import check_num_frames, load_video_processor, stack_frames
+from vzip.media import MediaInputs, check_num_frames, load_video_processor, stack_frames
 from vzip.reducers.base import Reducer
 
 
 class VideoLlava(Family):
-    """Adapter of `VideoLlavaForConditionalGeneration`. A budget is of one image, or one frame."""
+    """Adapter of `VideoLlavaForConditionalGeneration`. A budget counts the tokens of one image, or of one frame."""
 
     model_type: ClassVar[str] = "video_llava"
     model_class: ClassVar[type] = VideoLlavaForConditionalGeneration
@@ -24,17 +24,18 @@ class VideoLlava(Family):
         return load_video_processor(VideoLlavaProcessor, path)
 
     def num_video_tokens(self, reducer: Reducer, num_frames: int) -> int:
-        """All frames; without a reducer the model keeps the CLS of each."""
+        """Count the tokens of all frames. Without a reducer the model keeps the CLS of each frame."""
         check_num_frames(num_frames)
         return num_frames * reducer.num_tokens(self.num_patches, has_cls=self.has_cls, num_dropped=0)
 
-    @classmethod
-    def reduced(cls, kind: str, inner: Any, reducer: Reducer, pixels: Any, **inputs: Any) -> VisualFeatures:
-        """As the other families'; each frame of a video is reduced by itself, and a video is its frames one after the other."""
-        if kind == "video":
-            tokens = run_vision_tower(
-                inner.video_tower, inner.config, reducer, stack_frames(pixels), num_dropped=0, **inputs
-            )
-            return VisualFeatures.as_it_is(reducer(tokens).features, num_media=len(pixels))
-        legacy = inputs.pop("pixel_values_images", None)  # generate() passes on what the processor calls them
-        return super().reduced(kind, inner, reducer, legacy if pixels is None else pixels, **inputs)
+    def visual_features(
+        self, kind: str, inputs: MediaInputs, reducer: Reducer, **options: Any
+    ) -> VisualFeatures:
+        """Do the same as the base class. A video is its frames one after the other."""
+        if kind == "image":
+            return super().visual_features(kind, inputs, reducer, **options)
+
+        frames = stack_frames(inputs.pixels)
+        video_tower = self.frozen_parts["video tower"]
+        tokens = self._run_tower(video_tower, reducer, frames, num_dropped=0, **options)
+        return VisualFeatures.in_order(reducer(tokens).features, num_media=inputs.num_media)

@@ -11,20 +11,25 @@ __all__ = ["Reducer", "ReducerOutput", "VisionTokens", "create", "names", "with_
 
 
 def names() -> list[str]:
-    """Names of the reducers on disk, sorted."""
+    """Return the names of the reducers on disk, sorted."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
 
 
 def create(name: str, settings: dict[str, Any]) -> Reducer:
-    """The reducer that `Reducer.name` and `Reducer.settings()` describe. Raises UserError for an unknown name or setting."""
+    """Make the reducer that `Reducer.name` and `Reducer.settings()` describe.
+
+    Raises:
+        UserError: an unknown name or setting.
+    """
     if name not in names():
         raise UserError(f"reducer={name!r} is unknown; there are: {', '.join(names())}")
+
     module = importlib.import_module(f"{__name__}.{name}")
-    (cls,) = (
+    (cls,) = [
         value
         for value in vars(module).values()
         if isinstance(value, type) and getattr(value, "name", "") == name
-    )
+    ]
     try:
         reducer: Reducer = cls(**settings)
     except TypeError as error:
@@ -33,8 +38,13 @@ def create(name: str, settings: dict[str, Any]) -> Reducer:
 
 
 def with_budget(reducer: Reducer, budget: int, *, tiles: int) -> Reducer:
-    """The same reducer with another budget, the total of `tiles` tiles. Raises UserError for one that has no budget."""
-    settings = {
-        key: value for key, value in reducer.settings().items() if key not in ("dominant", "contextual")
-    }
-    return create(reducer.name, settings | {"budget": budget, "tiles": tiles})
+    """Make the same reducer with another budget, which counts the tokens of `tiles` tiles.
+
+    Raises:
+        UserError: a reducer that has no budget, or a budget that does not divide among the tiles.
+    """
+    settings = {"budget": budget, "tiles": tiles}
+    for name, value in reducer.settings().items():
+        if name not in ("budget", "dominant", "contextual"):
+            settings[name] = value
+    return create(reducer.name, settings)

@@ -8,12 +8,11 @@ from vzip.reducers.base import ReducerOutput, VisionTokens
 
 
 class Identity:
-    """Every token that the model itself keeps (LLaVA: all patches, without the CLS)."""
+    """Keep every token that the model itself keeps (LLaVA: all patches, without the CLS)."""
 
     name: ClassVar[str] = "identity"
     uses_attention: ClassVar[bool] = False
     layer: int | None = None
-    anyres: str = "model"
 
     def __repr__(self) -> str:
         return "Identity(all tokens)"

@@ -14,6 +14,7 @@ from vzip.errors import UserError
 from vzip.families import Family, families, family_at
 from vzip.runs.projector import (
     WEIGHTS,
+    anyres_of,
     budget_of,
     is_export,
     load_adapter,
@@ -35,13 +36,15 @@ ROWS = ("full", "free", "tuned")
 _ELSEWHERE = "Pass base=... (for a command --base) with its folder or hub id"
 
 
-def _load_base(cls: type[Family], source: str, *, dtype: torch.dtype, way_out: str = _ELSEWHERE) -> tuple[Family, Any]:
+def _load_base(
+    cls: type[Family], source: str, *, dtype: torch.dtype, anyres: str = "released", way_out: str = _ELSEWHERE
+) -> tuple[Family, Any]:
     """(family around the model, processor), the projector in float32."""
     try:
         model, processor = cls.load_model(source, dtype=dtype), cls.load_processor(source)
     except (OSError, UserError) as error:
         raise UserError(f"the base model {source} can't be loaded: {error}\n{way_out}") from error
-    family = cls(model.eval().requires_grad_(False))
+    family = cls(model.eval().requires_grad_(False), anyres=anyres)
     family.projector.float()
     return family, processor
 
@@ -132,7 +135,8 @@ class Comparison:
         kind = families().get(meta["base"]["model_type"])
         if kind is None:
             raise UserError(f"{folder} is of the family {meta['base']['model_type']!r}, which this version does not know")
-        family, processor = _load_base(kind, source, dtype=getattr(torch, meta["dtype"]), way_out=way_out)
+        dtype_of_run, anyres = getattr(torch, meta["dtype"]), anyres_of(meta)
+        family, processor = _load_base(kind, source, dtype=dtype_of_run, anyres=anyres, way_out=way_out)
         reducers = {budget_of(family, reducer): reducer for reducer in reducers_of(meta).values()}
         check_fits(meta, family, next(iter(reducers.values())))  # before a cast, which would round what is compared
         if dtype is not None:
@@ -195,7 +199,7 @@ class Comparison:
 
     def attach(self, row: str, *, budget: int | None = None) -> Handle:
         """Make the model that row, and leave it so: the handle of its reducer. Raises UserError as `reducer`."""
-        handle = Handle(self.family.model, self.reducer(row, budget=budget))
+        handle = Handle(self.family.model, self.reducer(row, budget=budget), anyres=self.family.anyres)
         weights = self._weights.get("tuned" if row == "tuned" else "base", {})
         with torch.no_grad():
             for name, value in weights.items():

@@ -32,10 +32,6 @@ from vzip.reducers import Reducer
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 INDEX, SINGLE, ONLY_SHARD = "model.safetensors.index.json", "model.safetensors", "model-00001-of-00001.safetensors"
 MM_PROJECTOR = "mm_projector"
-CLIP_336 = "openai/clip-vit-large-patch14-336"
-_CLIP_336_SHAPE = {"hidden_size": 1024, "num_hidden_layers": 24, "image_size": 336, "patch_size": 14}
-_FEATURES = {"default": "patch", "full": "cls_patch"}
-"""LLaVA's words for which tokens of the tower are taken, by those of `transformers`."""
 
 
 def projector_tensors(family: Family) -> dict[str, Tensor]:
@@ -182,41 +178,12 @@ def llava_tensors(family: Family) -> dict[str, Tensor]:
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
-def llava_config(family: Family, processor: Any, tower: str) -> dict[str, Any]:
-    """`config.json` in LLaVA's layout of a LLaVA-1.5 in that of `transformers`, whose tower is the CLIP `tower`."""
-    config = family.model.config
-    text: dict[str, Any] = config.text_config.to_dict()
-    rope = text.pop("rope_parameters")
-    for ours in ("model_type", "dtype", "architectures", "transformers_version", "_name_or_path"):
-        text.pop(ours, None)
-    return text | {
-        "model_type": "llava_llama",
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "vocab_size": config.image_token_id,  # <image>, which LLaVA's code has no token for, is the first that was added
-        "rope_theta": rope["rope_theta"],
-        "use_mm_proj": True,
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_hidden_size": config.vision_config.hidden_size,
-        "mm_vision_tower": tower,
-        "mm_vision_select_layer": config.vision_feature_layer,
-        "mm_vision_select_feature": _FEATURES[config.vision_feature_select_strategy],
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "image_aspect_ratio": "pad" if getattr(processor.image_processor, "do_pad", False) else None,
-    }
-
-
 def _original_config(family: Family, processor: Any, base: str) -> dict[str, Any] | None:
     """What LLaVA's loader wants beside the projector: the base's own, or one made; None where the tower has no known name."""
     config = read_config(base)
     if family.original is not None and family.original.is_original(config):
         return config
-    vision, text = family.model.config.vision_config, family.model.config.text_config
-    is_clip = vision.model_type == "clip_vision_model" and all(getattr(vision, k) == v for k, v in _CLIP_336_SHAPE.items())
-    is_llama = text.model_type == "llama" and text.rope_parameters["rope_type"] == "default"
-    if family.model_type == "llava" and is_clip and is_llama:
-        return llava_config(family, processor, CLIP_336)
-    return None
+    return family.original_config(processor)
 
 
 def write_llava(run: Path, folder: Path, *, base: str | None = None) -> None:

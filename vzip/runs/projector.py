@@ -60,7 +60,7 @@ def projector_meta(
     """The part of `meta.json` that says what a projector belongs to: the base, with the file of the projector that training
     started from, where that is not the base's own; the first reducer, and the others by their budgets.
     """
-    by_budget = {budget_of(family, reducer): {"name": reducer.name, **reducer.settings()} for reducer in reducers}
+    by_budget = {budget_of(family, reducer): family.describe_reduction(reducer) for reducer in reducers}
     assert len(by_budget) == len(reducers), f"two of the reducers {reducers} have the same budget"
     (budget, first), *others = by_budget.items()
     return {
@@ -164,6 +164,17 @@ def check_fits(meta: Mapping[str, Any], family: Family, reducer: Reducer) -> Non
         raise UserError(
             f"this projector was trained with the reducer {trained}, not with {reducer}; attach what it was trained with"
         )
+    if "anyres" in family.describe_reduction(reducer) and family.anyres != anyres_of(meta):
+        raise UserError(
+            f"this projector was trained with reducer.anyres={anyres_of(meta)}, not with {family.anyres}; "
+            f"attach with anyres={anyres_of(meta)!r}"
+        )
+
+
+def anyres_of(meta: Mapping[str, Any]) -> str:
+    """The order of tiles that a `meta.json` records. It stands beside the reducer's own settings."""
+    order: str = meta["reducer"].get("anyres", "released")
+    return order
 
 
 def reducers_of(meta: Mapping[str, Any]) -> dict[int | None, Reducer]:
@@ -175,6 +186,7 @@ def reducers_of(meta: Mapping[str, Any]) -> dict[int | None, Reducer]:
     reducers = {}
     for budget, reducer in described.items():
         settings = dict(reducer)
+        settings.pop("anyres", None)
         reducers[budget] = create(settings.pop("name"), settings)
     return reducers
 
