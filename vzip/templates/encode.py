@@ -220,6 +220,20 @@ def _answer_ids(template: Template, tokenizer: Any, answer: str) -> list[int]:
     return ids
 
 
+def _check_turns(template: Template, tokenizer: Any, turns: Sequence[tuple[str, str | None]]) -> None:
+    """Raise UserError if the template needs a BOS token that is missing, or takes captions alone."""
+    if template.adds_bos and tokenizer.bos_token_id is None:
+        raise UserError(
+            f"the {template.name!r} template starts with a BOS token, "
+            "but this model's tokenizer has none; choose another model.template"
+        )
+    if template.captions and len(turns) != 1:
+        raise UserError(
+            f"the {template.name!r} template takes one caption per example, not {len(turns)} turns; "
+            "remove such examples"
+        )
+
+
 def encode(
     template: Template, tokenizer: Any, turns: Sequence[tuple[str, str | None]]
 ) -> tuple[list[int], list[int]]:
@@ -242,16 +256,7 @@ def encode(
         UserError: the template does not fit the tokenizer, the tokenizer does not know a token, or
             the template takes captions and the conversation is not one.
     """
-    if template.adds_bos and tokenizer.bos_token_id is None:
-        raise UserError(
-            f"the {template.name!r} template starts with a BOS token, "
-            "but this model's tokenizer has none; choose another model.template"
-        )
-    if template.captions and len(turns) != 1:
-        raise UserError(
-            f"the {template.name!r} template takes one caption per example, not {len(turns)} turns; "
-            "remove such examples"
-        )
+    _check_turns(template, tokenizer, turns)
 
     ids = [tokenizer.bos_token_id] if template.adds_bos else []
     labels = [IGNORED] * len(ids)
