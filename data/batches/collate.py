@@ -1,6 +1,7 @@
-"""From rows to micro batches: padded, or packed one behind the other.
+"""From examples to a micro batch: padded, or packed one behind the other.
 
-Legend of shapes: M rows of a micro batch, L the longest row's tokens; T tokens of packed rows, n of them followed by a label.
+Legend of shapes: M examples of a micro batch, L tokens of its longest example; T tokens of packed examples, n of them
+followed by a label.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches.media import Media, Processed
+from data.batches.media import Media, ModelMedia, ProcessedMedia
 from data.batches.packing import num_tail_tokens
 from data.examples.tokens import Example, Examples, FlatTokens, pairs_of_sides
 from vzip import UserError
@@ -21,40 +22,44 @@ from vzip.reducers import Reducer
 from vzip.templates.encode import IGNORED
 
 Ids = tuple[list[int], list[int]]
-"""Token ids and labels of a row."""
-MediaInputs = dict[str, dict[str, Tensor]]
+"""Token ids and labels of an example."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward takes."""
+    """The input of one forward pass."""
 
     input_ids: Tensor
-    """int64[M, L], padded on the right; packed, int64[T]."""
-    media: MediaInputs
-    """Of all the rows' images and videos, by kind, images first, what `vzip.media.normalised` makes the model's inputs of:
-    pixels are uint8 until they are on the device. A blank image or video where no row has any."""
+    """int64[M, L] if padded, int64[T] if packed."""
+    media: dict[str, ModelMedia]
+    """All images and all videos of the examples, by kind, images first. Pixels are uint8 until they are on the device.
+
+    If no example has any of a kind, there is one blank image or video.
+    """
     num_placeholders: dict[str, int]
-    """Placeholders in `input_ids` by kind; 0 where the kind is blank."""
+    """Placeholders in `input_ids` by kind. 0 if the only image or video is blank."""
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The batch with each tensor changed."""
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Apply a function to each tensor, e.g. move it to a device."""
+        changed: dict[str, Any] = {"media": {kind: media.map(change) for kind, media in self.media.items()}}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = change(value)
+        return replace(self, **changed)
 
-        def changed(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: changed(inner) for name, inner in value.items()}
-            return change(value) if isinstance(value, Tensor) else value
-
-        return replace(self, **{field.name: changed(getattr(self, field.name)) for field in fields(self)})
+    def to(self, device: torch.device) -> Self:
+        """Copy to a device, without waiting for copies from pinned memory."""
+        return self.map(lambda values: values.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
-        """Asked for by torch's DataLoader: a GPU copies from such memory while it computes."""
-        return self.each(Tensor.pin_memory)
+        """Move to memory that a GPU copies from while it computes. torch's DataLoader calls this."""
+        return self.map(Tensor.pin_memory)
 
 
 @dataclass(frozen=True)
 class PaddedBatch(MicroBatch):
-    """Rows of one length."""
+    """Examples padded to one length."""
 
     attention_mask: Tensor
     """int64[M, L]."""
@@ -64,47 +69,34 @@ class PaddedBatch(MicroBatch):
 
 @dataclass(frozen=True)
 class PackedBatch(MicroBatch):
-    """Rows one behind the other, without the prefix that all of them share."""
+    """Examples one behind the other, without the prefix that all of them share."""
 
     lengths: tuple[int, ...]
-    """Tokens of each row."""
+    """Tokens of each example."""
     at_labels: Tensor
-    """int64[n]: places of the tokens that a label follows."""
+    """int64[n]: positions of the tokens that a label follows."""
     targets: Tensor
-    """int64[n]: the labels."""
+    """int64[n]: these labels."""
     num_examples: int
-    """0 where there was nothing to run, and a single token is run for nothing."""
+    """0 if there was nothing to run. Then a single token is run, whose loss does not count."""
     reducer: int
-    """Number of the reducer that the rows were expanded for."""
-
-
-def _visual_shapes(examples: Examples) -> Iterator[tuple[tuple[tuple[int, int] | None, ...], int]]:
-    """(sizes of the images, number of videos) of each example. An image whose size is not known has None."""
-    columns = zip(
-        examples.column("num_images").tolist(),
-        examples.column("num_videos").tolist(),
-        examples.column("sizes"),
-        strict=True,
-    )
-    for num_images, num_videos, sides in columns:
-        sizes: tuple[tuple[int, int] | None, ...] = pairs_of_sides(sides)
-        yield sizes or (None,) * num_images, num_videos
+    """Number of the reducer that the examples were expanded for."""
 
 
 class Collator:
-    """Expands placeholders, brings in the media, and pads.
+    """Expands placeholders, adds images and videos, and pads.
 
     Args:
-        processor: of the model, unreduced.
-        family: around the model.
-        reducer: by which placeholders are counted.
-        kinds: of media that every micro batch brings to the model, blank where no row has any: under ZeRO 3 all ranks
-            must run the same modules.
-        num_frames: of a video.
-        media: where images and videos come from; by default files, through the processor.
+        processor: the model's processor, unreduced.
+        family: the model's family.
+        reducer: the reducer that placeholders are counted for.
+        kinds: kinds of media that every micro batch brings to the model, blank if no example has any. Under ZeRO 3 all
+            ranks must run the same modules.
+        num_frames: frames taken of a video.
+        media: the source of images and videos. By default files, run through the processor.
 
     Raises:
-        UserError: a kind that the model does not take.
+        UserError: the model does not take one of the kinds.
     """
 
     def __init__(
@@ -117,15 +109,23 @@ class Collator:
         num_frames: int = 1,
         media: Media | None = None,
     ) -> None:
-        if other := [kind for kind in kinds if kind not in family.kinds]:
-            raise UserError(
-                f"the data holds {other[0]}s, which a {family.model_type!r} model does not take; take such rows out"
-            )
-        self.reducer, self.kinds, self.num_frames = reducer, kinds, num_frames
-        self.family = family.without_weights()  # workers get a copy
-        self.media = media or Processed(processor, self.family, reducer, num_frames=num_frames)
+        for kind in kinds:
+            if kind not in family.kinds:
+                raise UserError(
+                    f"the data holds {kind}s, which a {family.model_type!r} model does not take; "
+                    f"take such examples out"
+                )
+
+        self.reducer = reducer
+        self.kinds = kinds
+        self.num_frames = num_frames
+        self.family = family.without_weights()  # data workers get a copy
+        self.media = media or ProcessedMedia(processor, self.family, reducer, num_frames=num_frames)
+
         tokenizer = processor.tokenizer
-        self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.pad_id = tokenizer.pad_token_id
+        if self.pad_id is None:
+            self.pad_id = tokenizer.eos_token_id
 
     def lengths(self, examples: Examples) -> Tensor:
         """int64[examples]: tokens of each example after expansion, without opening any file.
@@ -146,42 +146,71 @@ class Collator:
         num_text = examples.column("num_tokens").astype(np.int64) - num_placeholders
         return torch.from_numpy(num_text) + torch.tensor(num_visual, dtype=torch.int64)
 
-    def _expand(self, example: Example, counts: dict[str, Iterator[int]]) -> tuple[list[int], list[int]]:
+    def expand(self, examples: Sequence[Example]) -> tuple[list[Ids], dict[str, ModelMedia], dict[str, int]]:
+        """Load images and videos, and repeat each placeholder as often as its image or video has tokens.
+
+        Returns:
+            (ids, labels) of each example, the media by kind, and the number of placeholders by kind.
+        """
+        media: dict[str, ModelMedia] = {}
+        counts: dict[str, list[int]] = {}
+        for kind in self.kinds:
+            if any(kind in example.media for example in examples):
+                media[kind] = self.media.load(kind, examples)
+                counts[kind] = self.media.counts(kind, media[kind])
+            else:
+                media[kind] = self.media.blank(kind)
+                counts[kind] = []
+
+        # The media of all examples lie one behind the other, so the examples share one iterator per kind.
+        remaining = {kind: iter(numbers) for kind, numbers in counts.items()}
+        expanded = [self._repeat_placeholders(example, remaining) for example in examples]
+
+        num_placeholders = {kind: sum(numbers) for kind, numbers in counts.items()}
+        return expanded, media, num_placeholders
+
+    def _repeat_placeholders(self, example: Example, counts: dict[str, Iterator[int]]) -> Ids:
+        """Repeat each placeholder, and its label, as often as the next count of its kind says."""
         kind_of = {self.family.placeholder_id(kind): kind for kind in example.media}
-        ids, labels = [], []
+        ids: list[int] = []
+        labels: list[int] = []
         for token, label in zip(example.ids, example.labels, strict=True):
             count = next(counts[kind_of[token]]) if token in kind_of else 1
             ids += [token] * count
             labels += [label] * count
         return ids, labels
 
-    def expanded(self, examples: Sequence[Example]) -> tuple[list[Ids], MediaInputs, dict[str, int]]:
-        """The rows' (ids, labels) with as many placeholders as there are tokens, their media, and placeholders by kind."""
-        media, counts = {}, {}
-        for kind in self.kinds:
-            there = any(kind in example.media for example in examples)
-            media[kind] = self.media.load(kind, examples) if there else self.media.blank(kind)
-            counts[kind] = self.media.counts(kind, media[kind]) if there else []
-        iterators = {kind: iter(numbers) for kind, numbers in counts.items()}
-        rows = [self._expand(example, iterators) for example in examples]
-        return rows, media, {kind: sum(numbers) for kind, numbers in counts.items()}
-
     def __call__(self, examples: Sequence[Example], *, left: bool = False) -> PaddedBatch:
-        """A micro batch, padded on the right, or on the `left` for generation."""
-        rows, media, num_placeholders = self.expanded(examples)
-        length = max(len(ids) for ids, _ in rows)
+        """Build a micro batch, padded on the right, or on the left for generation."""
+        expanded, media, num_placeholders = self.expand(examples)
+        length = max(len(ids) for ids, _ in expanded)
 
         def pad(values: list[int], value: int) -> list[int]:
             padding = [value] * (length - len(values))
             return padding + values if left else values + padding
 
         return PaddedBatch(
-            input_ids=torch.tensor([pad(ids, self.pad_id) for ids, _ in rows]),
+            input_ids=torch.tensor([pad(ids, self.pad_id) for ids, _ in expanded]),
             media=media,
             num_placeholders=num_placeholders,
-            attention_mask=torch.tensor([pad([1] * len(ids), 0) for ids, _ in rows]),
-            labels=torch.tensor([pad(labels, IGNORED) for _, labels in rows]),
+            attention_mask=torch.tensor([pad([1] * len(ids), 0) for ids, _ in expanded]),
+            labels=torch.tensor([pad(labels, IGNORED) for _, labels in expanded]),
         )
+
+
+def _visual_shapes(
+    examples: Examples,
+) -> Iterator[tuple[tuple[tuple[int, int] | None, ...], int]]:
+    """(sizes of the images, number of videos) of each example. An image whose size is not known has None."""
+    columns = zip(
+        examples.column("num_images").tolist(),
+        examples.column("num_videos").tolist(),
+        examples.column("sizes"),
+        strict=True,
+    )
+    for num_images, num_videos, sides in columns:
+        sizes = pairs_of_sides(sides)
+        yield sizes or (None,) * num_images, num_videos
 
 
 class Packer:
@@ -205,8 +234,8 @@ class Packer:
         return self.collator.lengths(examples) - self.num_prefix - torch.from_numpy(tails)
 
     def __call__(self, examples: Sequence[Example]) -> PackedBatch:
-        """A micro batch. Without examples it has a single token, whose loss must not count."""
-        expanded, media, num_placeholders = self.collator.expanded(examples)
+        """Build a micro batch. Without examples it has a single token, whose loss must not count."""
+        expanded, media, num_placeholders = self.collator.expand(examples)
 
         input_ids: list[int] = []
         lengths: list[int] = []
@@ -242,7 +271,7 @@ class Packer:
         )
 
     def _num_tail_tokens(self, expanded: Sequence[Ids]) -> list[int]:
-        """Tokens at the end of each example that are not run. The tail has no placeholder, so expansion does not matter."""
+        """Tokens at the end of each example that are not run. No placeholder is among them, so expansion does not matter."""
         if not expanded:
             return []
         tails: list[int] = num_tail_tokens(FlatTokens.of(expanded), self.placeholders).tolist()

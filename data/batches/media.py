@@ -1,49 +1,56 @@
-"""What becomes of the rows' images and videos on their way to the model."""
+"""Where the images and videos of a micro batch come from."""
 
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
-from torch import Tensor
 
 from data.examples.tokens import Example
 from vzip import UserError
 from vzip.families import Family
-from vzip.media import LOOKUP, lookup_table, model_inputs, pixels_of
+from vzip.families.features import VisualFeatures
+from vzip.media import MediaInputs, lookup_table
 from vzip.pictures import open_picture
 from vzip.reducers import Reducer
 from vzip.videos import read_frames
 
+ModelMedia = MediaInputs | VisualFeatures
+"""All images, or all videos, of a micro batch: pixels for the tower, or cached features for the projector."""
+
+BLANK_SIDE = 32
+"""Side in pixels of a blank image. The processor resizes it like any other."""
+
 
 class Media(Protocol):
-    """What becomes of the rows' images and videos. A collator has one; data workers get copies."""
+    """A source of images and videos. A collator has one, and each data worker gets a copy of it."""
 
-    def load(self, kind: str, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Of all images, or videos, of the rows, one after the other; at least one row has some.
+    def load(self, kind: str, examples: Sequence[Example]) -> ModelMedia:
+        """All images, or all videos, of the examples, one after the other. At least one example must have some.
 
-        Raises UserError, which names it, for one that can't be read any more.
+        Raises UserError, which names the file, if one can't be read any more.
         """
         ...
 
-    def blank(self, kind: str) -> dict[str, Tensor]:
-        """Of one image or video that shows nothing."""
+    def blank(self, kind: str) -> ModelMedia:
+        """One image or video that shows nothing."""
         ...
 
-    def counts(self, kind: str, inputs: dict[str, Tensor]) -> list[int]:
-        """Placeholders of each image or video of what `load` or `blank` returned, in order."""
+    def counts(self, kind: str, inputs: Any) -> list[int]:
+        """Placeholders of each image or video, in order, in what `load` or `blank` returned."""
         ...
 
 
-class Processed:
-    """Media from files, through the model's processor but for rescaling and normalising, which are left to the device.
+class ProcessedMedia:
+    """Images and videos from files, run through the model's processor. A `Media`.
+
+    Pixels stay uint8, a quarter of float32: rescaling and normalizing are left to the device.
 
     Args:
-        processor: of the model, unreduced.
-        family: around the model.
-        reducer: by which placeholders are counted.
-        num_frames: of a video.
+        processor: the model's processor, unreduced.
+        family: the model's family, which may be without weights.
+        reducer: the reducer that placeholders are counted for.
+        num_frames: frames taken of a video.
     """
 
     def __init__(self, processor: Any, family: Family, reducer: Reducer, *, num_frames: int) -> None:
@@ -51,41 +58,49 @@ class Processed:
             "image": processor.image_processor,
             "video": getattr(processor, "video_processor", None),
         }
-        self.family, self.reducer, self.num_frames = family, reducer, num_frames
+        self.family = family
+        self.reducer = reducer
+        self.num_frames = num_frames
         self.lookup = {kind: lookup_table(kind, self.processors[kind]) for kind in family.kinds}
 
-    def _process(self, kind: str, rows: list[list[Any]]) -> dict[str, Tensor]:
-        """Of rows of pictures, or of videos as lists of frames."""
-        given = rows if kind == "image" else list(chain(*rows))
-        made = self.processors[kind](given, return_tensors="pt", do_rescale=False, do_normalize=False)
-        return {**model_inputs(kind, made), LOOKUP: self.lookup[kind]}
+    def load(self, kind: str, examples: Sequence[Example]) -> MediaInputs:
+        """Open and process the files of the examples that have some."""
+        opened = []
+        for example in examples:
+            if kind in example.media:
+                opened.append([self._open(kind, path) for path in example.media[kind]])
+        return self._process(kind, opened)
+
+    def blank(self, kind: str) -> MediaInputs:
+        """Process a black image, or a video of one black frame."""
+        black = Image.new("RGB", (BLANK_SIDE, BLANK_SIDE))
+        return self._process(kind, [[black]] if kind == "image" else [[[black]]])
+
+    def counts(self, kind: str, inputs: MediaInputs) -> list[int]:
+        """Count the placeholders from the processed pixels, as the model does."""
+        return [
+            self.family.num_processed_tokens(self.reducer, kind, inputs, index)
+            for index in range(inputs.num_media)
+        ]
 
     def _open(self, kind: str, path: Path) -> Any:
+        """A picture, or the frames of a video. Raises UserError, which names the file, if it can't be read."""
         try:
             return open_picture(path) if kind == "image" else read_frames(path, self.num_frames)
         except UserError:
             raise
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{path} was readable before training and is not any more: {error}; put it back and run the same command "
-                f"again: it resumes"
+                f"{path} was readable before training and is not any more: {error}; "
+                f"put it back and run the same command again: it resumes"
             ) from error
 
-    def load(self, kind: str, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """As `Media.load`: pixels uint8, beside their levels."""
-        rows = [
-            [self._open(kind, path) for path in example.media[kind]]
-            for example in examples
-            if kind in example.media
-        ]
-        return self._process(kind, rows)
+    def _process(self, kind: str, opened: list[list[Any]]) -> MediaInputs:
+        """Process the opened images, or videos, of each example that has some."""
+        # Images go in by example: LLaVA-OneVision cuts only an image that is alone in its example into tiles.
+        media = opened
+        if kind == "video":
+            media = [video for videos in opened for video in videos]
 
-    def blank(self, kind: str) -> dict[str, Tensor]:
-        black = Image.new("RGB", (32, 32))
-        return self._process(kind, [[black if kind == "image" else [black]]])
-
-    def counts(self, kind: str, inputs: dict[str, Tensor]) -> list[int]:
-        return [
-            self.family.num_processed_tokens(self.reducer, kind, inputs, index)
-            for index in range(len(pixels_of(inputs)))
-        ]
+        processed = self.processors[kind](media, return_tensors="pt", do_rescale=False, do_normalize=False)
+        return MediaInputs.from_processed(kind, processed, lookup=self.lookup[kind])

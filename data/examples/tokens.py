@@ -166,7 +166,7 @@ class Examples(Sequence[Example]):
     @classmethod
     def of(cls, examples: Iterable[Example]) -> Self:
         """Keep examples in memory, without a file. Those without a label are dropped."""
-        records = [_record(example, whole_labels=example.labels) for example in examples]
+        records = [record_of(example, whole_labels=example.labels) for example in examples]
         return cls(pa.Table.from_pylist(records, SCHEMA), folder=Path())
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -228,7 +228,7 @@ def pairs_of_sides(sides: np.ndarray) -> tuple[tuple[int, int], ...]:
     return tuple((height, width) for height, width in sides.reshape(-1, 2).tolist())
 
 
-def _record(
+def record_of(
     example: Example, *, name: str = "", source: str = "", whole_labels: Sequence[int]
 ) -> dict[str, Any]:
     """One row of the table.
@@ -302,7 +302,7 @@ def write_tokens(
             ids, labels = _encode(conversation, template, tokenizer)
             cut = example_of(ids[:max_tokens], labels[:max_tokens], conversation, tokenizer, Path())
             example = Example(cut.ids, cut.labels, cut.media, sizes=_sizes_of(conversation, cut, sizes))
-            yield _record(example, name=conversation.id, source=conversation.source, whole_labels=labels)
+            yield record_of(example, name=conversation.id, source=conversation.source, whole_labels=labels)
 
     write_arrow(records(), SCHEMA, target)
 

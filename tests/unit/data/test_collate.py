@@ -1,0 +1,407 @@
+"""Examples become micro batches, padded or packed, with what the model's own processor makes of their files."""
+
+import pickle
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vzip
+from data.batches.collate import Collator, Packer
+from data.batches.packing import shared_prefix
+from data.examples.tokens import Example, Examples
+from tests.helpers import tiny
+from tests.helpers.conversations import conversation
+from tests.helpers.examples import (
+    IMAGE_ID,
+    IMAGE_TEXTS,
+    NUM_FRAMES,
+    NUM_LABELS,
+    PAD_ID,
+    VIDEO_ID,
+    VIDEO_TEXTS,
+    ReadyMedia,
+    collate,
+    examples_of,
+    process,
+    shared_family,
+    tensors_of,
+    texts_of,
+    tokenize,
+    without_padding,
+)
+from tests.helpers.strategies import drawn_examples, example_with_pictures, ready_collator
+from vzip import UserError
+from vzip.families import family_of
+from vzip.media import MediaInputs
+from vzip.pictures import open_picture
+from vzip.reducers.identity import Identity
+from vzip.reducers.random import Random
+from vzip.reducers.visionzip import VisionZip
+from vzip.templates.encode import IGNORED, chatml, encode, vicuna
+
+PROCESSOR = tiny.processor()
+REDUCER = VisionZip(dominant=4, contextual=2)
+
+
+def collator(num_image_tokens=6):
+    reducer = VisionZip(dominant=num_image_tokens - 1, contextual=1)
+    return Collator(PROCESSOR, shared_family(), reducer)
+
+
+def pictures(folder, count):
+    paths = [folder / f"{number}.png" for number in range(count)]
+    for number, path in enumerate(paths):
+        tiny.picture(number).save(path)
+    return paths
+
+
+# Padded micro batches
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_examples_are_expanded_and_padded(tmp_path, left):
+    (picture,) = pictures(tmp_path, 1)
+    long = Example([50, IMAGE_ID, 51, 52], [IGNORED, IGNORED, 51, 52], {"image": (picture,)})
+    short = Example([60, 61], [IGNORED, 61], {})
+    batch = collator(3)([long, short], left=left)
+
+    def pad(values, value):
+        padding = [value] * 4
+        return padding + values if left else values + padding
+
+    assert batch.input_ids.tolist() == [[50, *[IMAGE_ID] * 3, 51, 52], pad([60, 61], PAD_ID)]
+    assert batch.attention_mask.tolist() == [[1] * 6, pad([1, 1], 0)]
+    assert batch.labels.tolist() == [[*[IGNORED] * 4, 51, 52], pad([IGNORED, 61], IGNORED)]
+    assert batch.num_placeholders == {"image": 3}
+    assert list(batch.media) == ["image"]
+    assert batch.media["image"].pixels.shape == (1, 3, tiny.SIDE, tiny.SIDE)
+    assert batch.input_ids.dtype == batch.labels.dtype == batch.attention_mask.dtype == torch.int64
+
+
+def test_without_a_pad_token_the_end_token_pads():
+    processor = tiny.processor()
+    processor.tokenizer.pad_token = None
+    two = [Example([7, 8], [7, 8], {}), Example([7], [7], {})]
+    batch = Collator(processor, shared_family(), Identity())(two)
+    assert batch.input_ids.tolist() == [[7, 8], [7, tiny.SPECIAL.index("</s>")]]
+
+
+def test_pictures_keep_their_order_over_examples(tmp_path):
+    paths = pictures(tmp_path, 4)
+    two = Example([IMAGE_ID, IMAGE_ID, 7], [IGNORED] * 3, {"image": (paths[2], paths[0])})
+    text = Example([7], [7], {})
+    third = Example([IMAGE_ID, 7], [IGNORED, 7], {"image": (paths[3],)})
+    again = Example([IMAGE_ID, 7], [IGNORED, 7], {"image": (paths[2],)})
+    batch = collator()([two, text, third, again])
+
+    opened = [open_picture(paths[number]) for number in (2, 0, 3, 2)]
+    expected = PROCESSOR.image_processor(opened, return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch.media["image"].normalized(torch.float32).pixels, expected)
+    assert (batch.input_ids == IMAGE_ID).sum(dim=1).tolist() == [12, 0, 6, 6]
+
+
+BATCHES = {
+    "one picture each": ["<image>one", "<image>and another"],
+    "several and none": IMAGE_TEXTS,
+    "several in one example": ["<image><image><image>example"],
+    "videos and pictures": VIDEO_TEXTS,
+    "videos alone": ["<video>one", "text", "<video><video>two"],
+    "all": IMAGE_TEXTS + VIDEO_TEXTS,
+    "text alone": ["no picture", "and none"],
+}
+CASES = [
+    (kind, name)
+    for kind in tiny.KINDS
+    for name, texts in BATCHES.items()
+    if kind in tiny.VIDEO or not any("<video>" in text for text in texts)
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_a_micro_batch_is_what_the_models_reduced_processor_makes(tmp_path, kind, name):
+    family = shared_family(kind)
+    examples = examples_of(BATCHES[name], tmp_path)
+    for side in ("right", "left"):
+        batch = collate(kind, examples, REDUCER, left=side == "left")
+        with vzip.attach(family.model, reducer=REDUCER) as handle:
+            processor = handle.processor(tiny.processor(kind))
+            expected = process(processor, BATCHES[name], examples, side=side)
+
+        assert torch.equal(batch.input_ids, expected["input_ids"])
+        assert torch.equal(batch.attention_mask, expected["attention_mask"])
+        for medium, inputs in batch.media.items():
+            is_placeholder = expected["input_ids"] == family.placeholder_id(medium)
+            assert batch.num_placeholders[medium] == is_placeholder.sum()
+            if is_placeholder.any():
+                assert_equal_inputs(inputs, MediaInputs.from_processed(medium, expected))
+
+        for row, example in enumerate(examples):
+            labels = batch.labels[row][batch.attention_mask[row].bool()]
+            assert labels[-NUM_LABELS:].tolist() == example.ids[-NUM_LABELS:]
+            assert (labels != IGNORED).sum() == NUM_LABELS
+
+
+def assert_equal_inputs(inputs, expected):
+    """`inputs`, with uint8 pixels, become what the processor makes, to the bit."""
+    assert inputs.pixels.dtype == torch.uint8
+    pixels = inputs.normalized(torch.float32).pixels
+    assert torch.equal(without_padding(pixels, expected.pixels), expected.pixels)
+    assert inputs.pixel_name == expected.pixel_name
+    assert inputs.extra.keys() == expected.extra.keys()
+    assert all(torch.equal(value, expected.extra[name]) for name, value in inputs.extra.items())
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_lengths_and_placeholders_are_those_of_the_features(tmp_path, kind):
+    family = shared_family(kind)
+    examples = examples_of([*texts_of(kind), "<image>\nfifth"], tmp_path)
+    reducers = [
+        Identity(),
+        Random(budget=5),
+        REDUCER,
+        VisionZip(dominant=3, contextual=4, keep_cls=False),
+    ]
+    for reducer in reducers:
+        batch = collate(kind, examples, reducer)
+        assert list(batch.media) == (["image", "video"] if kind in tiny.VIDEO else ["image"])
+
+        counting = Collator(tiny.processor(kind), family, reducer, kinds=family.kinds, num_frames=NUM_FRAMES)
+        assert counting.lengths(examples).tolist() == batch.attention_mask.sum(dim=1).tolist()
+
+        for medium, inputs in batch.media.items():
+            with torch.no_grad():
+                normalized = inputs.normalized(torch.float32)
+                features = family.project(family.visual_features(medium, normalized, reducer))
+            num_positions = (batch.input_ids == family.placeholder_id(medium)).sum()
+            assert len(features) == batch.num_placeholders[medium] == num_positions > 0
+            assert features.isfinite().all()
+
+
+def test_an_image_of_unknown_size_counts_as_a_usual_one():
+    collator = Collator(tiny.processor("next"), shared_family("next"), Identity())
+    examples = Examples.of([Example([IMAGE_ID, 7], [IGNORED, 7], {"image": ("a.png",)})])
+    num_tokens = shared_family("next").num_image_tokens(Identity())
+    assert collator.lengths(examples).tolist() == [1 + num_tokens]
+
+
+@pytest.mark.parametrize(
+    ("kind", "medium"), [(kind, medium) for kind in tiny.KINDS for medium in shared_family(kind).kinds]
+)
+def test_media_that_no_example_has_are_blank(tmp_path, kind, medium):
+    """Under ZeRO 3 every rank must run the same modules, so there is one black picture of the usual shape."""
+    family = shared_family(kind)
+    texts = {"image": "<image>one", "video": "<video>one"}
+    others = [texts[other] for other in family.kinds if other != medium]
+    batch = collate(kind, examples_of([*others, "text"], tmp_path), REDUCER, kinds=family.kinds)
+    real = collate(kind, examples_of([texts[medium], "text"], tmp_path), REDUCER, kinds=family.kinds)
+
+    assert list(batch.media) == list(family.kinds)
+    assert {name for name, count in batch.num_placeholders.items() if not count} == {medium}
+    assert not (batch.input_ids == family.placeholder_id(medium)).any()
+
+    blank, filled = batch.media[medium], real.media[medium]
+    assert blank.num_media == 1
+    assert blank.pixels.dim() == filled.pixels.dim()
+    assert blank.extra.keys() == filled.extra.keys()
+    assert not blank.pixels.any()
+    assert filled.pixels.any()
+    with torch.no_grad():
+        features = family.visual_features(medium, blank.normalized(torch.float32), REDUCER)
+        assert family.project(features).isfinite().all()
+
+
+def test_a_kind_of_media_that_the_model_does_not_take_is_refused():
+    with pytest.raises(UserError, match="holds videos, which a 'llava' model does not take"):
+        Collator(PROCESSOR, shared_family(), Identity(), kinds=("image", "video"))
+
+
+def test_media_may_come_from_elsewhere_than_files(tmp_path):
+    examples = examples_of(IMAGE_TEXTS, tmp_path)
+    for path in tmp_path.iterdir():
+        path.unlink()
+
+    collator = Collator(PROCESSOR, shared_family(), Identity(), media=ReadyMedia())
+    batch = collator(examples)
+    assert (batch.input_ids == IMAGE_ID).sum(dim=1).tolist() == [2, 0, 4, 2]
+    assert batch.num_placeholders == {"image": 8}
+    assert batch.media["image"].features.flatten().tolist() == [0, 0, 2, 2, 2, 2, 3, 3]
+    assert collator([examples[1]]).media["image"].features.tolist() == [[0], [0]]
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_collator_is_light_enough_for_workers_that_get_a_copy(kind):
+    family = family_of(tiny.llava(kind))
+    collator = Collator(tiny.processor(kind), family, REDUCER)
+    num_bytes = sum(parameter.nbytes for parameter in family.model.parameters())
+    assert len(pickle.dumps(collator.family)) < num_bytes / 10
+    assert collator.family.num_image_tokens(REDUCER, (40, 90)) == family.num_image_tokens(REDUCER, (40, 90))
+
+
+# Cut conversations
+
+
+@pytest.mark.parametrize("template", [vicuna(), chatml("be kind")], ids=lambda template: template.name)
+def test_a_cut_example_has_as_many_placeholders_as_images_and_videos(tmp_path, template):
+    # An image without its placeholder makes the model refuse the batch in the middle of a run.
+    source = conversation(
+        "<image>\nwhat?", "a cat", "and <image><video>?", "a dog", image=["1.jpg", "2.jpg"], video="1.mp4"
+    )
+    length = len(encode(template, PROCESSOR.tokenizer, source.turns)[0])
+    seen = set()
+    for max_tokens in range(1, length + 1):
+        for example in tokenize([source], template, tmp_path, max_tokens=max_tokens):
+            images = example.media.get("image", ())
+            videos = example.media.get("video", ())
+            assert len(images) == len(example.sizes) == example.ids.count(IMAGE_ID)
+            assert len(videos) == example.ids.count(VIDEO_ID)
+            assert all(path.parent == tmp_path for path in images + videos)
+            seen.add(tuple(path.name for path in images + videos))
+
+    # The first ones are kept.
+    assert seen == {("1.jpg",), ("1.jpg", "2.jpg"), ("1.jpg", "2.jpg", "1.mp4")}
+
+
+def test_an_example_that_lost_one_of_two_images_is_an_example_of_one(tmp_path):
+    """LLaVA-OneVision cuts only an image that is alone in its example into tiles."""
+    two = examples_of(["<image>a <image>b"], tmp_path)
+    names = [path.name for path in two[0].media["image"]]
+    source = conversation("<image>a", "yes", "<image>b", "no", image=names)
+    first_turn = len(encode(chatml("x"), PROCESSOR.tokenizer, source.turns[:1])[0])
+    one = tokenize([source], chatml("x"), tmp_path, max_tokens=first_turn)
+    assert one[0].media == {"image": two[0].media["image"][:1]}
+
+    tiles = shared_family("onevision").num_tiles((tiny.SIDE, tiny.SIDE))
+    whole = collate("onevision", two, REDUCER)
+    assert whole.media["image"].extra["batch_num_images"].tolist() == [2]
+    assert whole.num_placeholders["image"] == 2 * (6 + 1)
+    cut = collate("onevision", one, REDUCER)
+    assert cut.media["image"].extra["batch_num_images"].tolist() == [1]
+    assert cut.num_placeholders["image"] == 6 * tiles > 6
+
+
+# Files that break after they were looked at
+
+
+@pytest.mark.parametrize("damage", ["vanish", "empty", "no picture", "truncate"])
+def test_a_picture_that_vanishes_or_breaks_is_named(tmp_path, damage):
+    (picture,) = pictures(tmp_path, 1)
+    example = Example([IMAGE_ID, 7], [IGNORED, 7], {"image": (picture,)})
+    contents = {"empty": b"", "no picture": b"no picture", "truncate": picture.read_bytes()[:-1000]}
+    picture.unlink()
+    if damage != "vanish":
+        picture.write_bytes(contents[damage])
+    with pytest.raises(UserError, match=r"0\.png"):
+        collator()([example])
+
+
+@pytest.mark.parametrize("damage", ["vanish", "empty", "a frame is no picture"])
+def test_a_video_that_vanishes_or_breaks_is_named(tmp_path, damage):
+    kind = tiny.VIDEO[0]
+    examples = examples_of(["<video>one"], tmp_path)
+    (path,) = examples[0].media["video"]
+    if damage == "a frame is no picture":
+        for frame in path.iterdir():
+            frame.write_bytes(b"no picture")
+    else:
+        shutil.rmtree(path)
+    if damage == "empty":
+        path.mkdir()
+    with pytest.raises(UserError, match=path.name):
+        collate(kind, examples, REDUCER)
+
+
+# Packed micro batches
+
+
+@given(drawn_examples(), st.booleans(), st.sampled_from([1, 2, 5]))
+def test_a_packed_batch_is_its_examples_one_behind_the_other(examples, behind_prefix, num_tokens):
+    with_pictures = [example for example in examples if example.media]
+    prefix = []
+    if behind_prefix and with_pictures:
+        prefix = shared_prefix(examples, [IMAGE_ID])
+        examples = Examples.of(with_pictures)
+
+    packer = Packer(ready_collator(num_tokens), num_prefix=len(prefix), reducer=3)
+    batch = packer(list(examples))
+
+    ids = []
+    lengths = []
+    targets = {}
+    for example in examples:
+        start = len(ids)
+        needed = [label != IGNORED for label in example.labels[1:]] + [False]
+        needed = [need or token == IMAGE_ID for need, token in zip(needed, example.ids, strict=True)]
+        stop = max(position for position, need in enumerate(needed) if need) + 1
+        assert example.ids[: len(prefix)] == prefix
+        for position in range(len(prefix), stop):
+            token = example.ids[position]
+            ids += [token] * (num_tokens if token == IMAGE_ID else 1)
+            label = example.labels[position + 1] if position + 1 < len(example.labels) else IGNORED
+            if label != IGNORED:
+                targets[len(ids) - 1] = label
+        lengths.append(len(ids) - start)
+
+    assert batch.input_ids.tolist() == ids
+    assert list(batch.lengths) == packer.lengths(examples).tolist() == lengths
+    assert dict(zip(batch.at_labels.tolist(), batch.targets.tolist(), strict=True)) == targets
+    assert len(batch.targets) == sum(example.num_labels for example in examples)
+    assert (batch.num_examples, batch.reducer) == (len(examples), 3)
+    assert batch.num_placeholders == {"image": ids.count(IMAGE_ID)}
+
+    numbers = []
+    for example in examples:
+        numbers += [float(example.index)] * (num_tokens * len(example.media.get("image", ())))
+    assert batch.media["image"].features.flatten().tolist() == (numbers or [0.0] * num_tokens)
+
+
+def test_images_behind_the_last_label_are_run_and_nothing_behind_them():
+    """The features of a picture have to find their positions, though nothing is learned from them."""
+    labels = [IGNORED, IGNORED, 6, IGNORED, IGNORED, IGNORED, IGNORED]
+    example = example_with_pictures([1, 5, 6, 7, IMAGE_ID, 8, 9], labels)
+    batch = Packer(ready_collator(), num_prefix=0)([example])
+    assert batch.input_ids.tolist() == [1, 5, 6, 7, IMAGE_ID, IMAGE_ID]
+    assert batch.num_placeholders == {"image": 2}
+    assert batch.at_labels.tolist() == [1]
+    assert batch.targets.tolist() == [6]
+
+
+def test_a_packed_batch_without_examples_is_one_token_that_counts_nothing():
+    batch = Packer(ready_collator(), num_prefix=4)([])
+    assert batch.input_ids.tolist() == batch.targets.tolist() == [PAD_ID]
+    assert batch.at_labels.tolist() == [0]
+    assert batch.lengths == (1,)
+    assert batch.num_examples == 0
+    assert batch.num_placeholders == {"image": 0}
+    assert not batch.media["image"].features.any()
+    assert batch.input_ids.dtype == batch.at_labels.dtype == batch.targets.dtype == torch.int64
+
+
+# On the way to the device
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_all_tensors_of_a_micro_batch_go_to_the_device(tmp_path, kind):
+    batch = collate(kind, examples_of(texts_of(kind), tmp_path), REDUCER)
+    on_device = batch.to(torch.device("meta"))
+    assert {tensor.device.type for tensor in tensors_of(on_device)} == {"meta"}
+    assert len(tensors_of(on_device)) == len(tensors_of(batch)) >= 3 + 2 * len(batch.media)
+
+    packed = Packer(ready_collator(), num_prefix=0)(
+        [example_with_pictures([1, IMAGE_ID, 6], [IGNORED, IGNORED, 6])]
+    )
+    on_device = packed.to(torch.device("meta"))
+    assert {tensor.device.type for tensor in tensors_of(on_device)} == {"meta"}
+    assert on_device.lengths == packed.lengths == (3,)
+    assert on_device.num_examples == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_pixels_are_the_same_bits(tmp_path):
+    batch = collate("next", examples_of(IMAGE_TEXTS, tmp_path), Identity()).pin_memory()
+    assert all(tensor.is_pinned() for tensor in tensors_of(batch))
+    on_device = batch.to(torch.device("cuda")).media["image"].normalized(torch.float32)
+    assert torch.equal(on_device.pixels.cpu(), batch.media["image"].normalized(torch.float32).pixels)
