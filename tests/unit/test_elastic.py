@@ -13,7 +13,7 @@ from data.batches.dataset import BatchPlan, MicroBatches, PackedBatcher, has_med
 from data.batches.packing import shared_prefix
 from tests.conftest import ROOT
 from tests.helpers import tiny
-from tests.helpers.rows import IMAGE_ROWS, examples_of
+from tests.helpers.examples import IMAGE_TEXTS, examples_of
 from train import config
 from train.checks import check
 from train.evaluate import gap_closed, print_results
@@ -130,7 +130,7 @@ def family():
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
     return examples_of(
-        [f"so {text} {number}" for number in range(4) for text in IMAGE_ROWS], tmp_path_factory.mktemp("rows")
+        [f"so {text} {number}" for number in range(4) for text in IMAGE_TEXTS], tmp_path_factory.mktemp("rows")
     )
 
 

@@ -18,7 +18,7 @@ from data.batches.packing import shared_prefix
 from data.examples.tokens import Example, Examples
 from tests.helpers import tiny
 from tests.helpers.configs import composed, counted
-from tests.helpers.rows import IMAGE_ROWS, NUM_FRAMES, NUM_LABELS, VIDEO_ROWS, examples_of, processed, rows_of
+from tests.helpers.examples import IMAGE_TEXTS, NUM_FRAMES, NUM_LABELS, VIDEO_TEXTS, examples_of, process, texts_of
 from train import config
 from train.checkpoint import write_json
 from train.checks import check
@@ -293,7 +293,7 @@ def both_losses(engine, kind, handle, texts, folder, kinds=None):
     examples = examples_of(texts, folder)
     kinds, processor = kinds or examples.kinds, tiny.processor(kind)
     collate = Collator(processor, handle.family, handle.reducer, kinds=kinds, num_frames=NUM_FRAMES)
-    inputs = processed(handle.processor(processor), texts, examples)
+    inputs = process(handle.processor(processor), texts, examples)
     inputs = {
         name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()
     }
@@ -318,7 +318,7 @@ LOSS_REDUCERS = [
 def test_loss_and_gradients_are_the_stock_models(tmp_path, kind, reducer, engine):
     model = frozen_but_the_projector(kind)
     with vzip.attach(model, reducer=reducer) as handle:
-        ours, plain = both_losses(engine, kind, handle, rows_of(kind), tmp_path)
+        ours, plain = both_losses(engine, kind, handle, texts_of(kind), tmp_path)
         assert ours.item() == pytest.approx(plain.item(), rel=1e-6) and ours > 0
         for one, other in zip(gradients_of(model, ours), gradients_of(model, plain), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * float(other.abs().max()))
@@ -327,7 +327,7 @@ def test_loss_and_gradients_are_the_stock_models(tmp_path, kind, reducer, engine
 
 @ENGINES
 @pytest.mark.parametrize(
-    ("kind", "rows"), [(kind, rows) for kind in tiny.VIDEO for rows in (IMAGE_ROWS, VIDEO_ROWS[:1])]
+    ("kind", "rows"), [(kind, rows) for kind in tiny.VIDEO for rows in (IMAGE_TEXTS, VIDEO_TEXTS[:1])]
 )
 def test_a_blank_picture_or_video_changes_no_loss(tmp_path, kind, rows, engine):
     model = frozen_but_the_projector(kind)
@@ -376,7 +376,7 @@ def test_text_alone_runs_all_modules_and_gives_no_gradient(tmp_path, kind, engin
 def test_a_half_precision_model_takes_its_pictures_in_its_own_precision(tmp_path, kind, engine):
     model = frozen_but_the_projector(kind, torch.bfloat16)
     with vzip.attach(model, dominant=4, contextual=2) as handle:
-        ours, plain = both_losses(engine, kind, handle, rows_of(kind), tmp_path)
+        ours, plain = both_losses(engine, kind, handle, texts_of(kind), tmp_path)
         assert ours.dtype == torch.float32 and ours.item() == pytest.approx(plain.item(), rel=1e-2)
         assert all(
             value.dtype == torch.float32 and value.isfinite().all() for value in gradients_of(model, ours)
