@@ -1,22 +1,19 @@
-"""Measure the data loader on this machine's CPU: pictures a second, bytes to the device, seconds to the first batch.
+"""Measure the data loader on this machine's CPU: pictures per second, and seconds to the first batch.
 
-The rows and pictures are made up, with the shapes of LLaVA's instruction data: JPEGs of its usual sizes, of noise with the
-spectrum of photographs (power falls with the square of the frequency) and some grain, in the quality at which a picture of
-640 x 480 pixels takes about the 160 KB that COCO's take, so that decoding costs what it does there; text lengths as
-`scripts/bench/mix665k_tenth_lengths.npz` has them. The way from file to packed micro batch is the one that training takes; what padding
-engine=reference has is told too.
+Examples and pictures are made up, in the shapes of LLaVA's instruction data. The JPEGs have its usual sizes.
+They are noise with the spectrum of photographs (power falls with the square of the frequency) and some grain.
+Their quality is such that a picture of 640 x 480 pixels takes the 160 KB that COCO's take, so that decoding
+costs as much. Texts have the recorded lengths of LLaVA's mix. The path from file to packed micro batch is
+that of training. The padding of engine=reference is counted, too.
 
 python -m scripts.bench.loader --model next --seconds 10 --workers 1 2 --json loader.json
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,114 +22,143 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL import __version__ as pillow_version
-from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaNextConfig, LlavaNextImageProcessorPil
 
 from data.batches.collate import Collator, MicroBatch, Packer
 from data.batches.dataset import BatchPlan, MicroBatches, PackedBatcher, PaddedBatcher, has_media, loader
 from data.batches.packing import shared_prefix
 from data.examples.arrow import write_arrow
-from data.examples.tokens import SCHEMA, Examples
-from train.hardware import device_name
+from data.examples.tokens import SCHEMA, Example, Examples, record_of
+from data.paths import write_json
+from scripts.bench.command import bench_parser, print_environment, print_table
+from scripts.bench.examples import LENGTHS
+from train.hardware import current_environment
 from vzip.families import families
-from vzip.media import pixels_of
+from vzip.media import MediaInputs
 from vzip.pictures import open_picture
 from vzip.reducers.visionzip import VisionZip
+from vzip.templates.encode import IGNORED
 
-LENGTHS = Path(__file__).with_name("mix665k_tenth_lengths.npz")
-"""Text tokens of a tenth of LLaVA's mix, 66,529 rows, by row; estimated from published counts, not read from the mix."""
-SIZES = {(480, 640): 9, (640, 480): 4, (427, 640): 4, (375, 500): 4, (500, 330): 3, (768, 1024): 1}
-"""(height, width) of pictures and their weights: COCO; COCO, VG and GQA; book covers; TextVQA."""
-QUALITY, GRAIN = 88, 7.0
-"""JPEG quality, and standard deviation of the grain in levels."""
+# (height, width) of pictures, with their weights: COCO; COCO, VG and GQA; GQA; book covers; TextVQA.
+SIZES = {
+    (480, 640): 9,
+    (640, 480): 4,
+    (427, 640): 4,
+    (375, 500): 4,
+    (500, 330): 3,
+    (768, 1024): 1,
+}
+
+JPEG_QUALITY = 88
+
+# Standard deviation of the grain, in levels of 0 to 255.
+GRAIN = 7.0
+
 SQUARE = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+
 MODELS: dict[str, tuple[Any, Any, VisionZip]] = {
     "llava": (LlavaConfig, CLIPImageProcessorPil, VisionZip(dominant=54, contextual=10)),
     "next": (LlavaNextConfig, LlavaNextImageProcessorPil, VisionZip(dominant=27, contextual=5)),
 }
-"""Config and processor, both by default those of the published 336-pixel models, and the reducer of the middle budget."""
-GLOBAL, TOKENS, MICRO = 128, 16_384, 16
-"""Rows of a step; packed tokens of a micro batch; rows of a padded one."""
+"""Config and processor, which default to the published models of 336 pixels, and a middle budget's
+reducer."""
+
+# Examples of a step, packed tokens of a micro batch, and examples of a padded one.
+BATCH_SIZE = 128
+TOKENS = 16_384
+MICRO = 16
 
 
 def photograph(generator: np.random.Generator, height: int, width: int) -> Image.Image:
-    """Noise with a photograph's spectrum, its channels alike as they are in one."""
+    """Make a picture of noise with the spectrum and the correlated channels of a photograph."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = np.inf
 
     def noise() -> np.ndarray:
-        field = np.fft.irfft2(
-            np.fft.rfft2(generator.normal(size=(height, width))) / frequency, s=(height, width)
-        )
-        scaled: np.ndarray = field / field.std()
-        return scaled
+        spectrum = np.fft.rfft2(generator.normal(size=(height, width))) / frequency
+        field = np.fft.irfft2(spectrum, s=(height, width))
+        normalized: np.ndarray = field / field.std()
+        return normalized
 
     light = noise()
-    channels = [
-        128 + 50 * light + 15 * noise() + GRAIN * generator.normal(size=(height, width)) for _ in range(3)
-    ]
-    return Image.fromarray(np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8))
+    channels = []
+    for _ in range(3):
+        grain = GRAIN * generator.normal(size=(height, width))
+        channels.append(128 + 50 * light + 15 * noise() + grain)
+
+    levels = np.stack(channels, axis=-1).clip(0, 255)
+    return Image.fromarray(levels.astype(np.uint8))
 
 
 def write_pictures(folder: Path, *, seed: int = 0) -> dict[str, tuple[int, int]]:
-    """(height, width) by name of the JPEGs written to `folder`."""
-    generator, found = np.random.default_rng(seed), {}
+    """Write JPEGs to a folder. Return the (height, width) of each, by its name."""
+    generator = np.random.default_rng(seed)
+    sizes = {}
     for (height, width), count in SIZES.items():
         for number in range(count):
             name = f"{height}x{width}-{number}.jpg"
-            photograph(generator, height, width).save(folder / name, quality=QUALITY)
-            found[name] = (height, width)
-    return found
+            photograph(generator, height, width).save(folder / name, quality=JPEG_QUALITY)
+            sizes[name] = (height, width)
+    return sizes
 
 
 def recorded_lengths() -> tuple[np.ndarray, np.ndarray]:
-    """Text tokens of rows with and without a picture, one after the other as drawn at random."""
+    """Text tokens of the mix's examples with a picture, and of those without, each in random order."""
     generator = np.random.default_rng(0)
     with np.load(LENGTHS) as recorded:
-        return generator.permutation(recorded["text_tokens"]), generator.permutation(
-            recorded["text_only_tokens"]
-        )
+        with_picture = generator.permutation(recorded["text_tokens"])
+        without = generator.permutation(recorded["text_only_tokens"])
+    return with_picture, without
 
 
-def records(
-    lengths: tuple[np.ndarray, np.ndarray], sizes: dict[str, tuple[int, int]], image_id: int
-) -> Iterator[dict[str, Any]]:
-    """Rows of token arrays: a third of each row's tokens are labels."""
-    names, (with_picture, without) = list(sizes), lengths
+def loader_examples(
+    lengths: tuple[np.ndarray, np.ndarray], sizes: Mapping[str, tuple[int, int]], image_id: int
+) -> Iterator[Example]:
+    """Make up examples of some lengths. A third of each one's tokens are labels.
+
+    Args:
+        lengths: text tokens of examples with a picture, and of those without.
+        sizes: (height, width) of the pictures, by name.
+        image_id: id of the placeholder.
+    """
+    names = list(sizes)
+    with_picture, without = lengths
     for number, length in enumerate(np.concatenate([with_picture, without]).tolist()):
-        images = [names[number % len(names)]] if number < len(with_picture) else []
-        ids = [1, *[image_id] * len(images), *range(100, 99 + length - len(images))]
-        yield {
-            "id": str(number),
-            "source": "noise",
-            "ids": ids,
-            "labels": [-100] * (length - length // 3) + ids[length - length // 3 :],
-            "images": images,
-            "videos": [],
-            "sizes": [side for name in images for side in sizes[name]],
-            "num_images": len(images),
-            "num_videos": 0,
-            "num_tokens": length,
-            "num_labels": length // 3,
-            "num_whole_tokens": length,
-            "num_whole_labels": length // 3,
-        }
+        # The placeholder is the second token, behind BOS.
+        ids = [1, *range(100, 99 + length)]
+        media = {}
+        if number < len(with_picture):
+            name = names[number % len(names)]
+            ids[1] = image_id
+            media["image"] = (Path(name),)
+
+        num_labels = length // 3
+        labels = [IGNORED] * (length - num_labels) + ids[length - num_labels :]
+        yield Example(ids, labels, media, sizes=(sizes[name],) if media else ())
+
+
+def write_examples(examples: Iterator[Example], target: Path) -> None:
+    """Write examples to a file, as tokenized conversations are written."""
+    records = (record_of(example, whole_labels=example.labels) for example in examples)
+    write_arrow(records, SCHEMA, target)
 
 
 def make_loader_collator(model: str) -> Collator:
-    """The loader's collator for a model of 336 pixels, without weights."""
+    """Make the collator of a model of 336 pixels, without its weights."""
     config_class, processor_class, reducer = MODELS[model]
     config = config_class()
     family = families()[config.model_type](SimpleNamespace(config=config))
-    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2)
-    return Collator(
-        SimpleNamespace(image_processor=processor_class(**SQUARE), tokenizer=tokenizer), family, reducer
+    processor = SimpleNamespace(
+        image_processor=processor_class(**SQUARE),
+        tokenizer=SimpleNamespace(pad_token_id=0, eos_token_id=2),
     )
+    return Collator(processor, family, reducer)
 
 
 def milliseconds(work: Callable[[Path], Any], paths: list[Path], *, rounds: int) -> float:
-    """CPU time of one picture, which other programs don't take from: the median of rounds over all, in this process."""
+    """Measure the CPU time per picture, which other programs don't add to: the median over rounds."""
     seconds = []
     for _ in range(rounds):
         start = time.process_time()
@@ -143,49 +169,69 @@ def milliseconds(work: Callable[[Path], Any], paths: list[Path], *, rounds: int)
 
 
 def stage_times(model: str, paths: list[Path], *, rounds: int) -> dict[str, float]:
-    """CPU milliseconds a picture: opened, and opened and processed to uint8 and to float32."""
+    """CPU milliseconds per picture: to open it, and to open and process it to uint8 and to float32."""
     process = MODELS[model][1](**SQUARE)
+
+    def to_uint8(path: Path) -> Any:
+        return process([open_picture(path)], do_rescale=False, do_normalize=False, return_tensors="pt")
+
+    def to_float32(path: Path) -> Any:
+        return process([open_picture(path)], return_tensors="pt")
+
     return {
         "open_ms": milliseconds(open_picture, paths, rounds=rounds),
-        "open_and_process_uint8_ms": milliseconds(
-            lambda path: process(
-                [open_picture(path)], do_rescale=False, do_normalize=False, return_tensors="pt"
-            ),
-            paths,
-            rounds=rounds,
-        ),
-        "open_and_process_float32_ms": milliseconds(
-            lambda path: process([open_picture(path)], return_tensors="pt"), paths, rounds=rounds
-        ),
+        "open_and_process_uint8_ms": milliseconds(to_uint8, paths, rounds=rounds),
+        "open_and_process_float32_ms": milliseconds(to_float32, paths, rounds=rounds),
     }
 
 
+def _pixels(batch: MicroBatch) -> Tensor:
+    """uint8[images, ...]: the pixels of a micro batch."""
+    images = batch.media["image"]
+    assert isinstance(images, MediaInputs)
+    return images.pixels
+
+
 def num_images(batch: MicroBatch) -> int:
-    """Images of a micro batch, without a blank one."""
-    return len(pixels_of(batch.media["image"])) if batch.num_placeholders["image"] else 0
+    """Count the images of a micro batch. A blank one, which stands for none, does not count."""
+    return len(_pixels(batch)) if batch.num_placeholders["image"] else 0
 
 
 def pictures_per_s(batches: MicroBatches, *, num_workers: int, seconds: float, rounds: int) -> list[float]:
-    """Of all workers together, in each round, once all of them are at work."""
+    """Measure the pictures per second of all workers together, in each round."""
     stream = loader(batches, first=0, num_workers=num_workers)
+
+    # Wait until all workers have started.
     for _ in range(2 * num_workers):
         next(stream)
-    found = []
+
+    rates = []
     for _ in range(rounds):
-        start, count = time.perf_counter(), 0
+        count = 0
+        start = time.perf_counter()
         while time.perf_counter() - start < seconds:
             count += num_images(next(stream))
-        found.append(count / (time.perf_counter() - start))
-    return found
+        rates.append(count / (time.perf_counter() - start))
+    return rates
 
 
-def first_batch(tokens: Path, pictures: Path, collate: Collator) -> tuple[MicroBatches, dict[str, float]]:
-    """(micro batches, seconds) from opening the token arrays to the order of an epoch, and to the first micro batch."""
+def first_batch(tokens: Path, pictures: Path, collator: Collator) -> tuple[MicroBatches, dict[str, float]]:
+    """Open the examples and build the first micro batch.
+
+    Args:
+        tokens: file of the examples.
+        pictures: folder of the pictures.
+        collator: of the model.
+
+    Returns:
+        (the micro batches of an epoch, seconds until their order is known and until the first one is built)
+    """
     start = time.perf_counter()
     examples = Examples.open(tokens, pictures)
-    plan = BatchPlan(size=GLOBAL, world_size=1, num_steps=len(examples) // GLOBAL, seed=0)
-    prefix = shared_prefix(examples, [collate.family.placeholder_id(kind) for kind in collate.kinds])
-    packer, has_gradient = Packer(collate, num_prefix=len(prefix)), has_media(examples)
+    plan = BatchPlan(size=BATCH_SIZE, world_size=1, num_steps=len(examples) // BATCH_SIZE, seed=0)
+    prefix = shared_prefix(examples, [collator.family.placeholder_id(kind) for kind in collator.kinds])
+    packer = Packer(collator, num_prefix=len(prefix))
+    has_gradient = has_media(examples)
     batcher = PackedBatcher(
         [packer],
         examples,
@@ -195,115 +241,131 @@ def first_batch(tokens: Path, pictures: Path, collate: Collator) -> tuple[MicroB
         has_gradient=has_gradient,
     )
     batches = MicroBatches(batcher, plan, rank=0, has_gradient=has_gradient)
-    ordered = time.perf_counter() - start
+    order_s = time.perf_counter() - start
+
     next(loader(batches, first=0, num_workers=1))
-    return batches, {"order_s": ordered, "first_batch_s": time.perf_counter() - start}
+    return batches, {"order_s": order_s, "first_batch_s": time.perf_counter() - start}
 
 
-def padding(batches: MicroBatches, collate: Collator) -> dict[str, float]:
-    """Share of the token slots of an epoch that are padding where rows are padded: in the drawn order, and as it is done."""
-    batcher = PaddedBatcher(collate, batches.batcher.examples, batches.plan, micro=MICRO)
+def _share_of_padding(lengths: Tensor) -> float:
+    """The share of token slots that are padding, for lengths int64[micro batches, examples]."""
+    num_slots = lengths.amax(dim=1).sum().item() * lengths.shape[1]
+    return 1 - lengths.sum().item() / num_slots
 
-    def share(rows: torch.Tensor) -> float:
-        lengths = batcher.lengths[0, rows]
-        return 1 - lengths.sum().item() / (lengths.amax(dim=1).sum().item() * MICRO)
 
-    micro_batches = []
+def padding(batches: MicroBatches, collator: Collator) -> dict[str, float]:
+    """The share of an epoch's token slots that the reference path pads, in the drawn and in its own order."""
+    batcher = PaddedBatcher(collator, batches.batcher.examples, batches.plan, micro=MICRO)
+    lengths = batcher.lengths[0]
+
+    ordered = []
     for step, examples in enumerate(batches.examples_by_step.tolist()):
-        micro_batches += [spec.examples for spec in batcher.cut(step, examples)]
+        ordered += [spec.examples for spec in batcher.cut(step, examples)]
 
     return {
-        "padding_drawn": share(batches.examples_by_step.view(-1, MICRO)),
-        "padding_ordered": share(torch.tensor(micro_batches)),
-    }
-
-
-def hardware() -> dict[str, Any]:
-    """What the figures hold for."""
-    return {
-        "cpu": device_name(torch.device("cpu")),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "pillow": pillow_version,
-        "torch": torch.__version__,
+        "padding_drawn": _share_of_padding(lengths[batches.examples_by_step.view(-1, MICRO)]),
+        "padding_ordered": _share_of_padding(lengths[torch.tensor(ordered)]),
     }
 
 
 def measure_loader(model: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All figures of a model."""
-    sizes, collate, tokens = write_pictures(folder), make_loader_collator(model), folder / "tokens.arrow"
-    image_id = collate.family.placeholder_id("image")
-    write_arrow(records(recorded_lengths(), sizes, image_id), SCHEMA, tokens)
-    batches, seconds = first_batch(tokens, folder, collate)
-    some = next(batch for batch in loader(batches, first=1, num_workers=0) if num_images(batch))
-    num_bytes = pixels_of(some.media["image"]).numel() / num_images(some)
+    """Measure everything for a model. `folder` is a scratch folder."""
+    collator = make_loader_collator(model)
+    sizes = write_pictures(folder)
+    tokens = folder / "tokens.arrow"
+    image_id = collator.family.placeholder_id("image")
+    write_examples(loader_examples(recorded_lengths(), sizes, image_id), tokens)
+    batches, seconds = first_batch(tokens, folder, collator)
+
+    rates = {}
+    for num_workers in arguments.workers:
+        rates[num_workers] = pictures_per_s(
+            batches,
+            num_workers=num_workers,
+            seconds=arguments.seconds,
+            rounds=arguments.rounds,
+        )
+
+    paths = [folder / name for name in sizes]
+    stages = stage_times(model, paths, rounds=arguments.rounds)
+
+    with_images = next(batch for batch in loader(batches, first=1, num_workers=0) if num_images(batch))
+    num_bytes = _pixels(with_images).numel() / num_images(with_images)
     return {
-        "rates": {
-            num_workers: pictures_per_s(
-                batches, num_workers=num_workers, seconds=arguments.seconds, rounds=arguments.rounds
-            )
-            for num_workers in arguments.workers
-        },
-        **stage_times(model, [folder / name for name in sizes], rounds=arguments.rounds),
-        "file_kb": statistics.mean((folder / name).stat().st_size for name in sizes) / 1000,
+        "rates": rates,
+        **stages,
+        "file_kb": statistics.mean(path.stat().st_size for path in paths) / 1000,
         "rows": len(batches.batcher.examples),
         "bytes_uint8": num_bytes,
         "bytes_float32": 4 * num_bytes,
         **seconds,
-        **padding(batches, collate),
+        **padding(batches, collator),
     }
 
 
-def print_loader(model: str, found: dict[str, Any]) -> None:
+def _rate_cell(rates: Sequence[float], num_workers: int) -> str:
+    median = statistics.median(rates)
+    return f"{median:.0f} ({min(rates):.0f} to {max(rates):.0f}); {median / num_workers:.0f} a worker"
+
+
+def print_loader(model: str, figures: Mapping[str, Any]) -> None:
     """Print the table of a model."""
     table = Table(title=f"loader, {model}, 336 px", title_justify="left", show_header=False)
-    for num_workers, rates in found["rates"].items():
-        middle, spread = statistics.median(rates), f"{min(rates):.0f} to {max(rates):.0f}"
-        workers = f"{num_workers} worker{'s' * (num_workers > 1)}"
-        table.add_row(
-            f"pictures/s, {workers}", f"{middle:.0f} ({spread}); {middle / num_workers:.0f} a worker"
-        )
-    table.add_row("a picture's file", f"{found['file_kb']:.0f} KB in the mean")
-    table.add_row("opened", f"{found['open_ms']:.1f} CPU ms a picture")
-    table.add_row(
-        "opened and processed to uint8", f"{found['open_and_process_uint8_ms']:.1f} CPU ms a picture"
-    )
-    table.add_row(
-        "opened and processed to float32", f"{found['open_and_process_float32_ms']:.1f} CPU ms a picture"
-    )
-    table.add_row(
-        "bytes a picture to the device",
-        f"{found['bytes_uint8']:,.0f} (as float32 {found['bytes_float32']:,.0f})",
-    )
-    first = f"{found['first_batch_s']:.2f} s, of which the order {found['order_s']:.2f} s"
-    table.add_row(f"first micro batch of {found['rows']:,} rows", first)
+    for num_workers, rates in figures["rates"].items():
+        workers = "1 worker" if num_workers == 1 else f"{num_workers} workers"
+        table.add_row(f"pictures/s, {workers}", _rate_cell(rates, num_workers))
+
+    table.add_row("a picture's file", f"{figures['file_kb']:.0f} KB in the mean")
+    for label, name in (
+        ("opened", "open_ms"),
+        ("opened and processed to uint8", "open_and_process_uint8_ms"),
+        ("opened and processed to float32", "open_and_process_float32_ms"),
+    ):
+        table.add_row(label, f"{figures[name]:.1f} CPU ms a picture")
+
+    num_bytes = f"{figures['bytes_uint8']:,.0f} (as float32 {figures['bytes_float32']:,.0f})"
+    table.add_row("bytes a picture to the device", num_bytes)
+
+    first = f"{figures['first_batch_s']:.2f} s, of which the order {figures['order_s']:.2f} s"
+    table.add_row(f"first micro batch of {figures['rows']:,} examples", first)
+
+    ordered, drawn = figures["padding_ordered"], figures["padding_drawn"]
     table.add_row(
         "padding, engine=reference",
-        f"{found['padding_ordered']:.1%} of the token slots ({found['padding_drawn']:.1%} in the drawn order)",
+        f"{ordered:.1%} of the token slots ({drawn:.1%} in the drawn order)",
     )
-    Console().print(table)
+    print_table(table)
 
 
 def main() -> None:
-    """Measure, print, and write what was asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Measure, print, and write the figures."""
+    parser = bench_parser(__doc__)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2], help="numbers of workers to try")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of a round")
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median is shown")
-    parser.add_argument("--json", type=Path, help="file to write all figures to")
+    parser.add_argument("--seconds", type=float, default=4.0, help="seconds of a round")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # as in a worker
-    machine, figures = hardware(), {}
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+
+    # Workers have one thread each.
+    torch.set_num_threads(1)
+
+    environment = current_environment(torch.device("cpu"))
+    hardware = {
+        "cpu": environment.device,
+        "cores": environment.num_cpus,
+        "python": environment.python,
+        "pillow": pillow_version,
+        "torch": environment.torch,
+    }
+    print_environment(hardware)
+
+    figures = {}
     for model in arguments.model:
         with tempfile.TemporaryDirectory() as folder:
             figures[model] = measure_loader(model, arguments, Path(folder))
         print_loader(model, figures[model])
+
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"hardware": machine, **figures}, indent=2))
+        write_json(arguments.json, {"hardware": hardware, **figures})
 
 
 if __name__ == "__main__":

@@ -1,21 +1,19 @@
-"""Two ways from rows to an optimizer step, for a benchmark to run side by side: the stock one, and that of `make tune`."""
+"""Two paths from examples to an optimizer step: the stock one, and that of `make tune`."""
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.batches.collate import MicroBatch, PackedBatch, Packer
-from data.batches.dataset import Batcher, BatchPlan, MicroBatches, PackedBatcher, PaddedBatcher, has_media
+from data.batches.dataset import BatchPlan, MicroBatches, PackedBatcher, PaddedBatcher, has_media
 from data.batches.packing import shared_prefix
-from data.examples.tokens import Example, Examples
+from data.examples.tokens import Examples
+from scripts.bench.examples import NUM_PREFIX, make_collator
 from scripts.bench.released import eager_copy, released_tokens
-from scripts.bench.shapes import NUM_PREFIX, make_collator
 from train.losses import FastLoss, ReferenceLoss
+from train.memory import CUDA_CONTEXT, MAX_TOKENS, Card, largest_fitting
 from vzip import UserError
 from vzip.cost import packed_memory
 from vzip.families import Family
@@ -24,174 +22,230 @@ from vzip.fast.segments import Segments
 from vzip.reducers import Reducer
 from vzip.reducers.base import VisionTokens
 
-MOST, MULTIPLE, SPARE = 16_384, 256, 0.05
-"""Tokens of a packed micro batch, much as `train/memory.py`, which needs DeepSpeed, chooses them; the share of a GPU's memory
-that is left free."""
-
-
-def released(family: Family) -> Family:
-    """The family with its tower run the released way."""
-
-    class Released(type(family)):  # type: ignore[misc]
-        tower = eager_copy(family.tower)
-
-        @classmethod
-        def vision_tokens(
-            cls, inner: Any, reducer: Reducer, pixel_values: Tensor, **kwargs: Any
-        ) -> VisionTokens:
-            return released_tokens(cls.tower, pixel_values)
-
-    return Released(family.model)
-
 
 class EnginePath:
-    """One way to run the steps: its micro batches, its loss, and AdamW.
+    """One path: its micro batches, its loss, and AdamW.
 
     Args:
-        loss: of a micro batch.
-        steps: micro batches of each step.
+        loss: the loss of a micro batch.
+        batches: the micro batches of all steps.
         device: where the model is.
+
+    Attributes:
+        collated: the micro batches of each step on the CPU, once `collate_all` has run.
     """
 
-    def __init__(
-        self, loss: ReferenceLoss | FastLoss, steps: Sequence[MicroBatches], device: torch.device
-    ) -> None:
-        self.loss, self.steps, self.device = loss, steps, device
+    def __init__(self, loss: ReferenceLoss | FastLoss, batches: MicroBatches, device: torch.device) -> None:
+        self.loss = loss
+        self.batches = batches
+        self.device = device
         self.parameters = list(loss.family.projector.parameters())
+        # At a learning rate of 0 the weights stay, so that all steps can be compared.
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0)
-        self.batches: list[list[MicroBatch]] = []
-        self.num_done = 0
+        self.collated: list[list[MicroBatch]] = []
+        self._next_step = -1
 
-    def collate(self, number: int) -> list[MicroBatch]:
-        """The micro batches of a step, on the CPU."""
-        made = [self.steps[number][part] for part in range(len(self.steps[number]))]
-        return [batch.pin_memory() for batch in made] if self.device.type == "cuda" else made
+    def collate(self, step: int) -> list[MicroBatch]:
+        """Build the micro batches of a step on the CPU, as the workers of a data loader do."""
+        indices = range(self.batches.first_index(step), self.batches.first_index(step + 1))
+        micro_batches = [self.batches[index] for index in indices]
+        if self.device.type == "cuda":
+            return [micro_batch.pin_memory() for micro_batch in micro_batches]
+        return micro_batches
+
+    def collate_all(self) -> None:
+        """Build the micro batches of all steps."""
+        self.collated = [self.collate(step) for step in range(self.batches.plan.num_steps)]
 
     def backward(
-        self, number: int, batches: Sequence[MicroBatch], *, lap: Callable[[str], None] = lambda stage: None
+        self,
+        step: int,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        lap: Callable[[str], None] = lambda stage: None,
     ) -> None:
-        """Add the gradient of a step's mean loss. `lap` is told of the stages that are over."""
-        for batch in batches:
-            total, _ = self.loss(batch.each(lambda values: values.to(self.device, non_blocking=True)))
+        """Add the gradient of the step's mean loss over some of its micro batches.
+
+        Args:
+            step: number of the step.
+            micro_batches: those of `collate`.
+            lap: called with the name of each stage when it is over.
+        """
+        num_labels = self.batches.num_labels(step)
+        for micro_batch in micro_batches:
+            on_device = micro_batch.to(self.device)
+            loss_sum, _ = self.loss(on_device)
             lap("language forward")
-            (total / self.steps[number].num_labels(0)).backward()
+            (loss_sum / num_labels).backward()
             lap("backward")
 
     def update(self) -> None:
-        """AdamW, and gradients of zero."""
+        """Let AdamW step, and set the gradients to zero."""
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def step(self) -> None:
-        """The next of the collated steps, the last one first."""
-        number = (self.num_done - 1) % len(self.batches)
-        self.backward(number, self.batches[number])
-        self.update()
-        self.num_done += 1
+    def run_next_step(self) -> None:
+        """Run the next of the collated steps, beginning with the last one.
 
-    def gradient(self, batches: Sequence[MicroBatch]) -> Tensor:
-        """float32[numbers of the projector] of the micro batches of step 0."""
-        self.backward(0, batches)
-        found = torch.cat(
-            [parameter.grad.flatten() for parameter in self.parameters if parameter.grad is not None]
-        )
+        The first run is not timed, so the timed ones begin with step 0.
+        """
+        self.backward(self._next_step % len(self.collated), self.collated[self._next_step])
+        self.update()
+        self._next_step = (self._next_step + 1) % len(self.collated)
+
+    def gradient(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """float32[parameters of the projector]: the gradient over some micro batches of step 0."""
+        self.backward(0, micro_batches)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        gradient = torch.cat([values.flatten() for values in gradients])
         self.optimizer.zero_grad()
-        return found
+        return gradient
 
     @property
     def num_slots(self) -> int:
-        """Tokens that the language model runs for in all steps, with padding."""
-        return sum(batch.input_ids.numel() for batch in chain(*self.batches))
-
-
-def cut_micro_batches(
-    steps: Sequence[Sequence[Example]], make_batcher: Callable[[Examples, BatchPlan], Batcher]
-) -> list[MicroBatches]:
-    """Micro batches of each step's rows."""
-    batches_by_step = []
-    for seed, step in enumerate(steps):
-        examples = Examples.of(step)
-        plan = BatchPlan(size=len(examples), world_size=1, num_steps=1, seed=seed)
-        batcher = make_batcher(examples, plan)
-        batches_by_step.append(MicroBatches(batcher, plan, rank=0, has_gradient=has_media(examples)))
-    return batches_by_step
+        """Tokens that the language model runs for in all steps, padding included."""
+        total = 0
+        for micro_batches in self.collated:
+            total += sum(micro_batch.input_ids.numel() for micro_batch in micro_batches)
+        return total
 
 
 def make_fast(
-    family: Family, reducer: Reducer, steps: Sequence[Sequence[Example]], *, tokens: int, device: torch.device
+    family: Family,
+    reducer: Reducer,
+    examples: Examples,
+    plan: BatchPlan,
+    *,
+    tokens: int,
+    device: torch.device,
 ) -> EnginePath:
-    """The way that `make tune` takes."""
-    collate = make_collator(family, reducer)
-    prefix = shared_prefix(Examples.of(chain(*steps)), [family.placeholder_id("image")])
-    packer = Packer(collate, num_prefix=len(prefix))
+    """The path of `make tune`.
 
-    def make_batcher(examples: Examples, plan: BatchPlan) -> Batcher:
-        num_run, has_gradient = packer.lengths(examples)[None], has_media(examples)
-        return PackedBatcher(
-            [packer], examples, plan, tokens=tokens, num_run=num_run, has_gradient=has_gradient
-        )
+    Args:
+        family: around the model.
+        reducer: reduces the pictures.
+        examples: those of `make_examples`.
+        plan: the steps.
+        tokens: packed tokens of a micro batch.
+        device: where the model is.
+    """
+    prefix = shared_prefix(examples, [family.placeholder_id("image")])
+    packer = Packer(make_collator(family, reducer), num_prefix=len(prefix))
+    has_gradient = has_media(examples)
+    batcher = PackedBatcher(
+        [packer],
+        examples,
+        plan,
+        tokens=tokens,
+        num_run=packer.lengths(examples)[None],
+        has_gradient=has_gradient,
+    )
 
     loss = FastLoss(family, [reducer], prefix=prefix, compiled=device.type == "cuda")
-    return EnginePath(loss, cut_micro_batches(steps, make_batcher), device)
+    loss.run_prefix(device)
+    batches = MicroBatches(batcher, plan, rank=0, has_gradient=has_gradient)
+    return EnginePath(loss, batches, device)
 
 
 def make_reference(
-    family: Family, reducer: Reducer, steps: Sequence[Sequence[Example]], *, micro: int, device: torch.device
+    family: Family,
+    reducer: Reducer,
+    examples: Examples,
+    plan: BatchPlan,
+    *,
+    micro: int,
+    device: torch.device,
 ) -> EnginePath:
-    """The stock way."""
-    make_batcher = partial(PaddedBatcher, make_collator(family, reducer), micro=micro)
-    return EnginePath(
-        ReferenceLoss(released(family), reducer, text_has_gradient=False),
-        cut_micro_batches(steps, make_batcher),
-        device,
-    )
+    """The stock path, with the vision tower of the authors' code, and `micro` examples per micro batch."""
+    batcher = PaddedBatcher(make_collator(family, reducer), examples, plan, micro=micro)
+    batches = MicroBatches(batcher, plan, rank=0, has_gradient=has_media(examples))
+    loss = ReferenceLoss(with_released_tower(family), reducer, text_has_gradient=False)
+    return EnginePath(loss, batches, device)
+
+
+def with_released_tower(family: Family) -> Family:
+    """Return the family with its tower run as in the authors' code."""
+    eager = eager_copy(family.tower)
+
+    class WithReleasedTower(type(family)):  # type: ignore[misc]
+        tower = eager
+
+        def vision_tokens(self, reducer: Reducer, pixel_values: Tensor, **options: Any) -> VisionTokens:
+            return released_tokens(eager, pixel_values)
+
+    return WithReleasedTower(family.model, anyres=family.anyres)
 
 
 def fitting_tokens(family: Family, reducer: Reducer, device: torch.device) -> int:
-    """Packed tokens of a micro batch that a GPU holds beside the weights, and no more than are of use."""
+    """The packed tokens of a micro batch that the GPU holds beside the weights, but no more than useful.
+
+    Raises:
+        UserError: not even a small micro batch fits.
+    """
     if device.type != "cuda":
-        return MOST
-    room = int(torch.cuda.mem_get_info(device)[1] * (1 - SPARE)) - torch.cuda.memory_allocated(device)
-    sizes = range(MULTIPLE, MOST + 1, MULTIPLE)
-    fitting = bisect_right(
-        sizes,
+        return MAX_TOKENS
+
+    card = Card(torch.cuda.mem_get_info(device)[1], name="the GPU")
+    room = card.usable - CUDA_CONTEXT - torch.cuda.memory_allocated(device)
+    tokens = largest_fitting(
         room,
-        key=lambda tokens: packed_memory(family, reducer, num_tokens=tokens, num_prefix=NUM_PREFIX),
+        lambda num_tokens: packed_memory(family, reducer, num_tokens=num_tokens, num_prefix=NUM_PREFIX),
     )
-    if not fitting:
+    if not tokens:
         raise UserError(
             "the GPU's memory does not hold a micro batch beside the weights; choose a smaller --shape"
         )
-    return sizes[fitting - 1]
+    return tokens
 
 
 def kept_bytes(language: PackedLanguage, lengths: Sequence[int], prefix: Sequence[int] = ()) -> int:
-    """Bytes that the fast path's language model keeps for the backward pass of rows of some lengths, its weights apart."""
+    """Count the bytes that the fast path's language model keeps for the backward pass, without its weights.
+
+    Args:
+        language: the language model.
+        lengths: tokens of each example.
+        prefix: ids of the shared prefix.
+    """
     model: Any = language.model
     segments = Segments(lengths, language.prefixes(prefix, model.device))
-    width, settings = model.config.hidden_size, {"device": model.device, "dtype": model.dtype}
-    embeddings = torch.randn(sum(lengths), width, requires_grad=True, **settings)
-    weights, kept = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, {}
+    embeddings = torch.randn(
+        sum(lengths),
+        model.config.hidden_size,
+        requires_grad=True,
+        device=model.device,
+        dtype=model.dtype,
+    )
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    # By address. All tensors stay alive: otherwise a later one could get the address of an earlier one.
+    kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # alive, or another would get its place
+        kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         language(embeddings, segments, torch.tensor([0], device=model.device))
-    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
+
+    return sum(
+        tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights
+    )
 
 
 def kept_widths(family: Family, batch: PackedBatch, prefix: Sequence[int], device: torch.device) -> float:
-    """Bytes that a layer of the fast path keeps of a token for the backward pass in bf16, in units of the width: the difference
-    between language models of four layers and of three.
+    """Measure what a layer of the fast path keeps for the backward pass.
+
+    The unit is bytes per token in bf16, divided by the width. It is the difference between language models of
+    four layers and of three.
     """
-    config, found = family.model.config.text_config, []
+    config = family.model.config.text_config
+    num_bytes = []
     for num_layers in (3, 4):
         shape = type(config).from_dict(config.to_dict() | {"num_hidden_layers": num_layers})
         with torch.device(device):
-            model = (
-                type(family.language_model)._from_config(shape, dtype=torch.bfloat16).requires_grad_(False)
-            )
-        found.append(kept_bytes(PackedLanguage(model), batch.lengths, prefix))
-    return (found[1] - found[0]) / sum(batch.lengths) / config.hidden_size
+            model = type(family.language_model)._from_config(shape, dtype=torch.bfloat16)
+        language = PackedLanguage(model.requires_grad_(False))
+        num_bytes.append(kept_bytes(language, batch.lengths, prefix))
+
+    of_a_layer = num_bytes[1] - num_bytes[0]
+    return of_a_layer / sum(batch.lengths) / config.hidden_size

@@ -1,110 +1,115 @@
-"""Measure the vision tower and the reducer at the shape of CLIP ViT-L/14-336, against the released code's way of running them.
+"""Compare the vision tower and the reducer with the authors' code, at the shape of CLIP ViT-L/14-336.
 
-The weights are random, queries and keys scaled so that attention is as far from uniform as a trained tower's: from uniform
-attention the most salient tokens would be drawn by rounding. Both ways have the same weights, pictures and reducer, and must
-keep the same tokens: exactly in float32; in bf16 the least salient kept token may be another one.
+The weights are random, with attention as far from uniform as in a trained tower. Both paths have the same
+weights, pictures and reducer, and must keep the same tokens. In float32 these are exactly the same ones; in
+bf16 the least salient kept token may differ.
 
 python -m scripts.bench.tower --dtype float32 bfloat16 --batch 1 4 --json tower.json
 """
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoConfig, AutoModel
 
 from data.paths import write_json
+from scripts.bench.command import bench_parser, print_environment, print_table
 from scripts.bench.released import LAYER, eager_copy, released_tokens
+from scripts.bench.shapes import shape_of, sharpen_attention
 from scripts.common.timing import alternating, peak_memory, where
-from train.cli import count, writable
+from train.cli import count
 from train.hardware import best_device
 from vzip.reducers.base import ReducerOutput
 from vzip.reducers.visionzip import VisionZip
 from vzip.tap import run_tower
 
-CLIP_LARGE = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-}
-PICTURE = {"image_size": 336, "patch_size": 14}
+TOWER: dict[str, Any] = shape_of("llava-7b").architecture["vision_config"]
 REDUCER = VisionZip(dominant=54, contextual=10)
 
 
-def make_tower(architecture: dict[str, int], *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A CLIP tower with random weights; the 54 most salient of ViT-L's 576 patches have 59 % of what CLS gives to patches."""
+def make_tower(architecture: dict[str, Any], *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Make a frozen vision tower with random weights."""
     torch.manual_seed(0)
     with torch.device(device):
-        tower: nn.Module = CLIPVisionModel._from_config(CLIPVisionConfig(**architecture), dtype=dtype)
-    width = architecture["hidden_size"]
-    for name, parameter in tower.named_parameters():
-        parameter.requires_grad_(False)
-        if name.endswith(
-            ("q_proj.weight", "k_proj.weight")
-        ):  # a query or key of a normalised token: variance 2.5
-            parameter.normal_(std=(2.5 / width) ** 0.5)
-    return tower.eval()
+        tower: nn.Module = AutoModel.from_config(AutoConfig.for_model(**architecture), dtype=dtype)
+
+    sharpen_attention(tower)
+    return tower.requires_grad_(False).eval()
 
 
 @torch.no_grad()
 def reduce_ours(tower: nn.Module, pixel_values: Tensor, reducer: VisionZip = REDUCER) -> ReducerOutput:
-    """float[B, 3, height, width] behind the tower and the reducer, as an attached model runs them."""
+    """Run tower and reducer on float[B, 3, height, width], as an attached model does."""
     return reducer(run_tower(tower, pixel_values, feature_layer=LAYER, num_dropped=1, attention_layer=LAYER))
 
 
 @torch.no_grad()
 def reduce_released(tower: nn.Module, pixel_values: Tensor, reducer: VisionZip = REDUCER) -> ReducerOutput:
-    """The same with an `eager_copy`, the released code's way."""
+    """Run the same as the authors' code does. `tower` is an `eager_copy`."""
     return reducer(released_tokens(tower, pixel_values))
 
 
 def share_in_common(one: ReducerOutput, other: ReducerOutput) -> float:
-    """Of the kept and merged-into tokens of all pictures: 1 where both ways have the same ones."""
-    pairs = zip(
-        torch.cat([one.dominant, one.contextual], dim=1).tolist(),
-        torch.cat([other.dominant, other.contextual], dim=1).tolist(),
-        strict=True,
-    )
-    return statistics.mean(len(set(a) & set(b)) / len(a) for a, b in pairs)
+    """The share of kept and merged-into tokens that both outputs have in common."""
+    shares = []
+    for tokens, other_tokens in zip(_kept(one), _kept(other), strict=True):
+        shares.append(len(set(tokens) & set(other_tokens)) / len(tokens))
+    return statistics.mean(shares)
+
+
+def _kept(output: ReducerOutput) -> list[list[int]]:
+    """Indices of the dominant and contextual tokens of each picture."""
+    tokens: list[list[int]] = torch.cat([output.dominant, output.contextual], dim=1).tolist()
+    return tokens
 
 
 def measure_tower(tower: nn.Module, *, batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Figures of one batch size. Exits where float32 does not give the same tokens both ways."""
+    """Measure one batch size. Exit if the two paths keep different tokens in float32.
+
+    Args:
+        tower: the vision tower.
+        batch: number of pictures.
+        rounds: rounds of the timing.
+        device: where the tower is.
+    """
     config: Any = tower.config
-    pixels = torch.randn(
-        batch, 3, config.image_size, config.image_size, device=device, dtype=next(tower.parameters()).dtype
-    )
-    eager, made, peaks = eager_copy(tower), {}, {}
+    dtype = next(tower.parameters()).dtype
+    pixels = torch.randn(batch, 3, config.image_size, config.image_size, device=device, dtype=dtype)
+
+    eager = eager_copy(tower)
     works: dict[str, Callable[[], ReducerOutput]] = {
         "released": lambda: reduce_released(eager, pixels),
         "ours": lambda: reduce_ours(tower, pixels),
     }
+
+    outputs: dict[str, ReducerOutput] = {}
+    peaks = {}
     for name, work in works.items():
-        peaks[name] = peak_memory(lambda name=name, work=work: made.update({name: work()}), device)
-    released, ours = made["released"], made["ours"]
-    same = torch.equal(released.slots, ours.slots)
-    if pixels.dtype == torch.float32 and not same:
-        sys.exit(f"batch {batch}, float32: the two ways keep different tokens; their times say nothing")
+        peaks[name] = peak_memory(lambda name=name, work=work: outputs.update({name: work()}), device)
+
+    released, ours = outputs["released"], outputs["ours"]
+    same_tokens = torch.equal(released.slots, ours.slots)
+    if dtype == torch.float32 and not same_tokens:
+        sys.exit(f"batch {batch}, float32: the two paths keep different tokens; their times say nothing")
     difference = (released.features - ours.features).float().norm() / released.features.float().norm()
+
     seconds = alternating(works, rounds=rounds, device=device)
-    middle = {name: statistics.median(times) for name, times in seconds.items()}
-    ratios = [a / b for a, b in zip(seconds["released"], seconds["ours"], strict=True)]
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    ratios = [slow / fast for slow, fast in zip(seconds["released"], seconds["ours"], strict=True)]
     return {
-        "dtype": str(pixels.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "batch": batch,
-        "same_tokens": same,
+        "same_tokens": same_tokens,
         "in_common": share_in_common(released, ours),
         "feature_difference": difference.item(),
         "seconds": seconds,
-        "median_s": middle,
-        "ratio": middle["released"] / middle["ours"],
+        "median_s": medians,
+        "ratio": medians["released"] / medians["ours"],
         "ratio_range": [min(ratios), max(ratios)],
         "peak_bytes": peaks,
     }
@@ -113,8 +118,8 @@ def measure_tower(tower: nn.Module, *, batch: int, rounds: int, device: torch.de
 def print_tower(rows: list[dict[str, Any]]) -> None:
     """Print the table."""
     table = Table(title="vision tower + reducer, CLIP ViT-L/14-336, 54 + 10 tokens", title_justify="left")
-    for column in (
-        "precision",
+    table.add_column("precision")
+    columns = (
         "pictures",
         "same tokens",
         "released",
@@ -122,62 +127,52 @@ def print_tower(rows: list[dict[str, Any]]) -> None:
         "ratio (of rounds)",
         "peak, released",
         "peak, ours",
-    ):
-        table.add_column(column, justify="left" if column == "precision" else "right")
+    )
+    for column in columns:
+        table.add_column(column, justify="right")
+
     for row in rows:
+        same_tokens = f"{row['in_common']:.1%}"
+        if row["same_tokens"]:
+            same_tokens = f"all; features {row['feature_difference']:.1e}"
+        times = [f"{1000 * row['median_s'][name]:,.0f} ms" for name in ("released", "ours")]
         low, high = row["ratio_range"]
+        ratio = f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
         peaks = [
             f"{peak / 2**20:,.0f} MiB" if peak is not None else "" for peak in row["peak_bytes"].values()
         ]
-        same = (
-            f"all; features {row['feature_difference']:.1e}"
-            if row["same_tokens"]
-            else f"{row['in_common']:.1%}"
-        )
-        times = [f"{1000 * row['median_s'][name]:,.0f} ms" for name in ("released", "ours")]
-        table.add_row(
-            row["dtype"],
-            str(row["batch"]),
-            same,
-            *times,
-            f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})",
-            *peaks,
-        )
-    Console(width=None if sys.stdout.isatty() else 128).print(table)
+        table.add_row(row["dtype"], str(row["batch"]), same_tokens, *times, ratio, *peaks)
+
+    print_table(table)
 
 
 def main() -> None:
-    """Measure, print, and write what was asked for."""
+    """Measure, print, and write the figures."""
     device = best_device()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser(__doc__)
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
-    parser.add_argument(
-        "--batch",
-        nargs="+",
-        type=count,
-        default=[1, 16] if device.type == "cuda" else [1, 2],
-        help="pictures",
-    )
-    parser.add_argument("--rounds", type=count, default=5, help="of which the median is shown")
-    parser.add_argument("--json", type=writable, help="file to write all figures to")
+    default_batch = [1, 16] if device.type == "cuda" else [1, 2]
+    parser.add_argument("--batch", nargs="+", type=count, default=default_batch, help="numbers of pictures")
     arguments = parser.parse_args()
-    machine, rows = where(device), []
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    for dtype in arguments.dtype:
-        tower = make_tower(CLIP_LARGE | PICTURE, device=device, dtype=getattr(torch, dtype))
-        first = torch.randn(
-            1, 3, PICTURE["image_size"], PICTURE["image_size"], device=device, dtype=getattr(torch, dtype)
-        )
-        reduce_released(eager_copy(tower), first)  # libraries set themselves up, which would count as memory
-        rows += [
-            measure_tower(tower, batch=batch, rounds=arguments.rounds, device=device)
-            for batch in arguments.batch
-        ]
+
+    environment = where(device)
+    print_environment(environment)
+
+    rows = []
+    for name in arguments.dtype:
+        dtype = getattr(torch, name)
+        tower = make_tower(TOWER, device=device, dtype=dtype)
+
+        # What libraries allocate when they first run would count as memory of the first measurement.
+        picture = torch.randn(1, 3, TOWER["image_size"], TOWER["image_size"], device=device, dtype=dtype)
+        reduce_released(eager_copy(tower), picture)
+
+        for batch in arguments.batch:
+            rows.append(measure_tower(tower, batch=batch, rounds=arguments.rounds, device=device))
+
     print_tower(rows)
     if arguments.json is not None:
-        write_json(arguments.json, {"where": machine, "rows": rows})
+        write_json(arguments.json, {"where": environment, "rows": rows})
 
 
 if __name__ == "__main__":

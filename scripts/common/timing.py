@@ -14,7 +14,7 @@ import torch
 from data.progress import progress
 from train.hardware import current_environment
 
-# Dense FLOP/s in bf16 by NVIDIA's data sheets, by a part of the device's name. The first part that matches counts.
+# Dense FLOP/s in bf16 by NVIDIA's data sheets, by a part of the device's name. The first match counts.
 DATA_SHEETS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -26,7 +26,7 @@ DATA_SHEETS = {
 
 
 def where(device: torch.device) -> dict[str, Any]:
-    """The record of the environment for files of figures: device, CPU cores, torch's threads, versions, commit, date."""
+    """Record what figures were measured on: device, CPU cores, torch's threads, versions, commit, date."""
     environment = current_environment(device)
     return {
         "device": environment.device,
@@ -54,8 +54,8 @@ def alternating(
 ) -> dict[str, list[float]]:
     """Time several computations in alternation. Return the seconds of each one in each round, by name.
 
-    In each round they run one after the other, so that a machine that slows down slows all of them. Each round starts with
-    another one. Before the first round, each one runs once without being timed.
+    In each round they run one after the other, so that a machine that slows down slows all of them. Each
+    round starts with another one. Before the first round, each one runs once without being timed.
 
     Args:
         works: the computations.
@@ -87,8 +87,8 @@ def alternating(
 def peak_memory(work: Callable[[], Any], device: torch.device) -> int | None:
     """Measure how many bytes a computation takes at its peak, above what was allocated before.
 
-    On a GPU this counts torch's allocator. On Linux without a GPU it counts the whole process, including what libraries
-    allocate when they first run, so run the computation once before. Returns None on other systems.
+    On a GPU this counts torch's allocator. On Linux without a GPU it counts the whole process, including what
+    libraries allocate when they first run, so run the computation once before. Returns None on other systems.
     """
     # Garbage that is freed during the computation would hide as much of its memory.
     gc.collect()
@@ -133,7 +133,7 @@ def _process_memory(entry: str) -> int:
 
 
 def sheet_peak(name: str) -> float | None:
-    """Dense FLOP/s in bf16 by the data sheet of the GPU with this name; None for a GPU that is not in `DATA_SHEETS`."""
+    """Dense FLOP/s in bf16 by the data sheet of the GPU with this name; None if `DATA_SHEETS` lacks it."""
     for part, peak in DATA_SHEETS.items():
         if part in name:
             return peak
@@ -143,8 +143,8 @@ def sheet_peak(name: str) -> float | None:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Return the device's peak performance, and where the figure is from.
 
-    In bf16 on a known GPU it is from the data sheet. Otherwise it is the best of five measured matrix products.
-    """
+    In bf16 on a known GPU it is from the data sheet. Otherwise it is the best of five measured matrix
+    products."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         peak = sheet_peak(name)

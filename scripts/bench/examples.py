@@ -1,0 +1,208 @@
+"""Examples for the benchmark of tuning: random ids of the recorded lengths, and pictures of noise.
+
+Also how much of them is necessary: the tokens and the operations that the gradient needs, each counted once.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import CLIPImageProcessorPil
+
+from data.batches.collate import Collator
+from data.examples.tokens import Example, Examples
+from vzip.cost import attention_flops, example_cost, linear_flops
+from vzip.families import Family
+from vzip.media import MediaInputs, lookup_table
+from vzip.reducers import Reducer
+from vzip.templates.encode import IGNORED
+
+LENGTHS = Path(__file__).with_name("mix665k_tenth_lengths.npz")
+"""Text and label tokens of each of the 66,529 examples of a tenth of LLaVA's mix.
+
+They are estimated from published counts.
+"""
+
+NUM_PREFIX = 35
+"""Tokens that each of these examples begins with: BOS, the system prompt, and "USER: "."""
+
+MAX_TURNS = 3
+"""Questions of an example."""
+
+NUM_PICTURES = 16
+"""Different pictures of noise."""
+
+NUM_SPECIAL_IDS = 3
+"""Llama's special tokens, which have the first ids."""
+
+TILES = 2
+"""Tiles on each side of a picture, if a model cuts pictures. Most pictures of the mix have as many."""
+
+
+class Noise:
+    """Pictures of noise that are made once, as a `data.batches.media.Media`.
+
+    Args:
+        family: around the model.
+        reducer: decides the number of placeholders.
+    """
+
+    def __init__(self, family: Family, reducer: Reducer) -> None:
+        side = family.tile_side
+        self.size = (TILES * side, TILES * side)
+        self.num_tokens = family.num_image_tokens(reducer, self.size)
+        self.lookup = lookup_table("image", CLIPImageProcessorPil())
+
+        # uint8[NUM_PICTURES, (tiles,) 3, side, side]. The tiles are there only if the model cuts pictures.
+        num_tiles = family.num_tiles(self.size)
+        tiles = (num_tiles,) if num_tiles > 1 else ()
+        generator = torch.Generator().manual_seed(0)
+        self.pictures = torch.randint(
+            256, (NUM_PICTURES, *tiles, 3, side, side), dtype=torch.uint8, generator=generator
+        )
+
+    def _inputs(self, pictures: Tensor) -> MediaInputs:
+        is_tiled = pictures.dim() == 5
+        extra = {"image_sizes": torch.tensor([self.size] * len(pictures))} if is_tiled else {}
+        return MediaInputs(pictures, extra, self.lookup)
+
+    def load(self, kind: str, examples: Sequence[Example]) -> MediaInputs:
+        """Implement `Media.load`."""
+        numbers = [example.index % NUM_PICTURES for example in examples if kind in example.media]
+        return self._inputs(self.pictures[numbers])
+
+    def blank(self, kind: str) -> MediaInputs:
+        """Implement `Media.blank`."""
+        return self._inputs(torch.zeros_like(self.pictures[:1]))
+
+    def counts(self, kind: str, inputs: MediaInputs) -> list[int]:
+        """Implement `Media.counts`."""
+        return [self.num_tokens] * inputs.num_media
+
+
+def make_collator(family: Family, reducer: Reducer) -> Collator:
+    """Make the collator of the examples that `make_examples` returns."""
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0, eos_token_id=2))
+    return Collator(processor, family, reducer, media=Noise(family, reducer))
+
+
+def make_examples(family: Family, *, num_examples: int, seed: int = 0) -> Examples:
+    """Draw examples with the recorded lengths, and with the mix's share of examples without a picture.
+
+    Ids are random, but all examples have the same first 35. In an example without a picture, a third of the
+    tokens are labels, the mean of the other examples: the real number was not recorded.
+    """
+    with np.load(LENGTHS) as recorded:
+        text_lengths = recorded["text_tokens"]
+        label_lengths = recorded["label_tokens"]
+        lengths_without_picture = recorded["text_only_tokens"]
+
+    generator = np.random.default_rng(seed)
+    image_id = family.placeholder_id("image")
+    vocabulary = np.arange(NUM_SPECIAL_IDS, family.model.config.text_config.vocab_size)
+    vocabulary = vocabulary[vocabulary != image_id]
+    prefix = generator.choice(vocabulary, NUM_PREFIX)
+    side = TILES * family.tile_side
+
+    def draw(length: int, num_labels: int, image: int | None) -> Example:
+        text = np.concatenate([prefix, generator.choice(vocabulary, length - NUM_PREFIX)])
+        return _example(text, int(num_labels), image, size=(side, side))
+
+    num_recorded = len(text_lengths) + len(lengths_without_picture)
+    num_without = round(num_examples * len(lengths_without_picture) / num_recorded)
+    examples = []
+    for position in generator.choice(len(text_lengths), num_examples - num_without):
+        examples.append(draw(text_lengths[position], label_lengths[position], image_id))
+    for length in generator.choice(lengths_without_picture, num_without):
+        examples.append(draw(length, length // 3, None))
+
+    return Examples.of(examples)
+
+
+def _example(text: np.ndarray, num_labels: int, image: int | None, *, size: tuple[int, int]) -> Example:
+    """Build an example: the prefix, the image if there is one, then questions and answers in turn.
+
+    Args:
+        text: int64[tokens], all ids but that of the image.
+        num_labels: tokens of the answers together.
+        image: id of the image's placeholder.
+        size: (height, width) of the image.
+    """
+    num_turns = min(MAX_TURNS, num_labels)
+    num_questions = len(text) - NUM_PREFIX - num_labels
+    labels = np.full(len(text), IGNORED)
+
+    stop = NUM_PREFIX
+    turns = zip(_even_parts(num_questions, num_turns), _even_parts(num_labels, num_turns), strict=True)
+    for question, answer in turns:
+        start = stop + question
+        stop = start + answer
+        labels[start:stop] = text[start:stop]
+
+    ids = text.tolist()
+    targets = labels.tolist()
+    if image is None:
+        return Example(ids, targets, media={})
+
+    ids.insert(NUM_PREFIX, image)
+    targets.insert(NUM_PREFIX, IGNORED)
+    return Example(ids, targets, media={"image": (Path("noise"),)}, sizes=(size,))
+
+
+def _even_parts(total: int, num_parts: int) -> list[int]:
+    """Split a number into parts that differ by 1 at most."""
+    return [len(part) for part in np.array_split(np.arange(total), num_parts)]
+
+
+def necessary_tokens(example: Example, num_visual: int) -> int:
+    """Count the tokens of an example whose keys or output the gradient needs.
+
+    They lie between the prefix and the last label. An example without an image needs none.
+    """
+    if not example.media:
+        return 0
+
+    labelled = [position for position, label in enumerate(example.labels) if label != IGNORED]
+    return labelled[-1] - 1 + num_visual - NUM_PREFIX
+
+
+def necessary_flops(family: Family, reducer: Reducer, examples: Sequence[Example]) -> int:
+    """Count the operations that the gradient of some examples needs, each once.
+
+    These are the tower up to the hooked layer, the projector, and the language model forward and backward.
+    Its weights are frozen, so the backward pass to its inputs takes as many operations as the forward. Its
+    last layer, apart from keys and values, and the head are needed only where a label follows.
+    """
+    size = (TILES * family.tile_side, TILES * family.tile_side)
+    num_visual = family.num_image_tokens(reducer, size)
+    picture = example_cost(
+        family,
+        reducer,
+        num_tiles=family.num_tiles(size),
+        num_visual_tokens=num_visual,
+        num_text_tokens=0,
+    )
+
+    text_config = family.model.config.text_config
+    language = family.language_model
+    last_layer = language.layers[-1]
+    keys_and_values = linear_flops(last_layer.self_attn.k_proj) + linear_flops(last_layer.self_attn.v_proj)
+    per_token = linear_flops(language) - linear_flops(last_layer) + keys_and_values
+    per_label = linear_flops(last_layer) - keys_and_values + linear_flops(family.lm_head)
+
+    total = 0
+    for example in examples:
+        num_tokens = necessary_tokens(example, num_visual)
+        if not num_tokens:
+            continue
+
+        # Attention is causal: half of the full matrix, without the part that the prefix spends on itself.
+        attention = attention_flops(text_config, NUM_PREFIX + num_tokens)
+        attention -= attention_flops(text_config, NUM_PREFIX)
+        forward = num_tokens * per_token + example.num_labels * per_label + attention // 2
+        total += picture.tower + picture.projector + 2 * forward
+
+    return total
