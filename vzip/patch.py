@@ -1,4 +1,4 @@
-"""Other forwards for modules of one model, for a while. Classes are never changed, so other models aren't either."""
+"""Replace the forwards of modules of one model for a while. Classes never change, so neither do other models."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,15 +9,19 @@ from torch import nn
 
 @contextmanager
 def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Give each module another `forward` while the block runs. Its hooks still run, so parameter sharding keeps its books."""
-    before = {module: vars(module).get("forward") for module in forwards}
+    """Give each module another `forward` while the block runs.
+
+    The modules' hooks still run, because parameter sharding (ZeRO 3) keeps its books in hooks.
+    """
+    # A module may have a `forward` of its own already; otherwise it uses that of its class.
+    own_forwards = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward
     try:
         yield
     finally:
-        for module, own in before.items():
-            if own is None:
+        for module, own_forward in own_forwards.items():
+            if own_forward is None:
                 del module.forward
             else:
-                module.forward = own
+                module.forward = own_forward

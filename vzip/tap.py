@@ -1,15 +1,15 @@
-"""Run a vision tower up to one layer, and read that layer's attention while it stays on SDPA or FlashAttention.
+"""Run a vision tower up to one layer, and read the attention of that layer while the tower stays on SDPA or FlashAttention.
 
-The released code asks all layers for full attention maps to use one row of one layer. Here forward hooks on the tapped
-layer's `q_proj` and `k_proj` give the queries and keys, from which only what is needed is computed; the layers after it
-are passed through. The tower is touched during the call alone.
+The authors' released code makes all layers return full attention maps, only to use one row of one layer. Here forward hooks
+on one layer's `q_proj` and `k_proj` catch its queries and keys, and only the attention that a reducer reads is computed from
+them. The layers after it are skipped. Hooks and skipped layers are in place during the call alone.
 
 Legend of shapes: B images, N vision tokens, P patches, H heads, d width.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from vzip.patch import replaced_forwards
 from vzip.reducers.base import VisionTokens
 
 MAX_SCORES = 2**25
-"""Attention scores held at once where there is no CLS: 128 MiB of float32, and as much for their softmax."""
+"""Attention scores that a tower without CLS holds at a time: 128 MiB of float32, and as much for their softmax."""
 
 
 @dataclass(frozen=True)
@@ -30,31 +30,49 @@ class TowerLayout:
     """Where a vision tower of `transformers` keeps its layers, and whether it has a CLS token."""
 
     layers: str
+    """Name of the list of layers in the tower."""
     queries: str
+    """Name of the query projection in a layer."""
     keys: str
+    """Name of the key projection in a layer."""
     has_cls: bool
+    """Whether token 0 is CLS."""
 
 
-def _layouts() -> dict[str, TowerLayout]:
-    q, k = "self_attn.q_proj", "self_attn.k_proj"
-    old = version.parse(transformers.__version__) < version.parse("5.18")
-    dinov2 = (
-        ("attention.attention.query", "attention.attention.key")
-        if old
-        else ("attention.q_proj", "attention.k_proj")
-    )
-    return {
-        "clip_vision_model": TowerLayout(layers="encoder.layers", queries=q, keys=k, has_cls=True),
-        "dinov2": TowerLayout(layers="encoder.layer", queries=dinov2[0], keys=dinov2[1], has_cls=True),
-        "siglip_vision_model": TowerLayout(layers="encoder.layers", queries=q, keys=k, has_cls=False),
-    }
+# transformers 5.18 renamed the projections of DINOv2.
+_OLD_DINOV2 = version.parse(transformers.__version__) < version.parse("5.18")
 
-
-TOWER_LAYOUTS = _layouts()
+TOWER_LAYOUTS = {
+    "clip_vision_model": TowerLayout(
+        layers="encoder.layers",
+        queries="self_attn.q_proj",
+        keys="self_attn.k_proj",
+        has_cls=True,
+    ),
+    "dinov2": TowerLayout(
+        layers="encoder.layer",
+        queries="attention.attention.query" if _OLD_DINOV2 else "attention.q_proj",
+        keys="attention.attention.key" if _OLD_DINOV2 else "attention.k_proj",
+        has_cls=True,
+    ),
+    "siglip_vision_model": TowerLayout(
+        layers="encoder.layers",
+        queries="self_attn.q_proj",
+        keys="self_attn.k_proj",
+        has_cls=False,
+    ),
+    "vit": TowerLayout(
+        layers="layers",
+        queries="attention.q_proj",
+        keys="attention.k_proj",
+        has_cls=True,
+    ),
+}
+"""The supported kinds of vision towers, by `vision_config.model_type`."""
 
 
 def tower_layout(config: Any) -> TowerLayout:
-    """The layout of the vision tower with this config. Raises UserError for a kind that is not in `TOWER_LAYOUTS`."""
+    """Return the layout of the vision tower with this config. Raises UserError for a kind that is not in `TOWER_LAYOUTS`."""
     kind = config.model_type
     if kind not in TOWER_LAYOUTS:
         raise UserError(
@@ -64,46 +82,74 @@ def tower_layout(config: Any) -> TowerLayout:
 
 
 def layer_index(layer: int, num_layers: int, *, setting: str = "vision_feature_layer") -> int:
-    """Index of the layer whose output is `hidden_states[layer]`: of 24 layers, -2 is layer 22.
+    """Return the index of the layer that computes `hidden_states[layer]`: in a tower of 24 layers, -2 is layer 22.
 
-    `hidden_states` starts with the embeddings, so it has num_layers + 1 entries. Raises UserError, naming the setting, for
-    anything but one of the layers.
+    `hidden_states` starts with the embeddings, so it has num_layers + 1 entries.
+
+    Args:
+        layer: index into the hidden states.
+        num_layers: layers of the tower.
+        setting: the name that an error message uses.
+
+    Raises:
+        UserError: anything but one of the layers.
     """
     if not isinstance(layer, int):
         raise UserError(f"{setting}={layer!r} is not one layer; a reducer needs one, e.g. -2")
-    index = (layer if layer >= 0 else layer + num_layers + 1) - 1
-    if not 0 <= index < num_layers:
+
+    hidden_state = layer if layer >= 0 else layer + num_layers + 1
+    if not 1 <= hidden_state <= num_layers:
         raise UserError(
             f"{setting}={layer} names no layer of the vision tower, which has {num_layers}; "
             f"choose 1 to {num_layers}, or {-num_layers} to -1"
         )
-    return index
+    return hidden_state - 1
 
 
 def split_heads(states: Tensor, num_heads: int) -> Tensor:
-    """float32[B, H, N, head_dim] (float64 stays) of float[B, N, H * head_dim]."""
+    """Split float[B, N, H * head_dim] into float32[B, H, N, head_dim]; float64 stays float64."""
     heads = states.view(*states.shape[:2], num_heads, -1).transpose(1, 2)
     return heads.to(torch.promote_types(heads.dtype, torch.float32))
 
 
 def cls_attention(queries: Tensor, keys: Tensor) -> Tensor:
-    """float[B, P]: softmax attention of CLS (token 0) to each patch, averaged over heads, of float[B, H, N, head_dim]."""
-    scores = (queries[:, :, :1] @ keys.transpose(2, 3)).mul(queries.shape[-1] ** -0.5)
+    """Compute the softmax attention that CLS (token 0) pays to each patch, averaged over heads.
+
+    Args:
+        queries: float[B, H, N, head_dim].
+        keys: float[B, H, N, head_dim].
+
+    Returns:
+        float[B, P].
+    """
+    scale = queries.shape[-1] ** -0.5
+    scores = (queries[:, :, :1] @ keys.transpose(2, 3)).mul(scale)
     return scores.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
 
 
 def received_attention(queries: Tensor, keys: Tensor, max_scores: int = MAX_SCORES) -> Tensor:
-    """float[B, N]: attention each token receives, averaged over heads and queries, of float[B, H, N, head_dim].
+    """Compute the attention that each token receives, averaged over heads and queries.
 
-    Source: the paper's appendix A.2, for encoders without CLS. At most `max_scores` scores are held at once, though never
-    fewer than those of one query.
+    Source: the paper's appendix A.2, for encoders without CLS.
+
+    Args:
+        queries: float[B, H, N, head_dim].
+        keys: float[B, H, N, head_dim].
+        max_scores: attention scores to hold at a time, but never fewer than those of one query.
+
+    Returns:
+        float[B, N].
     """
-    num_images, num_heads, num_tokens, _ = keys.shape
+    num_images, num_heads, num_tokens, head_dim = keys.shape
+    scale = head_dim**-0.5
+
+    scores_per_query = num_images * num_heads * num_tokens
+    num_queries = max(1, max_scores // scores_per_query)
+
     total = queries.new_zeros(num_images, num_tokens)
-    for rows in torch.split(queries, max(1, max_scores // (num_images * num_heads * num_tokens)), dim=2):
-        scores = (rows @ keys.transpose(2, 3)).mul_(
-            queries.shape[-1] ** -0.5
-        )  # in place: a third copy would stand beside
+    for some_queries in torch.split(queries, num_queries, dim=2):
+        # Scaled in place: a third copy would exceed the bound.
+        scores = (some_queries @ keys.transpose(2, 3)).mul_(scale)
         total += scores.softmax(dim=-1).mean(dim=1).sum(dim=1)
     return total / queries.shape[2]
 
@@ -114,16 +160,16 @@ def _pass_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 @contextmanager
 def captured(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of `modules`, by name, while the block runs."""
+    """Collect the outputs of modules, by name, while the block runs."""
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[..., None]:
+    def store_as(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             outputs[name] = output
 
         return hook
 
-    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    handles = [module.register_forward_hook(store_as(name)) for name, module in modules.items()]
     try:
         yield outputs
     finally:
@@ -132,8 +178,8 @@ def captured(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 
 def check_pixel_values(pixel_values: Tensor) -> None:
-    """Raises UserError unless there is at least one picture, float[B, 3, height, width]."""
-    if pixel_values.dim() != 4 or pixel_values.shape[1] != 3 or not pixel_values.shape[0]:
+    """Raise UserError unless there is at least one picture, float[B, 3, height, width]."""
+    if pixel_values.dim() != 4 or pixel_values.shape[1] != 3 or len(pixel_values) == 0:
         shape = list(pixel_values.shape)
         raise UserError(
             f"pixel_values of shape {shape} are no pictures: the vision tower takes float[B, 3, height, width] with "
@@ -150,15 +196,15 @@ def run_tower(
     attention_layer: int | None,
     **kwargs: Any,
 ) -> VisionTokens:
-    """The tokens that `hidden_states[feature_layer]` of the tower holds, with the attention of one of its layers.
+    """Return the tokens of `hidden_states[feature_layer]`, with the attention of one layer.
 
     Args:
         tower: a vision model of a kind in `TOWER_LAYOUTS`.
         pixel_values: float[B, 3, height, width].
-        feature_layer: index into the tower's hidden states, as `vision_feature_layer` of LLaVA's config.
+        feature_layer: index into the tower's hidden states, as `vision_feature_layer` in LLaVA's config.
         num_dropped: see `VisionTokens`.
-        attention_layer: the hidden state whose layer's saliency and keys are wanted; None: neither.
-        kwargs: for the tower, e.g. `interpolate_pos_encoding`.
+        attention_layer: the hidden state whose layer's saliency and keys are wanted; None: neither is computed.
+        kwargs: arguments of the tower, e.g. `interpolate_pos_encoding`.
 
     Raises:
         UserError: an unknown kind of tower, a layer that it does not have, or pixel values that are no pictures.
@@ -166,24 +212,30 @@ def run_tower(
     check_pixel_values(pixel_values)
     layout = tower_layout(tower.config)
     layers = list(tower.get_submodule(layout.layers).children())
-    index = last = layer_index(feature_layer, len(layers))
-    tapped = {"features": layers[index]}
+
+    last_layer = layer_index(feature_layer, len(layers))
+    hooked = {"features": layers[last_layer]}
     if attention_layer is not None:
-        tap = layer_index(attention_layer, len(layers), setting="reducer.layer")
-        last = max(index, tap)
-        tapped |= {name: layers[tap].get_submodule(getattr(layout, name)) for name in ("queries", "keys")}
-    with replaced_forwards(dict.fromkeys(layers[last + 1 :], _pass_through)), captured(tapped) as outputs:
+        index = layer_index(attention_layer, len(layers), setting="reducer.layer")
+        last_layer = max(last_layer, index)
+        hooked["queries"] = layers[index].get_submodule(layout.queries)
+        hooked["keys"] = layers[index].get_submodule(layout.keys)
+
+    # Nothing reads the layers after the last one, so they return their input.
+    skipped = dict.fromkeys(layers[last_layer + 1 :], _pass_through)
+    with replaced_forwards(skipped), captured(hooked) as outputs:
         tower(pixel_values, **kwargs)
+
+    tokens = VisionTokens(features=outputs["features"], has_cls=layout.has_cls, num_dropped=num_dropped)
     if attention_layer is None:
-        return VisionTokens(features=outputs["features"], has_cls=layout.has_cls, num_dropped=num_dropped)
-    with torch.no_grad():
-        num_heads: int = tower.config.num_attention_heads  # type: ignore[union-attr, assignment]
-        queries, keys = (split_heads(outputs[name], num_heads) for name in ("queries", "keys"))
-        saliency = cls_attention(queries, keys) if layout.has_cls else received_attention(queries, keys)
-        return VisionTokens(
-            features=outputs["features"],
-            has_cls=layout.has_cls,
-            num_dropped=num_dropped,
-            saliency=saliency,
-            keys=keys.mean(dim=1),
-        )
+        return tokens
+    return _with_attention(tokens, outputs["queries"], outputs["keys"], tower.config)
+
+
+@torch.no_grad()
+def _with_attention(tokens: VisionTokens, queries: Tensor, keys: Tensor, config: Any) -> VisionTokens:
+    """Add saliency and keys, computed from a layer's projections float[B, N, d]."""
+    query_heads = split_heads(queries, config.num_attention_heads)
+    key_heads = split_heads(keys, config.num_attention_heads)
+    saliency_of = cls_attention if tokens.has_cls else received_attention
+    return replace(tokens, saliency=saliency_of(query_heads, key_heads), keys=key_heads.mean(dim=1))

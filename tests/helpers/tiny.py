@@ -28,6 +28,7 @@ TOWERS = {
     "clip": {"model_type": "clip_vision_model", "intermediate_size": 64, "projection_dim": 16},
     "dinov2": {"model_type": "dinov2", "mlp_ratio": 2, "use_mask_token": False},
     "siglip": {"model_type": "siglip_vision_model", "intermediate_size": 64, "vision_use_head": False},
+    "vit": {"model_type": "vit", "intermediate_size": 64},
 }
 SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>", "<video>"]
 
@@ -61,6 +62,7 @@ KINDS = {  # a family's model_type, its vision tower, and what else its config h
     "clip": ("llava", "clip", {}),
     "dinov2": ("llava", "dinov2", {}),
     "siglip": ("llava", "siglip", {"vision_feature_select_strategy": "full"}),
+    "vit": ("llava", "vit", {}),
     "next": ("llava_next", "clip", {}),
     "next-siglip": ("llava_next", "siglip", {"vision_feature_select_strategy": "full"}),
     "onevision": (

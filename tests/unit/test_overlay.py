@@ -15,10 +15,10 @@ from vzip.reducers.visionzip import VisionZip
 PICTURE = tiny.picture(3, 90, 60)
 
 
-def seen(kind, reducer, picture=PICTURE):
+def seen(kind, reducer, picture=PICTURE, *, anyres="released"):
     """(tile, what the attached model's reducer gives for the same tile)."""
     model, processor = tiny.llava(kind), tiny.processor(kind)
-    family = vzip.families.family_of(model)
+    family = vzip.families.family_of(model, anyres=anyres)
     tile = look(family, reducer, processor.image_processor, picture)
     processed = processor.image_processor([[picture]], return_tensors="pt")
     pixels = next(value for name, value in processed.items() if name.startswith("pixel_values")).flatten(
@@ -26,8 +26,8 @@ def seen(kind, reducer, picture=PICTURE):
     )[:1]
     return (
         tile,
-        family.vision_tokens(model.model, VisionZip(dominant=1, contextual=0), pixels),
-        family.reduce(reducer, pixels),
+        family.vision_tokens(VisionZip(dominant=1, contextual=0), pixels),
+        reducer(family.vision_tokens(reducer, pixels)),
     )
 
 
@@ -65,7 +65,7 @@ def test_the_tile_is_what_the_tower_sees_and_not_the_picture_squeezed():
 
 
 def test_spatial_tiles_are_reduced_without_their_cls():
-    tile, *_ = seen("next", VisionZip(dominant=4, contextual=3, anyres="spatial"))
+    tile, *_ = seen("next", VisionZip(dominant=4, contextual=3), anyres="spatial")
     assert not tile.has_cls and len(tile.dominant) == 4
 
 

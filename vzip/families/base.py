@@ -339,27 +339,27 @@ class Family:
 def _patched(method: Callable[..., Any], family: Family, kind: str, reducer: Reducer) -> Callable[..., Any]:
     """Return `project(visual_features(...))` with the signature of `method`, which `generate` reads."""
     signature = inspect.signature(method)
-    first_argument = list(signature.parameters)[1]  # the pixels: the name differs between versions
-    family_class, anyres = type(family), family.anyres
+    family_class = type(family)
+    anyres = family.anyres
 
     @functools.wraps(method)
     def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # All arguments by name, including those that `method` takes as **kwargs.
         arguments = dict(signature.bind_partial(self, *args, **kwargs).arguments)
         del arguments["self"]
         more_arguments = arguments.pop("kwargs", {})
         arguments |= more_arguments
 
-        pixels = arguments.pop(first_argument, None)
-        if pixels is not None:
-            arguments[PIXEL_NAMES[kind][0]] = pixels
         inputs = MediaInputs.from_processed(kind, arguments)
-
-        for name in (*PIXEL_NAMES[kind], *EXTRA_NAMES):
-            arguments.pop(name, None)
+        options = {
+            name: value
+            for name, value in arguments.items()
+            if name not in PIXEL_NAMES[kind] and name not in EXTRA_NAMES
+        }
 
         # An adapter around `self`, and not the one that was installed: in a deep copy of the model, `self` is the copy.
         adapter = family_class(SimpleNamespace(config=self.config, model=self), anyres=anyres)
-        features = adapter.visual_features(kind, inputs, reducer, **arguments)
+        features = adapter.visual_features(kind, inputs, reducer, **options)
         tokens = adapter.project(features)
 
         of_each = list(torch.split(tokens, features.counts.tolist()))
