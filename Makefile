@@ -94,7 +94,7 @@ figures: setup ## draw the paper's analyses for RUN, with the numbers beside the
 	$(BIN)/python -m scripts.figures.main $(THE_RUN) $(ARGS)
 
 efficiency: setup ## measure what RUN saves: prefill, first token, KV cache, memory; ARGS="--against OTHER"
-	$(BIN)/python -m scripts.efficiency $(THE_RUN) $(ARGS)
+	$(BIN)/python -m scripts.efficiency.main $(THE_RUN) $(ARGS)
 
 report: setup ## compare all runs without wandb: their curves, and their part of RESULTS.md
 	$(BIN)/python -m scripts.report $(ARGS)

@@ -1,6 +1,6 @@
 """Generate the answers to a batch of prompts.
 
-Training's evaluation, evaluation harnesses and `scripts/efficiency.py` all generate here.
+Training's evaluation, evaluation harnesses and `scripts/efficiency` all generate here.
 `vzip.chat` does not: it streams tokens, and keeps the KV cache from question to question.
 """
 

@@ -94,6 +94,7 @@ def make_cells(
     cells = []
     for setting in settings:
         for task in [HELD_OUT, *tasks]:
+            # Other budgets, or other questions, make other answers.
             own_stamp = {**stamp, "budget": setting.budget}
             if task == HELD_OUT:
                 if questions is None:

@@ -59,6 +59,7 @@ def run_cell(model: Vzip, cell: Cell, manager: TaskManager, *, limit: int | None
     path = Path(cell.path)
     path.parent.mkdir(parents=True, exist_ok=True)
 
+    # The model is loaded once, and switches to the cell's setting.
     model.answerer.take(cell.row, budget=cell.budget)
     comparison = model.answerer.comparison
     reducer = comparison.reducer(cell.row, budget=cell.budget)
@@ -124,10 +125,12 @@ def load_tasks(names: set[str], *, include_path: str | None) -> TaskManager:
 @exit_on_user_error
 def main() -> None:
     """Run all cells of the job whose path is the only argument."""
+    # Look for the tasks first: an unknown name is found out before the model is loaded.
     path = Path(sys.argv[1])
     job = Job.read(path)
     manager = load_tasks({cell.task for cell in job.cells}, include_path=job.include_path)
 
+    # A base model is asked in the same template as a run of its recipe.
     model = Vzip(**job.arguments)
     if job.template:
         processor = model.answerer.comparison.processor

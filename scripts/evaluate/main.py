@@ -84,6 +84,7 @@ def tasks_to_run(chosen: str | None, *, online: bool) -> tuple[list[str], list[s
     wanted = chosen.split(",") if chosen else [task.name for task in PAPER]
     names = [name.strip() for name in wanted if name.strip() not in ("", HELD_OUT)]
 
+    # Without the hub there is no data, unless the user says that it is in the cache.
     may_be_cached = chosen is not None and constants.HF_HUB_OFFLINE
     if names and not online and not may_be_cached:
         if chosen:
@@ -95,6 +96,7 @@ def tasks_to_run(chosen: str | None, *, online: bool) -> tuple[list[str], list[s
         columns = ", ".join(task.column for task in PAPER)
         return [], [f"{constants.ENDPOINT} does not answer: left out are {columns}"]
 
+    # A task that the user has chosen must run. One of the paper's may be left out.
     missing_keys = _missing_keys(names)
     if missing_keys and chosen:
         name, key = next(iter(missing_keys.items()))
@@ -118,7 +120,9 @@ def questions_to_ask(run: Path | None) -> tuple[Path | None, list[str]]:
 def harness_command(python: Path, *, processes: int) -> list[str]:
     """The command that starts the harness.
 
-    Several processes share the questions of a task, through torch's launcher.
+    It is a module, like this command, so both are found from the same working directory, and
+    relative paths mean the same to both. Several processes are started by torch's launcher, and
+    share the questions of a task.
     """
     launcher = []
     if processes > 1:
@@ -128,10 +132,15 @@ def harness_command(python: Path, *, processes: int) -> list[str]:
 
 def _harness_environment(*, processes: int, online: bool) -> dict[str, str]:
     variables = dict(os.environ)
+
+    # Without this, each file would be looked for on the hub again and again.
     if not online:
-        variables["HF_HUB_OFFLINE"] = "1"  # or each file is looked for again and again
+        variables["HF_HUB_OFFLINE"] = "1"
+
+    # Without this, accelerate would expect a GPU for each of several processes.
     if processes > 1 and not torch.cuda.is_available():
         variables["ACCELERATE_USE_CPU"] = "True"
+
     return variables
 
 
@@ -154,7 +163,7 @@ def run_harness(job: Job, *, processes: int, online: bool) -> int:
             process = subprocess.run([*command, str(path)], env=variables, check=False)
             code = process.returncode or code
 
-            # Without this file the harness has reached the last cell.
+            # Go on behind the cell that failed. Without this file, the harness has reached the end.
             cells = cells[int(failed.read_text()) :] if failed.is_file() else []
             failed.unlink(missing_ok=True)
 
@@ -220,10 +229,27 @@ def num_processes(arguments: argparse.Namespace) -> int:
     return 1 if arguments.device else max(1, torch.cuda.device_count())
 
 
+def _cells(
+    arguments: argparse.Namespace,
+    target: Target,
+    tasks: Sequence[str],
+    questions: Path | None,
+) -> list[Cell]:
+    """List the cells of the table. A result counts if the same model has made it in the same way."""
+    stamp = {
+        "version": VERSION,
+        "model": target.model,
+        "limit": arguments.limit,
+        "dtype": arguments.dtype,
+    }
+    return make_cells(target.settings, tasks, questions=questions, folder=target.folder, stamp=stamp)
+
+
 def _make_job(
     arguments: argparse.Namespace, target: Target, questions: Path | None, cells: list[Cell]
 ) -> Job:
     """Describe to the harness how the model is loaded, and what is asked."""
+    # The harness switches from setting to setting. This is the one that it loads the model in.
     first = target.settings[0]
     model: dict[str, Any] = {
         "pretrained": arguments.source,
@@ -232,6 +258,8 @@ def _make_job(
     }
     if first.budget:
         model["budget"] = first.budget
+
+    # An option that is not given is left to the model's own defaults.
     for name in ("device", "dtype", "base"):
         value = getattr(arguments, name)
         if value:
@@ -285,31 +313,26 @@ def main() -> None:
     if questions is None and not tasks:
         raise UserError("there is nothing left to ask, for the reasons above")
 
-    # A result counts only if it was made by the same model in the same way.
-    stamp = {
-        "version": VERSION,
-        "model": target.model,
-        "limit": arguments.limit,
-        "dtype": arguments.dtype,
-    }
-    table_shape = {"questions": questions, "folder": target.folder, "stamp": stamp}
-    cells = make_cells(target.settings, tasks, **table_shape)
+    # List what is asked, and forget older results if the user wants that.
+    cells = _cells(arguments, target, tasks, questions)
     if arguments.fresh:
         for cell in cells:
             Path(cell.path).unlink(missing_ok=True)
 
+    # Ask what has no result yet.
     code = 0
     missing = [cell for cell in cells if cell.result() is None]
     if missing:
         job = _make_job(arguments, target, questions, missing)
         code = run_harness(job, processes=processes, online=online)
 
-    # The table also shows tasks that an earlier command has asked.
+    # Show everything that has a result, also the tasks that an earlier command has asked.
     earlier = {path.stem for path in target.folder.glob("*/*.json")} - {HELD_OUT, *tasks}
-    finished = _finished(make_cells(target.settings, [*tasks, *sorted(earlier)], **table_shape))
+    finished = _finished(_cells(arguments, target, [*tasks, *sorted(earlier)], questions))
     if finished:
         _show_table(arguments, target, finished)
 
+    # Fail if something is missing. The harness may have said already what to change.
     if code == USER_ERROR_CODE:
         sys.exit(code)
     unfinished = [f"{cell.name}: {cell.task}" for cell in cells if cell.result() is None]

@@ -49,6 +49,7 @@ def _question_settings(run: Path | None) -> DictConfig:
     config.register()
     finished = None if run is None else FinishedRun(run)
 
+    # Prefer the run's own questions: their scores can be compared with those after tuning.
     if finished is not None and finished.has_settings and config.asks_questions(finished.settings):
         cfg = finished.settings
         advice = "put the file there again"
@@ -128,6 +129,7 @@ def write_questions(run: Path | None) -> Path:
     Raises:
         UserError: the file of the questions does not exist.
     """
+    # Take the same questions as the evaluation after tuning.
     cfg = _question_settings(run)
     media_folder = Path(cfg.data.image_folder).expanduser()
     num_frames = cfg.model.get("num_frames", 1)

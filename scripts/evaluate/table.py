@@ -20,6 +20,7 @@ def _merge_cells(cells: Sequence[FinishedCell]) -> list[dict[str, Any]]:
     """Merge the cells of each setting into one row."""
     rows: dict[str, dict[str, Any]] = {}
     for cell, result in cells:
+        # The first cell of a setting makes its row.
         if cell.name not in rows:
             rows[cell.name] = {
                 "name": cell.name,
@@ -30,6 +31,7 @@ def _merge_cells(cells: Sequence[FinishedCell]) -> list[dict[str, Any]]:
                 "seconds": 0.0,
             }
 
+        # Every cell adds the columns of its task.
         row = rows[cell.name]
         row["scores"] |= scores_of(result["results"])
         row["num_questions"] |= result["num_questions"]
@@ -61,17 +63,21 @@ def _add_percent_of_full(rows: Sequence[dict[str, Any]], asked: Mapping[str, Col
         rows: rows of the table. One of them is `full`, if there is anything to compare with.
         asked: by name of a row, the columns that the mean is taken over.
     """
-    paper_columns = {task.column for task in PAPER}
+    # An export has no `full`, and then nothing has a share of it.
     scores_of_full = [row["scores"] for row in rows if row["row"] == "full"]
     full = scores_of_full[0] if scores_of_full else {}
 
+    paper_columns = {task.column for task in PAPER}
+
     for row in rows:
+        # The share of each column that `full` was asked too.
         shares = {}
         for column, score in row["scores"].items():
             if full.get(column):
                 shares[column] = 100 * score / full[column]
         row["percent_of_full"] = shares
 
+        # Their mean, over the paper's tasks.
         counted = [
             share
             for column, share in shares.items()
@@ -154,6 +160,7 @@ def print_scores(table: Mapping[str, Any], *, title: str) -> None:
     for name, text in table["tables"].items():
         console.print(f"{name}\n{text}", markup=False, highlight=False, soft_wrap=True)
 
+    # The average is shown only if one of the paper's tasks was asked.
     columns = _columns(table["rows"])
     has_average = any(row["average_percent"] is not None for row in table["rows"])
     header = ["setting", "tokens", *columns]
@@ -161,6 +168,7 @@ def print_scores(table: Mapping[str, Any], *, title: str) -> None:
         header.append("average of full")
     header.append("seconds")
 
+    # Each of our lines is followed by the paper's, if it reports the same setting.
     lines = []
     for row in table["rows"]:
         lines.append(_line(row["name"], row, columns, has_average=has_average))

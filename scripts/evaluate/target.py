@@ -113,6 +113,7 @@ def recipe_template(model: str) -> dict[str, Any] | None:
     A run of the recipe is asked in this template, so the base model that it is compared with must
     be too.
     """
+    # The recipes refer to resolvers that are registered there.
     config.register()
     for path in sorted((ROOT / "configs" / "model").glob("*.yaml")):
         recipe = OmegaConf.load(path).model
@@ -133,6 +134,8 @@ def _identity_of_model(source: str) -> str:
     """Hash a model's files. A hub id stands for itself."""
     if not Path(source).is_dir():
         return source
+
+    # A model card or a picture beside the weights changes no answer.
     return digest(path for path in sorted(Path(source).glob("*")) if path.suffix in MODEL_FILES)
 
 
@@ -203,6 +206,7 @@ def find_target(arguments: argparse.Namespace) -> Target:
     if folder is None:
         return _base_model_target(arguments)
 
+    # Runs and exports record the budgets that they were tuned for.
     if arguments.budget:
         raise UserError(
             f"--budget {arguments.budget[0]}: {folder} is a run or an export, which has its own; "

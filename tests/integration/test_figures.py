@@ -48,7 +48,7 @@ def test_all_figures_are_drawn_from_a_run(run, tmp_path):
 
 
 def test_the_efficiency_of_a_run_is_measured_on_its_questions(run):
-    done = start([sys.executable, "-m", "scripts.efficiency", str(run), "--questions", "3", "--rounds", "1"])
+    done = start([sys.executable, "-m", "scripts.efficiency.main", str(run), "--questions", "3", "--rounds", "1"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the run's held-out questions" in done.stdout and "time to first token" in done.stdout
     found = json.loads((run / "efficiency.json").read_text())

@@ -32,6 +32,7 @@ def _content(question: str, media: Mapping[str, Iterator[Any]]) -> list[dict[str
 
 def messages(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the question as a conversation, with the turns before it and their true answers."""
+    # Each placeholder takes the next picture or video.
     media = {"image": iter(document["images"]), "video": iter(document["videos"])}
 
     conversation = []

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from scripts import efficiency
-from scripts.efficiency import EfficiencySetting, PrefillQuestion, made_up_questions, paper_flops
+from scripts.efficiency import main as efficiency
+from scripts.efficiency.measure import EfficiencySetting, paper_flops
+from scripts.efficiency.questions import PrefillQuestion, made_up_questions, prompts
 from tests.helpers import tiny
 from tests.helpers.errors import refused
 from tests.helpers.runs import attached, save_run, tune
@@ -44,7 +45,7 @@ def command(monkeypatch, capsys):
     """Run the command in this process, and return what it prints."""
 
     def start(*arguments):
-        monkeypatch.setattr(sys, "argv", ["efficiency.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
         efficiency.main.__wrapped__()
         return capsys.readouterr().out
 
@@ -151,10 +152,10 @@ def test_the_timed_prefill_is_that_of_the_answer(run):
 def test_questions_are_asked_in_the_models_chat_template():
     processor = tiny.processor()
     question = PrefillQuestion("what?", tiny.picture())
-    assert efficiency.prompts(processor, [question]) == ["<image>\nwhat?"]
+    assert prompts(processor, [question]) == ["<image>\nwhat?"]
 
     processor.chat_template = chat_template(chatml("be brief"), processor.tokenizer)
-    (prompt,) = efficiency.prompts(processor, [question])
+    (prompt,) = prompts(processor, [question])
     assert prompt.count("<image>") == 1
     assert "be brief" in prompt
     assert prompt.endswith("<|im_start|>assistant\n")

@@ -1,0 +1,1 @@
+"""What a reducer saves: time, computation and memory."""
