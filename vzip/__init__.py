@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Comparison", "Handle", "UserError", "__version__", "attach", "load", "load_projector"]
 
+# The module of each name that is imported late. None of these names may be a module of `vzip` itself.
 _HOMES = {
     "Comparison": "vzip.runs.compare",
     "Handle": "vzip.handle",
@@ -23,7 +24,6 @@ _HOMES = {
     "load": "vzip.runs.compare",
     "load_projector": "vzip.runs.projector",
 }
-"""The module of each name that is imported late. None of these names may be a module of `vzip` itself."""
 
 
 def __getattr__(name: str) -> Any:

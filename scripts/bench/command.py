@@ -11,8 +11,8 @@ from rich.table import Table
 
 from train.cli import count, writable
 
+# Columns of a table that is printed into a file.
 LOG_WIDTH = 128
-"""Columns of a table that is printed into a file."""
 
 
 def bench_parser(description: str | None) -> argparse.ArgumentParser:

@@ -20,26 +20,24 @@ from vzip.media import MediaInputs, lookup_table
 from vzip.reducers import Reducer
 from vzip.templates.encode import IGNORED
 
+# Text and label tokens of each of the 66,529 examples of a tenth of LLaVA's mix.
+# They are estimated from published counts.
 LENGTHS = Path(__file__).with_name("mix665k_tenth_lengths.npz")
-"""Text and label tokens of each of the 66,529 examples of a tenth of LLaVA's mix.
 
-They are estimated from published counts.
-"""
-
+# Tokens that each of these examples begins with: BOS, the system prompt, and "USER: ".
 NUM_PREFIX = 35
-"""Tokens that each of these examples begins with: BOS, the system prompt, and "USER: "."""
 
+# Questions of an example.
 MAX_TURNS = 3
-"""Questions of an example."""
 
+# Different pictures of noise.
 NUM_PICTURES = 16
-"""Different pictures of noise."""
 
+# Llama's special tokens, which have the first ids.
 NUM_SPECIAL_IDS = 3
-"""Llama's special tokens, which have the first ids."""
 
+# Tiles on each side of a picture, if a model cuts pictures. Most pictures of the mix have as many.
 TILES = 2
-"""Tiles on each side of a picture, if a model cuts pictures. Most pictures of the mix have as many."""
 
 
 class Noise:
@@ -100,6 +98,7 @@ def make_examples(family: Family, *, num_examples: int, seed: int = 0) -> Exampl
         label_lengths = recorded["label_tokens"]
         lengths_without_picture = recorded["text_only_tokens"]
 
+    # Text ids are drawn from all but the special ones and the placeholder.
     generator = np.random.default_rng(seed)
     image_id = family.placeholder_id("image")
     vocabulary = np.arange(NUM_SPECIAL_IDS, family.model.config.text_config.vocab_size)
@@ -111,6 +110,7 @@ def make_examples(family: Family, *, num_examples: int, seed: int = 0) -> Exampl
         text = np.concatenate([prefix, generator.choice(vocabulary, length - NUM_PREFIX)])
         return _example(text, int(num_labels), image, size=(side, side))
 
+    # The mix's share of examples without a picture.
     num_recorded = len(text_lengths) + len(lengths_without_picture)
     num_without = round(num_examples * len(lengths_without_picture) / num_recorded)
     examples = []
@@ -135,6 +135,7 @@ def _example(text: np.ndarray, num_labels: int, image: int | None, *, size: tupl
     num_questions = len(text) - NUM_PREFIX - num_labels
     labels = np.full(len(text), IGNORED)
 
+    # Questions and answers alternate. Only answers are labels.
     stop = NUM_PREFIX
     turns = zip(_even_parts(num_questions, num_turns), _even_parts(num_labels, num_turns), strict=True)
     for question, answer in turns:
@@ -147,6 +148,7 @@ def _example(text: np.ndarray, num_labels: int, image: int | None, *, size: tupl
     if image is None:
         return Example(ids, targets, media={})
 
+    # The image comes first in the first question, and is no label.
     ids.insert(NUM_PREFIX, image)
     targets.insert(NUM_PREFIX, IGNORED)
     return Example(ids, targets, media={"image": (Path("noise"),)}, sizes=(size,))
@@ -186,6 +188,7 @@ def necessary_flops(family: Family, reducer: Reducer, examples: Sequence[Example
         num_text_tokens=0,
     )
 
+    # All tokens go through all layers but the last one, which needs their keys and values alone.
     text_config = family.model.config.text_config
     language = family.language_model
     last_layer = language.layers[-1]

@@ -58,12 +58,11 @@ GRAIN = 7.0
 
 SQUARE = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
 
+# Config and processor, which default to the published models of 336 pixels, and a middle budget's reducer.
 MODELS: dict[str, tuple[Any, Any, VisionZip]] = {
     "llava": (LlavaConfig, CLIPImageProcessorPil, VisionZip(dominant=54, contextual=10)),
     "next": (LlavaNextConfig, LlavaNextImageProcessorPil, VisionZip(dominant=27, contextual=5)),
 }
-"""Config and processor, which default to the published models of 336 pixels, and a middle budget's
-reducer."""
 
 # Examples of a step, packed tokens of a micro batch, and examples of a padded one.
 BATCH_SIZE = 128
@@ -73,6 +72,7 @@ MICRO = 16
 
 def photograph(generator: np.random.Generator, height: int, width: int) -> Image.Image:
     """Make a picture of noise with the spectrum and the correlated channels of a photograph."""
+    # The mean (frequency 0) is set to zero here: its level is added below.
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = np.inf
 
@@ -82,6 +82,7 @@ def photograph(generator: np.random.Generator, height: int, width: int) -> Image
         normalized: np.ndarray = field / field.std()
         return normalized
 
+    # Channels share most of their noise: the light.
     light = noise()
     channels = []
     for _ in range(3):
@@ -229,6 +230,7 @@ def first_batch(tokens: Path, pictures: Path, collator: Collator) -> tuple[Micro
     start = time.perf_counter()
     examples = Examples.open(tokens, pictures)
     plan = BatchPlan(size=BATCH_SIZE, world_size=1, num_steps=len(examples) // BATCH_SIZE, seed=0)
+    # The same steps as in training: find the shared prefix, count tokens, cut micro batches.
     prefix = shared_prefix(examples, [collator.family.placeholder_id(kind) for kind in collator.kinds])
     packer = Packer(collator, num_prefix=len(prefix))
     has_gradient = has_media(examples)
@@ -270,6 +272,7 @@ def padding(batches: MicroBatches, collator: Collator) -> dict[str, float]:
 
 def measure_loader(model: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Measure everything for a model. `folder` is a scratch folder."""
+    # Write what a run would find: pictures, and token ids in a file.
     collator = make_loader_collator(model)
     sizes = write_pictures(folder)
     tokens = folder / "tokens.arrow"
@@ -277,6 +280,7 @@ def measure_loader(model: str, arguments: argparse.Namespace, folder: Path) -> d
     write_examples(loader_examples(recorded_lengths(), sizes, image_id), tokens)
     batches, seconds = first_batch(tokens, folder, collator)
 
+    # Measure the whole path, then its parts in this process.
     rates = {}
     for num_workers in arguments.workers:
         rates[num_workers] = pictures_per_s(
@@ -289,6 +293,7 @@ def measure_loader(model: str, arguments: argparse.Namespace, folder: Path) -> d
     paths = [folder / name for name in sizes]
     stages = stage_times(model, paths, rounds=arguments.rounds)
 
+    # Any micro batch that has pictures shows how many bytes one takes.
     with_images = next(batch for batch in loader(batches, first=1, num_workers=0) if num_images(batch))
     num_bytes = _pixels(with_images).numel() / num_images(with_images)
     return {
@@ -345,7 +350,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="seconds of a round")
     arguments = parser.parse_args()
 
-    # Workers have one thread each.
+    # Workers have one thread each, so this process has one, too.
     torch.set_num_threads(1)
 
     environment = current_environment(torch.device("cpu"))

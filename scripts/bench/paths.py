@@ -129,6 +129,7 @@ def make_fast(
         tokens: packed tokens of a micro batch.
         device: where the model is.
     """
+    # All examples begin with the same prefix, which is run once.
     prefix = shared_prefix(examples, [family.placeholder_id("image")])
     packer = Packer(make_collator(family, reducer), num_prefix=len(prefix))
     has_gradient = has_media(examples)
@@ -141,6 +142,7 @@ def make_fast(
         has_gradient=has_gradient,
     )
 
+    # Compiled kernels pay on a GPU only, as in training.
     loss = FastLoss(family, [reducer], prefix=prefix, compiled=device.type == "cuda")
     loss.run_prefix(device)
     batches = MicroBatches(batcher, plan, rank=0, has_gradient=has_gradient)
@@ -185,6 +187,7 @@ def fitting_tokens(family: Family, reducer: Reducer, device: torch.device) -> in
     if device.type != "cuda":
         return MAX_TOKENS
 
+    # The weights are on the GPU already, so what is allocated counts in place of an estimate.
     card = Card(torch.cuda.mem_get_info(device)[1], name="the GPU")
     room = card.usable - CUDA_CONTEXT - torch.cuda.memory_allocated(device)
     tokens = largest_fitting(
@@ -224,6 +227,7 @@ def kept_bytes(language: PackedLanguage, lengths: Sequence[int], prefix: Sequenc
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
+    # Autograd calls `keep` for each tensor that it saves.
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         language(embeddings, segments, torch.tensor([0], device=model.device))
 

@@ -28,6 +28,7 @@ from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
 
+# Models of each table, by shape. The first one keeps all tokens, the last one has each of the budgets.
 SHAPES: dict[str, Sequence[tuple[str, ...]]] = {
     "tiny": (("llava-7b",), ("next-7b",), ("llava-7b", "llava-13b")),
     "llava-7b": (("llava-7b",),),
@@ -35,11 +36,11 @@ SHAPES: dict[str, Sequence[tuple[str, ...]]] = {
     "next-7b": (("next-7b",),),
     "compare": (("llava-7b", "llava-13b"), ("next-7b", "next-13b")),
 }
-"""Models of each table, by shape. The first one keeps all tokens, the last one has each of the budgets."""
 
+# The paper's budgets, by the number of tiles whose tokens a budget counts together.
 BUDGETS = {1: (192, 128, 64), 5: (640, 320, 160)}
-"""The paper's budgets, by the number of tiles whose tokens a budget counts together."""
 
+# What the sizes of the published models are divided by for the shape "tiny".
 DIVISORS = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -50,10 +51,9 @@ DIVISORS = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
 }
-"""What the sizes of the published models are divided by for the shape "tiny"."""
 
+# Prompt tokens beside the visual ones.
 NUM_TEXT = 40
-"""Prompt tokens beside the visual ones."""
 
 
 def build_family(name: str, *, tiny: bool, device: torch.device) -> Family:
@@ -75,6 +75,7 @@ def noise_inputs(
         batch: number of prompts.
         num_text: text tokens of a prompt.
     """
+    # Everything is made where the model is.
     weight = next(family.tower.parameters())
     device = weight.device
     has_tiles = family.budget_tiles > 1
@@ -103,6 +104,7 @@ def make_cases(families: Mapping[str, Family], *, batch: int) -> dict[str, Prefi
     *_, last = families
     pairs: dict[str, tuple[Family, Reducer]] = {f"{first}, all": (families[first], Identity())}
 
+    # The same model twice if there is only one.
     tiles = families[last].budget_tiles
     for budget in BUDGETS[tiles]:
         pairs[f"{last}, {budget}"] = (families[last], VisionZip(budget=budget, tiles=tiles))
@@ -132,6 +134,7 @@ def print_prefill(title: str, figures: Mapping[str, Mapping[str, Any]]) -> None:
     for column in columns:
         table.add_column(column, justify="right")
 
+    # Ratios compare with the first case.
     base = next(iter(figures.values()))
     for name, row in figures.items():
         cells = [f"{row['num_visual_tokens']:,}"]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from vzip.reducers.base import VisionTokens
 from vzip.tap import tower_layout
 
+# The hidden state that is used, as LLaVA's `vision_feature_layer` says.
 LAYER = -2
-"""The hidden state that is used, as LLaVA's `vision_feature_layer` says."""
 
 
 def eager_copy(tower: nn.Module) -> nn.Module:

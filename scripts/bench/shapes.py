@@ -13,6 +13,7 @@ from data.paths import ROOT
 from vzip.families import Family
 from vzip.reducers.visionzip import VisionZip
 
+# Divisors of the sizes of LLaVA-1.5-7B for the shape "tiny". Heads keep their width.
 TINY_DIVISORS = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -20,13 +21,12 @@ TINY_DIVISORS = {
     "num_attention_heads": 16,
     "num_key_value_heads": 16,
 }
-"""Divisors of the sizes of LLaVA-1.5-7B for the shape "tiny". Heads keep their width."""
 
+# A head of 32,000 tokens is 1/50 of a 7B model's work for a token, but would be half of the tiny model's.
 TINY_VOCABULARY = 512
-"""A head of 32,000 tokens is 1/50 of a 7B model's work for a token, but would be half of the tiny model's."""
 
+# At the tiny width, weights of this size make outputs as large as those of 0.02 at a width of 4,096.
 TINY_INITIALIZER_RANGE = 0.08
-"""At the tiny width, weights of this size make outputs as large as those of 0.02 at a width of 4,096."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def shape_of(name: str) -> Shape:
     if name == "tiny":
         return tiny_shape()
 
+    # Hydra is not needed: these parts of a config refer to nothing else.
     model = yaml.safe_load((ROOT / "configs" / "model" / f"{name}.yaml").read_text())["model"]
     return Shape(
         name,
@@ -73,6 +74,7 @@ def tiny_shape() -> Shape:
 
     Steps and micro batches have half as many examples, so that the share of padding stays the same.
     """
+    # Dividing all sizes alike keeps the proportions of vision tower and language model.
     large = shape_of("llava-7b")
     architecture = shrink(large.architecture, TINY_DIVISORS)
     architecture["image_token_index"] = TINY_VOCABULARY - 1

