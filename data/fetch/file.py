@@ -4,7 +4,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -13,7 +13,8 @@ from data.fetch.http import Client, NotFoundError, TransientError
 from data.paths import atomic_write
 from data.progress import progress
 
-HUB = "https://huggingface.co"
+ENDPOINTS = (constants.ENDPOINT, "https://huggingface.co")
+"""Where the hub is: at `$HF_ENDPOINT`, which may name a mirror, and always at its own address."""
 HUB_PATH = re.compile(r"/+(?:(datasets|spaces)/)?((?:[^/]+/)?[^/]+)/resolve/([^/]+)/(.+)")
 """Path of a file on the hub: (type of the repository), its name, revision, file."""
 
@@ -31,16 +32,16 @@ class HubFile:
 
 def parse_hub_address(url: str) -> HubFile | None:
     """The file that an address of the hub names, at `$HF_ENDPOINT` or huggingface.co; None for other addresses."""
-    for endpoint in (constants.ENDPOINT, HUB):
+    for endpoint in ENDPOINTS:
         if not url.startswith(f"{endpoint}/"):
             continue
 
-        path = urlsplit(url.removeprefix(endpoint)).path
-        match = HUB_PATH.fullmatch(unquote(path))
+        path, _, _ = url.removeprefix(endpoint).partition("?")
+        match = HUB_PATH.fullmatch(path)
         if match:
             kind, repo_id, revision, filename = match.groups()
             repo_type = kind.removesuffix("s") if kind else "model"
-            return HubFile(endpoint, repo_type, repo_id, revision, filename)
+            return HubFile(endpoint, repo_type, repo_id, unquote(revision), unquote(filename))
 
     return None
 

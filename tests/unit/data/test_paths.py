@@ -1,4 +1,4 @@
-"""Files are written whole, whoever else writes them and whenever a process ends."""
+"""A file is written whole or not at all, whoever else writes it and whenever a process ends."""
 
 import json
 import multiprocessing
@@ -8,8 +8,7 @@ import sys
 
 import pytest
 
-from data.paths import atomic_write, write_json
-from tests.conftest import ROOT
+from data.paths import ROOT, atomic_write, delete_leftovers, write_json
 
 
 def write_often(path):
@@ -19,35 +18,59 @@ def write_often(path):
 
 def test_two_processes_may_write_the_same_file(tmp_path):
     path = tmp_path / "a.json"
-    processes = [
-        multiprocessing.get_context("fork").Process(target=write_often, args=(path,)) for _ in range(2)
-    ]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=write_often, args=(path,)) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
+
     assert [process.exitcode for process in processes] == [0, 0]
-    assert json.loads(path.read_text()) == list(range(99)) and list(tmp_path.iterdir()) == [path]
+    assert json.loads(path.read_text()) == list(range(99))
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_error_leaves_the_file_as_it_was(tmp_path):
+def test_an_error_leaves_the_file_unchanged(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, 1)
     with pytest.raises(KeyboardInterrupt), atomic_write(path) as scratch:
         scratch.write_text("2")
         raise KeyboardInterrupt
-    assert path.read_text() == "1" and list(tmp_path.iterdir()) == [path]
+
+    assert path.read_text() == "1"
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_killed_process_left_is_deleted_and_what_a_live_one_writes_is_not(tmp_path):
+def test_a_killed_process_leaves_nothing_for_long_and_a_live_one_is_left_alone(tmp_path):
     path = tmp_path / "a[1].json"
     code = (
-        "import os, sys; from pathlib import Path; from data.paths import atomic_write\n"
-        "with atomic_write(Path(sys.argv[1])) as scratch: scratch.write_text('half'); os.kill(os.getpid(), 9)"
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from data.paths import atomic_write\n"
+        "assert 'torch' not in sys.modules, 'commands that need no torch would wait for it'\n"
+        "with atomic_write(Path(sys.argv[1])) as scratch:\n"
+        "    scratch.write_text('half')\n"
+        "    os.kill(os.getpid(), 9)\n"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, check=False)
-    assert killed.returncode == -9 and len(list(tmp_path.iterdir())) == 1
-    alive = tmp_path / f"a[1].json.{os.getppid()}-1.vzip-tmp"
-    alive.write_text("not mine")
+    assert killed.returncode == -9
+    (leftover,) = tmp_path.iterdir()
+
+    others = [tmp_path / f"{path.name}.{os.getppid()}-1.vzip-tmp"]  # of a process that runs
+    others += [tmp_path / leftover.name.replace(path.name, f"{path.name}.gz")]  # of another file
+    others += [tmp_path / "mine.123.tmp"]
+    for other in others:
+        other.write_text("not of this file")
+
     write_json(path, 3)
-    assert set(tmp_path.iterdir()) == {path, alive} and path.read_text() == "3"
+    assert path.read_text() == "3"
+    assert set(tmp_path.iterdir()) == {path, *others}
+
+    delete_leftovers(tmp_path)
+    assert set(tmp_path.iterdir()) == {path, others[0], others[2]}
+
+
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path):
+    path = tmp_path / ("a" * 250 + ".json")
+    write_json(path, 1)
+    assert list(tmp_path.iterdir()) == [path]
