@@ -1,1 +1,3 @@
-"""Checkpoints as other code bases publish them, read into the classes of `transformers` without a conversion step."""
+"""Checkpoints in the layouts of transformers and of original code, read into classes of
+`transformers`.
+"""

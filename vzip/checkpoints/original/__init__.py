@@ -1,1 +1,1 @@
-"""Checkpoints in the layout of a model's own code, before transformers had a class for it."""
+"""Checkpoints in the layout of a model's own code, from before transformers had a class for it."""

@@ -1,9 +1,11 @@
-"""Checkpoints of LLaVA's own code, as they are: no conversion step.
+"""Checkpoints of LLaVA's own code, loaded without a conversion step.
 
-A folder or hub id such as `liuhaotian/llava-v1.5-7b` has Llama's settings and `mm_*` keys in one `config.json`, weights under
-the names of `LlavaLlamaForCausalLM`, no `<image>` in its tokenizer, and its vision tower elsewhere (`mm_vision_tower`). Here it
-becomes a `LlavaForConditionalGeneration` and its processor. Source of the layout: repository haotian-liu/LLaVA,
-`llava/model/llava_arch.py`, `llava/model/builder.py` and `llava/model/multimodal_encoder/clip_encoder.py`.
+A folder or hub id such as `liuhaotian/llava-v1.5-7b` has Llama's settings and `mm_*` keys in one
+`config.json`, weights under the names of `LlavaLlamaForCausalLM`, and no `<image>` in its
+tokenizer. Its vision tower is elsewhere (`mm_vision_tower`). Here it becomes a
+`LlavaForConditionalGeneration` and its processor. Source of the layout: repository
+haotian-liu/LLaVA, `llava/model/llava_arch.py`, `llava/model/builder.py` and
+`llava/model/multimodal_encoder/clip_encoder.py`.
 """
 
 from collections.abc import Mapping
@@ -27,10 +29,10 @@ from vzip.checkpoints.original.renaming import (
     DERIVED,
     LANGUAGE,
     PROJECTOR,
-    ROWS,
     TOWER,
+    VOCABULARY_MULTIPLE,
+    build_model,
     check_settings,
-    fill,
     language_weights,
     projector_weights,
     text_config,
@@ -44,6 +46,8 @@ from vzip.templates.encode import IMAGE, vicuna
 from vzip.templates.jinja import chat_template
 
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
+"""LLaVA's names for the tokens that are taken from the tower, and those of transformers."""
+
 _SETTINGS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "model_type": (None, ("llava", "llava_llama")),
     "mm_projector_type": ("linear", ("mlp2x_gelu",)),
@@ -52,7 +56,10 @@ _SETTINGS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "mm_use_im_start_end": (False, (False,)),
     "s2": (False, (False,)),
 }
-"""Setting: what LLaVA's code takes where it is absent, and the values that can be had here."""
+"""For each setting, LLaVA's default, and the values that are supported here."""
+
+
+# Config
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
@@ -60,138 +67,175 @@ def is_original(config: Mapping[str, Any]) -> bool:
     return config.get("mm_vision_tower") is not None
 
 
+def _llava_next_error(path: str, reason: str) -> UserError:
+    return UserError(
+        f"{path} is a LLaVA-1.6 ({reason}), which cuts a picture into tiles; "
+        "give its converted form, llava-hf/llava-v1.6-*"
+    )
+
+
 def _check_config(path: str, config: Mapping[str, Any]) -> None:
-    """Raises UserError, before any work, for a setting that the model built here would not have."""
-    if str(config.get("image_aspect_ratio")).startswith("anyres"):
-        raise _is_next(path, f"image_aspect_ratio is {config['image_aspect_ratio']!r}")
+    """Raise UserError for a setting that the model built here would not have."""
+    aspect_ratio = config.get("image_aspect_ratio")
+    if str(aspect_ratio).startswith("anyres"):
+        raise _llava_next_error(path, f"image_aspect_ratio is {aspect_ratio!r}")
+
     check_settings(path, config, _SETTINGS)
-    if not isinstance(layer := config.get("mm_vision_select_layer", -2), int):
+
+    layer = config.get("mm_vision_select_layer", -2)
+    if not isinstance(layer, int):
         raise UserError(
             f"{path}, config.json: mm_vision_select_layer is {layer!r}; it must be one whole number, e.g. -2"
         )
 
 
-def _is_next(path: str, reason: str) -> UserError:
-    return UserError(
-        f"{path} is a LLaVA-1.6 ({reason}), which cuts a picture into tiles; give its converted form, llava-hf/llava-v1.6-*"
-    )
-
-
 def _llava_config(config: Mapping[str, Any], vision: Any) -> Any:
-    strategy = _STRATEGIES[config.get("mm_vision_select_feature", "patch")]
+    """Make the LlavaConfig of a checked config.json and a CLIPVisionConfig."""
     text = text_config(config)
+    strategy = _STRATEGIES[config.get("mm_vision_select_feature", "patch")]
+    num_patches = (vision.image_size // vision.patch_size) ** 2
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=vocab_size(config),
-        image_seq_length=(vision.image_size // vision.patch_size) ** 2 + (strategy == "full"),
+        image_seq_length=num_patches + 1 if strategy == "full" else num_patches,
         vision_feature_layer=config.get("mm_vision_select_layer", -2),
         vision_feature_select_strategy=strategy,
         tie_word_embeddings=text.tie_word_embeddings,
     )
 
 
-def _convert(path: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All tensors that the checkpoint holds, under the names in `LlavaForConditionalGeneration`."""
+# Weights
+
+
+def _llava_weights(path: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read the checkpoint's tensors, named as in `LlavaForConditionalGeneration`."""
     weights = read_weights(path)
     if "model.image_newline" in weights:
-        raise _is_next(path, "it has model.image_newline")
-    tensors = language_weights(weights, config) | projector_weights(weights, path)
-    tensors |= {f"model.vision_tower.{name}": tensor for name, tensor in tower_weights(weights).items()}
-    forms = (LANGUAGE, PROJECTOR, TOWER)
-    known = {
-        name for name in weights if name.endswith(DERIVED) or any(form.fullmatch(name) for form in forms)
-    }
-    return tensors | {name: weights[name] for name in weights.keys() - known}  # refused by name further on
+        raise _llava_next_error(path, "it has model.image_newline")
+
+    tensors = language_weights(weights, config)
+    tensors |= projector_weights(weights, path)
+    tensors |= tower_weights(weights)
+
+    # Unknown tensors keep their names, under which `build_model` refuses them.
+    for name, tensor in weights.items():
+        is_known = any(pattern.fullmatch(name) for pattern in (LANGUAGE, PROJECTOR, TOWER))
+        if not is_known and not name.endswith(DERIVED):
+            tensors[name] = tensor
+    return tensors
 
 
 def load_model(path: str, *, dtype: torch.dtype) -> Any:
-    """The checkpoint of a folder or hub id as a `LlavaForConditionalGeneration`, on the CPU, in eval mode.
+    """Load a checkpoint as a `LlavaForConditionalGeneration`, on the CPU, in eval mode.
+
+    Args:
+        path: a folder or hub id.
+        dtype: the precision of the weights.
 
     Raises:
-        OSError: no such folder or hub id.
-        UserError: a LLaVA-1.6 or another architecture, a tower that can't be found, files that are missing or broken, or
-            weights that are not exactly the model's.
+        OSError: there is no such folder or hub id.
+        UserError: it is a LLaVA-1.6 or another architecture, a tower can't be found, files are
+            missing or broken, or the weights are not exactly the model's.
     """
     config = read_config(path)
     _check_config(path, config)
     tower, vision = find_clip(path, config["mm_vision_tower"])
-    tensors = _convert(path, config)
+
+    # A checkpoint in which the tower was tuned holds it.
+    tensors = _llava_weights(path, config)
     if not any(name.startswith("model.vision_tower.") for name in tensors):
-        tensors |= {
-            f"model.vision_tower.{name}": tensor for name, tensor in clip_weights(path, tower, dtype).items()
-        }
-    return fill(path, LlavaForConditionalGeneration, _llava_config(config, vision), tensors, dtype=dtype)
+        tensors |= clip_weights(path, tower, dtype)
+
+    model_config = _llava_config(config, vision)
+    return build_model(path, LlavaForConditionalGeneration, model_config, tensors, dtype=dtype)
 
 
-def _file(path: str, name: str) -> Path | None:
-    """A file of a folder or hub id, on disk, if it has it."""
+# Tokenizer and processor
+
+
+def _find_file(path: str, name: str) -> Path | None:
+    """Find a file of a folder or hub id on disk; None if there is none."""
     try:
         return Path(cached_file(path, name))
     except OSError:
         return None
 
 
-def load_tokenizer(path: str) -> Any:
-    """The checkpoint's tokenizer with `<image>`, whose id is the original vocab_size.
-
-    LLaVA's code has no such token: it cuts the text at `<image>` and puts IMAGE_TOKEN_INDEX (-200) between.
-
-    Raises:
-        OSError: no such folder or hub id.
-        UserError: no tokenizer, or one that does not fit `vocab_size`.
-    """
-    config = read_config(path)
-    size = vocab_size(config)
+def _read_tokenizer(path: str, config: Mapping[str, Any]) -> Any:
+    """Load the tokenizer as it was saved. Raises UserError if it can't be loaded."""
     try:
-        file = _file(path, "tokenizer.model")
-        if file and not _file(path, "tokenizer.json"):
-            tokenizer = sentencepieces.load_sentencepiece_tokenizer(path, file)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(path, config=text_config(config))
+        pieces = _find_file(path, "tokenizer.model")
+        if pieces is not None and _find_file(path, "tokenizer.json") is None:
+            return sentencepieces.load_sentencepiece_tokenizer(path, pieces)
+        return AutoTokenizer.from_pretrained(path, config=text_config(config))
     except UserError:
         raise
-    except Exception as error:  # a broken or missing file raises whatever its parser does
+    except Exception as error:
+        # The parser of a broken or missing file raises errors of any kind.
         raise UserError(
             f"{path}: the tokenizer can't be loaded: {error}; get tokenizer.model and its configs"
         ) from error
+
+
+def load_tokenizer(path: str) -> Any:
+    """Load the checkpoint's tokenizer, and add `<image>`, whose id is the original vocab_size.
+
+    LLaVA's code has no such token. It cuts the text at `<image>`, and puts IMAGE_TOKEN_INDEX (-200)
+    between the pieces.
+
+    Raises:
+        OSError: there is no such folder or hub id.
+        UserError: there is no tokenizer, or it does not fit `vocab_size`.
+    """
+    config = read_config(path)
+    size = vocab_size(config)
+    tokenizer = _read_tokenizer(path, config)
+
     if IMAGE not in tokenizer.get_vocab():
-        # A vocabulary that was padded has rows that no token has: fewer than 64, or the tokenizer is another model's.
-        spare = size - len(tokenizer)
-        if 0 <= spare < ROWS:
-            tokenizer.add_tokens(
-                [AddedToken(f"<unused_{index}>", special=True) for index in range(spare)], special_tokens=True
-            )
+        # A padded vocabulary has a few rows without a token. More than that is another model's
+        # tokenizer.
+        num_spare = size - len(tokenizer)
+        if 0 <= num_spare < VOCABULARY_MULTIPLE:
+            unused = [AddedToken(f"<unused_{index}>", special=True) for index in range(num_spare)]
+            tokenizer.add_tokens(unused, special_tokens=True)
         tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
-    if (image := tokenizer.convert_tokens_to_ids(IMAGE)) != size:
+
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    if image_id != size:
         raise UserError(
-            f"{path}: the tokenizer has {IMAGE} at {image}, but vocab_size in config.json is {size}, which must be the id after"
-            " the last one; get the checkpoint's own tokenizer files"
+            f"{path}: the tokenizer has {IMAGE} at {image_id}, but vocab_size in config.json is "
+            f"{size}, which must be the id after the last one; get the checkpoint's own tokenizer files"
         )
+
+    # As llava/train/train.py does.
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token  # as llava/train/train.py does
+        tokenizer.pad_token = tokenizer.unk_token
     return tokenizer
 
 
 def load_processor(path: str) -> Any:
-    """The checkpoint's LlavaProcessor: the tower's own preprocessing, after padding to a square if LLaVA's code pads, and the
-    chat template of Vicuna, which the file does not name, but LLaVA-1.5 was trained with.
+    """Load the checkpoint's LlavaProcessor.
+
+    It prepares pictures as the tower does, after padding them to a square if LLaVA's code pads. Its
+    chat template is Vicuna's: the checkpoint does not name it, but LLaVA-1.5 was trained with it.
 
     Raises:
-        OSError: no such folder or hub id.
-        UserError: as `load_family` and `load_sentencepiece_tokenizer`, or a tower without `preprocessor_config.json`.
+        OSError: there is no such folder or hub id.
+        UserError: a setting is not supported, the tokenizer can't be loaded, or the tower has no
+            `preprocessor_config.json`.
     """
     config = read_config(path)
     _check_config(path, config)
     tower, vision = find_clip(path, config["mm_vision_tower"])
     try:
-        images = LlavaImageProcessorPil.from_pretrained(
-            tower, do_pad=config.get("image_aspect_ratio") == "pad"
-        )
+        pads = config.get("image_aspect_ratio") == "pad"
+        images = LlavaImageProcessorPil.from_pretrained(tower, do_pad=pads)
     except OSError as error:
         raise UserError(
             f"mm_vision_tower {tower} has no preprocessor_config.json that can be read: {error}"
         ) from error
+
     tokenizer = load_tokenizer(path)
     return LlavaProcessor(
         images,
@@ -199,5 +243,6 @@ def load_processor(path: str) -> Any:
         chat_template=chat_template(vicuna(), tokenizer),
         patch_size=vision.patch_size,
         vision_feature_select_strategy=_STRATEGIES[config.get("mm_vision_select_feature", "patch")],
-        num_additional_image_tokens=1,  # CLIP's CLS
+        # CLIP's CLS.
+        num_additional_image_tokens=1,
     )

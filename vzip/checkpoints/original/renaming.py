@@ -1,4 +1,4 @@
-"""Settings and weights of LLaVA's own code, named as in `transformers`.
+"""Settings and weights of LLaVA's own code, under the names of `transformers`.
 
 Source of the names: repository haotian-liu/LLaVA, `llava/model/llava_arch.py` and
 `llava/model/multimodal_projector/builder.py`.
@@ -18,27 +18,43 @@ from transformers import LlamaConfig
 from vzip.checkpoints.shards import read_tensors
 from vzip.errors import UserError
 
-ROWS = 64
-"""The vocabulary is grown to a multiple of this, as in the checkpoints of llava-hf."""
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+VOCABULARY_MULTIPLE = 64
+"""The vocabulary grows to a multiple of this, as in the checkpoints of llava-hf."""
+
 LANGUAGE = re.compile(r"(?:model\.(?:embed_tokens|layers|norm)|lm_head)\..+")
 PROJECTOR = re.compile(r"(?:.+\.)?mm_projector\.(.+)")
 TOWER = re.compile(r"(?:model\.)?vision_tower\.vision_tower\.(?:vision_model\.)?(.+)")
 DERIVED = (".inv_freq", ".position_ids")
-"""Buffers that older versions of transformers saved; they follow from the config."""
-_LAYERS = {
-    f"{old}.{kind}": f"linear_{new}.{kind}" for old, new in ((0, 1), (2, 2)) for kind in ("weight", "bias")
+"""Buffers that older versions of transformers saved. They follow from the config."""
+
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+_PROJECTOR_NAMES = {
+    "0.weight": "linear_1.weight",
+    "0.bias": "linear_1.bias",
+    "2.weight": "linear_2.weight",
+    "2.bias": "linear_2.bias",
 }
 
 
-def few(names: Iterable[str]) -> str:
-    """The first names, and how many more there are: a 7B model has hundreds."""
+def list_names(names: Iterable[str]) -> str:
+    """List the first names, and how many more there are: a 7B model has hundreds."""
     names = sorted(names)
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    text = ", ".join(names[:8])
+    if len(names) > 8:
+        text += f" and {len(names) - 8} more"
+    return text
+
+
+# The language model
 
 
 def vocab_size(config: Mapping[str, Any]) -> int:
-    """Ids of the original vocabulary; the first new one is `<image>`."""
+    """The size of the original vocabulary. It is also the id of `<image>`, the first new token.
+
+    Raises:
+        UserError: `vocab_size` is missing, or not a whole number of at least 1.
+    """
     size = config.get("vocab_size")
     if not isinstance(size, int) or size < 1:
         raise UserError(f"config.json: vocab_size is {size!r}; it must be the number of rows of {_EMBEDDING}")
@@ -46,14 +62,16 @@ def vocab_size(config: Mapping[str, Any]) -> int:
 
 
 def text_config(config: Mapping[str, Any]) -> Any:
-    """LlamaConfig of the top-level keys, `vocab_size` grown to the next multiple of 64 that has room for `<image>`.
+    """Make a LlamaConfig of the top-level keys.
+
+    Its `vocab_size` is the next multiple of 64 that has room for `<image>`.
 
     Raises:
-        UserError: no vocab_size, or a value that LlamaConfig refuses.
+        UserError: there is no vocab_size, or LlamaConfig refuses a value.
     """
     known = inspect.get_annotations(LlamaConfig).keys() | {"rope_theta", "rope_scaling"}
     settings = {key: value for key, value in config.items() if key in known}
-    settings["vocab_size"] = (vocab_size(config) // ROWS + 1) * ROWS
+    settings["vocab_size"] = (vocab_size(config) // VOCABULARY_MULTIPLE + 1) * VOCABULARY_MULTIPLE
     try:
         return LlamaConfig(**settings)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
@@ -61,129 +79,204 @@ def text_config(config: Mapping[str, Any]) -> Any:
 
 
 def _grow(name: str, old: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """float[vocab_size, d] -> float[grown, d]; each new row is the mean of the old ones.
+    """Add rows to float[vocab_size, d], each the mean of the old ones.
 
-    The logit of a mean row is the mean of the logits, so no new id ever is the most likely one.
+    The logit of a mean row is the mean of the logits, so a new id is never the most likely one.
     """
-    size, grown = vocab_size(config), text_config(config).vocab_size
+    size = vocab_size(config)
     if old.dim() != 2 or old.shape[0] != size:
         raise UserError(
-            f"{name} has the shape {tuple(old.shape)}, but vocab_size in config.json is {size}; they must agree"
+            f"{name} has the shape {tuple(old.shape)}, but vocab_size in config.json is {size}; "
+            "they must agree"
         )
+
+    num_new = text_config(config).vocab_size - size
     mean = old.float().mean(0, keepdim=True).to(old.dtype)
-    return torch.cat([old, mean.expand(grown - size, -1)])
+    return torch.cat([old, mean.expand(num_new, -1)])
 
 
 def language_weights(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The language model's tensors under the names of `LlavaForConditionalGeneration`, embedding and head grown.
+    """Rename the language model's tensors as in `LlavaForConditionalGeneration`.
+
+    The embedding and the head are grown.
 
     Raises:
-        UserError: an embedding or head that has not `vocab_size` rows.
+        UserError: the embedding or the head does not have `vocab_size` rows.
     """
-    named = {}
+    renamed = {}
     for name, tensor in weights.items():
         if not LANGUAGE.fullmatch(name) or name.endswith(DERIVED):
             continue
+
         value = _grow(name, tensor, config) if name in (_EMBEDDING, _HEAD) else tensor
-        named[name if name == _HEAD else f"model.language_model.{name.removeprefix('model.')}"] = value
+        if name == _HEAD:
+            renamed[name] = value
+        else:
+            renamed[f"model.language_model.{name.removeprefix('model.')}"] = value
+
     if config.get("tie_word_embeddings") and _EMBEDDING in weights:
-        named.setdefault(_HEAD, named["model.language_model.embed_tokens.weight"])
-    return named
+        renamed.setdefault(_HEAD, renamed["model.language_model.embed_tokens.weight"])
+    return renamed
+
+
+# The projector
 
 
 def projector_weights(weights: Mapping[str, Tensor], source: str = "the checkpoint") -> dict[str, Tensor]:
-    """`model.multi_modal_projector.linear_{1,2}.*` from `mm_projector.{0,2}.*`, whatever stands before; the rest is left out.
+    """Rename `mm_projector.{0,2}.*` to `model.multi_modal_projector.linear_{1,2}.*`.
+
+    Any prefix is accepted, and other tensors are left out.
 
     Args:
         weights: tensors under LLaVA's names.
         source: what they were read from, for the message.
 
     Raises:
-        UserError: no projector, one of another type than `mlp2x_gelu`, or one that ZeRO-3 left empty.
+        UserError: there is no projector, its type is not `mlp2x_gelu`, or ZeRO-3 left it empty.
     """
-    found = {match[1]: tensor for name, tensor in weights.items() if (match := PROJECTOR.fullmatch(name))}
-    if found.keys() != _LAYERS.keys():
-        held = f"mm_projector.* has {sorted(found)}" if found else "there is no mm_projector.*"
-        raise UserError(
-            f"{source}: {held}; a projector of the type mlp2x_gelu, with {sorted(_LAYERS)}, is what can be loaded"
-            " (not linear, nor another depth)"
-        )
-    if empty := sorted(name for name, tensor in found.items() if tensor.numel() == 0):
-        raise UserError(
-            f"{source}: mm_projector.* is of size 0 in {empty}; LLaVA#665: saved under ZeRO-3 without gathering;"
-            " save it again from that run with zero_to_fp32.py, or train under ZeRO-2"
-        )
-    return {f"model.multi_modal_projector.{_LAYERS[name]}": tensor for name, tensor in found.items()}
+    tensors = {}
+    for name, tensor in weights.items():
+        match = PROJECTOR.fullmatch(name)
+        if match:
+            tensors[match[1]] = tensor
 
+    if tensors.keys() != _PROJECTOR_NAMES.keys():
+        present = f"mm_projector.* has {sorted(tensors)}" if tensors else "there is no mm_projector.*"
+        raise UserError(
+            f"{source}: {present}; only a projector of the type mlp2x_gelu, with "
+            f"{sorted(_PROJECTOR_NAMES)}, can be loaded (not linear, nor another depth)"
+        )
 
-def tower_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The vision tower's tensors under the names in `CLIPVisionModel`; empty where the checkpoint holds none."""
-    found = {match[1]: tensor for name, tensor in weights.items() if (match := TOWER.fullmatch(name))}
-    return {name: tensor for name, tensor in found.items() if not f".{name}".endswith(DERIVED)}
+    empty = sorted(name for name, tensor in tensors.items() if tensor.numel() == 0)
+    if empty:
+        raise UserError(
+            f"{source}: mm_projector.* is of size 0 in {empty}; LLaVA#665: saved under ZeRO-3 "
+            "without gathering; save it again from that run with zero_to_fp32.py, or train under "
+            "ZeRO-2"
+        )
+
+    prefix = "model.multi_modal_projector."
+    return {prefix + _PROJECTOR_NAMES[name]: tensor for name, tensor in tensors.items()}
 
 
 def read_projector(path: Path) -> dict[str, Tensor]:
-    """A starting projector: ours as it is, LLaVA's `mm_projector.bin` (or safetensors) renamed.
+    """Read a starting projector, with the names of `transformers`.
+
+    It may be one of ours, or LLaVA's `mm_projector.bin` (or the same as safetensors).
 
     Raises:
-        UserError: a file that can't be read, or LLaVA's with another projector or more than a projector.
+        UserError: the file can't be read; or it is LLaVA's, and holds another type of projector or
+            more than a projector.
     """
     try:
         tensors = read_tensors(path)
     except UserError as error:
         raise UserError(f"projector {error}") from error
-    if not any("mm_projector" in name for name in tensors):
+
+    is_llavas = any("mm_projector" in name for name in tensors)
+    if not is_llavas:
         return tensors
-    if others := sorted(name for name in tensors if not PROJECTOR.fullmatch(name)):
+
+    others = [name for name in tensors if not PROJECTOR.fullmatch(name)]
+    if others:
         raise UserError(
-            f"projector {path} holds more than mm_projector.*: {few(others)}; give a file of the projector alone"
+            f"projector {path} holds more than mm_projector.*: {list_names(others)}; "
+            "give a file of the projector alone"
         )
     return projector_weights(tensors, f"projector {path}")
+
+
+# The vision tower
+
+
+def tower_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the vision tower's tensors as in `LlavaForConditionalGeneration`.
+
+    The result is empty if the checkpoint has none.
+    """
+    renamed = {}
+    for name, tensor in weights.items():
+        match = TOWER.fullmatch(name)
+        if match and not f".{match[1]}".endswith(DERIVED):
+            renamed[f"model.vision_tower.{match[1]}"] = tensor
+    return renamed
+
+
+# Checks, and the model
 
 
 def check_settings(
     path: str, config: Mapping[str, Any], settings: Mapping[str, tuple[Any, tuple[Any, ...]]]
 ) -> None:
-    """Raises UserError for a setting of config.json that is not among the values that can be had.
+    """Check the settings of a config.json.
 
-    `settings` has, for each, what the checkpoint's own code takes where it is absent, and those values.
+    Args:
+        path: the checkpoint, for the message.
+        config: its config.json.
+        settings: for each setting, the value that the checkpoint's own code assumes if it is
+            absent, and the values that are supported.
+
+    Raises:
+        UserError: a value is not supported.
     """
-    for key, (absent, allowed) in settings.items():
-        if (value := config.get(key, absent)) not in allowed:
+    for key, (default, supported) in settings.items():
+        value = config.get(key, default)
+        if value not in supported:
+            values = ", ".join(map(repr, supported))
             raise UserError(
-                f"{path}, config.json: {key} is {value!r}, not one of {', '.join(map(repr, allowed))}; give such a checkpoint"
+                f"{path}, config.json: {key} is {value!r}, not one of {values}; "
+                "give a checkpoint with one of these"
             )
 
 
 def check_tensors(path: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises UserError, naming the keys, unless the tensors are the model's, one by one."""
-    wrong = []
-    if missing := expected.keys() - tensors.keys():
-        wrong.append(f"missing are {few(missing)}")
-    if surplus := tensors.keys() - expected.keys():
-        wrong.append(f"not part of the model are {few(surplus)}")
-    shapes = {
-        name: (tuple(tensors[name].shape), tuple(expected[name].shape))
-        for name in expected.keys() & tensors.keys()
-    }
-    if other := [f"{name} {held}, not {wanted}" for name, (held, wanted) in shapes.items() if held != wanted]:
-        wrong.append(f"of another shape are {few(other)}")
-    if wrong:
+    """Check that the tensors are exactly those of the model, with their shapes.
+
+    Raises:
+        UserError: some are missing, superfluous or of another shape; it names them.
+    """
+    problems = []
+    missing = expected.keys() - tensors.keys()
+    if missing:
+        problems.append(f"missing are {list_names(missing)}")
+
+    superfluous = tensors.keys() - expected.keys()
+    if superfluous:
+        problems.append(f"not part of the model are {list_names(superfluous)}")
+
+    other_shapes = []
+    for name in expected.keys() & tensors.keys():
+        shape = tuple(tensors[name].shape)
+        expected_shape = tuple(expected[name].shape)
+        if shape != expected_shape:
+            other_shapes.append(f"{name} {shape}, not {expected_shape}")
+    if other_shapes:
+        problems.append(f"of another shape are {list_names(other_shapes)}")
+
+    if problems:
         raise UserError(
-            f"{path}: the weights do not fit config.json: {'; '.join(wrong)};"
-            " get the whole checkpoint, with its own config.json and towers"
+            f"{path}: the weights do not fit config.json: {'; '.join(problems)}; "
+            "get the whole checkpoint, with its own config.json and towers"
         )
 
 
-def fill(path: str, model_class: Any, config: Any, tensors: dict[str, Tensor], *, dtype: torch.dtype) -> Any:
-    """The model of these tensors, on the CPU, in eval mode. Raises UserError unless they are its own, one by one.
+def build_model(
+    path: str, model_class: Any, config: Any, tensors: dict[str, Tensor], *, dtype: torch.dtype
+) -> Any:
+    """Build the model of these tensors, on the CPU, in eval mode.
 
-    Tensors may be views of files until here, so that one copy of the model is held, in `dtype`.
+    The tensors may be views of files until here. They are cast in place, so that only one copy of
+    the model is in memory.
+
+    Raises:
+        UserError: the tensors are not exactly those of the model.
     """
     with torch.device("meta"):
         check_tensors(path, tensors, model_class(config).state_dict())
+
+    # Copy even if nothing is cast: the files may change or go.
     for name in tensors:
-        tensors[name] = tensors[name].to(
-            dtype, copy=True
-        )  # also where nothing is cast: the file may change or go
-    return model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype).eval()
+        tensors[name] = tensors[name].to(dtype, copy=True)
+
+    model = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    return model.eval()
