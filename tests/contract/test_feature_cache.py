@@ -1,4 +1,4 @@
-"""Tuning from a feature cache is tuning from pictures: for every family and reducer, the same features, loss and gradients."""
+"""Tuning from a feature cache is tuning from pictures: the same features, loss and gradients for every family and reducer."""
 
 from functools import cache
 
@@ -7,12 +7,11 @@ import torch
 
 import vzip
 from data.batches.collate import Collator, Packer
-from data.batches.media import Processed
-from data.cache.features import Cached, CacheLayout, cache_settings
+from data.batches.media import ProcessedMedia
+from data.cache.features import CachedMedia, CacheLayout, cache_settings
 from data.cache.make_features import FeatureMaker, write_features
-from data.examples.tokens import kinds_of
 from tests.helpers import tiny
-from tests.helpers.rows import IMAGE_ROWS, NUM_FRAMES, examples_of, rows_of
+from tests.helpers.examples import IMAGE_TEXTS, NUM_FRAMES, examples_of, texts_of
 from train.losses import FastLoss, ReferenceLoss, visual_tokens
 from vzip import UserError
 from vzip.families import family_of
@@ -22,9 +21,10 @@ from vzip.reducers.visionzip import VisionZip
 from vzip.runs.projector import fingerprint
 
 ENGINES = ("reference", "fast")
+RELEASED = VisionZip(dominant=4, contextual=2)
 REDUCERS = {  # (reducer, order of tiles)
-    "released": (VisionZip(dominant=4, contextual=2), "released"),
-    "spatial": (VisionZip(dominant=4, contextual=2), "spatial"),
+    "released": (RELEASED, "released"),
+    "spatial": (RELEASED, "spatial"),
     "without CLS": (VisionZip(dominant=3, contextual=4, keep_cls=False), "released"),
     "random": (Random(budget=5), "released"),
     "random-spatial": (Random(budget=5), "spatial"),
@@ -32,194 +32,198 @@ REDUCERS = {  # (reducer, order of tiles)
 
 
 def family_with(kind, dtype=torch.float32, anyres="released"):
-    """A model as it is tuned: frozen but for a float32 projector."""
+    """A model the way it is tuned: frozen, with a float32 projector that learns."""
     family = family_of(tiny.llava(kind, dtype=dtype).requires_grad_(False), anyres=anyres)
     family.projector.float().requires_grad_(True)
     return family
 
 
 @cache
-def seeing(kind, dtype, anyres):
+def with_towers(kind, dtype, anyres):
     return family_with(kind, dtype, anyres)
 
 
 @cache
-def blind(kind, dtype, anyres):
+def without_towers(kind, dtype, anyres):
     family = family_with(kind, dtype, anyres)
     family.drop_towers()
     return family
 
 
-@cache
-def processor(kind):
-    return tiny.processor(kind)
-
-
-def stock_features(model, kind, inputs):
-    method = getattr(model.model, f"get_{kind}_features")
-    return torch.cat(list(method(inputs.pixels, **inputs.extra).pooler_output))
-
-
-class Runs:
-    """The same rows for a model that sees pictures, and for one that has a cache and no towers."""
+class TwoRuns:
+    """The same examples for a model that sees pictures, and for one that has a cache and no towers."""
 
     def __init__(
         self,
         folder,
         kind,
-        reducer,
-        anyres="released",
+        reducer=RELEASED,
         *,
+        anyres="released",
         texts=None,
         batch=100,
-        rows_a_shard=100,
+        examples_per_shard=100,
         dtype=torch.float32,
     ):
-        self.examples, self.reducer = examples_of(texts or rows_of(kind), folder), reducer
-        self.seeing, self.blind = seeing(kind, dtype, anyres), blind(kind, dtype, anyres)
+        self.examples = examples_of(texts or texts_of(kind), folder)
+        self.reducer = reducer
+        self.with_towers = with_towers(kind, dtype, anyres)
+        self.without_towers = without_towers(kind, dtype, anyres)
+        processor = tiny.processor(kind)
+
         settings = cache_settings(
-            self.seeing,
+            self.with_towers,
             reducer,
-            processor(kind),
-            base_fingerprint=fingerprint(self.seeing),
-            rows="these",
+            processor,
+            base_fingerprint=fingerprint(self.with_towers),
+            examples_name="these",
             num_frames=NUM_FRAMES,
         )
-        media = Processed(processor(kind), self.seeing.without_weights(), reducer, num_frames=NUM_FRAMES)
-        layout = CacheLayout(settings, len(self.examples), rows_a_shard)
-        write_features(
-            folder / "cache",
-            layout,
-            self.examples,
-            FeatureMaker(self.seeing, reducer, media),
-            batch=batch,
-            num_workers=0,
-        )
-        self.cached = Cached(folder / "cache", settings)
-        kinds = kinds_of(self.examples)
-        self.from_pictures = Collator(
-            processor(kind), self.seeing, reducer, kinds=kinds, num_frames=NUM_FRAMES
-        )
-        self.from_cache = Collator(
-            processor(kind), self.blind, reducer, kinds=kinds, num_frames=NUM_FRAMES, media=self.cached
-        )
+        layout = CacheLayout(settings, len(self.examples), examples_per_shard)
+        media = ProcessedMedia(processor, self.with_towers.without_weights(), reducer, num_frames=NUM_FRAMES)
+        maker = FeatureMaker(self.with_towers, reducer, media)
+        write_features(folder / "cache", layout, self.examples, maker, batch=batch)
 
-    def chosen(self, rows=None):
-        return self.examples if rows is None else [self.examples[row] for row in rows]
+        shared = {"kinds": self.examples.kinds, "num_frames": NUM_FRAMES}
+        cached = CachedMedia(folder / "cache", settings)
+        self.from_pictures = Collator(processor, self.with_towers, reducer, **shared)
+        self.from_cache = Collator(processor, self.without_towers, reducer, **shared, media=cached)
 
-    def batches(self, rows=None):
-        """(of pictures, of the cache): the micro batch of these rows."""
-        return self.from_pictures(self.chosen(rows)), self.from_cache(self.chosen(rows))
+    def chosen(self, numbers=None):
+        return [self.examples[number] for number in numbers or range(len(self.examples))]
 
-    def features(self, rows=None):
-        """By kind of media, projected: (of pictures, as the model itself makes them; of the cache)."""
-        seen, cached = self.batches(rows)
-        model = self.seeing.model
-        want, got = {}, {}
-        with torch.no_grad(), vzip.attach(model, reducer=self.reducer, anyres=self.seeing.anyres):
+    def batches(self, numbers=None):
+        """(from pictures, from the cache): the micro batch of these examples."""
+        examples = self.chosen(numbers)
+        return self.from_pictures(examples), self.from_cache(examples)
+
+    def tokens(self, numbers=None):
+        """Projected tokens by kind: (from pictures, by the model's own patched method; from the cache)."""
+        from_pictures, from_cache = self.batches(numbers)
+        model = self.with_towers.model
+        expected = {}
+        actual = {}
+        with torch.no_grad(), vzip.attach(model, reducer=self.reducer, anyres=self.with_towers.anyres):
             torch.manual_seed(0)
-            for kind, inputs in seen.media.items():
-                want[kind] = stock_features(model, kind, inputs.normalized(model.dtype))
+            for kind, media in from_pictures.media.items():
+                inputs = media.normalized(model.dtype)
+                method = getattr(model.model, f"get_{kind}_features")
+                expected[kind] = torch.cat(list(method(inputs.pixels, **inputs.extra).pooler_output))
         with torch.no_grad():
-            for kind in cached.media:
-                got[kind] = visual_tokens(self.blind, self.reducer, cached, kind)
-        return want, got
+            for kind in from_cache.media:
+                actual[kind] = visual_tokens(self.without_towers, self.reducer, from_cache, kind)
+        return expected, actual
 
-    def losses(self, engine, rows=None):
-        """(loss, projector's gradients) of pictures and of the cache."""
-        examples, found = self.chosen(rows), []
-        for family, collate in ((self.seeing, self.from_pictures), (self.blind, self.from_cache)):
-            torch.manual_seed(0)
+    def losses(self, engine, numbers=None):
+        """(loss, gradients of the projector), from pictures and from the cache."""
+        results = []
+        for family, collator in (
+            (self.with_towers, self.from_pictures),
+            (self.without_towers, self.from_cache),
+        ):
+            torch.manual_seed(0)  # of random reducers
             if engine == "fast":
-                way = FastLoss(family, [self.reducer], prefix=[], recompute=False)
-                way.run_prefix(torch.device("cpu"))
-                lay_out = Packer(collate, num_prefix=0)
+                loss_of = FastLoss(family, [self.reducer], prefix=[], recompute=False)
+                loss_of.run_prefix(torch.device("cpu"))
+                batch = Packer(collator, num_prefix=0)(self.chosen(numbers))
             else:
-                way, lay_out = ReferenceLoss(family, self.reducer, text_has_gradient=False), collate
-            loss, _ = way(lay_out(examples))
-            found.append((loss.item(), torch.autograd.grad(loss, list(family.projector.parameters()))))
-        return found
+                loss_of = ReferenceLoss(family, self.reducer, text_has_gradient=False)
+                batch = collator(self.chosen(numbers))
+            loss, _ = loss_of(batch)
+            results.append((loss.item(), torch.autograd.grad(loss, list(family.projector.parameters()))))
+        return results
 
 
-def relative(got, want):
-    return ((got - want).double().norm() / want.double().norm()).item()
+def assert_equal_gradients(actual, expected):
+    for gradient, wanted in zip(actual, expected, strict=True):
+        assert gradient.dtype == torch.float32
+        assert wanted.norm() > 0
+        assert (gradient - wanted).double().norm() < 1e-6 * wanted.double().norm()
 
 
 @pytest.mark.parametrize("name", REDUCERS)
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_a_model_without_towers_learns_the_same(tmp_path, kind, name):
-    runs = Runs(tmp_path, kind, *REDUCERS[name])
-    seen, cached = runs.batches()
-    assert list(cached.media) == list(seen.media) and cached.num_placeholders == seen.num_placeholders
-    assert all(
-        torch.equal(getattr(cached, part), getattr(seen, part))
-        for part in ("input_ids", "attention_mask", "labels")
-    )
-    want, got = runs.features()
-    for media, values in want.items():  # computed in the same batch: the same bits
-        assert len(values) == seen.num_placeholders[media] > 0 and torch.equal(got[media], values)
+    reducer, anyres = REDUCERS[name]
+    runs = TwoRuns(tmp_path, kind, reducer, anyres=anyres)
+    from_pictures, from_cache = runs.batches()
+    assert list(from_cache.media) == list(from_pictures.media)
+    assert from_cache.num_placeholders == from_pictures.num_placeholders
+    for field in ("input_ids", "attention_mask", "labels"):
+        assert torch.equal(getattr(from_cache, field), getattr(from_pictures, field))
+
+    # Computed in one batch, so they are the same bits.
+    expected, actual = runs.tokens()
+    for medium, tokens in expected.items():
+        assert len(tokens) == from_pictures.num_placeholders[medium] > 0
+        assert torch.equal(actual[medium], tokens)
+
     for engine in ENGINES:
         (loss, gradients), (cached_loss, cached_gradients) = runs.losses(engine)
-        assert cached_loss == pytest.approx(loss, rel=1e-6) and loss > 0
-        for gradient, wanted in zip(cached_gradients, gradients, strict=True):
-            assert wanted.norm() > 0 and relative(gradient, wanted) < 1e-6
+        assert loss > 0
+        assert cached_loss == pytest.approx(loss, rel=1e-6)
+        assert_equal_gradients(cached_gradients, gradients)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_text_alone_runs_the_projector_and_gives_no_gradient(tmp_path, kind):
+    runs = TwoRuns(tmp_path, kind)
+    _, from_cache = runs.batches([1])
+    assert from_cache.num_placeholders == dict.fromkeys(from_cache.media, 0)
+    for engine in ENGINES:
+        (loss, _), (cached_loss, gradients) = runs.losses(engine, [1])
+        assert cached_loss == loss > 0
+        assert not any(gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("name", ["released", "spatial"])
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_rows_of_several_shards_come_in_any_order(tmp_path, kind, name):
-    """Made two by two, three a shard. LLaVA-OneVision cuts only an image that is alone in its row into tiles."""
-    runs = Runs(tmp_path, kind, *REDUCERS[name], batch=2, rows_a_shard=3)
+def test_examples_of_several_shards_come_in_any_order(tmp_path, kind, name):
+    """LLaVA-OneVision cuts only an image that is alone in its example into tiles."""
+    reducer, anyres = REDUCERS[name]
+    runs = TwoRuns(tmp_path, kind, reducer, anyres=anyres, batch=2, examples_per_shard=3)
     last = len(runs.examples) - 1
-    for rows in ([last, 0, 2], [3, 1], [2, last, 2]):
-        _, cached = runs.batches(rows)
-        want, got = runs.features(rows)
-        for media in (media for media, count in cached.num_placeholders.items() if count):
-            torch.testing.assert_close(got[media], want[media], rtol=1e-4, atol=1e-5)
+    for numbers in ([last, 0, 2], [3, 1], [2, last, 2]):
+        _, from_cache = runs.batches(numbers)
+        expected, actual = runs.tokens(numbers)
+        for medium, count in from_cache.num_placeholders.items():
+            if count:
+                torch.testing.assert_close(actual[medium], expected[medium], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_a_bfloat16_model_is_cached_in_bfloat16(tmp_path, kind):
-    runs = Runs(tmp_path, kind, *REDUCERS["released"], dtype=torch.bfloat16)
-    _, cached = runs.batches()
-    assert {inputs.features.dtype for inputs in cached.media.values()} == {torch.bfloat16}
-    want, got = runs.features()
-    assert all(torch.equal(got[media], values) for media, values in want.items())
+    runs = TwoRuns(tmp_path, kind, dtype=torch.bfloat16)
+    _, from_cache = runs.batches()
+    assert {media.features.dtype for media in from_cache.media.values()} == {torch.bfloat16}
+
+    expected, actual = runs.tokens()
+    assert all(torch.equal(actual[medium], tokens) for medium, tokens in expected.items())
     for engine in ENGINES:
         (_, gradients), (_, cached_gradients) = runs.losses(engine)
-        for gradient, wanted in zip(cached_gradients, gradients, strict=True):
-            assert gradient.dtype == torch.float32 and relative(gradient, wanted) < 1e-6
-
-
-@pytest.mark.parametrize("kind", tiny.KINDS)
-def test_a_batch_of_text_alone_runs_the_projector_and_teaches_it_nothing(tmp_path, kind):
-    runs = Runs(tmp_path, kind, *REDUCERS["released"])
-    _, cached = runs.batches([1])
-    assert cached.num_placeholders == dict.fromkeys(cached.media, 0)
-    for engine in ENGINES:
-        (loss, _), (cached_loss, gradients) = runs.losses(engine, [1])
-        assert cached_loss == loss > 0
-        assert all(not gradient.any() for gradient in gradients)
+        assert_equal_gradients(cached_gradients, gradients)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_dropped_towers_leave_no_tensor(kind):
     family = family_with(kind)
-    names = tuple(f"{name}." for name in family.frozen_names.values())
-    others = [name for name, _ in family.model.named_parameters() if not name.startswith(names)]
-    assert len(others) < len(list(family.model.parameters()))
+    towers = tuple(f"{name}." for name in family.frozen_names.values())
+    all_names = [name for name, _ in family.model.named_parameters()]
+    others = [name for name in all_names if not name.startswith(towers)]
+    assert len(others) < len(all_names)
+
     family.drop_towers()
     assert [name for name, _ in family.model.named_parameters()] == others
-    assert not [name for name, _ in family.model.named_buffers() if name.startswith(names)]
+    assert not [name for name, _ in family.model.named_buffers() if name.startswith(towers)]
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_all_tokens_are_cached_unless_the_model_packs_them_behind_the_projector(tmp_path, kind):
     if kind in tiny.TILED:
         with pytest.raises(UserError, match=r"reducer=identity.*packs.*another reducer"):
-            Runs(tmp_path, kind, Identity())
+            TwoRuns(tmp_path, kind, Identity())
         assert not (tmp_path / "cache").exists()
     else:
-        runs = Runs(tmp_path, kind, Identity(), texts=IMAGE_ROWS)
-        want, got = runs.features()
-        torch.testing.assert_close(got["image"], want["image"], rtol=1e-5, atol=1e-6)
+        runs = TwoRuns(tmp_path, kind, Identity(), texts=IMAGE_TEXTS)
+        expected, actual = runs.tokens()
+        torch.testing.assert_close(actual["image"], expected["image"], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,325 @@
+"""A feature cache: made once, also in several attempts, read by example, and refused if it belongs to another run."""
+
+import json
+import pickle
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.batches.collate import Collator
+from data.batches.dataset import loader
+from data.batches.media import ProcessedMedia
+from data.cache import make_features
+from data.cache.features import CachedMedia, CacheLayout, cache_settings, folder_of, open_cache, shard_path
+from data.cache.make_features import FeatureMaker, examples_per_shard, make_cache, write_features
+from tests.helpers import tiny
+from tests.helpers.examples import (
+    IMAGE_TEXTS,
+    NUM_FRAMES,
+    VIDEO_TEXTS,
+    are_equal,
+    examples_of,
+    padded_batches,
+    texts_of,
+)
+from vzip import UserError
+from vzip.families import family_of
+from vzip.families.features import VisualFeatures
+from vzip.reducers.random import Random
+from vzip.reducers.visionzip import VisionZip
+from vzip.runs.projector import fingerprint
+
+TEXTS = [*IMAGE_TEXTS, "five <image>", "no more", "seven <image>", "<image>eight"]
+REDUCER = VisionZip(dominant=4, contextual=2)
+SHARD = 3
+"""Examples of a shard. The last shard of the 8 examples in `TEXTS` has 2."""
+
+
+@cache
+def family(kind="clip"):
+    return family_of(tiny.llava(kind).requires_grad_(False))
+
+
+@cache
+def processor(kind="clip"):
+    return tiny.processor(kind)
+
+
+def settings_of(family, reducer=REDUCER, *, processor=None, name="these", num_frames=NUM_FRAMES, kind="clip"):
+    return cache_settings(
+        family,
+        reducer,
+        processor or tiny.processor(kind),
+        base_fingerprint=fingerprint(family),
+        examples_name=name,
+        num_frames=num_frames,
+    )
+
+
+def usual_settings(kind="clip", reducer=REDUCER):
+    return settings_of(family(kind), reducer, kind=kind)
+
+
+class WatchedMedia(ProcessedMedia):
+    """Notes the examples that it loads. The user interrupts the command at example `last`."""
+
+    def __init__(self, kind, reducer, *, last=None):
+        super().__init__(processor(kind), family(kind).without_weights(), reducer, num_frames=NUM_FRAMES)
+        self.last = last
+        self.loaded = []
+
+    def load(self, kind, examples):
+        self.loaded += [example.index for example in examples if kind in example.media]
+        if self.last in self.loaded:
+            raise KeyboardInterrupt
+        return super().load(kind, examples)
+
+
+def write(folder, examples, kind="clip", reducer=REDUCER, *, last=None, shard=SHARD, batch=2):
+    """Make a cache, and return the examples whose media were loaded."""
+    media = WatchedMedia(kind, reducer, last=last)
+    layout = CacheLayout(usual_settings(kind, reducer), len(examples), shard)
+    write_features(folder, layout, examples, FeatureMaker(family(kind), reducer, media), batch=batch)
+    return media.loaded
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def assert_same_features(one, other):
+    for name in ("features", "order", "counts"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+# Made in several attempts
+
+
+def test_an_interrupted_command_resumes_at_its_shard_and_makes_the_same(tmp_path):
+    """Also the random draws are the same, whatever else draws in between."""
+    examples = examples_of(TEXTS, tmp_path)
+    reducer = Random(budget=5)
+    write(tmp_path / "whole", examples, reducer=reducer)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "ended", examples, reducer=reducer, last=4)  # in the second shard
+    with pytest.raises(UserError, match=r"ended holds 3 of 8 examples; run `make cache` again"):
+        CachedMedia(tmp_path / "ended", usual_settings(reducer=reducer))
+
+    torch.rand(7)
+    assert write(tmp_path / "ended", examples, reducer=reducer) == [3, 4, 6, 7]
+    assert contents(tmp_path / "ended") == contents(tmp_path / "whole")
+    assert write(tmp_path / "ended", examples, reducer=reducer) == []
+
+
+def test_a_picture_that_is_gone_is_named_and_finished_shards_stay(tmp_path):
+    examples = examples_of(TEXTS, tmp_path)
+    (gone,) = examples[6].media["image"]
+    gone.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=gone.name):
+        write(tmp_path / "cache", examples)
+    (tmp_path / "elsewhere").rename(gone)
+    assert write(tmp_path / "cache", examples) == [6, 7]
+
+
+def shard_of_other_settings(folder, examples):
+    write(folder.parent / "other", examples, reducer=VisionZip(dominant=5, contextual=1))
+    return (folder.parent / "other" / shard_path(folder, 1).name).read_bytes()
+
+
+DAMAGES = {
+    "gone": lambda folder, examples: None,
+    "empty": lambda folder, examples: b"",
+    "cut off": lambda folder, examples: shard_path(folder, 1).read_bytes()[:-1],
+    "cut off in its header": lambda folder, examples: shard_path(folder, 1).read_bytes()[:100],
+    "no shard": lambda folder, examples: b"no shard" * 100,
+    "of other settings": shard_of_other_settings,
+    "of other examples": lambda folder, examples: shard_path(folder, 0).read_bytes(),
+}
+
+
+def test_a_damaged_shard_or_one_of_another_cache_is_refused_and_made_anew(tmp_path):
+    examples = examples_of(TEXTS, tmp_path)
+    folder = tmp_path / "cache"
+    write(folder, examples)
+    whole = contents(folder)
+    times = [path.stat().st_mtime_ns for path in sorted(folder.iterdir())]
+
+    for damage, content_of in DAMAGES.items():
+        content = content_of(folder, examples)
+        shard_path(folder, 1).unlink()
+        if content is not None:
+            shard_path(folder, 1).write_bytes(content)
+
+        with pytest.raises(UserError, match=r"5 of 8 examples"):
+            CachedMedia(folder, usual_settings())
+        assert write(folder, examples) == [3, 4], damage
+        assert contents(folder) == whole, damage
+        CachedMedia(folder, usual_settings())
+
+    # The other shards were never touched.
+    untouched = [shard_path(folder, 0), shard_path(folder, 2)]
+    assert {path.stat().st_mtime_ns for path in untouched} < set(times)
+
+
+@pytest.mark.parametrize("kind", ["clip", "next", "onevision"])
+def test_shards_are_cut_by_size(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(make_features, "SHARD_BYTES", 20_000)
+    texts = ["<image>one"] * 30 + ["<video>two"] * (4 if kind in tiny.VIDEO else 0)
+    examples = examples_of(texts, tmp_path)
+    maker = FeatureMaker(family(kind), REDUCER, WatchedMedia(kind, REDUCER))
+    folder = make_cache(tmp_path, examples, maker, usual_settings(kind), batch=8, num_workers=0)
+
+    cached = open_cache(tmp_path, usual_settings(kind))
+    assert cached.folder == folder
+    assert cached.layout.examples_per_shard == examples_per_shard(family(kind), REDUCER, usual_settings(kind))
+    sizes = []
+    for shard in range(cached.layout.num_shards):
+        in_shard = [examples[number] for number in cached.layout.examples_in(shard)]
+        kinds = {medium for example in in_shard for medium in example.media}
+        sizes.append(sum(cached.load(medium, in_shard).features.nbytes for medium in kinds))
+    assert len(sizes) > 1
+    assert 20_000 / 8 < max(sizes) <= 20_000
+
+
+# Read
+
+
+@pytest.fixture(scope="module")
+def cache_by_example(tmp_path_factory):
+    """Make (examples, their cache, source of their pixels) of a kind, with each example reduced by itself."""
+
+    @cache
+    def make(kind, shard):
+        folder = tmp_path_factory.mktemp(kind)
+        examples = examples_of(texts_of(kind), folder)
+        write(folder / "cache", examples, kind, shard=shard, batch=1)
+        return examples, CachedMedia(folder / "cache", usual_settings(kind)), WatchedMedia(kind, REDUCER)
+
+    return make
+
+
+@given(
+    numbers=st.lists(st.integers(0, len(IMAGE_TEXTS + VIDEO_TEXTS) - 1), min_size=1, max_size=5),
+    shard=st.integers(1, 8),
+)
+@pytest.mark.parametrize("kind", tiny.VIDEO)
+def test_any_examples_are_read_as_they_were_made(cache_by_example, kind, numbers, shard):
+    examples, cached, media = cache_by_example(kind, shard)
+    chosen = [examples[number] for number in numbers]
+    for medium in family(kind).kinds:
+        parts = []
+        counts = []
+        for example in chosen:
+            if medium in example.media:
+                inputs = media.load(medium, [example])
+                counts += media.counts(medium, inputs)
+                parts.append(family(kind).visual_features(medium, inputs.normalized(torch.float32), REDUCER))
+        if parts:
+            features = cached.load(medium, chosen)
+            assert_same_features(features, VisualFeatures.join(parts))
+            assert cached.counts(medium, features) == counts
+
+
+def test_workers_read_it_too(tmp_path):
+    """A worker is forked from a process that has read from it, or gets a copy."""
+    examples = examples_of(TEXTS, tmp_path)
+    write(tmp_path / "cache", examples)
+    cached = CachedMedia(tmp_path / "cache", usual_settings())
+    collator = Collator(processor(), family(), REDUCER, media=cached)
+    batches = padded_batches(examples, collator, micro=4, num_steps=4)
+    here = list(loader(batches, first=0, num_workers=0))
+    in_workers = list(loader(batches, first=0, num_workers=2))
+    assert len(here) == len(in_workers) == 4
+    assert all(map(are_equal, here, in_workers))
+
+    copied = pickle.loads(pickle.dumps(cached))
+    assert_same_features(copied.load("image", examples), cached.load("image", examples))
+
+
+# Refused
+
+
+def other_weights():
+    return settings_of(family_of(tiny.llava(seed=1)))
+
+
+def other_layer():
+    changed = family_of(tiny.llava())
+    changed.model.config.vision_feature_layer = -3
+    return settings_of(changed)
+
+
+def other_precision():
+    return settings_of(family_of(tiny.llava(dtype=torch.bfloat16)))
+
+
+def other_pictures():
+    changed = tiny.processor()
+    changed.image_processor.image_mean = [0.5, 0.5, 0.5]
+    return settings_of(family(), processor=changed)
+
+
+def other_order():
+    return settings_of(family_of(tiny.llava(), anyres="spatial"))
+
+
+CHANGES = {
+    "weights": (other_weights, ["model.fingerprint"]),
+    "layer": (other_layer, ["config.vision_feature_layer: -2 in the cache, -3 wanted"]),
+    "precision": (other_precision, ["dtype: 'float32' in the cache, 'bfloat16' wanted"]),
+    "pictures": (other_pictures, ["processors.image.image_mean", "[0.5, 0.5, 0.5] wanted"]),
+    "budget": (
+        lambda: settings_of(family(), VisionZip(dominant=8, contextual=2)),
+        ["reducer.dominant: 4 in the cache, 8 wanted"],
+    ),
+    "order": (other_order, ["reducer.anyres: 'released' in the cache, 'spatial' wanted"]),
+    "reducer": (
+        lambda: settings_of(family(), Random(budget=6)),
+        ["reducer.name: 'visionzip' in the cache, 'random' wanted"],
+    ),
+    "examples": (
+        lambda: settings_of(family(), name="those"),
+        ["rows: 'these' in the cache, 'those' wanted"],
+    ),
+    "versions": (lambda: usual_settings() | {"transformers": "4.0"}, ["transformers: ", "'4.0' wanted"]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_cache_of_other_settings_is_refused_with_what_differs(tmp_path, change):
+    write(tmp_path / "cache-0", examples_of(TEXTS[:2], tmp_path))
+    make_settings, words = CHANGES[change]
+    with pytest.raises(UserError) as error:
+        open_cache(tmp_path, make_settings())
+    message = str(error.value)
+    assert all(word in message for word in [*words, "data.cache=", "make cache"]), message
+    assert folder_of(tmp_path, make_settings()) != folder_of(tmp_path, usual_settings())
+
+    # Settings that are the same are not named.
+    if change not in ("reducer", "weights", "precision"):
+        assert message.count("in the cache") == 1, message
+
+
+def test_frames_matter_only_to_models_that_take_videos():
+    def settings(kind, num_frames):
+        return settings_of(family(kind), num_frames=num_frames, kind=kind)
+
+    assert settings("clip", 3) == settings("clip", 4)
+    assert settings("video", 3) != settings("video", 4)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", json.dumps({"settings": {}, "rows": 3})])
+def test_a_folder_that_is_no_cache_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "cache.json").write_text(content)
+    with pytest.raises(UserError, match=r"data.cache=true: .* is no feature cache .*make cache"):
+        CachedMedia(tmp_path, usual_settings())
+
+
+def test_cache_json_has_the_documented_keys(tmp_path):
+    write(tmp_path / "cache", examples_of(TEXTS, tmp_path))
+    meta = json.loads((tmp_path / "cache" / "cache.json").read_text())
+    assert meta == {"settings": usual_settings(), "num_rows": 8, "rows_a_shard": SHARD}
