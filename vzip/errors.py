@@ -1,5 +1,6 @@
-"""The one exception for mistakes that a user can fix, and the two most common checks."""
+"""The one exception for mistakes that a user can fix, and the most common checks."""
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,3 +23,11 @@ def check_count(setting: str, value: Any, least: int) -> None:
     """Raise UserError unless the value is a whole number, at least `least`. Booleans are not numbers here."""
     if type(value) is not int or value < least:
         raise UserError(f"{setting}={value} must be a whole number, at least {least}")
+
+
+def check_package(package: str, *, extra: str, purpose: str) -> None:
+    """Raise UserError, naming the extra of vzip to install, unless an optional package is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{purpose} needs the package {package}, which is not installed: pip install 'vzip[{extra}]'"
+        )

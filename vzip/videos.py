@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vzip.errors import UserError
+from vzip.errors import check_package
 from vzip.pictures import open_picture
 
 FRAME_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -109,10 +109,9 @@ def _read_frame_files(paths: list[Path], num_frames: int) -> list[Image.Image]:
 
 
 def _pyav() -> ModuleType:
-    try:
-        import av
-    except ImportError as error:
-        raise UserError("video files are read with PyAV, which is not installed: pip install av") from error
+    check_package("av", extra="video", purpose="reading video files")
+    import av
+
     return av
 
 

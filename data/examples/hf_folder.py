@@ -12,7 +12,7 @@ from typing import Any
 
 from data.fetch.http import NotFoundError
 from data.paths import data_dir
-from vzip import UserError
+from vzip.errors import UserError, check_package
 
 PICTURE_COLUMNS = ("image", "images")
 """Columns that hold one picture, or a list of pictures."""
@@ -81,6 +81,7 @@ class HfFolder:
     def dataset(self) -> Any:
         """A `datasets.Dataset`, as Arrow. Raises UserError if `datasets` can't read the folder, or a column is missing."""
         # The import takes seconds, which only such folders cost.
+        check_package("datasets", extra="datasets", purpose=f"reading {self.path}")
         import datasets
 
         try:

@@ -8,7 +8,6 @@ in a shard of its own, in float32, as it was trained. `from_pretrained` casts it
 its 24 bits), `vzip.load` does not. `config.json` says, under the key `vzip`, what `meta.json` of a run says.
 """
 
-import importlib.util
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from vzip.checkpoints.shards import read_config
 from vzip.runs.compare import Comparison, check_tuned_budget
-from vzip.errors import UserError
+from vzip.errors import UserError, check_package
 from vzip.families import Family
 from vzip.runs.projector import ADAPTER, CONFIG, EXPORT, WEIGHTS, projector_meta, fingerprint, is_export, read_finished
 from vzip.reducers import Reducer
@@ -221,8 +220,7 @@ def write_peft(run: Path, folder: Path, *, base: str | None = None) -> None:
 
     Attach the reducer behind it. peft casts the projector to the precision of the base model that it is put on.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise UserError("TO=peft needs a package that is not there; `pip install peft`")
+    check_package("peft", extra="train", purpose="TO=peft")
     from peft import LoraConfig
     from peft.utils.constants import DUMMY_TARGET_MODULES
 

@@ -6,7 +6,6 @@ budget than it was trained with.
 """
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from vzip.handle import Handle
 from vzip.checkpoints.original.renaming import read_projector
 from vzip.checkpoints.shards import read_config
-from vzip.errors import UserError
+from vzip.errors import UserError, check_package
 from vzip.families import Family
 from vzip.reducers import Reducer, create
 
@@ -224,8 +223,7 @@ def load_projector(handle: Handle, folder: str | Path) -> None:
 
 def load_adapter(family: Family, folder: Path) -> Any:
     """Put the LoRA of a run into its model, in place: peft's model around it. Raises UserError without peft."""
-    if importlib.util.find_spec("peft") is None:
-        raise UserError(f"{folder / ADAPTER} holds LoRA weights; `pip install peft` to load them")
+    check_package("peft", extra="train", purpose=f"loading the LoRA weights in {folder / ADAPTER}")
     from peft import PeftModel
 
     return PeftModel.from_pretrained(family.model, str(folder / ADAPTER))
