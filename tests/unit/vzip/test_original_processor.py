@@ -187,5 +187,5 @@ def test_a_broken_sentencepiece_model_is_refused(original_folder, pieces, make_d
 @pytest.mark.parametrize("library", ["sentencepiece", "protobuf"])
 def test_a_missing_library_is_named(original_folder, pieces, monkeypatch, library):
     monkeypatch.setattr(sentencepieces, f"is_{library}_available", lambda: False)
-    words = ["pip install sentencepiece protobuf"]
+    words = ["sentencepiece and protobuf", "pip install 'vzip[llava]'"]
     refused(load_tokenizer, str(original_folder), words=words)
