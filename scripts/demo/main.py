@@ -41,6 +41,7 @@ def free_port(host: str, port: int) -> int:
     Raises:
         UserError: the port is taken, or the host is not this machine.
     """
+    # The page opens the port again, after the model is loaded.
     try:
         with socket.create_server((host, port)) as server:
             free: int = server.getsockname()[1]
@@ -65,6 +66,7 @@ def held_out_examples(run: Path) -> list[ExamplePicture]:
         question = answer["question"].replace(templates.IMAGE, "").strip()
         questions.setdefault(answer["image"], question)
 
+    # Open as many pictures as the gallery shows.
     folder = Path(finished.setting("data.image_folder", ".")).expanduser()
     examples: list[ExamplePicture] = []
     for image, question in questions.items():
@@ -145,6 +147,7 @@ def serve(page: Page, *, host: str, port: int, share: bool) -> None:
     )
     print(f"the page: {public_address or address} (Ctrl-C ends it)", flush=True)
 
+    # The page lives in threads of its own. This one waits for Ctrl-C, then ends them.
     try:
         Event().wait()
     finally:
@@ -184,6 +187,7 @@ def main() -> None:
         )
         model.warm_up()
 
+        # A base model has no held-out pictures, and visitors bring their own.
         page = Page(
             model,
             title=title_of(arguments.source, model),

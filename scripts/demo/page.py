@@ -155,6 +155,7 @@ class Page:
 
     def _build_budget(self) -> None:
         """The slider, hidden where there is one budget only."""
+        # Say what a budget counts: several tiles together, one tile, or the whole picture.
         family = self.model.comparison.family
         if family.budget_tiles > 1:
             unit = f"{family.budget_tiles} tiles"
@@ -263,6 +264,7 @@ class Page:
         tokens = self.model.look(picture, budget)
         session = Session(self.model, picture, budget)
 
+        # Replace everything that belongs to the picture before.
         updates = {self.message: "", self.summary: describe_tokens(tokens)}
         for component, draw in zip(self.drawings, DRAWINGS.values(), strict=True):
             updates[component] = draw(tokens.tile, side=SIDE)
@@ -331,6 +333,7 @@ class Page:
         # Empty the question's box at once, so that the visitor sees the question was taken.
         yield {self.hint: "", self.question: ""}
         for setting in session.open_settings:
+            # `session.ask` changes these turns, while it yields the growing answer.
             turns = session.turns[setting]
             last_update = 0.0
             for _ in session.ask(setting, question.strip()):

@@ -80,6 +80,7 @@ class SharedModel:
             # A ninth is the paper's smallest budget: 64 of 576 tokens.
             self.default_budget = max(step, most // 9 // step * step)
 
+        # A run of which only the tuned projector is left has its own budgets alone.
         self.budgets: Sequence[int] = sorted(self.tuned_budgets)
         if self._takes_any_budget(step):
             self.budgets = range(step, most + 1, step)
@@ -217,7 +218,7 @@ class Session:
         turns = self.turns[setting]
         turns.append(Turn(question, None))
 
-        # This runs in the model's thread, which puts the model into the setting for one answer.
+        # This runs in the model's thread, and puts the model into the setting for one answer alone.
         def work() -> Iterator[Answer]:
             comparison = self.model.comparison
             with comparison.row(setting, budget=self.budget) as (model, processor):
@@ -230,6 +231,7 @@ class Session:
                     )
                 yield from self._chats[setting].ask(question)
 
+        # The page shows the turns, so the last one is replaced by each longer answer.
         try:
             for answer in self.model.stream(work):
                 turns[-1] = Turn(question, answer)

@@ -59,12 +59,14 @@ def describe_tokens(tokens: PictureTokens) -> str:
         f"{attention_share:.0%} of the attention that all patches receive."
     )
 
+    # A budget may have dominant tokens alone.
     if len(tile.contextual):
         num_merged = int((tile.members >= 0).sum())
         sentences.append(
             f"{len(tile.contextual)} contextual, made of the other {num_merged} patches.",
         )
 
+    # One tile is drawn, so say where the others are.
     if tokens.num_tiles > 1:
         sentences.append(
             f"The picture is cut into {tokens.num_tiles} tiles, and each is reduced by itself. "
@@ -100,6 +102,7 @@ def as_figures(turns: Sequence[Turn]) -> str:
         if answer is None:
             continue
 
+        # An answer of one token has no rate, because only the tokens behind the first are timed.
         rate = "–" if answer.tokens_per_second is None else f"{answer.tokens_per_second:.1f}"
         num_run = answer.num_prompt_tokens - answer.num_cached_tokens
         cells = [

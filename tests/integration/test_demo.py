@@ -1,5 +1,6 @@
 """The demo as a person uses it: the command, and its page in a real browser."""
 
+import json
 import re
 import shutil
 import signal
@@ -22,62 +23,89 @@ from vzip.templates.encode import vicuna
 pytestmark = pytest.mark.integration
 
 CHROMIUM = shutil.which("chromium")
-FLAGS = ["no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"]
-FLAGS += ["disable-background-networking", "disable-component-update"]
+FLAGS = (
+    "no-sandbox",
+    "disable-gpu",
+    "disable-quic",
+    "no-first-run",
+    "disable-sync",
+    "disable-background-networking",
+    "disable-component-update",
+)
+SETTINGS = ("full", "free", "tuned")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_folder):
+    """A finished run that was evaluated with one picture."""
     folder = tmp_path_factory.mktemp("demo") / "run"
-    return save_run(folder, tune(attached(tiny_folder)), tiny_folder, template=asdict(vicuna("s ")))
+    save_run(folder, tune(attached(tiny_folder)), tiny_folder, template=asdict(vicuna("s ")))
+
+    tiny.picture(5).save(folder / "example.png")
+    answers = [{"image": "example.png", "question": "<image>\nwhat is shown?"}]
+    (folder / "answers_full.json").write_text(json.dumps(answers))
+    (folder / "config.yaml").write_text(f"data: {{image_folder: '{folder}'}}\n")
+    (folder / "result.json").write_text("{}")
+    return folder
 
 
-def demo(run, port):
-    """The command, on a machine with a proxy, which is not there."""
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.demo.main",
-        str(run),
-        "--port",
-        str(port),
-        "--max-new-tokens",
-        "8",
-    ]
-    proxied = environment(
-        OMP_NUM_THREADS="1", HTTP_PROXY="http://127.0.0.1:9", HTTPS_PROXY="http://127.0.0.1:9"
+def start_demo(run, port):
+    """Start the command on a machine with a proxy that does not answer."""
+    arguments = [str(run), "--port", str(port), "--max-new-tokens", "8"]
+    proxy = "http://127.0.0.1:9"
+    return subprocess.Popen(
+        [sys.executable, "-m", "scripts.demo.main", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(OMP_NUM_THREADS="1", HTTP_PROXY=proxy, HTTPS_PROXY=proxy),
+        # Background jobs of a shell ignore Ctrl-C, and so does what they start.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": proxied}
-    heed = partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # which a shell's background jobs ignore, and what they start
-    return subprocess.Popen(command, cwd=ROOT, preexec_fn=heed, **settings)
 
 
 @contextmanager
 def served(run):
-    """The address of the page, while the command runs."""
-    with demo(run, 0) as process:
-        said = ""
+    """The address of the page, while the command runs. Ctrl-C ends it without an error."""
+    with start_demo(run, 0) as process:
+        printed = ""
         try:
             for line in process.stdout:
-                said += line
-                if found := re.search(r"the page: (http://127\.0\.0\.1:\d+)", line):
-                    yield found[1]
+                printed += line
+                if address := re.search(r"the page: (http://127\.0\.0\.1:\d+)", line):
+                    yield address[1]
                     break
             else:
-                pytest.fail(said)
+                pytest.fail(printed)
         finally:
             process.send_signal(signal.SIGINT)
-        said += process.stdout.read()
-    assert process.returncode == 0 and "Traceback" not in said, said
+        after = process.stdout.read()
+    assert (process.returncode, after) == (0, ""), printed + after
 
 
-@contextmanager
-def browser(address, requests):
-    """The page in Chromium; `requests` collects the addresses that it asks for."""
+@pytest.fixture(scope="module")
+def address(run):
+    """The address of the page."""
+    with served(run) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def requests():
+    """Addresses that the page has asked for."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def page(address, requests):
+    """The page in Chromium."""
+    if CHROMIUM is None:
+        pytest.skip("needs chromium: `apt-get install chromium`")
+
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=[f"--{flag}" for flag in FLAGS])
+        flags = [f"--{flag}" for flag in FLAGS]
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
         page = chromium.new_page(viewport={"width": 1280, "height": 1200})
         page.on("request", lambda request: requests.append(request.url))
         page.set_default_timeout(20_000)
@@ -87,74 +115,98 @@ def browser(address, requests):
         chromium.close()
 
 
+def drawings(page):
+    return page.locator(".drawing img")
+
+
+def first_drawing(page):
+    return drawings(page).first.get_attribute("src")
+
+
 def ask(page, question):
     page.locator("#question textarea").fill(question)
     page.keyboard.press("Enter")
 
 
-def figures(page, row, turn):
-    """(tokens run, tokens of the conversation) of a turn, once it is there."""
-    line = page.locator(f"#figures-{row} tbody tr").nth(turn - 1)
+def upload(page, folder, seed):
+    """Upload a picture, and wait for its tokens."""
+    before = first_drawing(page) if drawings(page).count() else ""
+    tiny.picture(seed).save(folder / "noise.png")
+    page.locator("#picture input[type=file]").set_input_files(folder / "noise.png")
+    expect(drawings(page).first).not_to_have_attribute("src", before)
+    expect(drawings(page)).to_have_count(3)
+
+
+def figures(page, setting, turn):
+    """(tokens computed, tokens of the conversation) of a turn, once its answer is complete."""
+    line = page.locator(f"#figures-{setting} tbody tr").nth(turn - 1)
     expect(line).to_be_visible()
     return tuple(int(count) for count in line.locator("td").nth(3).inner_text().split(" of "))
 
 
-@pytest.mark.skipif(
-    CHROMIUM is None, reason="chromium is not installed: `apt-get install chromium` to try the page"
-)
-def test_a_person_uploads_a_picture_asks_twice_and_moves_the_budget(run, tmp_path):
-    tiny.picture(1).save(tmp_path / "noise.png")
+def test_the_page_opens_with_an_example(page):
+    expect(page.locator("#summary")).to_contain_text("16 → 6 visual tokens")
+    expect(drawings(page)).to_have_count(3)
+    expect(page.locator("#question textarea")).to_have_value("what is shown?")
+    expect(page.locator("#title-full")).to_contain_text("16 visual tokens, base projector")
+
+    page.locator("#picture button[aria-label='Remove Image']").click()
+    expect(drawings(page)).to_have_count(0)
+    ask(page, "what?")
+    expect(page.locator("#hint")).to_contain_text("Choose a picture first")
+
+
+def test_a_second_question_computes_only_what_is_new(page, tmp_path):
+    upload(page, tmp_path, seed=1)
+    ask(page, "what is it?")
+    for setting in SETTINGS:
+        num_computed, num_tokens = figures(page, setting, 1)
+        assert num_computed == num_tokens
+
+    ask(page, "and <b>why</b>?")
+    for setting in SETTINGS:
+        expect(page.locator(f"#answers-{setting}")).to_contain_text("and <b>why</b>?")
+        num_computed, num_tokens = figures(page, setting, 2)
+        assert 0 < num_computed < num_tokens
+        answers = page.locator(f"#answers-{setting} [data-testid=bot]").all_inner_texts()
+        assert len(answers) == 2 and all(answers) and "…" not in answers
+    page.screenshot(path=tmp_path / "answers.png", full_page=True)
+
+
+def test_another_budget_keeps_other_tokens_and_closes_the_tuned_setting(page, tmp_path):
+    upload(page, tmp_path, seed=2)
+    before = first_drawing(page)
+    page.locator("#budget input[type=number]").fill("9")
+    page.keyboard.press("Tab")
+    expect(page.locator("#summary")).to_contain_text("16 → 9 visual tokens")
+    closed = "for a budget of 6 alone; move the slider there"
+    expect(page.locator("#title-tuned")).to_contain_text(closed)
+    assert first_drawing(page) != before
+
+    ask(page, "what?")
+    figures(page, "free", 1)
+    assert page.locator("#figures-tuned tbody tr").count() == 0
+
+
+def test_a_file_that_is_not_a_picture_is_refused_and_the_page_fits_a_phone(page, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
-    requests = []
-    with served(run) as address, browser(address, requests) as page:
-        second = demo(run, address.rpartition(":")[2])
-        summary, upload = page.locator("#summary"), page.locator("#picture input[type=file]")
-        ask(page, "what?")
-        expect(page.locator("#hint")).to_contain_text("Choose a picture first")
+    page.locator("#picture input[type=file]").set_input_files(tmp_path / "text.png")
+    message = "This file is not a picture that can be read"
+    expect(page.locator("#message")).to_contain_text(message)
+    expect(drawings(page)).to_have_count(0)
 
-        upload.set_input_files(tmp_path / "noise.png")
-        expect(summary).to_contain_text("16 → 6 visual tokens")
-        expect(page.locator(".drawing img")).to_have_count(3)
-        expect(page.locator("#title-full")).to_contain_text("16 visual tokens, base projector")
-        kept = page.locator(".drawing img").first.get_attribute("src")
-
-        ask(page, "what is it?")
-        for row in ("full", "free", "tuned"):
-            ran, total = figures(page, row, 1)
-            assert ran == total
-        ask(page, "and <b>why</b>?")
-        for row in ("full", "free", "tuned"):
-            expect(page.locator(f"#answers-{row}")).to_contain_text("and <b>why</b>?")
-            ran, total = figures(page, row, 2)
-            assert 0 < ran < total
-            answers = page.locator(f"#answers-{row} [data-testid=bot]").all_inner_texts()
-            assert len(answers) == 2 and all(answers) and "…" not in answers
-        page.screenshot(path=tmp_path / "answers.png", full_page=True)
-
-        page.locator("#budget input[type=number]").fill("9")
-        page.keyboard.press("Tab")
-        expect(summary).to_contain_text("16 → 9 visual tokens")
-        expect(page.locator("#title-tuned")).to_contain_text("for a budget of 6 alone; move the slider there")
-        assert page.locator(".drawing img").first.get_attribute("src") != kept
-        ask(page, "what?")
-        figures(page, "free", 1)
-        assert page.locator("#figures-tuned tbody tr").count() == 0
-
-        upload.set_input_files(tmp_path / "text.png")
-        expect(page.locator("#message")).to_contain_text("This file is no picture that can be read")
-        expect(page.locator(".drawing img")).to_have_count(0)
-        page.set_viewport_size({"width": 390, "height": 800})
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        page.screenshot(path=tmp_path / "phone.png", full_page=True)
-
-        assert requests and all(request.startswith((address, "data:", "blob:")) for request in requests), (
-            requests
-        )
-        elsewhere = address.replace("127.0.0.1", "localhost")
-        fetched = "url => fetch(url, {mode: 'no-cors'}).then(() => 'loaded', () => 'refused')"
-        assert page.evaluate(fetched, address) == "loaded" and page.evaluate(fetched, elsewhere) == "refused"
-
-        with second as busy:
-            assert re.search(r"^error: .*--port=\d+ can't be opened", busy.stdout.read(), re.MULTILINE)
-        assert busy.returncode == 2
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.screenshot(path=tmp_path / "phone.png", full_page=True)
     assert Image.open(tmp_path / "phone.png").width == 390
+
+
+def test_the_page_loads_nothing_from_other_hosts(page, address, requests):
+    assert requests
+    assert all(request.startswith((address, "data:", "blob:")) for request in requests), requests
+
+    # The browser is told to refuse other hosts, even this machine under another name.
+    elsewhere = address.replace("127.0.0.1", "localhost")
+    fetch = "url => fetch(url, {mode: 'no-cors'}).then(() => 'loaded', () => 'refused')"
+    assert page.evaluate(fetch, address) == "loaded"
+    assert page.evaluate(fetch, elsewhere) == "refused"
