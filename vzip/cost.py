@@ -1,12 +1,12 @@
-"""What a tuning run costs: FLOPs and memory. Multiply-adds count as two FLOPs.
+"""Estimate what a tuning run costs: FLOPs and memory. A multiply-add counts as two FLOPs.
 
-Source of the transformer formula: arXiv 2412.04467, section 4 (with a SwiGLU FFN's three matrices).
+Source of the transformer formula: arXiv 2412.04467, section 4, with the three matrices of a SwiGLU
+MLP.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -16,110 +16,200 @@ from vzip.fast.loss import MAX_LOGITS
 from vzip.fast.segments import MAX_BLOCK
 from vzip.reducers import Reducer
 
-QUANTISED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
-"""Bytes of a quantised weight. NF4 has a byte of scale for 64 weights and a float32 for 256 of these (arXiv 2305.14314)."""
+QUANTIZED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+"""Bytes of a quantized weight.
+
+NF4 has one byte of scale for 64 weights, and a float32 for 256 of these (arXiv 2305.14314).
+"""
+
 SHORT_TEXT = 32
-"""Text tokens of a short row, behind the prefix that rows share."""
+"""Text tokens of a short example, without the prefix that examples share."""
+
 SCORE_BYTES = 22
-"""Of an attention score where rows are attended in blocks: it, its probability, and their gradients."""
+"""Bytes of an attention score, its probability and their gradients, if attention runs in blocks."""
+
+
+# FLOPs
 
 
 def linear_flops(module: nn.Module) -> int:
-    """FLOPs that the module's linear layers take for one token."""
-    return sum(2 * m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+    """FLOPs of the module's linear layers for one token."""
+    flops = 0
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            flops += 2 * layer.in_features * layer.out_features
+    return flops
 
 
 def attention_flops(config: Any, num_tokens: int) -> int:
-    """FLOPs of QK^T and of its product with V, in all layers, for `num_tokens` tokens that see each other."""
+    """FLOPs of attention in all layers, for `num_tokens` tokens that all attend to each other.
+
+    These are QK^T, and the product of its softmax with V.
+    """
     return int(4 * config.num_hidden_layers * num_tokens**2 * config.hidden_size)
 
 
 @dataclass(frozen=True)
 class ExampleCost:
-    """FLOPs of one training row: an image and its text."""
+    """FLOPs of one training example: an image and its text."""
 
     tower: int
-    """Vision tower up to the tapped layer, and other frozen parts before the language model, forward."""
+    """Forward of the vision tower up to the hooked layer, and of other frozen parts."""
     projector: int
-    """Forward and full backward (inputs are frozen: weight gradients alone)."""
+    """Forward and backward. The inputs are frozen, so only weights have gradients."""
     language: int
-    """Language model and head: forward, and backward to the activations (frozen weights need no gradient)."""
+    """Forward and backward of the language model and its head. Only activations have gradients."""
 
     @property
     def total(self) -> int:
+        """FLOPs of all parts."""
         return self.tower + self.projector + self.language
 
 
 def example_cost(
-    family: Family, reducer: Reducer, *, num_tiles: int, num_visual_tokens: int, num_text_tokens: int
+    family: Family,
+    reducer: Reducer,
+    *,
+    num_tiles: int,
+    num_visual_tokens: int,
+    num_text_tokens: int,
 ) -> ExampleCost:
-    """The cost of tuning on one row: `num_tiles` pictures (images, tiles or frames), what they are reduced to, and text."""
+    """FLOPs of tuning on one example.
+
+    Args:
+        family: the model.
+        reducer: decides how many layers of the tower run.
+        num_tiles: images, tiles or frames that the tower sees.
+        num_visual_tokens: visual tokens that the language model gets.
+        num_text_tokens: text tokens that it gets.
+    """
     vision: Any = family.tower.config
     text: Any = family.language_model.config
-    tower = num_tiles * (
-        family.num_patches * linear_flops(family.tower) + attention_flops(vision, family.num_patches)
-    )
-    tokens = num_visual_tokens + num_text_tokens
-    language = tokens * (linear_flops(family.language_model) + linear_flops(family.lm_head))
-    language += attention_flops(text, tokens) // 2  # causal: half of it
+
+    # The tower runs up to the hooked layer; its layers cost the same.
+    tile = family.num_patches * linear_flops(family.tower)
+    tile += attention_flops(vision, family.num_patches)
+    tower = num_tiles * tile * family.num_layers_run(reducer) // vision.num_hidden_layers
+
+    # Causal attention computes half of the scores.
+    num_tokens = num_visual_tokens + num_text_tokens
+    token = linear_flops(family.language_model) + linear_flops(family.lm_head)
+    language = num_tokens * token + attention_flops(text, num_tokens) // 2
+
+    # A backward pass to the weights alone, or to the inputs alone, costs as much as a forward pass.
     return ExampleCost(
-        tower=tower * family.num_layers_run(reducer) // vision.num_hidden_layers
-        + num_tiles * family.other_flops,
+        tower=tower + num_tiles * family.other_flops,
         projector=2 * num_visual_tokens * linear_flops(family.projector),
         language=2 * language,
     )
 
 
+# Memory of the weights
+
+
 def frozen_linears(family: Family) -> Iterator[tuple[str, nn.Linear]]:
-    """(name, layer) of the language model's frozen linear layers, without the head: those that can be quantised."""
+    """Yield (name, layer) of the language model's frozen linear layers, which can be quantized.
+
+    The head is not among them.
+    """
     for name, module in family.language_model.named_modules():
         if isinstance(module, nn.Linear) and "lora_" not in name:
             yield name, module
 
 
 def weight_memory(family: Family, *, quantize: str | None = None) -> int:
-    """Bytes of all weights, with the language model's frozen linear layers held in `quantize` ("nf4", "int8")."""
-    held = {id(layer.weight): layer for _, layer in frozen_linears(family)} if quantize else {}
-    others: int = sum(p.numel() * p.element_size() for p in family.model.parameters() if id(p) not in held)
-    num_quantised = sum(layer.in_features * layer.out_features for layer in held.values())
-    return others + (math.ceil(num_quantised * QUANTISED_BYTES[quantize]) if quantize else 0)
+    """Bytes of all weights.
+
+    Args:
+        family: the model.
+        quantize: "nf4" or "int8" if the language model's frozen linear layers are quantized.
+    """
+    quantized_ids = set()
+    quantized_bytes = 0
+    if quantize is not None:
+        num_weights = 0
+        for _, layer in frozen_linears(family):
+            quantized_ids.add(id(layer.weight))
+            num_weights += layer.in_features * layer.out_features
+        quantized_bytes = math.ceil(num_weights * QUANTIZED_BYTES[quantize])
+
+    other_bytes = 0
+    for parameter in family.model.parameters():
+        if id(parameter) not in quantized_ids:
+            other_bytes += parameter.numel() * parameter.element_size()
+    return other_bytes + quantized_bytes
+
+
+# Memory of a step of the fast path
+
+
+def _itemsize(family: Family) -> int:
+    """Bytes of a number in the language model."""
+    return next(family.language_model.parameters()).element_size()
 
 
 def head_width(config: Any) -> int:
-    """Of a language model's attention."""
+    """Width of a head of a language model's attention."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def kept_memory(
-    config: Any, *, itemsize: int, recompute: bool = False, quantize: str | None = None, lora: bool = False
-) -> int:
-    """Bytes that one layer of the language model keeps for the backward pass, for one token of the fast path.
+def _cache_memory(config: Any, itemsize: int) -> int:
+    """Bytes of the keys and values of one token, in all layers of a language model."""
+    width = config.num_key_value_heads * head_width(config)
+    return int(2 * itemsize * width * config.num_hidden_layers)
 
-    A frozen linear layer needs no input. What is kept: both norms' inputs; queries, keys and values, and what attention makes
-    of them; gate and up, or, where they are made again (`recompute`), their input. In bf16, in Vicuna's shapes, these are
-    22.75 d, or 14 d. On top, the int8 layers of bitsandbytes keep their inputs, and LoRA beside a linear layer keeps the
-    layer's input in float32.
+
+def kept_memory(
+    config: Any,
+    *,
+    itemsize: int,
+    recompute: bool = False,
+    quantize: str | None = None,
+    lora: bool = False,
+) -> int:
+    """Bytes that a layer of the language model saves for the backward pass, for one packed token.
+
+    A frozen linear layer saves no input. What is saved: the inputs of both norms; queries, keys,
+    values and the output of attention; and gate and up, or the MLP's input if they are computed
+    again (`recompute`). In bf16, with Vicuna's shapes, this is 22.75 d, or 14 d. In addition, the
+    int8 layers of bitsandbytes save their inputs, and LoRA beside a linear layer saves the layer's
+    input in float32.
+
+    Args:
+        config: the language model's.
+        itemsize: bytes of a number.
+        recompute: whether the MLPs run again in the backward pass.
+        quantize: how the linear layers are quantized.
+        lora: whether the linear layers have LoRA beside them.
     """
-    width, inner, head = config.hidden_size, config.intermediate_size, head_width(config)
+    width = config.hidden_size
+    inner = config.intermediate_size
+    head = head_width(config)
+
+    # Two norms' inputs, queries and the output of attention, keys and values, then the MLP.
     values = 2 * width + 2 * head * (config.num_attention_heads + config.num_key_value_heads)
     values += width if recompute else 2 * inner
     if quantize == "int8":
         values += width if recompute else 2 * width + inner
-    inputs = (
-        3 * width + head * config.num_attention_heads + (0 if recompute else 2 * width + inner) if lora else 0
-    )
-    return int(itemsize * values + 4 * inputs)
+
+    lora_inputs = 0
+    if lora:
+        lora_inputs = 3 * width + head * config.num_attention_heads
+        lora_inputs += 0 if recompute else 2 * width + inner
+    return int(itemsize * values + 4 * lora_inputs)
 
 
 def _picture_memory(family: Family) -> int:
-    """Bytes that a picture, or a tile, takes in the tower: about 16 numbers of its width a patch in the layer that runs, and
-    the pixels, as bytes and as numbers.
+    """Bytes of a picture, or a tile, in the tower.
+
+    The layer that runs has about 16 numbers of its width for each patch. The pixels are there as
+    bytes, in float32 and in the model's precision.
     """
-    itemsize, width = (
-        next(family.language_model.parameters()).element_size(),
-        family.model.config.vision_config.hidden_size,
-    )
-    return int(16 * itemsize * family.num_patches * width + 3 * (5 + itemsize) * family.tile_side**2)
+    itemsize = _itemsize(family)
+    width = family.model.config.vision_config.hidden_size
+    layer = 16 * itemsize * family.num_patches * width
+    pixels = 3 * (5 + itemsize) * family.tile_side**2
+    return int(layer + pixels)
 
 
 def packed_memory(
@@ -131,54 +221,82 @@ def packed_memory(
     recompute: bool = False,
     quantize: str | None = None,
 ) -> int:
-    """Bytes beside the weights that a micro batch of `num_tokens` packed tokens takes in the fast path, at the most.
+    """Most bytes that a packed micro batch takes in the fast path, besides the weights.
 
-    That is, as if all rows were short, and all tokens visual ones. FlashAttention has the keys and values of the shared prefix,
-    `num_prefix` tokens, before each row; where there is none, `blocked_memory` comes on top.
+    This is the case in which all examples are short and all tokens are visual. FlashAttention has
+    the keys and values of the shared prefix before each example. Without it, `blocked_memory` comes
+    on top.
+
+    Args:
+        family: the model.
+        reducer: decides how many visual tokens a picture has.
+        num_tokens: tokens of the micro batch.
+        num_prefix: tokens of the prefix.
+        recompute: whether the MLPs run again in the backward pass.
+        quantize: how the linear layers are quantized.
     """
     config = family.model.config
-    text, vision = config.text_config, config.vision_config
-    itemsize = next(family.language_model.parameters()).element_size()
+    text = config.text_config
+    itemsize = _itemsize(family)
     lora = any("lora_" in name for name, _ in family.language_model.named_parameters())
-    kept = partial(kept_memory, text, itemsize=itemsize, quantize=quantize, lora=lora)
-    # The layer that runs has products and gradients of its own, about one and a half times what it keeps.
-    language = text.num_hidden_layers * kept(recompute=recompute) + 3 * kept() // 2
-    ends = (
-        4 * (vision.hidden_size + 3 * text.hidden_size) + 3 * itemsize * text.hidden_size
-    )  # projector and embeddings
+    settings: dict[str, Any] = {"itemsize": itemsize, "quantize": quantize, "lora": lora}
+
+    # The layer that runs has products and gradients of its own, about one and a half times what it
+    # saves.
+    saved = text.num_hidden_layers * kept_memory(text, recompute=recompute, **settings)
+    running = 3 * kept_memory(text, **settings) // 2
+
+    # The projector, in float32, and the embeddings.
+    ends = 4 * (config.vision_config.hidden_size + 3 * text.hidden_size)
+    ends += 3 * itemsize * text.hidden_size
+
     logits = 12 * min(num_tokens * text.vocab_size, MAX_LOGITS)
 
-    num_examples = math.ceil(
-        num_tokens / (family.budget_tiles * family.num_tile_tokens(reducer) + SHORT_TEXT)
-    )
-    prefix = num_prefix * 2 * itemsize * head_width(text) * text.num_key_value_heads * text.num_hidden_layers
+    shortest = family.budget_tiles * family.num_tile_tokens(reducer) + SHORT_TEXT
+    num_examples = math.ceil(num_tokens / shortest)
+    prefix = num_prefix * _cache_memory(text, itemsize)
     pictures = family.budget_tiles * _picture_memory(family)
-    return int(num_tokens * (language + ends) + logits + num_examples * (prefix + pictures))
+
+    return int(num_tokens * (saved + running + ends) + logits + num_examples * (prefix + pictures))
 
 
 def blocked_memory(config: Any, *, longest: int, num_prefix: int) -> int:
-    """Bytes that attention takes where it runs in blocks of rows, of up to `longest` tokens behind the prefix."""
-    return int(SCORE_BYTES * config.num_attention_heads * max(longest, MAX_BLOCK) * (longest + num_prefix))
+    """Bytes of attention that runs in blocks of examples.
+
+    Args:
+        config: the language model's.
+        longest: tokens of the longest example, without the prefix.
+        num_prefix: tokens of the prefix.
+    """
+    num_scores = config.num_attention_heads * max(longest, MAX_BLOCK) * (longest + num_prefix)
+    return int(SCORE_BYTES * num_scores)
+
+
+# Memory of other passes
 
 
 def generation_memory(family: Family, *, num_tokens: int) -> int:
-    """Bytes beside the weights that answering a question of `num_tokens` tokens takes, padding and the answer counted: keys and
-    values of all layers, what the layer that runs makes, and a picture.
+    """Bytes of answering one question, besides the weights.
+
+    These are the keys and values of all layers, what the layer that runs makes, and a picture.
+
+    Args:
+        family: the model.
+        num_tokens: tokens of the question, its padding and the answer.
     """
     text = family.model.config.text_config
-    itemsize = next(family.language_model.parameters()).element_size()
-    cached = 2 * itemsize * head_width(text) * text.num_key_value_heads * text.num_hidden_layers
+    itemsize = _itemsize(family)
     running = 3 * kept_memory(text, itemsize=itemsize) // 2
-    return int(num_tokens * (cached + running) + family.budget_tiles * _picture_memory(family))
+    token = _cache_memory(text, itemsize) + running
+    return int(num_tokens * token + family.budget_tiles * _picture_memory(family))
 
 
 def padded_memory(family: Family, *, num_tokens: int) -> int:
-    """Bytes beside the weights that a padded micro batch takes in the reference engine.
+    """Bytes of a padded micro batch of `num_tokens` in the reference engine, besides the weights.
 
-    A layer keeps its input alone (checkpointing), the one that runs about 46 d in bf16; logits are whole, in float32, beside
-    their logarithms and gradients.
+    With checkpointing a layer saves only its input; the layer that runs takes about 46 d in bf16.
+    The logits are complete, in float32, beside their logarithms and gradients.
     """
     text = family.model.config.text_config
-    itemsize = next(family.language_model.parameters()).element_size()
-    layers = itemsize * text.hidden_size * (text.num_hidden_layers + 23)
+    layers = _itemsize(family) * text.hidden_size * (text.num_hidden_layers + 23)
     return int(num_tokens * (layers + 14 * text.vocab_size))
