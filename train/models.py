@@ -1,6 +1,5 @@
 """Load the model that the settings name, with its starting projector in float32, and its processor."""
 
-import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +13,8 @@ from data.paths import data_dir
 from train.config import build_reducers, tile_order
 from train.hardware import best_device
 from train.ranks import print_rank0
-from vzip import UserError
 from vzip.cost import frozen_linears
+from vzip.errors import UserError, check_package
 from vzip.families import Family
 from vzip.runs.projector import load_weights
 
@@ -33,10 +32,8 @@ def load_family(cfg: DictConfig) -> tuple[Family, Any]:
         UserError: no weights at `model.id`, a `model.projector` or a budget that does not fit, or a missing package
             for `quantize`.
     """
-    if cfg.quantize and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"quantize={cfg.quantize} needs a package that is not installed; `pip install bitsandbytes`, or quantize=null"
-        )
+    if cfg.quantize:
+        check_package("bitsandbytes", extra="quantized", purpose=f"quantize={cfg.quantize}")
 
     processor = load_unreduced_processor(cfg)
     cls = get_class(cfg.model["_target_"])
@@ -85,7 +82,7 @@ def _build_model(cfg: DictConfig) -> Any:
 def count_model(cfg: DictConfig) -> Family:
     """Build the model on the meta device, where it takes no memory: for counting parameters and FLOPs."""
     with torch.device("meta"):
-        family: Family = get_class(cfg.model["_target_"])(_build_model(cfg))
+        family: Family = get_class(cfg.model["_target_"])(_build_model(cfg), anyres=tile_order(cfg))
         family.projector.float()
     return family
 

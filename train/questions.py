@@ -74,9 +74,9 @@ def held_out_questions(conversations: Iterable[Conversation], *, limit: int) -> 
     """The first `limit` questions of the conversations, in order."""
     questions: list[HeldOutQuestion] = []
     for conversation in conversations:
+        questions += [HeldOutQuestion(conversation, turn) for turn in range(len(conversation.turns))]
         if len(questions) >= limit:
             break
-        questions += [HeldOutQuestion(conversation, turn) for turn in range(len(conversation.turns))]
     return questions[:limit]
 
 

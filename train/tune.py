@@ -6,7 +6,6 @@ make tune MODEL=llava-7b        deepspeed train/tune.py model=llava-7b        py
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 # Import from the repository, whatever folder this file is started in.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -38,7 +37,7 @@ from train.trainable import make_trainable, print_trainable
 from vzip.runs.projector import fingerprint, projector_meta
 
 
-def tune(cfg: DictConfig) -> list[dict[str, Any]]:
+def tune(cfg: DictConfig) -> list[dict]:
     """Run the recipe, or the rest of an interrupted run. Returns the "rows" of result.json: the scores of each setting."""
     reducers = config.build_reducers(cfg)
     template = config.instantiate_target(cfg.model.template)
@@ -106,10 +105,11 @@ def main(cfg: DictConfig) -> None:
         print_rank0(print_plan, cfg, world_size=get_world_size())
         return
 
+    control = control_settings(cfg) if cfg.control else None
     rows = tune(cfg)
-    if cfg.control and not has_control(rows):
+    if control and not has_control(rows):
         # A second, ordinary run with random tokens. Its scores are added to the results of the first one.
-        rows = add_control(RunFolder(cfg), rows, tune(control_settings(cfg)))
+        rows = add_control(RunFolder(cfg), rows, tune(control))
     print_rank0(print_results, rows, title=f"{cfg.runs}/{config.run_name(cfg)}")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.ranks import _alone, _first_host, _srun_ranks, _tasks_per_node
+from train.ranks import _first_host, _single_rank, _srun_ranks, _tasks_per_node
 
 JOB = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "5", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[07-08]"}
 SHELLS = {
@@ -45,7 +45,7 @@ def test_each_task_has_its_rank_and_all_meet_on_the_steps_first_host():
     }
     (port,) = {int(each["MASTER_PORT"]) for each in found}
     assert 1024 < port < 32_768  # below those that Linux gives to clients
-    assert set(found[0]) == set(_alone())
+    assert set(found[0]) == set(_single_rank())
 
 
 def test_steps_of_a_job_have_ports_of_their_own_and_an_address_that_is_set_stays():

@@ -1,4 +1,4 @@
-"""Runs in wandb: online or offline, never a prompt, never a reason for a run to fail."""
+"""Metrics on disk; and runs in wandb: online or offline, never a prompt, never a reason for a run to fail."""
 
 import json
 import os
@@ -7,16 +7,63 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from tests.conftest import ROOT
-from train.track import INIT_TIMEOUT, Tracker, _has_key
+from train.track import INIT_TIMEOUT, Tracker, _has_key, memory_gb
 
 wandb = pytest.importorskip("wandb")
 wbauth = pytest.importorskip("wandb.sdk.lib.wbauth")
 
 TRACKED = OmegaConf.create({"track": {"wandb": True, "project": "vzip"}})
+UNTRACKED = OmegaConf.create({"track": {"wandb": False, "project": None}})
 KEY = "x" * 40
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_forgets_the_steps_it_takes_again(tmp_path):
+    tracker = Tracker(tmp_path, UNTRACKED, rank=0)
+    tracker.forget_from(2)
+    for step in range(5):
+        tracker.log(step, {"train/loss": float(step)})
+    assert lines(tmp_path) == [{"step": step, "train/loss": step} for step in range(5)]
+
+    Tracker(tmp_path, UNTRACKED, rank=1).forget_from(0)
+    assert len(lines(tmp_path)) == 5
+    tracker.forget_from(3)
+    tracker.log(3, {"train/loss": 9.0})
+    tracker.finish()
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3]
+    assert lines(tmp_path)[-1] == {"step": 3, "train/loss": 9.0}
+
+
+def test_a_line_that_a_kill_cut_short_does_not_stop_the_resumed_run(tmp_path):
+    tracker = Tracker(tmp_path, UNTRACKED, rank=0)
+    tracker.log(0, {"train/loss": 1.0})
+    with tracker.path.open("a") as file:
+        file.write('{"step": 1, "train/lo')
+    tracker.forget_from(1)
+    tracker.log(1, {"train/loss": 2.0})
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    tracker = Tracker(folder, TRACKED, rank=1)
+    tracker.log(0, {"train/loss": 1.0})
+    tracker.forget_from(0)
+    tracker.log_results([], [])
+    tracker.finish()
+    assert list(folder.iterdir()) == []
+
+
+def test_memory_is_in_gigabytes():
+    assert 0.05 < memory_gb(torch.device("cpu")) < 1000
 
 
 def forget():
@@ -67,7 +114,7 @@ def test_a_key_is_found_where_wandb_keeps_it(home, monkeypatch):
     assert _has_key()
 
 
-def test_a_key_of_another_server_is_none(monkeypatch):
+def test_a_key_of_another_server_does_not_count(monkeypatch):
     log_in()
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.our.company")
     assert not _has_key()
@@ -125,7 +172,7 @@ def test_a_resumed_run_keeps_its_id_and_no_other_has_it(tmp_path, begun):
     assert {settings["name"] for settings in begun} == {"my-run"}
 
 
-def test_what_wandb_can_not_send_at_the_end_is_said(tmp_path, monkeypatch, capsys):
+def test_a_slow_upload_ends_with_the_command_that_sends_the_rest(tmp_path, monkeypatch, capsys):
     class Slow:
         dir = str(tmp_path / "wandb" / "run-1" / "files")
 

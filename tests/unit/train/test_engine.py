@@ -1,0 +1,164 @@
+"""A training step against the plain model: same loss, same gradient, and only the projector moves."""
+
+import copy
+import hashlib
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import vzip
+from data.batches.collate import Collator
+from data.batches.dataset import BatchPlan, has_media
+from data.examples.prepare import Selection, prepare
+from data.examples.tokens import Examples
+from tests.conftest import ROOT
+from tests.helpers import tiny
+from tests.helpers.configs import composed
+from tests.helpers.examples import micro_batches_of
+from train.batches import make_batches
+from train.engine import Engine
+from train.loop import train_step
+from train.ranks import init_distributed
+from train.trainable import make_trainable
+from vzip.families import family_of
+from vzip.templates.encode import vicuna
+
+pytestmark = pytest.mark.slow
+
+PATHS = ("reference", "fast")
+CUTS = {
+    "engine=reference batch.micro=8": 1,
+    "engine=reference batch.micro=2": 4,
+    "engine=reference batch.micro=1": 8,
+    "engine=fast": 1,
+    "engine=fast batch.tokens=400": 2,
+    "engine=fast batch.tokens=400 batch.recompute=true": 2,
+}
+"""Ways to cut a step of 8 examples, with the least number of micro batches."""
+
+
+@pytest.fixture(scope="module")
+def cfg(overrides):
+    init_distributed()
+    return composed(*overrides, "optim.max_grad_norm=0", "optim.warmup=0")
+
+
+@pytest.fixture(scope="module")
+def examples(data_folder):
+    selection = Selection(path=str(data_folder / "train.json"), image_folder=str(data_folder / "images"))
+    return prepare(selection).examples(vicuna(), tiny.tokenizer(), max_tokens=2048)
+
+
+class Trainer:
+    """An engine on a copy of a model, with a budget of 6, and its micro batches. Dotted settings go last."""
+
+    def __init__(self, cfg, model, examples, *settings):
+        self.cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(settings)))
+        self.family = family_of(copy.deepcopy(model))
+        reducer = vzip.attach(self.family.model, budget=6).reducer
+        torch.manual_seed(0)  # of LoRA
+        trainable = make_trainable(self.family, self.cfg.tune)
+        plan = BatchPlan(size=self.cfg.batch.size, world_size=1, num_steps=4, seed=0)
+        self.collator = Collator(tiny.processor(), self.family, reducer)
+        self.batches, loss = make_batches(self.cfg, self.family, trainable, [self.collator], examples, plan)
+        self.engine = Engine(loss, trainable, self.cfg)
+
+    def step(self, step):
+        """(loss, gradient norm) of a step."""
+        micro_batches = iter(micro_batches_of(self.batches, step))
+        metrics = train_step(self.engine, self.batches, micro_batches, step, self.cfg)
+        assert not list(micro_batches)
+        return metrics["train/loss"], metrics["train/grad_norm"]
+
+    def digests(self, *, projector):
+        """Hashes of the projector's weights, or of all others."""
+        hashes = {}
+        for name, value in self.family.model.named_parameters():
+            if ("projector" in name) == projector:
+                hashes[name] = hashlib.sha256(value.detach().numpy().tobytes()).hexdigest()
+        return hashes
+
+
+def mixed_step(batches):
+    """A step with examples that have a picture, and with one of text alone."""
+    media = has_media(batches.batcher.examples)[batches.examples_by_step]
+    return (media.any(dim=1) & ~media.all(dim=1)).nonzero()[0].item()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_steps_move_the_projector_alone(cfg, examples, path):
+    trainer = Trainer(cfg, tiny.llava(), examples, f"engine={path}", "batch.tokens=400")
+    frozen = trainer.digests(projector=False)
+    before = trainer.digests(projector=True)
+    for step in range(4):
+        assert trainer.batches.num_micro_batches(step) > 1
+        trainer.step(step)
+    assert trainer.digests(projector=False) == frozen
+    after = trainer.digests(projector=True)
+    assert all(after[name] != before[name] for name in before)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_loss_and_gradient_are_the_plain_models(cfg, examples, cut):
+    model = tiny.llava()
+    trainer = Trainer(cfg, model, examples, *cut.split(), "optim.lr=0")
+    before = trainer.digests(projector=True)
+    step = mixed_step(trainer.batches)
+    assert trainer.batches.num_micro_batches(step) >= CUTS[cut]
+    loss, norm = trainer.step(step)
+    assert trainer.digests(projector=True) == before
+
+    # Plain: padded forwards of the stock model, with its own mean over label tokens.
+    vzip.attach(model, budget=6)
+    model.requires_grad_(False)
+    projector = model.model.multi_modal_projector.requires_grad_(True)
+
+    def plain_loss(chosen):
+        batch = trainer.collator(chosen)
+        return model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            labels=batch.labels,
+            **batch.media["image"].normalized(torch.float32).arguments,
+        ).loss
+
+    # The gradient is that of all examples, the reported loss that of those with a picture.
+    of_step = [examples[number] for number in trainer.batches.examples_by_step[step].tolist()]
+    plain_loss(of_step).backward()
+    gradients = [parameter.grad for parameter in projector.parameters()]
+    assert norm == pytest.approx(torch.nn.utils.get_total_norm(gradients).item(), rel=1e-5)
+    with_picture = [example for example in of_step if example.media]
+    assert loss == pytest.approx(plain_loss(with_picture).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_text_alone_is_a_step_of_zero_gradient(cfg, examples, path):
+    texts = [example for example in examples if not example.media]
+    mixed = Examples.of([*texts, examples[len(examples) - 1]])
+    trainer = Trainer(cfg, tiny.llava(), mixed, f"engine={path}", "batch.size=1", "batch.micro=1")
+    batches = trainer.batches
+    step = next(step for step in range(4) if not batches.num_grad_labels(step))
+    assert batches[step].num_placeholders == {"image": 0} and batches.num_labels(step) > 0
+
+    before = trainer.digests(projector=True)
+    assert trainer.step(step) == (0, 0)
+    assert trainer.digests(projector=True) == before
+
+
+def test_examples_without_a_picture_alone_are_refused(cfg, examples):
+    texts = Examples.of([example for example in examples if not example.media])
+    with pytest.raises(vzip.UserError, match=r"no example of data\.path=.* the projector can learn nothing"):
+        Trainer(cfg, tiny.llava(), texts)
+
+
+def test_lora_in_the_language_model_learns_from_text_too(cfg, examples):
+    """All examples are run and count, on both paths."""
+    lora = OmegaConf.merge(cfg, {"tune": OmegaConf.load(ROOT / "configs/tune/language_lora.yaml")})
+    results = []
+    for cut in CUTS:
+        trainer = Trainer(lora, tiny.llava(), examples, *cut.split(), "optim.lr=0")
+        step = mixed_step(trainer.batches)
+        assert trainer.batches.num_grad_labels(step) == trainer.batches.num_labels(step)
+        results.append(trainer.step(step))
+    assert all(result == pytest.approx(results[0], rel=1e-5) for result in results)
