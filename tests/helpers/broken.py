@@ -1,4 +1,4 @@
-"""Rows and files with mistakes, for property tests: whatever they hold, nothing else may be harmed."""
+"""Examples and files with mistakes, for property tests: whatever they hold, nothing else may be harmed."""
 
 import copy
 import io
@@ -13,6 +13,7 @@ def messages(*texts):
 
 
 def good(number=0):
+    """An example with an image, as an entry of a data file."""
     return {
         "id": f"row-{number}",
         "image": f"coco/{number}.jpg",
@@ -21,6 +22,7 @@ def good(number=0):
 
 
 def good_video(number=0):
+    """An example with a video."""
     return {
         "id": f"row-{number}",
         "video": f"valley/{number}.mp4",
@@ -28,6 +30,7 @@ def good_video(number=0):
     }
 
 
+SURROGATE = "\ud800"
 TEXTS = st.sampled_from(
     [
         "",
@@ -37,37 +40,39 @@ TEXTS = st.sampled_from(
         "<video>",
         "a",
         "\0",
-        "\ud800",
+        SURROGATE,
         "e\u0301\u202e\U0001f600",
         "\ufeff",
     ]
 )
 PATHS = st.sampled_from(
-    ["", ".", "./", "..", "/", "/a.jpg", "a/../b.jpg", "~", "a.jpg", "\0", "\ud800", "ö/1.jpg", "C:\\a.jpg"]
+    ["", ".", "./", "..", "/", "/a.jpg", "a/../b.jpg", "~", "a.jpg", "\0", SURROGATE, "ö/1.jpg", "C:\\a.jpg"]
 )
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
 JSON = st.recursive(
-    SCALARS | PATHS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=2)
+    SCALARS | PATHS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=2),
 )
 KEYS = st.sampled_from(["id", "image", "video", "conversations", "source", "type", "extra"])
+MISTAKES = st.sampled_from(
+    ["drop", "replace", "image", "video", "message", "value", "speaker", "repeat"],
+)
 
 
 @st.composite
 def mutated(draw):
-    """A good row after a few mistakes."""
-    row = copy.deepcopy(draw(st.sampled_from([good(), good_video()])))
+    """A good example after a few mistakes."""
+    entry = copy.deepcopy(draw(st.sampled_from([good(), good_video()])))
     for _ in range(draw(st.integers(0, 3))):
         key = draw(KEYS)
-        talk = row.get("conversations")
-        match draw(
-            st.sampled_from(["drop", "replace", "image", "video", "message", "value", "speaker", "repeat"])
-        ):
+        talk = entry.get("conversations")
+        match draw(MISTAKES):
             case "drop":
-                row.pop(key, None)
+                entry.pop(key, None)
             case "replace":
-                row[key] = draw(JSON)
+                entry[key] = draw(JSON)
             case "image" | "video" as kind:
-                row[kind] = draw(PATHS | st.lists(PATHS | SCALARS, max_size=3))
+                entry[kind] = draw(PATHS | st.lists(PATHS | SCALARS, max_size=3))
             case "message" if isinstance(talk, list) and talk:
                 talk[draw(st.integers(0, len(talk) - 1))] = draw(JSON)
             case "value" if isinstance(talk, list) and talk and isinstance(talk[-1], dict):
@@ -75,15 +80,16 @@ def mutated(draw):
             case "speaker" if isinstance(talk, list) and talk and isinstance(talk[0], dict):
                 talk[0]["from"] = draw(TEXTS | JSON)
             case "repeat" if isinstance(talk, list):
-                row["conversations"] = talk * draw(st.integers(0, 3))
-    return row
+                entry["conversations"] = talk * draw(st.integers(0, 3))
+    return entry
 
 
 @st.composite
 def pictures(draw):
-    """The bytes of a picture, whole, cut, changed in places, or none at all."""
+    """The bytes of a picture, whole, cut or changed in places, or of another file."""
     file = io.BytesIO()
-    tiny.picture(draw(st.integers(0, 9)), 12, 9).save(file, draw(st.sampled_from(["PNG", "JPEG", "GIF"])))
+    kind = draw(st.sampled_from(["PNG", "JPEG", "GIF"]))
+    tiny.picture(draw(st.integers(0, 9)), 12, 9).save(file, kind)
     content = bytearray(file.getvalue())
     match draw(st.sampled_from(["whole", "cut", "changed", "other"])):
         case "cut":

@@ -1,4 +1,4 @@
-"""A small copy of LLaVA's mix-665k: its sources in their shares, its paths and kinds of rows, and its pictures as published."""
+"""A small copy of LLaVA's mix-665k: its sources in their shares, its paths and kinds of examples, and its pictures."""
 
 import io
 import json
@@ -9,33 +9,10 @@ from pathlib import Path
 from PIL import Image
 
 COUNTS = {"coco": 364_100, "vg": 86_417, "ocr_vqa": 80_000, "gqa": 72_140, "textvqa": 21_953, "text": 40_688}
-"""Rows of the real mix by source; "text" are those without a picture."""
-WORDS = tuple(
-    [
-        "the",
-        "a",
-        "red",
-        "car",
-        "left",
-        "right",
-        "two",
-        "people",
-        "street",
-        "sign",
-        "says",
-        "small",
-        "dog",
-        "near",
-        "tree",
-        "what",
-        "where",
-        "which",
-        "is",
-        "on",
-        "of",
-        "in",
-    ]
-)
+"""Examples of the real mix by source; "text" are those without a picture."""
+ZIP_FILES = {"gqa": "gqa/images.zip", "textvqa": "textvqa/train_val_images.zip", "ocr_vqa": "ocr_vqa.zip"}
+TEXT = "the a red car left right two people street sign says small dog near tree what where which is on of in"
+WORDS = TEXT.split()
 SHORT = "\nAnswer the question using a single word or phrase."
 
 
@@ -44,87 +21,104 @@ def _text(draw, low, high):
 
 
 def _path(draw, source, number):
-    return {
-        "coco": f"coco/train2017/{number:012}.jpg",
-        "vg": f"vg/VG_100K{draw.choice(['', '_2'])}/{2_300_000 + number}.jpg",
-        "ocr_vqa": f"ocr_vqa/images/{number:010}.jpg",
-        "gqa": f"gqa/images/{2_400_000 + number}.jpg",
-        "textvqa": f"textvqa/train_images/{draw.getrandbits(64):016x}.jpg",
-    }[source]
+    """The path of a picture, as the source names its files."""
+    if source == "coco":
+        return f"coco/train2017/{number:012}.jpg"
+    if source == "vg":
+        return f"vg/VG_100K{draw.choice(['', '_2'])}/{2_300_000 + number}.jpg"
+    if source == "ocr_vqa":
+        return f"ocr_vqa/images/{number:010}.jpg"
+    if source == "gqa":
+        return f"gqa/images/{2_400_000 + number}.jpg"
+    return f"textvqa/train_images/{draw.getrandbits(64):016x}.jpg"
 
 
-def _row(draw, source, number):
-    """A row as the mix has it: many short questions, one long talk, boxes, or ShareGPT's text."""
-    if source == "text":
-        turns = [(_text(draw, 5, 40), _text(draw, 20, 120)) for _ in range(draw.randint(1, 5))]
-        row = {"id": f"{draw.getrandbits(40):x}_{number % 3}", "model": ""}
-    else:
-        path = _path(draw, source, number)
-        long = source == "coco" and number % 2
-        turns = [
-            (_text(draw, 4, 12) + ("" if long else SHORT), _text(draw, *((20, 60) if long else (1, 2))))
-            for _ in range(draw.randint(1, 4))
-        ]
-        question = turns[0][0]
-        turns[0] = (f"{question}\n<image>" if number % 5 == 0 else f"<image>\n{question}", turns[0][1])
-        row = {"id": Path(path).stem, "image": path}
-    messages = [
-        {"from": who, "value": text}
-        for turn in turns
-        for who, text in zip(("human", "gpt"), turn, strict=True)
-    ]
-    if source == "text" and number % 7 == 0:
+def _messages(turns):
+    messages = []
+    for question, answer in turns:
+        messages += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return messages
+
+
+def _text_example(draw, number):
+    """A talk of ShareGPT, some of which start with an answer."""
+    turns = [(_text(draw, 5, 40), _text(draw, 20, 120)) for _ in range(draw.randint(1, 5))]
+    messages = _messages(turns)
+    if number % 7 == 0:
         messages.insert(0, {"from": "gpt", "value": "the end of an answer"})
-    return {**row, "conversations": messages}
+    return {"id": f"{draw.getrandbits(40):x}_{number % 3}", "model": "", "conversations": messages}
 
 
-def _picture(draw):
-    """JPEG bytes of a few colours, 40 to 120 pixels a side."""
-    size = draw.randint(40, 120), draw.randint(40, 120)
-    image = Image.frombytes("RGB", (4, 3), draw.randbytes(36)).resize(size)
+def _picture_example(draw, source, number):
+    """Short questions about a picture, or a long talk, with the picture before or behind the first question."""
+    path = _path(draw, source, number)
+    is_long = source == "coco" and number % 2
+    turns = []
+    for _ in range(draw.randint(1, 4)):
+        question = _text(draw, 4, 12)
+        if is_long:
+            turns.append((question, _text(draw, 20, 60)))
+        else:
+            turns.append((question + SHORT, _text(draw, 1, 2)))
+
+    question, answer = turns[0]
+    question = f"{question}\n<image>" if number % 5 == 0 else f"<image>\n{question}"
+    turns[0] = (question, answer)
+    return {"id": Path(path).stem, "image": path, "conversations": _messages(turns)}
+
+
+def _jpeg(draw):
+    """A picture of a few colours, 40 to 120 pixels a side."""
+    size = (draw.randint(40, 120), draw.randint(40, 120))
     file = io.BytesIO()
-    image.save(file, "JPEG")
+    Image.frombytes("RGB", (4, 3), draw.randbytes(36)).resize(size).save(file, "JPEG")
     return file.getvalue()
 
 
-def save_mix(folder: Path, num_examples: int, *, seed: int = 0) -> Path:
-    """Write `folder`/published/ with mix.json and all pictures as they are published: the path of mix.json."""
-    draw, total = random.Random(seed), sum(COUNTS.values())
-    published = folder / "published"
-    rows = []
-    zips = {"gqa": "gqa/images.zip", "textvqa": "textvqa/train_val_images.zip", "ocr_vqa": "ocr_vqa.zip"}
+def save_mix(folder: Path, num_examples: int, *, seed: int = 0) -> None:
+    """Write `folder`/published/ with mix.json and all pictures, as they are published."""
+    draw = random.Random(seed)
+    examples = []
     for source, count in COUNTS.items():
-        rows += [_row(draw, source, number) for number in range(max(1, round(num_examples * count / total)))]
-    archives = {}
-    for source, name in zips.items():
-        (published / name).parent.mkdir(parents=True, exist_ok=True)
-        archives[source] = zipfile.ZipFile(published / name, "w")
-    for row in rows:
-        if "image" in row:
-            source, rest = row["image"].split("/", 1)
-            if source in archives:
-                archives[source].writestr(
-                    rest, _picture(draw), zipfile.ZIP_DEFLATED if source == "gqa" else zipfile.ZIP_STORED
-                )
+        share = count / sum(COUNTS.values())
+        for number in range(max(1, round(num_examples * share))):
+            if source == "text":
+                examples.append(_text_example(draw, number))
             else:
-                (published / source / rest).parent.mkdir(parents=True, exist_ok=True)
-                (published / source / rest).write_bytes(_picture(draw))
+                examples.append(_picture_example(draw, source, number))
+
+    published = folder / "published"
+    archives = {}
+    for source, name in ZIP_FILES.items():
+        (published / name).parent.mkdir(parents=True, exist_ok=True)
+        method = zipfile.ZIP_DEFLATED if source == "gqa" else zipfile.ZIP_STORED
+        archives[source] = zipfile.ZipFile(published / name, "w", method)
+
+    for example in examples:
+        if "image" not in example:
+            continue
+        source, below = example["image"].split("/", 1)
+        if source in archives:
+            archives[source].writestr(below, _jpeg(draw))
+        else:
+            path = published / source / below
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(_jpeg(draw))
+
     for archive in archives.values():
         archive.close()
-    draw.shuffle(rows)
-    (published / "mix.json").write_text(json.dumps(rows))
-    return published / "mix.json"
+    draw.shuffle(examples)
+    (published / "mix.json").write_text(json.dumps(examples))
 
 
 def settings(url: str, folder: Path) -> list[str]:
     """Overrides of `data=mix665k` that take everything from a server of `published`."""
-    return [
+    overrides = [
         f"data.path={folder}/mine/mix.json",
         f"data.address={url}/mix.json",
         f"data.image_folder={folder}/mine/images",
         f"data.pictures.coco=[{url}/coco/]",
         f"data.pictures.vg=[{url}/vg/]",
-        f"data.pictures.gqa=[{url}/gqa/images.zip]",
-        f"data.pictures.textvqa=[{url}/textvqa/train_val_images.zip]",
-        f"data.pictures.ocr_vqa=[{url}/ocr_vqa.zip]",
     ]
+    overrides += [f"data.pictures.{source}=[{url}/{name}]" for source, name in ZIP_FILES.items()]
+    return overrides

@@ -8,8 +8,7 @@ import time
 
 import pytest
 
-from data.paths import data_dir
-from tests.conftest import ROOT
+from data.paths import ROOT, data_dir
 from tests.helpers import mix
 from tests.helpers.commands import assert_same_metrics, environment, metrics, start, tune
 from tests.helpers.server import Server, seeded
@@ -17,44 +16,59 @@ from tests.helpers.server import Server, seeded
 pytestmark = pytest.mark.integration
 
 FAULTS = ("drop", "truncate", "short", "429", "503", "302", "404")
+NUM_EXAMPLES = 600
 
 
-def script(name, *overrides):
-    return [sys.executable, "-m", f"scripts.prepare.{name}", *overrides]
+def module(name, *arguments):
+    return [sys.executable, "-m", f"scripts.{name}", *arguments]
 
 
-def run(name, *overrides):
-    done = start(script(name, *overrides))
+def run(name, *arguments):
+    done = start(module(name, *arguments))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 
+def assert_refused(done, *words):
+    """The command ended with exit code 2 and a message that holds the words, and no traceback."""
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
 @pytest.fixture(scope="module")
-def mine(tmp_path_factory):
-    """A folder with a mix of 600 rows, as published."""
+def folder(tmp_path_factory):
+    """A folder with a mix as published in published/; mine/ is the user's."""
     folder = tmp_path_factory.mktemp("mix")
-    mix.save_mix(folder, 600)
+    mix.save_mix(folder, NUM_EXAMPLES)
     return folder
 
 
 @pytest.fixture(scope="module")
-def settings(mine, overrides):
-    """Of the tiny model on a tenth of the mix, whose addresses stand there no more."""
-    ours = [item for item in overrides if not item.startswith(("data.", "optim.max_steps"))]
-    data = [item for item in mix.settings("http://127.0.0.1:9", mine) if "pictures" not in item]
-    return [*ours, *data, "data.num_workers=1", "optim.max_steps=3"]
+def settings(folder, overrides):
+    """The tiny model on a tenth of the mix, without the addresses it was fetched from."""
+    of_model = [item for item in overrides if not item.startswith(("data.", "optim.max_steps"))]
+    of_data = [item for item in mix.settings("http://127.0.0.1:9", folder) if "pictures" not in item]
+    return [*of_model, *of_data, "data.num_workers=1", "optim.max_steps=3"]
+
+
+def jpegs(folder):
+    return list((folder / "mine" / "images").rglob("*.jpg"))
 
 
 def manifests():
-    found = (data_dir() / "prepared").glob("mix-*/manifest.json")
-    return [json.loads(path.read_text()) for path in sorted(found, key=lambda path: path.stat().st_mtime)]
+    """The manifests of all subsets, the newest one last."""
+    paths = (data_dir() / "prepared").glob("mix-*/manifest.json")
+    in_order = sorted(paths, key=lambda path: path.stat().st_mtime)
+    return [json.loads(path.read_text()) for path in in_order]
 
 
 @pytest.fixture(scope="module")
-def fetched(mine, settings):
-    """The manifest of the subset, fetched by a command that was killed and started again; and the server."""
-    with Server(mine / "published", seeded(FAULTS, 0.2), delay_s=0.3) as server:
-        command = script("fetch", "model=llava-7b", *mix.settings(server.url, mine))
+def fetched(folder, settings):
+    """(manifest, server, last command) of a subset whose first command was killed, and which a second one resumed."""
+    with Server(folder / "published", seeded(FAULTS, 0.2), delay_s=0.3) as server:
+        command = module("prepare.fetch", "model=llava-7b", *mix.settings(server.url, folder))
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -63,133 +77,121 @@ def fetched(mine, settings):
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        while process.poll() is None and len(list((mine / "mine" / "images").rglob("*.jpg"))) < 10:
+        while process.poll() is None and len(jpegs(folder)) < 10:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        before = {path: path.stat().st_mtime_ns for path in (mine / "mine" / "images").rglob("*.jpg")}
+
+        before = {path: path.stat().st_mtime_ns for path in jpegs(folder)}
         assert 10 <= len(before) < 50 and not manifests(), "the command ended before the kill"
         done = start(command)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert {path: path.stat().st_mtime_ns for path in before} == before, "what had come was fetched again"
+        for path, modified in before.items():
+            assert path.stat().st_mtime_ns == modified, "a picture was fetched again"
         yield manifests()[-1], server, done
 
 
-def test_the_tenth_is_whole_though_links_are_dead(fetched, mine):
-    manifest, _server, done = fetched
+def test_the_tenth_is_whole_though_links_are_dead(fetched, folder):
+    manifest, _, done = fetched
     total = sum(mix.COUNTS.values())
-    assert manifest["num_rows_by_source"] == {
-        source: -(-round(600 * count / total) // 10) for source, count in mix.COUNTS.items()
-    }
-    assert manifest["bad_rows"] and all(
-        row["replaced"] and "404" in row["reason"] for row in manifest["bad_rows"]
-    )
-    assert manifest["hash"] in done.stdout and "left out" in done.stdout
-    assert not [path for path in (mine / "mine").rglob(".*")]
+    expected = {}
+    for source, count in mix.COUNTS.items():
+        num_published = round(NUM_EXAMPLES * count / total)
+        expected[source] = -(-num_published // 10)  # a tenth, rounded up
+    assert manifest["num_rows_by_source"] == expected
+
+    assert manifest["bad_rows"]
+    for example in manifest["bad_rows"]:
+        assert example["replaced"]
+        assert "404" in example["reason"]
+    assert manifest["hash"] in done.stdout
+    assert "left out" in done.stdout
+    assert not list((folder / "mine").rglob("*.vzip-tmp"))
 
 
-def test_only_the_subset_was_fetched(fetched, mine):
+def test_only_the_subset_was_fetched(fetched, folder):
     manifest, server, _ = fetched
-    files = {
-        path.relative_to(mine / "mine" / "images").as_posix()
-        for path in (mine / "mine" / "images").rglob("*.jpg")
-    }
-    assert len(files) == manifest["num_rows"] - manifest["num_rows_by_source"]["text"]
+    names = {path.relative_to(folder / "mine" / "images").as_posix() for path in jpegs(folder)}
+    assert len(names) == manifest["num_rows"] - manifest["num_rows_by_source"]["text"]
+
+    # Pictures of other sources come out of zip files.
+    from_addresses = [name for name in names if name.startswith(("coco", "vg"))]
     asked = {path.removeprefix("/moved") for path in server.requests if path.endswith(".jpg")}
-    assert len(asked) <= len([name for name in files if name.startswith(("coco", "vg"))]) + len(
-        manifest["bad_rows"]
-    )
+    assert len(asked) <= len(from_addresses) + len(manifest["bad_rows"])
 
 
-def test_a_quiet_server_gives_the_same_subset_but_for_the_dead_links(fetched, mine, tmp_path, monkeypatch):
+def test_a_quiet_server_gives_the_same_subset_but_for_the_dead_links(fetched, folder, tmp_path, monkeypatch):
     manifest, _, _ = fetched
     monkeypatch.setenv("VZIP_DATA", str(tmp_path / "vzip"))
-    with Server(mine / "published") as server:
-        here = [item.replace(f"{mine}/mine", f"{tmp_path}/mine") for item in mix.settings(server.url, mine)]
-        run("fetch", "model=llava-7b", *here)
+    with Server(folder / "published") as server:
+        overrides = mix.settings(server.url, folder)
+        here = [item.replace(f"{folder}/mine", f"{tmp_path}/mine") for item in overrides]
+        run("prepare.fetch", "model=llava-7b", *here)
+
     (other,) = manifests()
-    dead = {row["id"] for row in manifest["bad_rows"]}
-    assert [name for name in other["ids"] if name not in dead] == [
-        name for name in manifest["ids"] if name in other["ids"]
-    ]
-    assert not other["bad_rows"] and other["drawn_hash"] == manifest["drawn_hash"]
+    assert not other["bad_rows"]
+    assert other["drawn_hash"] == manifest["drawn_hash"]
+    dead = {example["id"] for example in manifest["bad_rows"]}
+    of_both = [name for name in manifest["ids"] if name in other["ids"]]
+    assert [name for name in other["ids"] if name not in dead] == of_both
 
 
 def test_the_check_prints_a_table_and_leaves_a_picture(fetched, settings):
-    done = run("check", *settings)
-    assert all(word in done.stdout for word in ("coco", "textvqa", "text tokens", "label", "p90"))
+    done = run("prepare.check", *settings)
+    for word in ("coco", "textvqa", "text tokens", "label", "p90"):
+        assert word in done.stdout
+
     (report,) = (data_dir() / "prepared").glob("mix-*/check.json")
-    assert json.loads(report.read_text()) and report.with_suffix(".png").stat().st_size > 10_000
+    assert json.loads(report.read_text())
+    assert report.with_suffix(".png").stat().st_size > 10_000
 
 
 def test_features_of_a_cache_train_as_pictures_do(fetched, settings, tmp_path):
     here = [*settings, f"runs={tmp_path}"]
     tune([*here, "name=pictures"])
     early = start([sys.executable, "train/tune.py", *here, "name=early", "data.cache=true"])
-    assert early.returncode == 2 and "make cache" in early.stderr and "Traceback" not in early.stderr
-    done = run("cache", *settings)
+    assert_refused(early, "make cache")
+
+    done = run("prepare.cache", *settings)
     assert "data.cache=true" in done.stdout
     tune([*here, "name=cached", "data.cache=true"])
     assert_same_metrics(tmp_path / "cached", tmp_path / "pictures")
 
 
-def test_questions_a_control_and_lora_beside_a_cache(fetched, settings, mine, tmp_path):
+def test_questions_a_control_and_lora_beside_a_cache(fetched, settings, folder, tmp_path):
     """The control has another reducer, and no cache; questions need the towers; LoRA renames weights."""
-    run("cache", *settings)
-    rows = json.loads((mine / "mine" / "mix.json").read_text())
-    known = [row for row in rows if row["id"] in fetched[0]["ids"] and "image" in row][:3]
-    (tmp_path / "asked.json").write_text(json.dumps(known))
+    run("prepare.cache", *settings)
+    entries = json.loads((folder / "mine" / "mix.json").read_text())
+    in_subset = [entry for entry in entries if entry["id"] in fetched[0]["ids"] and "image" in entry]
+    (tmp_path / "asked.json").write_text(json.dumps(in_subset[:3]))
+
     here = [*settings, f"runs={tmp_path}", "data.cache=true", "optim.max_steps=1"]
-    asked = [f"data.held_out={tmp_path}/asked.json", "evaluate.questions=2"]
-    tune([*here, *asked, "name=asked", "control=true"])
+    questions = [f"data.held_out={tmp_path}/asked.json", "evaluate.questions=2"]
+    tune([*here, *questions, "name=asked", "control=true"])
     rows = json.loads((tmp_path / "asked" / "result.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["full", "free", "tuned", "random"]
+
+    losses = []
     for name, cache in (("lora", "true"), ("pictures", "false")):
         tune([*here, f"name={name}", "tune=language_lora", f"data.cache={cache}"])
-    assert metrics(tmp_path / "lora")[0][1] == pytest.approx(metrics(tmp_path / "pictures")[0][1], rel=1e-5)
+        _, loss, _ = metrics(tmp_path / name)[0]
+        losses.append(loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_wrong_address_ends_with_the_settings_name(mine, tmp_path):
-    with Server(mine / "published") as server:
-        wrong = [item for item in mix.settings(server.url, mine) if "image_folder" not in item]
-        wrong += [
+def test_wrong_addresses_are_named(folder, tmp_path):
+    with Server(folder / "published") as server:
+        overrides = [item for item in mix.settings(server.url, folder) if "image_folder" not in item]
+        overrides += [
             f"data.image_folder={tmp_path}/images",
             f"data.pictures.coco=[{server.url}/nowhere/]",
             "data.fraction=0.9",
         ]
-        done = start(script("fetch", "model=llava-7b", *wrong))
-    assert (
-        done.returncode == 2 and "data.fetch.pictures.coco" in done.stderr and "Traceback" not in done.stderr
-    )
+        of_pictures = start(module("prepare.fetch", "model=llava-7b", *overrides))
 
-
-def test_an_address_without_the_file_is_said_in_a_line(mine, tmp_path):
-    with Server(mine / "published") as server:
         address = f"data.address={server.url}/nowhere.json"
-        done = start(script("fetch", "model=llava-7b", f"data.path={tmp_path}/mix.json", address))
-    assert (
-        done.returncode == 2
-        and address in done.stderr
-        and "404" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+        overrides = [f"data.path={tmp_path}/mix.json", address]
+        of_instructions = start(module("prepare.fetch", "model=llava-7b", *overrides))
 
-
-def test_the_loaders_benchmark_measures_what_it_says(tmp_path):
-    short = [
-        "--model",
-        "llava",
-        "--seconds",
-        "0.1",
-        "--rounds",
-        "1",
-        "--workers",
-        "1",
-        "--json",
-        str(tmp_path / "found.json"),
-    ]
-    done = run("bench_loader", *short)
-    assert "pictures/s, 1 worker" in done.stdout
-    found = json.loads((tmp_path / "found.json").read_text())["llava"]
-    assert found["rows"] == 66_529 and found["bytes_uint8"] == 3 * 336 * 336
-    assert found["padding_ordered"] < found["padding_drawn"] and found["rates"]["1"][0] > 0
+    assert_refused(of_pictures, "data.pictures.coco")
+    assert_refused(of_instructions, address, "404", f"data.path={tmp_path}/mix.json")
