@@ -1,13 +1,13 @@
 """From examples to a micro batch: padded, or packed one behind the other.
 
-Legend of shapes: M examples of a micro batch, L tokens of its longest example; T tokens of packed examples, n of them
-followed by a label.
+Legend of shapes: M examples of a micro batch, L tokens of its longest example; T tokens of packed
+examples, n of them followed by a label.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from vzip.templates.encode import IGNORED
 
 Ids = tuple[list[int], list[int]]
 """Token ids and labels of an example."""
+Sizes = tuple[tuple[int, int] | None, ...]
+"""(height, width) of an example's images in pixels. None if it is not known."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,20 @@ class MicroBatch:
     input_ids: Tensor
     """int64[M, L] if padded, int64[T] if packed."""
     media: dict[str, ModelMedia]
-    """All images and all videos of the examples, by kind, images first. Pixels are uint8 until they are on the device.
+    """All images and all videos of the examples, by kind, images first.
 
-    If no example has any of a kind, there is one blank image or video.
+    Pixels are uint8 until they are on the device. If no example has any of a kind, there is one
+    blank image or video.
     """
     num_placeholders: dict[str, int]
     """Placeholders in `input_ids` by kind. 0 if the only image or video is blank."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Apply a function to each tensor, e.g. move it to a device."""
-        changed: dict[str, Any] = {"media": {kind: media.map(change) for kind, media in self.media.items()}}
+        changed: dict[str, Any] = {}
+        changed["media"] = {kind: media.map(change) for kind, media in self.media.items()}
+
+        # The other tensors are fields of the subclasses.
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
@@ -53,7 +59,7 @@ class MicroBatch:
         return self.map(lambda values: values.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
-        """Move to memory that a GPU copies from while it computes. torch's DataLoader calls this."""
+        """Move to memory that a GPU copies from while it computes. DataLoader calls this."""
         return self.map(Tensor.pin_memory)
 
 
@@ -83,6 +89,17 @@ class PackedBatch(MicroBatch):
     """Number of the reducer that the examples were expanded for."""
 
 
+class Expanded(NamedTuple):
+    """Examples with their images and videos."""
+
+    ids: list[Ids]
+    """Ids and labels of each example, with as many placeholders as the model has visual tokens."""
+    media: dict[str, ModelMedia]
+    """All images and all videos, by kind."""
+    num_placeholders: dict[str, int]
+    """Placeholders of all examples, by kind."""
+
+
 class Collator:
     """Expands placeholders, adds images and videos, and pads.
 
@@ -90,8 +107,8 @@ class Collator:
         processor: the model's processor, unreduced.
         family: the model's family.
         reducer: the reducer that placeholders are counted for.
-        kinds: kinds of media that every micro batch brings to the model, blank if no example has any. Under ZeRO 3 all
-            ranks must run the same modules.
+        kinds: kinds of media that every micro batch brings to the model, blank if no example has
+            any. Under ZeRO 3 all ranks must run the same modules.
         num_frames: frames taken of a video.
         media: the source of images and videos. By default files, run through the processor.
 
@@ -122,6 +139,7 @@ class Collator:
         self.family = family.without_weights()  # data workers get a copy
         self.media = media or ProcessedMedia(processor, self.family, reducer, num_frames=num_frames)
 
+        # What pads does not matter, as the attention mask leaves it out.
         tokenizer = processor.tokenizer
         self.pad_id = tokenizer.pad_token_id
         if self.pad_id is None:
@@ -135,26 +153,24 @@ class Collator:
 
         # Many of the 66,000 examples of a usual run have images of the same size.
         @cache
-        def num_visual_tokens(sizes: tuple[tuple[int, int] | None, ...], num_videos: int) -> int:
+        def num_visual_tokens(sizes: Sizes, num_videos: int) -> int:
             num_tokens = self.family.num_example_tokens(self.reducer, sizes)
             if num_videos:
                 num_tokens += num_videos * self.family.num_video_tokens(self.reducer, self.num_frames)
             return num_tokens
 
+        # Each placeholder gives way to its visual tokens.
         num_visual = [num_visual_tokens(*shape) for shape in _visual_shapes(examples)]
         num_placeholders = examples.column("num_images") + examples.column("num_videos")
         num_text = examples.column("num_tokens").astype(np.int64) - num_placeholders
         return torch.from_numpy(num_text) + torch.tensor(num_visual, dtype=torch.int64)
 
-    def expand(self, examples: Sequence[Example]) -> tuple[list[Ids], dict[str, ModelMedia], dict[str, int]]:
-        """Load images and videos, and repeat each placeholder as often as its image or video has tokens.
-
-        Returns:
-            (ids, labels) of each example, the media by kind, and the number of placeholders by kind.
-        """
+    def expand(self, examples: Sequence[Example]) -> Expanded:
+        """Load images and videos, and repeat each placeholder once per token of its image or video."""
         media: dict[str, ModelMedia] = {}
         counts: dict[str, list[int]] = {}
         for kind in self.kinds:
+            # Media without any example are blank, and their tokens have no position.
             if any(kind in example.media for example in examples):
                 media[kind] = self.media.load(kind, examples)
                 counts[kind] = self.media.counts(kind, media[kind])
@@ -162,15 +178,16 @@ class Collator:
                 media[kind] = self.media.blank(kind)
                 counts[kind] = []
 
-        # The media of all examples lie one behind the other, so the examples share one iterator per kind.
+        # The media of all examples lie one behind the other, so one iterator per kind serves all.
         remaining = {kind: iter(numbers) for kind, numbers in counts.items()}
-        expanded = [self._repeat_placeholders(example, remaining) for example in examples]
+        ids = [self._repeat_placeholders(example, remaining) for example in examples]
 
         num_placeholders = {kind: sum(numbers) for kind, numbers in counts.items()}
-        return expanded, media, num_placeholders
+        return Expanded(ids, media, num_placeholders)
 
     def _repeat_placeholders(self, example: Example, counts: dict[str, Iterator[int]]) -> Ids:
         """Repeat each placeholder, and its label, as often as the next count of its kind says."""
+        # Ids of the placeholders that this example has. All other tokens stand for themselves.
         kind_of = {self.family.placeholder_id(kind): kind for kind in example.media}
         ids: list[int] = []
         labels: list[int] = []
@@ -182,26 +199,33 @@ class Collator:
 
     def __call__(self, examples: Sequence[Example], *, left: bool = False) -> PaddedBatch:
         """Build a micro batch, padded on the right, or on the left for generation."""
-        expanded, media, num_placeholders = self.expand(examples)
-        length = max(len(ids) for ids, _ in expanded)
+        expanded = self.expand(examples)
+        length = max(len(ids) for ids, _ in expanded.ids)
 
         def pad(values: list[int], value: int) -> list[int]:
             padding = [value] * (length - len(values))
             return padding + values if left else values + padding
 
+        input_ids = []
+        attention_mask = []
+        padded_labels = []
+        for ids, labels in expanded.ids:
+            input_ids.append(pad(ids, self.pad_id))
+            attention_mask.append(pad([1] * len(ids), 0))
+            padded_labels.append(pad(labels, IGNORED))
+
         return PaddedBatch(
-            input_ids=torch.tensor([pad(ids, self.pad_id) for ids, _ in expanded]),
-            media=media,
-            num_placeholders=num_placeholders,
-            attention_mask=torch.tensor([pad([1] * len(ids), 0) for ids, _ in expanded]),
-            labels=torch.tensor([pad(labels, IGNORED) for _, labels in expanded]),
+            input_ids=torch.tensor(input_ids),
+            media=expanded.media,
+            num_placeholders=expanded.num_placeholders,
+            attention_mask=torch.tensor(attention_mask),
+            labels=torch.tensor(padded_labels),
         )
 
 
-def _visual_shapes(
-    examples: Examples,
-) -> Iterator[tuple[tuple[tuple[int, int] | None, ...], int]]:
-    """(sizes of the images, number of videos) of each example. An image whose size is not known has None."""
+def _visual_shapes(examples: Examples) -> Iterator[tuple[Sizes, int]]:
+    """(sizes of the images, number of videos) of each example, from whole columns."""
+    # Building 66,000 `Example` objects would take seconds.
     columns = zip(
         examples.column("num_images").tolist(),
         examples.column("num_videos").tolist(),
@@ -214,7 +238,10 @@ def _visual_shapes(
 
 
 class Packer:
-    """Lays examples one behind the other, each from behind the shared prefix to the last token whose output is needed.
+    """Lays examples one behind the other, without the tokens that need not be run.
+
+    Those are the prefix that all examples share, and each example's tail, whose output is not
+    needed: see `data.batches.packing`.
 
     Args:
         collator: expands the examples.
@@ -234,17 +261,21 @@ class Packer:
         return self.collator.lengths(examples) - self.num_prefix - torch.from_numpy(tails)
 
     def __call__(self, examples: Sequence[Example]) -> PackedBatch:
-        """Build a micro batch. Without examples it has a single token, whose loss must not count."""
-        expanded, media, num_placeholders = self.collator.expand(examples)
+        """Build a micro batch.
+
+        Without examples it has a single token, whose loss must not count.
+        """
+        expanded = self.collator.expand(examples)
+        tails = self._num_tail_tokens(expanded.ids)
 
         input_ids: list[int] = []
         lengths: list[int] = []
         at_labels: list[int] = []
         targets: list[int] = []
-        for (ids, labels), tail in zip(expanded, self._num_tail_tokens(expanded), strict=True):
+        for (ids, labels), tail in zip(expanded.ids, tails, strict=True):
             stop = len(ids) - tail
 
-            # A token predicts the next one, so the label that matters to it is one place further on.
+            # A token predicts the next one, so its label is one position further on.
             next_labels = labels[self.num_prefix + 1 : stop + 1]
             for position, label in enumerate(next_labels, start=len(input_ids)):
                 if label != IGNORED:
@@ -254,15 +285,16 @@ class Packer:
             input_ids += ids[self.num_prefix : stop]
             lengths.append(stop - self.num_prefix)
 
-        if not expanded:
+        # Ranks without examples must run the same modules as the others.
+        if not expanded.ids:
             input_ids = targets = [self.collator.pad_id]
             lengths = [1]
             at_labels = [0]
 
         return PackedBatch(
             input_ids=torch.tensor(input_ids),
-            media=media,
-            num_placeholders=num_placeholders,
+            media=expanded.media,
+            num_placeholders=expanded.num_placeholders,
             lengths=tuple(lengths),
             at_labels=torch.tensor(at_labels),
             targets=torch.tensor(targets),
@@ -270,9 +302,11 @@ class Packer:
             reducer=self.reducer,
         )
 
-    def _num_tail_tokens(self, expanded: Sequence[Ids]) -> list[int]:
-        """Tokens at the end of each example that are not run. No placeholder is among them, so expansion does not matter."""
-        if not expanded:
+    def _num_tail_tokens(self, ids: Sequence[Ids]) -> list[int]:
+        """Tokens at the end of each expanded example that are not run."""
+        if not ids:
             return []
-        tails: list[int] = num_tail_tokens(FlatTokens.of(expanded), self.placeholders).tolist()
+
+        # No placeholder is among these tokens, so there are as many as before the expansion.
+        tails: list[int] = num_tail_tokens(FlatTokens.of(ids), self.placeholders).tolist()
         return tails

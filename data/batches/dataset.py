@@ -27,7 +27,7 @@ def has_media(examples: Examples) -> Tensor:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The steps of a run. Which examples a step takes does not depend on how it is cut into micro batches."""
+    """The steps of a run. Which examples a step takes does not depend on how it is cut."""
 
     size: int
     """Examples of a step, on all ranks together."""
@@ -47,18 +47,21 @@ class Batcher(Protocol):
     collators: Sequence[Callable[[Sequence[Example]], MicroBatch]]
     """By number of the reducer: builds a micro batch from its examples."""
     lengths: Tensor
-    """int64[reducers, examples]: tokens of each example after expansion, also those that need not be run."""
+    """int64[reducers, examples]: tokens of each example after expansion, run or not."""
 
     def cut(self, step: int, examples: Sequence[int]) -> list[MicroBatchSpec]:
-        """The step's micro batches, the same number on every rank: rank r takes number r, r + world_size, ..."""
+        """Cut a step into micro batches, the same number for every rank.
+
+        Rank r takes numbers r, r + world_size, ... of them.
+        """
         ...
 
 
 class PaddedBatcher:
     """Micro batches of examples of similar length, padded to the longest one.
 
-    The longest examples of a step come first, so that the largest need of memory is that of its first micro batch. The
-    loss is a sum over the examples of the step, whatever their order.
+    The longest examples of a step come first, so that the largest need of memory is that of its
+    first micro batch. The loss is a sum over the examples of the step, whatever their order.
 
     Args:
         collator: expands and pads.
@@ -75,16 +78,20 @@ class PaddedBatcher:
         self.lengths = collator.lengths(examples)[None]
 
     def cut(self, step: int, examples: Sequence[int]) -> list[MicroBatchSpec]:
-        """Implement `Batcher.cut`."""
-        longest_first = self.lengths[0, torch.tensor(examples)].argsort(descending=True, stable=True)
+        """Cut a step into micro batches of `micro` examples, the longest examples first."""
+        # Stable, so that examples of equal length stay in the drawn order.
+        lengths = self.lengths[0, torch.tensor(examples)]
+        longest_first = lengths.argsort(descending=True, stable=True)
         ordered = [examples[position] for position in longest_first.tolist()]
 
         specs = []
         for start in range(0, len(ordered), self.micro):
             specs.append(MicroBatchSpec(ordered[start : start + self.micro]))
 
-        # The ranks take turns in having the longer examples, so that none has the longest of every round.
-        in_turns = []
+        # The ranks run one micro batch each at the same time. They take turns in having the longer
+        # examples, so that no rank has the longest ones every time.
+        # Batch number i belongs to rank i % world_size.
+        in_turns: list[MicroBatchSpec] = []
         for number, start in enumerate(range(0, len(specs), self.plan.world_size)):
             of_ranks = specs[start : start + self.plan.world_size]
             in_turns += of_ranks[::-1] if number % 2 else of_ranks
@@ -98,7 +105,9 @@ class PaddedBatcher:
 
 
 class PackedBatcher:
-    """Micro batches of at most `tokens` tokens, whose examples lie one behind the other. See `data.batches.packing.pack`.
+    """Micro batches of at most `tokens` tokens, whose examples lie one behind the other.
+
+    See `data.batches.packing.pack`.
 
     Args:
         packers: one per reducer.
@@ -106,7 +115,8 @@ class PackedBatcher:
         plan: its steps.
         tokens: tokens of a micro batch.
         num_run: int64[reducers, examples], tokens of each example that are run.
-        has_gradient: bool[examples], whether the trainable parts learn from an example. Only those are run.
+        has_gradient: bool[examples], whether the trainable parts learn from an example. Only those
+            are run.
     """
 
     def __init__(
@@ -128,7 +138,8 @@ class PackedBatcher:
         self.lengths = torch.stack([packer.collator.lengths(examples) for packer in packers])
 
     def cut(self, step: int, examples: Sequence[int]) -> list[MicroBatchSpec]:
-        """Implement `Batcher.cut`."""
+        """Pack the examples of a step that have a gradient."""
+        # An example without a gradient is counted in the loss's denominator, but need not be run.
         run = [example for example in examples if self.has_gradient[example]]
         return pack(
             run,
@@ -142,7 +153,10 @@ class PackedBatcher:
         plan = self.plan
         num_budgets = len(self.collators)
         drawn = f", each with one of {num_budgets} budgets" if num_budgets > 1 else ""
-        return f"{plan} on {plan.world_size} rank(s), in micro batches of at most {self.tokens:,} packed tokens{drawn}"
+        return (
+            f"{plan} on {plan.world_size} rank(s), "
+            f"in micro batches of at most {self.tokens:,} packed tokens{drawn}"
+        )
 
 
 class MicroBatches(Dataset[MicroBatch]):
@@ -152,8 +166,8 @@ class MicroBatches(Dataset[MicroBatch]):
         batcher: cuts steps into micro batches.
         plan: the steps.
         rank: the rank whose micro batches these are.
-        has_gradient: bool[examples], whether the trainable parts learn from an example. A projector learns nothing from
-            text alone.
+        has_gradient: bool[examples], whether the trainable parts learn from an example. A projector
+            learns nothing from text alone.
     """
 
     def __init__(self, batcher: Batcher, plan: BatchPlan, *, rank: int, has_gradient: Tensor) -> None:
@@ -164,12 +178,14 @@ class MicroBatches(Dataset[MicroBatch]):
         self.examples_by_step = _draw_order(len(batcher.examples), plan)
         """int64[num_steps, size]: numbers of the examples of each step."""
 
+        # Each rank cuts the steps for all ranks, and keeps its own share.
         specs_by_step = _cut_steps(batcher, self.examples_by_step)
         self._specs = _own_micro_batches(specs_by_step, rank=rank, world_size=plan.world_size)
-        nums_of_a_rank = [len(specs) // plan.world_size for specs in specs_by_step]
-        self._first_indices = list(accumulate(nums_of_a_rank, initial=0))
+        num_per_rank = [len(specs) // plan.world_size for specs in specs_by_step]
+        self._first_indices = list(accumulate(num_per_rank, initial=0))
 
-        self._num_labels = torch.from_numpy(batcher.examples.column("num_labels").astype(np.int64))
+        num_labels = batcher.examples.column("num_labels").astype(np.int64)
+        self._num_labels = torch.from_numpy(num_labels)
         self._num_tokens = _count_tokens(batcher.lengths, self.examples_by_step, specs_by_step)
 
     def __len__(self) -> int:
@@ -205,13 +221,15 @@ class MicroBatches(Dataset[MicroBatch]):
 def _draw_order(num_examples: int, plan: BatchPlan) -> Tensor:
     """int64[num_steps, size]: the examples of each step, cut from an endless stream of epochs.
 
-    Each epoch is a permutation drawn from the seed and its number, so that the stream depends on nothing else.
+    Each epoch is a permutation drawn from the seed and its number, so that the stream depends on
+    nothing else.
     """
     num_drawn = plan.num_steps * plan.size
     num_epochs = -(-num_drawn // num_examples)
 
     epochs = []
     for epoch in range(num_epochs):
+        # A generator of its own: torch's global one is also drawn from by others.
         generator = torch.Generator().manual_seed(plan.seed * 100_003 + epoch)
         epochs.append(torch.randperm(num_examples, generator=generator))
 
@@ -239,8 +257,10 @@ def _count_tokens(
     """Tokens of each step on all ranks, after expansion by the reducer that each micro batch has."""
     totals = []
     for examples, specs in zip(examples_by_step, specs_by_step, strict=True):
-        # Counted with the first reducer, then corrected: examples that are not run are in no micro batch.
+        # Count all examples with the first reducer, also those that are in no micro batch.
         total = int(lengths[0, examples].sum())
+
+        # Then correct the micro batches of the other reducers.
         for spec in specs:
             if spec.reducer:
                 difference = lengths[spec.reducer, spec.examples] - lengths[0, spec.examples]
@@ -253,7 +273,8 @@ def _count_tokens(
 def explain_workers() -> Iterator[None]:
     """Turn faults of data workers into UserError.
 
-    Put it around whatever waits for workers, and around whatever runs beside them: the end of a worker can interrupt it.
+    Put it around whatever waits for workers, and around whatever runs beside them: the end of a
+    worker can interrupt it.
     """
     try:
         yield
@@ -263,9 +284,9 @@ def explain_workers() -> Iterator[None]:
             message = str(error).rsplit("UserError: ", 1)[-1].strip()
         elif "DataLoader worker" in str(error):
             message = (
-                f"a process that loads data was ended from outside, mostly because memory ran out ({str(error).strip()}); "
-                f"lower data.num_workers, or give the machine (in a container also /dev/shm) more memory, and run the same "
-                f"command again: it resumes"
+                f"a process that loads data was ended from outside, mostly because memory ran out "
+                f"({str(error).strip()}); lower data.num_workers, or give the machine (in a container "
+                f"also /dev/shm) more memory, and run the same command again: it resumes"
             )
         else:
             raise
@@ -277,20 +298,22 @@ def explain_workers() -> Iterator[None]:
 
 def usable_workers(num_workers: int) -> int:
     """The number of data workers, but no more than the CPUs that this process may use."""
+    # Containers and schedulers may give a process fewer CPUs than the machine has.
     if hasattr(os, "sched_getaffinity"):
         return min(num_workers, len(os.sched_getaffinity(0)))
     return min(num_workers, os.cpu_count() or 1)
 
 
 def loader(batches: MicroBatches, *, first: int, num_workers: int) -> Iterator[MicroBatch]:
-    """Micro batches from step `first` on, built by worker processes of one thread each, or by this one if there are none.
+    """Yield micro batches from step `first` on, which worker processes build ahead of time.
 
-    Each worker works two batches ahead. They lie in shared memory, which is pinned if there is a GPU.
+    Each worker has one thread and works two batches ahead. They lie in shared memory, which is
+    pinned if there is a GPU. Without workers this process builds them.
 
     Args:
         batches: the micro batches of this rank.
         first: the step to begin with.
-        num_workers: worker processes, no more of which are started than there are CPUs.
+        num_workers: worker processes. No more are started than there are CPUs.
 
     Raises:
         UserError: an image or video can't be read any more, or the system has ended a worker.

@@ -16,7 +16,7 @@ from vzip.reducers import Reducer
 from vzip.videos import read_frames
 
 ModelMedia = MediaInputs | VisualFeatures
-"""All images, or all videos, of a micro batch: pixels for the tower, or cached features for the projector."""
+"""All images, or all videos, of a micro batch: pixels for the tower, or features for the projector."""
 
 BLANK_SIDE = 32
 """Side in pixels of a blank image. The processor resizes it like any other."""
@@ -26,18 +26,19 @@ class Media(Protocol):
     """A source of images and videos. A collator has one, and each data worker gets a copy of it."""
 
     def load(self, kind: str, examples: Sequence[Example]) -> ModelMedia:
-        """All images, or all videos, of the examples, one after the other. At least one example must have some.
+        """Load all images, or all videos, of the examples, at least one of which has some.
 
-        Raises UserError, which names the file, if one can't be read any more.
+        Raises:
+            UserError: a file, which the message names, can't be read any more.
         """
         ...
 
     def blank(self, kind: str) -> ModelMedia:
-        """One image or video that shows nothing."""
+        """Make one image or video that shows nothing."""
         ...
 
     def counts(self, kind: str, inputs: Any) -> list[int]:
-        """Placeholders of each image or video, in order, in what `load` or `blank` returned."""
+        """Count the placeholders of each image or video in what `load` or `blank` returned."""
         ...
 
 
@@ -84,10 +85,11 @@ class ProcessedMedia:
         ]
 
     def _open(self, kind: str, path: Path) -> Any:
-        """A picture, or the frames of a video. Raises UserError, which names the file, if it can't be read."""
+        """Open a picture, or the frames of a video. Raises UserError if it can't be read."""
         try:
             return open_picture(path) if kind == "image" else read_frames(path, self.num_frames)
         except UserError:
+            # It names the file already, or says that PyAV is missing.
             raise
         except (OSError, ValueError) as error:
             raise UserError(
@@ -97,10 +99,12 @@ class ProcessedMedia:
 
     def _process(self, kind: str, opened: list[list[Any]]) -> MediaInputs:
         """Process the opened images, or videos, of each example that has some."""
-        # Images go in by example: LLaVA-OneVision cuts only an image that is alone in its example into tiles.
+        # Images go in by example, as LLaVA-OneVision cuts only an image that is alone into tiles.
+        # Video processors take one list of all videos.
         media = opened
         if kind == "video":
             media = [video for videos in opened for video in videos]
 
-        processed = self.processors[kind](media, return_tensors="pt", do_rescale=False, do_normalize=False)
+        process = self.processors[kind]
+        processed = process(media, return_tensors="pt", do_rescale=False, do_normalize=False)
         return MediaInputs.from_processed(kind, processed, lookup=self.lookup[kind])

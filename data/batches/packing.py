@@ -1,4 +1,4 @@
-"""Which tokens of an example have to be run, and which examples share a micro batch of packed tokens."""
+"""Which tokens of an example have to be run, and which examples share a packed micro batch."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,13 +12,14 @@ from vzip.templates.encode import IGNORED
 def num_tail_tokens(tokens: FlatTokens, placeholders: Sequence[int]) -> np.ndarray:
     """int64[examples]: tokens at the end of each example whose output no loss needs.
 
-    These are the last label, which nothing is predicted from, and everything behind it. Tokens of images and videos are
-    always run, so the tail begins behind the last of them.
+    These are the last label, which nothing is predicted from, and everything behind it. Tokens of
+    images and videos are always run, so the tail begins behind the last of them.
 
     Args:
         tokens: the examples.
         placeholders: ids of the tokens that stand for images and videos.
     """
+    # The later one decides. Without a label, or without any image, there is a number below zero.
     last_label = tokens.last(tokens.labels != IGNORED)
     behind_last_medium = tokens.last(np.isin(tokens.ids, placeholders)) + 1
     tails: np.ndarray = tokens.lengths - np.maximum(last_label, behind_last_medium)
@@ -28,7 +29,8 @@ def num_tail_tokens(tokens: FlatTokens, placeholders: Sequence[int]) -> np.ndarr
 def shared_prefix(examples: Examples, placeholders: Sequence[int]) -> list[int]:
     """The ids that all examples with images or videos begin with, up to the first placeholder.
 
-    Neither a token of the prefix nor the one behind it is a label, so no loss needs the output of the prefix.
+    Neither a token of the prefix nor the one behind it is a label, so no loss needs the output of
+    the prefix.
 
     Args:
         examples: the examples of a run.
@@ -38,10 +40,12 @@ def shared_prefix(examples: Examples, placeholders: Sequence[int]) -> list[int]:
     first_medium = tokens.first(np.isin(tokens.ids, placeholders))
     first_label = tokens.first(tokens.labels != IGNORED)
 
+    # Text alone has no say: with a projector that learns, it is not run.
     has_media = first_medium < tokens.lengths
     if not has_media.any():
         return []
 
+    # The output of the prefix's last token must not be needed: no label may follow it.
     limit = int(np.minimum(first_medium, first_label - 1)[has_media].min())
     starts = tokens.starts[has_media]
     prefix: list[int] = []
@@ -64,17 +68,23 @@ class MicroBatchSpec(NamedTuple):
 
 
 def pack(
-    examples: Sequence[int], lengths: np.ndarray, *, tokens: int, world_size: int, seed: Sequence[int]
+    examples: Sequence[int],
+    lengths: np.ndarray,
+    *,
+    tokens: int,
+    world_size: int,
+    seed: Sequence[int],
 ) -> list[MicroBatchSpec]:
-    """Share examples out among micro batches: as few as possible, similar in size, the same number on every rank.
+    """Share examples out among micro batches, as few as possible and of similar size.
 
-    The longest example comes first, and each one goes into the micro batch that then has the fewest tokens. An example
-    of more than `tokens` tokens has a micro batch of its own.
+    Every rank gets the same number of them. The longest example comes first, and each one goes into
+    the micro batch that then has the fewest tokens. An example of more than `tokens` tokens has a
+    micro batch of its own.
 
     Args:
         examples: numbers of the examples to pack.
-        lengths: int64[reducers, all examples], tokens of each example with each reducer. If there are several reducers,
-            one is drawn for each micro batch.
+        lengths: int64[reducers, all examples], tokens of each example with each reducer. If there
+            are several reducers, one is drawn for each micro batch.
         tokens: tokens that a micro batch may have.
         world_size: number of ranks, which take micro batches in turn.
         seed: integers that the reducers are drawn from.
@@ -86,27 +96,32 @@ def pack(
     num_rounds = max(1, -(-fewest_tokens // (tokens * world_size)))
 
     while True:
+        # numpy takes no negative seeds, but a user may set one.
         generator = np.random.default_rng([number % 2**32 for number in seed])
         reducers = generator.integers(len(lengths), size=num_rounds * world_size)
         specs, num_tokens = _fill(longest_first, lengths, reducers)
 
-        fits = [
-            total <= tokens or len(spec.examples) == 1 for spec, total in zip(specs, num_tokens, strict=True)
-        ]
-        if all(fits):
+        is_alone = [len(spec.examples) == 1 for spec in specs]
+        if np.all((num_tokens <= tokens) | is_alone):
             return specs
 
+        # Examples can't be cut, so each rank may need one more than the tokens would fill.
         num_rounds += 1
 
 
 def _fill(
     examples: Sequence[int], lengths: np.ndarray, reducers: np.ndarray
 ) -> tuple[list[MicroBatchSpec], np.ndarray]:
-    """(micro batches, their tokens int64[micro batches]): one micro batch per entry of `reducers`, filled evenly."""
+    """Fill one micro batch per entry of `reducers` evenly, in the order of the examples.
+
+    Returns:
+        The micro batches, and the tokens of each, int64[micro batches].
+    """
     specs = [MicroBatchSpec([], int(reducer)) for reducer in reducers]
     num_tokens = np.zeros(len(specs), dtype=np.int64)
 
     for example in examples:
+        # A micro batch's reducer decides how many tokens the example would add to it.
         after = num_tokens + lengths[reducers, example]
         emptiest = int(after.argmin())
         num_tokens[emptiest] = after[emptiest]

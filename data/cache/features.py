@@ -1,9 +1,12 @@
-"""The reducer's output of a whole subset in files: training from it opens no image and needs no vision tower.
+"""The reducer's output of a whole subset, in files.
 
-A folder `cache-KEY/` holds `cache.json`, with everything that the features depend on, and shards of a fixed number of
-examples. A shard is a safetensors file. For each kind of media it has the fields of a `VisualFeatures` of all its
-examples, and `starts`, int64[examples + 1, 3]: where the images (or videos), positions and tokens of each example begin in
-them. `make_features.py` writes the files, this module reads them.
+Training from it opens no image and needs no vision tower.
+
+A folder `cache-KEY/` holds `cache.json`, with everything that the features depend on, and shards of
+a fixed number of examples. A shard is a safetensors file. For each kind of media it has the fields
+of a `VisualFeatures` of all its examples, and `starts`, int64[examples + 1, 3]: where the images
+(or videos), positions and tokens of each example begin in them. `make_features.py` writes the
+files, this module reads them.
 """
 
 import hashlib
@@ -75,13 +78,14 @@ def cache_settings(
 
 
 def name_of_examples(examples: Examples) -> str:
-    """The subset's folder and the token file: together they tell examples, their order and their media from others."""
+    """Name the subset and the token file, which tell examples, their order and media from others."""
     assert examples.path is not None, "examples in memory have no name"
     return f"{examples.path.parent.name}/{examples.path.stem}"
 
 
 def _processor_settings(processor: Any) -> dict[str, Any]:
-    """Class and settings of a processor. `FrameProcessor` has no settings besides those of the image processor."""
+    """Collect the class and the settings of a processor."""
+    # `FrameProcessor` has no settings besides those of the image processor.
     settings = {}
     if hasattr(processor, "to_json_string"):
         settings = json.loads(processor.to_json_string())
@@ -89,7 +93,7 @@ def _processor_settings(processor: Any) -> dict[str, Any]:
 
 
 def differences(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """One line for each setting that differs, with both values."""
+    """Describe each setting that differs in one line, with both values."""
     in_cache = dict(_flatten(cached))
     in_run = dict(_flatten(wanted))
 
@@ -101,7 +105,7 @@ def differences(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of each setting, also of those in groups."""
+    """Yield (dotted name, value) of each setting, also of those in groups."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{name}.")
@@ -152,13 +156,14 @@ class CacheLayout:
         return range(first, min(first + self.examples_per_shard, self.num_examples))
 
     def metadata(self, shard: int) -> dict[str, str]:
-        """What a shard of these settings says about itself, to be told from one of other settings or examples."""
+        """Describe a shard, so that it can be told from one of other settings or examples."""
+        # A single entry: safetensors writes several in any order, and equal shards should be equal
+        # files.
         examples = self.examples_in(shard)
-        # A single entry, as safetensors writes several in any order, and equal shards should be equal files.
         return {"of": f"{self.key}, rows {examples.start} to {examples.stop}"}
 
     def open_shard(self, folder: Path, shard: int) -> Any:
-        """Open a shard. None if it does not exist, is cut off, or has other settings or examples."""
+        """Open a shard; None if it is missing, cut off, or of other settings or examples."""
         try:
             opened = safe_open(shard_path(folder, shard), framework="pt")
         except (FileNotFoundError, SafetensorError):
@@ -167,7 +172,7 @@ class CacheLayout:
 
 
 def key_of(settings: Mapping[str, Any]) -> str:
-    """A short hash of the settings."""
+    """Hash the settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -181,9 +186,9 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 class CachedMedia:
-    """Features from a cache, which a collator brings to the model instead of pixels. A `data.batches.media.Media`.
+    """Features from a cache, which a collator brings to the model instead of pixels.
 
-    Each process maps a shard when it first reads from it.
+    It is a `data.batches.media.Media`. Each process maps a shard when it first reads from it.
 
     Args:
         folder: the folder of the cache.
@@ -198,19 +203,21 @@ class CachedMedia:
         self.layout = CacheLayout.read(folder)
         self._check_settings(settings)
 
-        shards = [self.layout.open_shard(folder, number) for number in range(self.layout.num_shards)]
+        numbers = range(self.layout.num_shards)
+        shards = [self.layout.open_shard(folder, number) for number in numbers]
         self._check_complete(shards)
 
         # Small, and needed for every example, so they are read at once.
         self.starts = []
         for shard in shards:
-            self.starts.append({kind: shard.get_tensor(f"{kind}.starts") for kind in settings["processors"]})
+            starts = {kind: shard.get_tensor(f"{kind}.starts") for kind in settings["processors"]}
+            self.starts.append(starts)
 
         self._process = os.getpid()
         self._opened: dict[int, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Another process maps the files itself.
+        # A process that gets a copy maps the files itself.
         return {**vars(self), "_opened": {}}
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
@@ -219,8 +226,8 @@ class CachedMedia:
         if different:
             listed = "\n".join(f"  {line}" for line in different)
             raise UserError(
-                f"data.cache=true: {self.folder} does not fit this run; "
-                f"`make cache` with the same settings makes one that does. These settings differ:\n{listed}"
+                f"data.cache=true: {self.folder} does not fit this run; `make cache` with the same "
+                f"settings makes one that does. These settings differ:\n{listed}"
             )
 
     def _check_complete(self, shards: Sequence[Any]) -> None:
@@ -232,12 +239,12 @@ class CachedMedia:
 
         if None in shards:
             raise UserError(
-                f"data.cache=true: {self.folder} holds {num_cached:,} of {self.layout.num_examples:,} examples; "
-                f"run `make cache` again for the others"
+                f"data.cache=true: {self.folder} holds {num_cached:,} of {self.layout.num_examples:,} "
+                f"examples; run `make cache` again for the others"
             )
 
     def _shard(self, number: int) -> Any:
-        """A shard that this process has mapped."""
+        """Map a shard, unless this process has done so already."""
         # A forked process must not use the files of its parent.
         if self._process != os.getpid():
             self._process = os.getpid()
@@ -248,8 +255,10 @@ class CachedMedia:
         return self._opened[number]
 
     def of_example(self, kind: str, index: int) -> VisualFeatures:
-        """Features of the images, or videos, of example number `index` of the subset."""
+        """Read the features of the images, or videos, of example number `index` of the subset."""
         assert 0 <= index < self.layout.num_examples, "an example of another subset"
+
+        # Where the example begins and ends among the shard's images, positions and tokens.
         number, position = divmod(index, self.layout.examples_per_shard)
         shard = self._shard(number)
         begin, end = self.starts[number][kind][position : position + 2].tolist()
@@ -263,13 +272,15 @@ class CachedMedia:
         return VisualFeatures(features, order, counts)
 
     def load(self, kind: str, examples: Sequence[Example]) -> VisualFeatures:
-        """Features of all images, or videos, of the examples."""
-        return VisualFeatures.join(
-            [self.of_example(kind, example.index) for example in examples if kind in example.media]
-        )
+        """Read the features of all images, or videos, of the examples."""
+        parts = []
+        for example in examples:
+            if kind in example.media:
+                parts.append(self.of_example(kind, example.index))
+        return VisualFeatures.join(parts)
 
     def blank(self, kind: str) -> VisualFeatures:
-        """A single token of zeros."""
+        """Make a single token of zeros."""
         dtype = getattr(torch, self.layout.settings["dtype"])
         zeros = torch.zeros(1, self.layout.settings["width"], dtype=dtype)
         return VisualFeatures.in_order(zeros, num_media=1)
@@ -287,6 +298,8 @@ def open_cache(parent: Path, settings: Mapping[str, Any]) -> CachedMedia:
         UserError: there is none. The message says in what the newest cache differs.
     """
     folder = folder_of(parent, settings)
+
+    # If there is none of these settings, the newest one shows what differs.
     if not folder.is_dir():
         caches = sorted(parent.glob("cache-*"), key=lambda other: other.stat().st_mtime)
         folder = caches[-1] if caches else folder

@@ -1,7 +1,11 @@
-"""Compute a feature cache: the reducer's output of every example, once. `features.py` describes the files and reads them."""
+"""Compute a feature cache: the reducer's output of every example, once.
 
-from collections.abc import Mapping, Sequence
+`features.py` describes the files and reads them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from data.batches.dataset import explain_workers, usable_workers
 from data.batches.media import Media
@@ -22,7 +27,10 @@ from vzip.media import MediaInputs
 from vzip.reducers import Reducer
 
 SHARD_BYTES = 2**28
-"""Most bytes of features in a shard, if each example has one image or video. Writing it takes three times as much memory."""
+"""Most bytes of features in a shard, if each example has one image or video.
+
+Writing a shard takes three times as much memory.
+"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,7 @@ class FeatureMaker:
         self.reducer = reducer
         self.media = media
 
+        # The tower's, which need not be those of the projector: it may be tuned in float32.
         parameter = next(family.tower.parameters())
         self.dtype = parameter.dtype
         self.device = parameter.device
@@ -98,11 +107,13 @@ class FeatureMaker:
 
 
 def examples_per_shard(family: Family, reducer: Reducer, settings: Mapping[str, Any]) -> int:
-    """How many examples have `SHARD_BYTES` of features, if each has one image or video of the largest kind."""
+    """Choose how many examples fit into `SHARD_BYTES`."""
+    # Each example is counted with one image or video of the largest kind.
     num_tokens = max(family.num_image_tokens(reducer, size) for size in family.image_sizes)
     if "video" in family.kinds:
         num_tokens = max(num_tokens, family.num_video_tokens(reducer, settings["num_frames"]))
 
+    # At least one, however large a single example is.
     itemsize: int = getattr(torch, settings["dtype"]).itemsize
     return max(1, SHARD_BYTES // (num_tokens * settings["width"] * itemsize))
 
@@ -146,7 +157,9 @@ def write_features(
     batch: int = 16,
     num_workers: int = 0,
 ) -> None:
-    """Write `cache.json` and the shards that are missing. An interrupted command resumes at the shard it was writing.
+    """Write `cache.json` and the shards that are missing.
+
+    An interrupted command resumes at the shard it was writing.
 
     Args:
         folder: the cache's folder.
@@ -161,22 +174,17 @@ def write_features(
         OSError: the disk is full.
     """
     assert len(examples) == layout.num_examples
+    # Before the shards: it is the same whenever it is written.
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / META, layout.to_json())
 
-    batches_by_shard: dict[int, list[range]] = {}
-    for shard in range(layout.num_shards):
-        if layout.open_shard(folder, shard) is None:
-            numbers = layout.examples_in(shard)
-            starts = range(0, len(numbers), batch)
-            batches_by_shard[shard] = [numbers[start : start + batch] for start in starts]
-
     # One loader for all shards, so that workers read ahead while a shard is written.
-    batches = [numbers for of_shard in batches_by_shard.values() for numbers in of_shard]
+    batches_by_shard = _missing_batches(folder, layout, batch)
+    batches = list(chain.from_iterable(batches_by_shard.values()))
     dataset = _MediaBatches(examples, maker.media, maker.family.kinds, batches)
     loaded = iter(DataLoader(dataset, batch_size=None, num_workers=usable_workers(num_workers)))
 
-    num_missing = sum(len(numbers) for numbers in batches)
+    num_missing = sum(map(len, batches))
     bar = progress(
         None,
         total=layout.num_examples,
@@ -186,28 +194,54 @@ def write_features(
     )
     with explain_workers(), bar:
         for shard, of_shard in batches_by_shard.items():
-            num_media: dict[str, list[int]] = {kind: [] for kind in maker.family.kinds}
-            features = {kind: [maker.no_features()] for kind in maker.family.kinds}
-
-            for numbers in of_shard:
-                loaded_batch = next(loaded)
-                # A reducer that draws at random draws the same in a command that resumes.
-                torch.manual_seed(numbers.start)
-                for kind, inputs in loaded_batch.inputs.items():
-                    features[kind].append(maker.compute(kind, inputs))
-                for kind, counts in loaded_batch.num_media.items():
-                    num_media[kind] += counts
-                bar.update(len(numbers))
-
-            content = save(_shard_tensors(num_media, features), metadata=layout.metadata(shard))
+            tensors = _compute_shard(of_shard, loaded, maker, bar)
+            content = save(tensors, metadata=layout.metadata(shard))
             with atomic_write(shard_path(folder, shard)) as scratch:
                 scratch.write_bytes(content)
+
+
+def _missing_batches(folder: Path, layout: CacheLayout, batch: int) -> dict[int, list[range]]:
+    """Cut the shards that are missing into batches of example numbers, by shard."""
+    batches: dict[int, list[range]] = {}
+    for shard in range(layout.num_shards):
+        # A shard of an earlier command, whole and of these settings, is not computed again.
+        if layout.open_shard(folder, shard) is not None:
+            continue
+
+        numbers = layout.examples_in(shard)
+        starts = range(0, len(numbers), batch)
+        batches[shard] = [numbers[start : start + batch] for start in starts]
+    return batches
+
+
+def _compute_shard(
+    batches: Sequence[range], loaded: Iterator[LoadedBatch], maker: FeatureMaker, bar: "tqdm[Any]"
+) -> dict[str, Tensor]:
+    """Take a shard's batches from the loader, and compute its tensors."""
+    num_media: dict[str, list[int]] = {}
+    features: dict[str, list[VisualFeatures]] = {}
+    for kind in maker.family.kinds:
+        num_media[kind] = []
+        features[kind] = [maker.no_features()]
+
+    for numbers in batches:
+        loaded_batch = next(loaded)
+
+        # A random reducer draws the same in a command that resumes.
+        torch.manual_seed(numbers.start)
+        for kind, inputs in loaded_batch.inputs.items():
+            features[kind].append(maker.compute(kind, inputs))
+        for kind, counts in loaded_batch.num_media.items():
+            num_media[kind] += counts
+        bar.update(len(numbers))
+
+    return _shard_tensors(num_media, features)
 
 
 def _shard_tensors(
     num_media: Mapping[str, Sequence[int]], features: Mapping[str, Sequence[VisualFeatures]]
 ) -> dict[str, Tensor]:
-    """The content of a shard: by kind, the fields of all its features, and where each example begins in them."""
+    """Join what was computed for the examples of a shard into the tensors of its file."""
     tensors = {}
     for kind, parts in features.items():
         joined = VisualFeatures.join(parts)
@@ -219,7 +253,10 @@ def _shard_tensors(
 
 
 def _starts(num_media: Sequence[int], features: VisualFeatures) -> Tensor:
-    """int64[examples + 1, 3]: where each example's images (or videos), positions and tokens begin. Last: their ends."""
+    """int64[examples + 1, 3]: where each example's images (or videos), positions and tokens begin.
+
+    The last row holds the ends of the last example.
+    """
     first_medium = _cumulative(torch.tensor(num_media))
     first_position = _cumulative(features.counts)[first_medium]
 

@@ -1,10 +1,10 @@
-"""Training examples as token ids and labels: written once as columns of an Arrow file, memory-mapped from then on."""
+"""Training examples as token ids and labels, in the columns of an Arrow file."""
 
 import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -19,7 +19,10 @@ from vzip.media import KINDS
 from vzip.templates.encode import IGNORED, IMAGE, VIDEO, Template, encode
 
 VERSION = 1
-"""Version of the written columns. Raise it when this file or `encode` writes something else for the same conversations."""
+"""Version of the written columns.
+
+Raise it when this file or `encode` writes something else for the same conversations.
+"""
 
 SCHEMA = pa.schema(
     {
@@ -40,10 +43,13 @@ SCHEMA = pa.schema(
 )
 """Columns of the file, one row for each conversation of the subset."""
 
+PLACEHOLDERS = {"image": IMAGE, "video": VIDEO}
+"""Token that stands for an image, or a video, in a question."""
+
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenized conversation. Each image or video is still one placeholder id, not yet expanded."""
+    """A tokenized conversation, in which each image or video is still one placeholder id."""
 
     ids: list[int]
     labels: list[int]
@@ -62,13 +68,15 @@ class Example:
 def example_of(
     ids: list[int], labels: list[int], conversation: Conversation, tokenizer: Any, folder: Path
 ) -> Example:
-    """Build an example with as many of the conversation's images and videos as `ids` has placeholders."""
+    """Build an example with as many images and videos as `ids` has placeholders."""
     media = {}
-    for kind, token, paths in (("image", IMAGE, conversation.images), ("video", VIDEO, conversation.videos)):
+    for kind, token in PLACEHOLDERS.items():
         # The placeholder of videos is looked up only if there are any: not every tokenizer has one.
+        paths = conversation.media[kind]
         if not paths:
             continue
 
+        # A cut takes placeholders away from the end.
         num_placeholders = ids.count(tokenizer.convert_tokens_to_ids(token))
         if num_placeholders:
             media[kind] = tuple(folder / path for path in paths[:num_placeholders])
@@ -77,7 +85,7 @@ def example_of(
 
 
 def _ordered_kinds(present: set[str]) -> tuple[str, ...]:
-    """The kinds of media that are present, images first. Text alone counts as a model's usual kind, images."""
+    """The kinds of media that are present, images first. Text alone counts as images."""
     return tuple(kind for kind in KINDS if kind in present) or ("image",)
 
 
@@ -100,16 +108,19 @@ class FlatTokens(NamedTuple):
     starts: np.ndarray
     """int64[examples]: where each example begins."""
     stops: np.ndarray
-    """int64[examples]: where each example ends. Between two examples there may be tokens that belong to none."""
+    """int64[examples]: where each example ends. Tokens between two examples belong to none."""
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[list[int], list[int]]]) -> Self:
         """Join the (ids, labels) of some examples."""
-        ids = np.concatenate([np.array(ids) for ids, _ in pairs])
-        labels = np.concatenate([np.array(labels) for _, labels in pairs])
-        stops = np.cumsum([len(ids) for ids, _ in pairs])
-        starts = np.concatenate([[0], stops[:-1]])
-        return cls(ids, labels, starts, stops)
+        all_ids: list[int] = []
+        all_labels: list[int] = []
+        stops: list[int] = []
+        for ids, labels in pairs:
+            all_ids += ids
+            all_labels += labels
+            stops.append(len(all_ids))
+        return cls(np.array(all_ids), np.array(all_labels), np.array([0, *stops[:-1]]), np.array(stops))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -118,10 +129,13 @@ class FlatTokens(NamedTuple):
         return lengths
 
     def first(self, matches: np.ndarray) -> np.ndarray:
-        """int64[examples]: position, in each example, of its first token with `matches`. Its length if it has none.
+        """Find the first matching token of each example.
 
         Args:
             matches: bool[tokens].
+
+        Returns:
+            int64[examples]: its position in the example, or the example's length if none matches.
         """
         # A match behind all tokens stands for "no match": it is cut down to the example's end.
         positions = np.append(np.flatnonzero(matches), len(matches))
@@ -130,12 +144,15 @@ class FlatTokens(NamedTuple):
         return first
 
     def last(self, matches: np.ndarray) -> np.ndarray:
-        """int64[examples]: position, in each example, of its last token with `matches`. Negative if it has none.
+        """Find the last matching token of each example.
 
         Args:
             matches: bool[tokens].
+
+        Returns:
+            int64[examples]: its position in the example, or a number below zero if none matches.
         """
-        # A match before all tokens stands for "no match", as does one that belongs to an earlier example.
+        # A match before all tokens stands for "no match", as does one in an earlier example.
         positions = np.append(-1, np.flatnonzero(matches))
         before_stop = positions[np.searchsorted(positions, self.stops) - 1]
         last: np.ndarray = before_stop - self.starts
@@ -143,9 +160,11 @@ class FlatTokens(NamedTuple):
 
 
 class Examples(Sequence[Example]):
-    """Tokenized conversations in columns: opened at once, and one copy serves all ranks and workers of a machine.
+    """Tokenized conversations in columns.
 
-    A conversation that the cut left without a label is not an example. It has a row in `table`, but is skipped here.
+    They are opened at once, and one copy serves all ranks and workers of a machine. A conversation
+    that the cut left without a label is not an example. It has a row in `table`, but is skipped
+    here.
 
     Args:
         table: the columns of `SCHEMA`.
@@ -170,7 +189,7 @@ class Examples(Sequence[Example]):
         return cls(pa.Table.from_pylist(records, SCHEMA), folder=Path())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Workers that are not forked map the file themselves, instead of getting a copy of its content.
+        # Workers that are not forked map the file themselves, rather than get a copy of it.
         if self.path is not None:
             return Examples.open, (self.path, self.folder)
         return Examples, (self.table, self.folder)
@@ -189,6 +208,7 @@ class Examples(Sequence[Example]):
         """Token ids and labels of all examples."""
         ids = self.table["ids"].combine_chunks()
         labels = self.table["labels"].combine_chunks()
+        # Offsets are those of all rows, so they also skip rows that are no examples.
         offsets = ids.offsets.to_numpy().astype(np.int64)
         return FlatTokens(
             ids.values.to_numpy(),
@@ -200,7 +220,11 @@ class Examples(Sequence[Example]):
     @cached_property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of media that the examples have, images first. Only images if none has any."""
-        return _ordered_kinds({kind for kind in KINDS if (self.column(f"num_{kind}s") > 0).any()})
+        present = set()
+        for kind in KINDS:
+            if self.column(f"num_{kind}s").any():
+                present.add(kind)
+        return _ordered_kinds(present)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -208,6 +232,7 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: Any) -> Example:
         row = int(self._rows[index])
 
+        # A kind that does not occur has no entry.
         media = {}
         for kind in KINDS:
             paths = self.table[f"{kind}s"][row].as_py()
@@ -231,7 +256,7 @@ def pairs_of_sides(sides: np.ndarray) -> tuple[tuple[int, int], ...]:
 def record_of(
     example: Example, *, name: str = "", source: str = "", whole_labels: Sequence[int]
 ) -> dict[str, Any]:
-    """One row of the table.
+    """Build one row of the table.
 
     Args:
         example: the example, after the cut.
@@ -259,7 +284,7 @@ def record_of(
 
 
 def _tokenizer_fingerprint(tokenizer: Any) -> str:
-    """sha256 of all files that the tokenizer saves."""
+    """Hash all files that the tokenizer saves."""
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -269,7 +294,7 @@ def _tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def tokens_key(template: Template, tokenizer: Any, *, max_tokens: int, digest: str) -> str:
-    """A short hash of everything that the token ids depend on. `digest` is that of the conversations."""
+    """Hash everything that the token ids depend on. `digest` is that of the conversations."""
     dependencies = [VERSION, repr(template), _tokenizer_fingerprint(tokenizer), max_tokens, digest]
     return hashlib.sha256(json.dumps(dependencies).encode()).hexdigest()[:12]
 
@@ -294,21 +319,28 @@ def write_tokens(
         sizes: (height, width) of every image, by its path in the conversations.
 
     Raises:
-        UserError: the template or the tokenizer does not take a conversation, which the message names by its id.
+        UserError: the template or the tokenizer does not take a conversation, which the message
+            names by its id.
     """
 
     def records() -> Iterator[dict[str, Any]]:
         for conversation in conversations:
+            # Encoded whole, to record how much the cut takes.
             ids, labels = _encode(conversation, template, tokenizer)
             cut = example_of(ids[:max_tokens], labels[:max_tokens], conversation, tokenizer, Path())
-            example = Example(cut.ids, cut.labels, cut.media, sizes=_sizes_of(conversation, cut, sizes))
-            yield record_of(example, name=conversation.id, source=conversation.source, whole_labels=labels)
+            example = replace(cut, sizes=_sizes_of(conversation, cut, sizes))
+            yield record_of(
+                example,
+                name=conversation.id,
+                source=conversation.source,
+                whole_labels=labels,
+            )
 
     write_arrow(records(), SCHEMA, target)
 
 
 def _encode(conversation: Conversation, template: Template, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Token ids and labels of a whole conversation. Raises UserError, with its id, if it can't be encoded."""
+    """Encode a whole conversation. Raises UserError, with its id, if that is not possible."""
     try:
         return encode(template, tokenizer, conversation.turns)
     except UserError as error:
@@ -318,7 +350,8 @@ def _encode(conversation: Conversation, template: Template, tokenizer: Any) -> t
 def _sizes_of(
     conversation: Conversation, example: Example, sizes: Mapping[str, Any]
 ) -> tuple[tuple[int, int], ...]:
-    """Sizes of the example's images. Raises UserError if one of the conversation's images was never looked at."""
+    """Look up the sizes of the example's images. Raises UserError if one was never looked at."""
+    # Also the images that a cut takes away, so that the error does not depend on the cut.
     for path in conversation.images:
         if path not in sizes:
             raise UserError(

@@ -18,7 +18,9 @@ def check_subset(
     max_positions: int,
     seed: int,
 ) -> None:
-    """Check the lengths and files of a subset, print tables, and write `check.json` and `check.png` into its folder.
+    """Check the lengths and files of a subset, and report what was found.
+
+    It prints two tables, and writes `check.json` and `check.png` into the subset's folder.
 
     Args:
         subset: the prepared data.

@@ -1,4 +1,4 @@
-"""Whether the images and videos of a subset can be read: all of them by their header, a sample by decoding it."""
+"""Check that the images and videos of a subset can be read: their headers, and a decoded sample."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -34,26 +34,30 @@ class _MediaFile:
 def check_files(
     table: pa.Table, folder: Path, *, seed: int = 0, num_decoded: int = NUM_DECODED
 ) -> list[BadExample]:
-    """Find the images and videos that can't be read or have changed, each with the first conversation that has it.
+    """Find the images and videos that can't be read or have changed.
+
+    Each one is reported once, with the first conversation that has it.
 
     Args:
         table: the columns of `data.examples.tokens.SCHEMA`.
         folder: the folder of images and videos.
         seed: the seed that the sample is drawn from.
-        num_decoded: number of files in the sample that is decoded. Videos are decoded as far as `check_video` does.
+        num_decoded: number of files in the sample that is decoded. Videos are decoded as far as
+            `check_video` does.
 
     Raises:
         UserError: there are videos in the sample, but PyAV, which reads them, is not installed.
     """
     files = _files_of(table)
+    # Sorted, so that the sample depends on nothing but the seed and the files.
     sample = set(random.Random(seed).sample(sorted(files), min(num_decoded, len(files))))
 
     def check(key: tuple[str, str]) -> BadExample | None:
         file = files[key]
         fault = _fault_of(file, folder, decode=key in sample)
-        return (
-            None if fault is None else BadExample(file.conversation_id, file.source, f"{file.path}: {fault}")
-        )
+        if fault is None:
+            return None
+        return BadExample(file.conversation_id, file.source, f"{file.path}: {fault}")
 
     # Threads, because most of the time goes into waiting for the disk.
     with ThreadPoolExecutor() as pool:
@@ -70,6 +74,7 @@ def _files_of(table: pa.Table) -> dict[tuple[str, str], _MediaFile]:
         media += [("video", path, None) for path in row["videos"]]
 
         for kind, path, size in media:
+            # The first conversation that has a file stands for all others.
             files.setdefault((kind, path), _MediaFile(kind, path, size, row["id"], row["source"]))
 
     return files
@@ -80,7 +85,7 @@ def _fault_of(file: _MediaFile, folder: Path, *, decode: bool) -> str | None:
     try:
         _read(file, folder / file.path, decode=decode)
     except UserError:
-        # It is a ValueError too, but tells what is wrong with the installation and not with this file.
+        # A ValueError too, but it is about the installation and not about this file.
         raise
     except FileNotFoundError:
         return "missing"
@@ -90,7 +95,7 @@ def _fault_of(file: _MediaFile, folder: Path, *, decode: bool) -> str | None:
 
 
 def _read(file: _MediaFile, path: Path, *, decode: bool) -> None:
-    """Raise OSError or ValueError if a file can't be read, or is an image of another size than the recorded one."""
+    """Raise OSError or ValueError if a file can't be read, or is an image of another size."""
     if not path.stat().st_size:
         raise ValueError("an empty file")
 

@@ -1,6 +1,6 @@
-"""How long the examples of a subset are, from the token arrays and the recorded sizes of their images.
+"""How long the examples of a subset are.
 
-No image is opened or processed to count its tokens.
+Lengths follow from the token arrays and the recorded sizes of images, so no image is opened.
 """
 
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class ExampleLengths:
-    """Lengths of a subset's conversations in columns, also of those that the cut left without a label.
+    """Lengths of a subset's conversations in columns, int64[conversations] unless noted.
 
-    Every column is int64[conversations], unless it says otherwise.
+    Conversations that the cut left without a label are among them.
     """
 
     ids: np.ndarray
@@ -44,7 +44,7 @@ class ExampleLengths:
     whole_labels: np.ndarray
     """Label tokens before the cut."""
     cut_turns: np.ndarray
-    """Number of the turn, from 1, in whose question or answer the conversation was cut. 0 if it was not."""
+    """The turn, from 1, in whose question or answer the conversation was cut. 0 if it was not."""
 
     @property
     def expanded(self) -> np.ndarray:
@@ -76,6 +76,7 @@ def measure_lengths(
     num_tokens = table["num_tokens"].to_numpy()
     num_media = table["num_images"].to_numpy() + table["num_videos"].to_numpy()
 
+    # Only conversations that were cut need a look at their labels.
     cut_turns = np.zeros(len(table), dtype=np.int64)
     was_cut = table["num_whole_tokens"].to_numpy() > num_tokens
     for row in np.flatnonzero(was_cut).tolist():
@@ -104,7 +105,7 @@ def _visual_tokens(table: pa.Table, family: Family, reducer: Reducer, num_frames
 
     visual = np.array([count(tuple(sides)) for sides in table["sizes"].to_pylist()], dtype=np.int64)
 
-    # Asked for videos only if there are any: most families refuse the question.
+    # Asked only if there are videos, as most families take none and raise an error.
     num_videos = table["num_videos"].to_numpy()
     if num_videos.any():
         visual = visual + num_videos * family.num_video_tokens(reducer, num_frames)
@@ -113,12 +114,10 @@ def _visual_tokens(table: pa.Table, family: Family, reducer: Reducer, num_frames
 
 
 def _last_turn(labels: np.ndarray) -> int:
-    """Number of the turn that int32[tokens], the labels of a cut conversation, end in.
-
-    An answer carries the loss, a question does not. If the end carries it, it is in the last answer that has begun.
-    Otherwise it is in the question behind that answer.
-    """
+    """The turn that a cut conversation ends in, from its labels int32[tokens]."""
     carries_loss = labels != IGNORED
     begins_answer = np.diff(carries_loss, prepend=False) & carries_loss
     num_answers_begun = int(np.count_nonzero(begins_answer))
+
+    # A conversation that does not end in an answer ends in the question behind the last one.
     return num_answers_begun if carries_loss[-1] else num_answers_begun + 1

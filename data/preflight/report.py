@@ -55,7 +55,8 @@ def make_report(
         reason = f"{lengths.expanded[row]} tokens, more than {max_positions}"
         faults.append(BadExample(str(lengths.ids[row]), str(lengths.sources[row]), reason))
 
-    # What the language model takes, less what the images of the too long examples add to their placeholders.
+    # The cut counts an image as one placeholder. The advice leaves room for what the images of the
+    # examples that are too long add to it.
     added_by_media = (lengths.visual - lengths.media)[too_long].max(initial=0)
     fitting_max_tokens = max_positions - int(added_by_media)
 
@@ -70,7 +71,9 @@ def make_report(
 
 
 def check_faults(report: Mapping[str, Any], folder: Path) -> None:
-    """Raise UserError if a report has faults: how many there are by source, the first ones, and what to do.
+    """Raise UserError if a report has faults.
+
+    The message counts them by source, names the first ones, and says what to do.
 
     Args:
         report: what `make_report` returned.
@@ -86,8 +89,8 @@ def check_faults(report: Mapping[str, Any], folder: Path) -> None:
     num_too_long = report["all"]["too_long"]
 
     lines = [
-        f"{num_broken} files of the subset can't be read and {num_too_long} examples are too long ({counts}). "
-        f"The first ones:"
+        f"{num_broken} files of the subset can't be read and {num_too_long} examples are too long "
+        f"({counts}). The first ones:"
     ]
     for fault in faults[:NUM_SHOWN]:
         lines.append(f"  {fault['id']}: {fault['reason']}")
@@ -116,6 +119,7 @@ def _summary(lengths: ExampleLengths, rows: np.ndarray, max_positions: int) -> d
     cut = rows & (lengths.cut_turns > 0)
     num_by_turn = Counter(lengths.cut_turns[cut].tolist())
 
+    # Labels that the cut took, also from conversations that it left without any.
     num_whole_labels = int(lengths.whole_labels[rows].sum())
     num_lost_labels = num_whole_labels - int(lengths.labels[rows].sum())
 
@@ -137,7 +141,7 @@ def _summary(lengths: ExampleLengths, rows: np.ndarray, max_positions: int) -> d
 def _spread(values: np.ndarray) -> dict[str, float]:
     """Mean, percentiles and maximum; zeros if there are no values."""
     if not len(values):
-        return {"mean": 0.0, "p10": 0, "p50": 0, "p90": 0, "max": 0}
+        return {"mean": 0, "p10": 0, "p50": 0, "p90": 0, "max": 0}
 
     p10, p50, p90 = np.percentile(values, [10, 50, 90]).tolist()
     return {

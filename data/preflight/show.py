@@ -25,7 +25,7 @@ BLACK = "#000000"
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """Print what was counted by source, where conversations are cut, and how long the examples are."""
+    """Print counts by source, where conversations are cut, and how long the examples are."""
     console = Console()
     groups = {**report["sources"], "all": report["all"]}
 
@@ -96,7 +96,7 @@ def _lengths_table(groups: Mapping[str, Any]) -> Table:
 
 
 def draw_report(lengths: ExampleLengths, report: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG with the distribution of lengths and of label tokens for each of the largest sources.
+    """Write a PNG with the distribution of lengths and label tokens, by source.
 
     A subset in which no example has a label has no distribution, and gets no picture.
     """
@@ -111,8 +111,9 @@ def draw_report(lengths: ExampleLengths, report: Mapping[str, Any], path: Path) 
 
     # Left: tokens in the language model, up to what it takes. Right: label tokens.
     longest = max(tokens["expanded"]["max"], max_positions)
+    most_labels = tokens["labels"]["max"]
     _draw_column(grid[:, 0], lengths, lengths.expanded, sources, last=longest, colour=BLUE)
-    _draw_column(grid[:, 1], lengths, lengths.labels, sources, last=tokens["labels"]["max"], colour=ORANGE)
+    _draw_column(grid[:, 1], lengths, lengths.labels, sources, last=most_labels, colour=ORANGE)
 
     for axes, source in zip(grid[:, 0], sources, strict=True):
         axes.axvline(max_positions, color=BLACK, linestyle="--", linewidth=1)
@@ -127,8 +128,9 @@ def draw_report(lengths: ExampleLengths, report: Mapping[str, Any], path: Path) 
 
     expanded = tokens["expanded"]
     figure.suptitle(
-        f"Half of the {report['all']['rows']:,} examples are at most {expanded['p50']:,.0f} tokens long, nine in ten at most "
-        f"{expanded['p90']:,.0f}, the longest {expanded['max']:,}\nby source, the largest first. A line marks the median."
+        f"Half of the {report['all']['rows']:,} examples are at most {expanded['p50']:,.0f} tokens long, "
+        f"nine in ten at most {expanded['p90']:,.0f}, the longest {expanded['max']:,}\n"
+        f"by source, the largest first. A line marks the median."
     )
     figure.savefig(path, dpi=120)
 
@@ -144,6 +146,7 @@ def _draw_column(
 ) -> None:
     """Draw a histogram of `values` for each source, all with the same bins, which end at `last`."""
     first = max(1, values[lengths.trained].min())
+    # Small lengths are whole numbers, on which several edges may fall.
     edges = np.geomspace(first, last + 1, 41).astype(int)
     bins = np.unique([*edges, last + 1]).tolist()
 

@@ -2,7 +2,8 @@
 
 It prints a table, and writes check.json and check.png beside the prepared data.
 
-make data-check MODEL=llava-7b        python -m scripts.prepare.check model=llava-7b reducer.budget=128
+make data-check MODEL=llava-7b
+python -m scripts.prepare.check model=llava-7b reducer.budget=128
 """
 
 import hydra
@@ -36,7 +37,8 @@ def main(cfg: DictConfig) -> None:
     tokenizer = load_unreduced_processor(cfg).tokenizer
     examples = subset.examples(template, tokenizer, max_tokens=cfg.data.max_tokens)
 
-    lengths = measure_lengths(examples.table, family, reducer, num_frames=cfg.model.get("num_frames", 1))
+    num_frames = cfg.model.get("num_frames", 1)
+    lengths = measure_lengths(examples.table, family, reducer, num_frames=num_frames)
     check_subset(
         subset,
         examples,
