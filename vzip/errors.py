@@ -6,9 +6,10 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """An error that the user can fix. The message names the setting, its value, what is allowed, and what to do.
+    """An error that the user can fix.
 
-    Commands print it without a traceback and exit with code 2. The library raises it before any work is done.
+    The message names the setting, its value, what is allowed, and what to do. Commands print it
+    without a traceback and exit with code 2. The library raises it before any work is done.
     """
 
 
@@ -20,7 +21,7 @@ def check_choice(setting: str, value: object, allowed: Sequence[object]) -> None
 
 
 def check_count(setting: str, value: Any, least: int) -> None:
-    """Raise UserError unless the value is a whole number, at least `least`. Booleans are not numbers here."""
+    """Raise UserError unless the value is a whole number, at least `least`, and no boolean."""
     if type(value) is not int or value < least:
         raise UserError(f"{setting}={value} must be a whole number, at least {least}")
 

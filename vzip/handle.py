@@ -12,7 +12,9 @@ from vzip.reducers.visionzip import VisionZip
 
 
 class Handle:
-    """A model with a reducer attached. `detach()`, or leaving the `with` block, makes the model exactly what it was.
+    """A model with a reducer attached.
+
+    `detach()`, or leaving the `with` block, makes the model exactly what it was.
 
     Attributes:
         family: the adapter that knows the model's parts.
@@ -30,17 +32,18 @@ class Handle:
     def num_image_tokens(self, image_size: tuple[int, int] | None = None) -> int:
         """Count the placeholders that an image of `image_size` = (height, width) pixels takes.
 
-        Without a size: an image of the tower's own size, or, if images are cut into tiles, a square of 5 tiles.
-        LLaVA-OneVision does not cut an image that shares its example with others; use `processor` to count those.
+        Without a size: an image of the tower's own size, or, if images are cut into tiles, a square
+        of 5 tiles. LLaVA-OneVision does not cut an image that shares its example with others; use
+        `processor` to count those.
         """
         return self.family.num_image_tokens(self.reducer, image_size)
 
     def num_video_tokens(self, num_frames: int) -> int:
-        """Count the placeholders of one video of `num_frames` frames. Raises UserError if the model takes no videos."""
+        """Count the placeholders of one video. Raises UserError if the model takes no videos."""
         return self.family.num_video_tokens(self.reducer, num_frames)
 
     def processor(self, processor: Any) -> Any:
-        """Copy the model's processor; the copy expands each image and video to the reduced number of placeholders."""
+        """Return a copy of the model's processor that expands media to the reduced number of tokens."""
         reduced = copy.copy(processor)
 
         # These three methods are where processors of transformers count placeholders.
@@ -73,7 +76,7 @@ class Handle:
         return reduced
 
     def detach(self) -> None:
-        """Take the reducer out. Processors made by `processor` stay reduced; use the original one again."""
+        """Take the reducer out. Reduced processors stay reduced, so use the original one again."""
         if self.attached:
             self.family.uninstall()
             self.attached = False
@@ -96,22 +99,24 @@ def attach(
     anyres: str = "released",
     reducer: Reducer | None = None,
 ) -> Handle:
-    """Attach a reducer to a LLaVA-type model: give `budget`, or `dominant` and `contextual`, or `reducer`.
+    """Attach a reducer to a LLaVA-type model.
 
-    Afterwards `model(...)` and `model.generate(...)` take inputs with `handle.num_image_tokens()` placeholders for an image.
+    Give `budget`, or `dominant` and `contextual`, or `reducer`. Afterwards `model(...)` and
+    `model.generate(...)` take inputs with `handle.num_image_tokens()` placeholders for an image.
     Only this instance changes.
 
     Args:
         model: e.g. a `LlavaForConditionalGeneration`.
-        budget: tokens of an image, split 5.4 : 1 (the paper's ratio). For LLaVA-NeXT the total of 5 tiles, as in the paper;
-            for other models with tiles or videos, the tokens of one tile or frame.
+        budget: tokens of an image, split 5.4 : 1 (the paper's ratio). For LLaVA-NeXT the total of 5
+            tiles, as in the paper; for other models with tiles or videos, the tokens of one tile or
+            frame.
         dominant: dominant tokens of a tile, CLS included.
         contextual: merged tokens of a tile.
-        anyres: order of the tokens of several tiles, "released" or "spatial", see `vzip.families.anyres`.
+        anyres: order of the tokens of several tiles, "released" or "spatial".
         reducer: any other reducer, e.g. `vzip.reducers.identity.Identity()`.
 
     Raises:
-        UserError: an unsupported model, settings that contradict each other, a budget larger than an image.
+        UserError: an unsupported model, contradicting settings, a budget larger than an image.
     """
     if reducer is None:
         tiles = family_of(model).budget_tiles

@@ -1,7 +1,7 @@
 """Images and videos the way models take them.
 
-`MediaInputs` is what a processor makes of images or videos. `FrameProcessor` and `build_processor` process videos without
-torchvision, which the video processors of transformers need.
+`MediaInputs` is what a processor makes of images or videos. `FrameProcessor` and `build_processor`
+process videos without torchvision, which the video processors of transformers need.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,15 +41,15 @@ class MediaInputs:
     pixels: Tensor
     """float or uint8[B, (tiles or frames,) 3, height, width]."""
     extra: dict[str, Tensor] = field(default_factory=dict)
-    """Other arguments of the model: `image_sizes` int64[images, 2] (height, width) and `batch_num_images` int64[examples]."""
+    """Other arguments: `image_sizes` int64[images, 2] (height, width), `batch_num_images` int64[examples]."""
     lookup: Tensor | None = None
-    """float32[3, 256]: the normalized value of each uint8 value, by channel; None if the pixels are normalized already."""
+    """float32[3, 256]: what normalizing makes of each uint8 value, by channel; None if it is done."""
     pixel_name: str = "pixel_values"
     """Name of the pixels among the model's arguments."""
 
     @classmethod
     def from_processed(cls, kind: str, processed: Mapping[str, Any], *, lookup: Tensor | None = None) -> Self:
-        """Pick the inputs of one kind of media from what a processor returns, or from a model's arguments."""
+        """Pick the inputs of one kind from what a processor returns, or from a model's arguments."""
         pixel_names = [name for name in PIXEL_NAMES[kind] if processed.get(name) is not None]
         assert pixel_names, f"no pixels of any {kind} among {', '.join(processed)}"
 
@@ -83,8 +83,9 @@ class MediaInputs:
     def normalized(self, dtype: torch.dtype) -> Self:
         """Rescale and normalize uint8 pixels by the lookup table, and cast float ones.
 
-        The result is, to the bit, what the processor makes itself, with one exception. Tiles that pad a batch of images with
-        different numbers of tiles are black here, and 0 in the processor's output. No model looks at them.
+        The result is, to the bit, what the processor makes itself, with one exception. Tiles that
+        pad a batch of images with different numbers of tiles are black here, and 0 in the
+        processor's output. No model looks at them.
         """
         if self.lookup is None:
             return replace(self, pixels=self.pixels.to(dtype))
@@ -97,11 +98,11 @@ class MediaInputs:
 
 
 def lookup_table(kind: str, processor: Any) -> Tensor:
-    """Compute float32[3, 256]: what an image or video processor makes of each value of each channel.
+    """Compute float32[3, 256]: what a processor makes of each pixel value of each channel.
 
-    Rescaling and normalizing treat each value separately, so a table of 256 entries holds all of their arithmetic, whatever
-    the backend and the settings. It is read off what the processor returns for a picture of all 256 values, in whose size
-    nothing has to be resized, cut or padded.
+    Rescaling and normalizing treat each value separately, so a table of 256 entries holds all of
+    their arithmetic, whatever the backend and the settings. It is read off what the processor
+    returns for a picture of all 256 values, in whose size nothing has to be resized, cut or padded.
     """
     ramp = torch.arange(256, dtype=torch.uint8).view(LOOKUP_SIDE, LOOKUP_SIDE, 1)
     picture = Image.fromarray(ramp.expand(LOOKUP_SIDE, LOOKUP_SIDE, 3).contiguous().numpy())
@@ -147,7 +148,9 @@ def stack_frames(pixel_values_videos: Tensor) -> Tensor:
 
 
 def _convert_to_rgb(videos: Any) -> Any:
-    """Convert the pictures in lists, or lists of lists, to RGB. An array of a palette picture would hold its indices.
+    """Convert the pictures in lists, or lists of lists, to RGB.
+
+    An array made of a picture with a palette would hold indices instead of colours.
 
     Raises:
         UserError: an empty list.
@@ -165,7 +168,8 @@ def _frame_to_picture(frame: Any) -> Image.Image:
     pixels = np.asarray(frame)
     if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
         raise UserError(
-            f"a frame of {pixels.dtype}{list(pixels.shape)} is no picture; give PIL pictures, or uint8[height, width, 3]"
+            f"a frame of {pixels.dtype}{list(pixels.shape)} is no picture; "
+            f"give PIL pictures, or uint8[height, width, 3]"
         )
     return Image.fromarray(pixels)
 
@@ -188,20 +192,21 @@ class FrameProcessor:
     def __call__(self, videos: Any, **kwargs: Any) -> BatchFeature:
         """Process videos, given as lists of pictures or as arrays.
 
-        Settings of the image processor may be overridden. Other settings are those of the video processors of transformers,
-        and are ignored.
+        Settings of the image processor may be overridden. Other settings are those of the video
+        processors of transformers, and are ignored.
 
         Returns:
             `pixel_values_videos`: float[videos, frames, 3, height, width].
 
         Raises:
-            UserError: a video without frames, videos of different numbers of frames, a frame that is no picture, or a
-                setting that asks for a choice of frames.
+            UserError: a video without frames, videos of different numbers of frames, a frame that
+                is no picture, or a setting that asks for a choice of frames.
         """
         for name in ("num_frames", "fps", "do_sample_frames"):
             if kwargs.get(name):
                 raise UserError(
-                    f"{name}={kwargs[name]}: without torchvision, frames are not chosen here; give those to be seen"
+                    f"{name}={kwargs[name]}: without torchvision, frames are not chosen here; "
+                    f"give those to be seen"
                 )
 
         settings = {name: value for name, value in kwargs.items() if name in self.settings}
@@ -234,7 +239,7 @@ class FrameProcessor:
 def build_processor(
     processor_class: Any, image_processor: Any, tokenizer: Any, settings: dict[str, Any]
 ) -> Any:
-    """Build a processor of images and videos that works without torchvision: frames go through a `FrameProcessor`."""
+    """Build a processor of images and videos with a `FrameProcessor`, without torchvision."""
 
     class WithoutTorchvision(processor_class):  # type: ignore[misc]
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
@@ -243,7 +248,7 @@ def build_processor(
             return super().check_argument_for_proper_class(argument_name, argument)
 
         def to_dict(self) -> dict[str, Any]:
-            """Return what the class of transformers would save. Its video processor has the image processor's settings."""
+            """Return what the class of transformers saves: a video processor with settings of its own."""
             saved: dict[str, Any] = super().to_dict()
             name = processor_class.__name__
             kind = {"video_processor_type": name.replace("Processor", "VideoProcessor")}
@@ -260,7 +265,7 @@ def build_processor(
 
 
 def load_video_processor(processor_class: Any, path: str) -> Any:
-    """Load the processor of a model that takes videos, from a folder or hub id, with or without torchvision."""
+    """Load the processor of a model that takes videos, with or without torchvision."""
     if is_torchvision_available():
         return AutoProcessor.from_pretrained(path)
 

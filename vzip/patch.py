@@ -1,4 +1,4 @@
-"""Replace the forwards of modules of one model for a while. Classes never change, so neither do other models."""
+"""Replace the forwards of some modules for a while. Their classes, and so other models, never change."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

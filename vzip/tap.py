@@ -1,8 +1,9 @@
-"""Run a vision tower up to one layer, and read the attention of that layer while the tower stays on SDPA or FlashAttention.
+"""Run a vision tower up to one layer, and read that layer's attention.
 
-The authors' released code makes all layers return full attention maps, only to use one row of one layer. Here forward hooks
-on one layer's `q_proj` and `k_proj` catch its queries and keys, and only the attention that a reducer reads is computed from
-them. The layers after it are skipped. Hooks and skipped layers are in place during the call alone.
+The authors' released code makes all layers return full attention maps, only to use one row of one
+layer. Here the tower stays on SDPA or FlashAttention. Forward hooks on one layer's `q_proj` and
+`k_proj` catch its queries and keys, and only the attention that a reducer reads is computed from
+them. The layers after it are skipped. All of this is in place during the call alone.
 
 Legend of shapes: B images, N vision tokens, P patches, H heads, d width.
 """
@@ -22,7 +23,7 @@ from vzip.patch import replaced_forwards
 from vzip.reducers.base import VisionTokens
 
 MAX_SCORES = 2**25
-"""Attention scores that a tower without CLS holds at a time: 128 MiB of float32, and as much for their softmax."""
+"""Attention scores to hold at a time: 128 MiB of float32, and as much for their softmax."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,21 @@ TOWER_LAYOUTS = {
 
 
 def tower_layout(config: Any) -> TowerLayout:
-    """Return the layout of the vision tower with this config. Raises UserError for a kind that is not in `TOWER_LAYOUTS`."""
+    """Return the layout of the vision tower with this config. Raises UserError for an unknown kind."""
     kind = config.model_type
     if kind not in TOWER_LAYOUTS:
         raise UserError(
-            f"vision tower of type {kind!r} is not supported; supported are: {', '.join(sorted(TOWER_LAYOUTS))}"
+            f"vision tower of type {kind!r} is not supported; "
+            f"supported are: {', '.join(sorted(TOWER_LAYOUTS))}"
         )
     return TOWER_LAYOUTS[kind]
 
 
 def layer_index(layer: int, num_layers: int, *, setting: str = "vision_feature_layer") -> int:
-    """Return the index of the layer that computes `hidden_states[layer]`: in a tower of 24 layers, -2 is layer 22.
+    """Return the index of the layer that computes `hidden_states[layer]`.
 
-    `hidden_states` starts with the embeddings, so it has num_layers + 1 entries.
+    In a tower of 24 layers, -2 is layer 22. `hidden_states` starts with the embeddings, so it has
+    num_layers + 1 entries.
 
     Args:
         layer: index into the hidden states.
@@ -182,8 +185,8 @@ def check_pixel_values(pixel_values: Tensor) -> None:
     if pixel_values.dim() != 4 or pixel_values.shape[1] != 3 or len(pixel_values) == 0:
         shape = list(pixel_values.shape)
         raise UserError(
-            f"pixel_values of shape {shape} are no pictures: the vision tower takes float[B, 3, height, width] with "
-            f"B >= 1; use what the model's processor returns"
+            f"pixel_values of shape {shape} are no pictures: the vision tower takes "
+            f"float[B, 3, height, width] with B >= 1; use what the model's processor returns"
         )
 
 
@@ -201,13 +204,13 @@ def run_tower(
     Args:
         tower: a vision model of a kind in `TOWER_LAYOUTS`.
         pixel_values: float[B, 3, height, width].
-        feature_layer: index into the tower's hidden states, as `vision_feature_layer` in LLaVA's config.
+        feature_layer: index into the hidden states, as LLaVA's `vision_feature_layer`.
         num_dropped: see `VisionTokens`.
-        attention_layer: the hidden state whose layer's saliency and keys are wanted; None: neither is computed.
+        attention_layer: the hidden state whose layer's saliency and keys are computed, if any.
         kwargs: arguments of the tower, e.g. `interpolate_pos_encoding`.
 
     Raises:
-        UserError: an unknown kind of tower, a layer that it does not have, or pixel values that are no pictures.
+        UserError: an unknown kind of tower, a layer that it does not have, or no pictures.
     """
     check_pixel_values(pixel_values)
     layout = tower_layout(tower.config)
@@ -226,7 +229,11 @@ def run_tower(
     with replaced_forwards(skipped), captured(hooked) as outputs:
         tower(pixel_values, **kwargs)
 
-    tokens = VisionTokens(features=outputs["features"], has_cls=layout.has_cls, num_dropped=num_dropped)
+    tokens = VisionTokens(
+        features=outputs["features"],
+        has_cls=layout.has_cls,
+        num_dropped=num_dropped,
+    )
     if attention_layer is None:
         return tokens
     return _with_attention(tokens, outputs["queries"], outputs["keys"], tower.config)

@@ -44,7 +44,7 @@ def family_of(model: Any, *, anyres: str = "released") -> Family:
 
 
 def family_at(path: str) -> type[Family]:
-    """Return the family of the model in a folder or at a hub id, also in the layout of a model's own code.
+    """Return the family of the model in a folder or at a hub id, in any supported layout.
 
     Raises:
         OSError: no such folder or hub id, or no config.json in it.

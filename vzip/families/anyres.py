@@ -1,13 +1,16 @@
-"""The order in which the tokens of an image that was cut into tiles stand in the language model (LLaVA's "anyres").
+"""The order of the tokens of an image that was cut into tiles (LLaVA's "anyres").
 
-Such an image is one *base* tile, the whole picture made small, and a grid of tiles of the picture in full resolution. Padding
-fills the grid where the picture does not reach. There are three orders of the tokens that a reducer leaves:
+Such an image is one *base* tile, the whole picture made small, and a grid of tiles of the picture
+in full resolution. Padding fills the grid where the picture does not reach. There are three orders
+of the tokens that a reducer leaves:
 
-- "released", the order of VisionZip's released code (repository dvlab-research/VisionZip, `visionzip/llava_arch.py`): the base
-  tile's tokens; the kept patches of all other tiles in the raster of the stitched grid; the CLS of each of these tiles; their
-  contextual tokens, tile by tile. Padding may be kept, and row ends are not marked. (1 + tiles) * (D + C) tokens.
-- "spatial", closer to what the model was trained on: no CLS; padding is never kept nor merged; every token at its position in
-  the raster (a contextual token at its target's), and `image_newline` at the end of each row of patches.
+- "released", the order of VisionZip's released code (repository dvlab-research/VisionZip,
+  `visionzip/llava_arch.py`): the base tile's tokens; the kept patches of all other tiles in the
+  raster of the stitched grid; the CLS of each of these tiles; their contextual tokens, tile by
+  tile. Padding may be kept, and row ends are not marked. (1 + tiles) * (D + C) tokens.
+- "spatial", closer to what the model was trained on: no CLS; padding is never kept nor merged;
+  every token at its position in the raster (a contextual token at its target's), and
+  `image_newline` at the end of each row of patches.
 - "model": all tokens, packed by the model's own code; the order of the identity reducer.
 
 An image of a single tile has `image_newline` after its tokens, in every order.
@@ -26,7 +29,7 @@ ANYRES = ("released", "spatial")
 
 @dataclass(frozen=True)
 class Grid:
-    """The tiles of one image except the base tile, and which of their patches show the picture instead of padding."""
+    """The tiles of one image except the base tile, and where they show the picture instead of padding."""
 
     rows: int
     """Rows of tiles."""
@@ -115,7 +118,7 @@ class Grid:
 
 
 def _overlap(start: int, length: int, tile_start: int, side: int) -> range:
-    """Return which of the patches start, ..., start + length - 1 lie in a tile that begins at `tile_start`."""
+    """Return which of `length` patches from `start` on lie in the tile that begins at `tile_start`."""
     first = start - tile_start
     stop = first + length
     return range(min(max(first, 0), side), min(max(stop, 0), side))
@@ -134,8 +137,8 @@ def released_order(
         has_cls: whether token 0 of the vision tower is CLS.
 
     Returns:
-        int64[(1 + tiles) * T]: indices into the image's tokens, tile after tile. For a single tile, -1 (`image_newline`)
-        follows its T tokens.
+        int64[(1 + tiles) * T]: indices into the image's tokens, tile after tile. For a single tile,
+        -1 (`image_newline`) follows its T tokens.
     """
     num_tiles, num_dominant = dominant.shape
     tokens = torch.arange(num_tiles * num_tokens, device=dominant.device).view(-1, num_tokens)
@@ -175,13 +178,13 @@ def spatial_order(positions: Sequence[Tensor], grid: Grid | None) -> Tensor:
         rasters.append(grid.raster(torch.full_like(patches, tile), patches))
     raster = torch.cat(rasters)
 
-    # A newline stands before the first patch of the row with this number; rows are spread evenly over the newlines.
+    # Each newline stands before the first patch of one row. These rows are spread evenly.
     num_newlines = grid.pooled[0]
     next_rows = [grid.top - (-(line + 1) * grid.num_rows // num_newlines) for line in range(num_newlines)]
     next_row = torch.tensor(next_rows, device=raster.device, dtype=raster.dtype)
     newline = next_row * (grid.columns * grid.side)
 
-    # Tokens sort by even keys, newlines by odd ones: between the last patch of a row and the first of the next.
+    # Tokens have even keys. Newlines have odd ones, between the last patch of a row and the next row.
     by_raster = torch.cat([2 * raster, 2 * newline - 1]).argsort()
     token_index = len(positions[0]) + torch.arange(len(raster), device=raster.device)
     indices = torch.cat([token_index, torch.full_like(newline, -1)])

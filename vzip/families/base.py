@@ -1,14 +1,18 @@
-"""The adapter between vzip and one family of models: where the parts are, how many tokens a picture takes, what is computed.
+"""The adapter to one family of models: its parts, its numbers of tokens, and what it computes.
 
-A LLaVA-type model of transformers turns pictures into embeddings of the language model in one method of its inner module
-(`get_image_features`, `get_video_features`): vision tower, one of its layers, projector. A family does the same in two steps:
+A LLaVA-type model of transformers turns pictures into embeddings of the language model in one
+method of its inner module (`get_image_features`, `get_video_features`): vision tower, one of its
+layers, projector. A family does the same in two steps:
 
-    features = family.visual_features(kind, inputs, reducer)    # tower -> reducer -> order; frozen, so it can be cached
-    tokens = family.project(features)                           # the projector: the part that learns
+    features = family.visual_features(kind, inputs, reducer)  # tower, reducer, order: frozen
+    tokens = family.project(features)                         # projector: the part that learns
 
-`install` patches that method on one model instance, so that it returns `project(visual_features(...))`.
+The features depend on frozen weights alone, so they can be cached.
 
-Legend of shapes: B pictures (images, tiles or frames), n visual tokens, d_llm width of the language model.
+`install` patches that method on one model instance: it then returns `project(visual_features(...))`.
+
+Legend of shapes: B pictures (images, tiles or frames), n visual tokens, d_llm width of the language
+model.
 """
 
 import functools
@@ -33,22 +37,23 @@ from vzip.reducers.identity import Identity
 from vzip.tap import layer_index, run_tower, tower_layout
 
 HANDLED_OPTIONS = ("vision_feature_select_strategy", "vision_aspect_ratio", "return_dict")
-"""Arguments of a patched method that the vision tower does not take. The first two are read from the config."""
+"""Arguments of patched methods that the vision tower does not take; the config has their values."""
 
 
 def num_dropped_tokens(config: Any) -> int:
-    """Return how many leading tokens the model drops: 1 for LLaVA's strategy "default", 0 for "full"."""
+    """Return how many leading tokens the model drops: 1 for the strategy "default", 0 for "full"."""
     return 1 if config.vision_feature_select_strategy == "default" else 0
 
 
 class Family:
-    """Adapter of one VLM family, around one model. A subclass in this folder is found by `model_type`.
+    """Adapter of one family of models, around one model.
 
-    The defaults suit models that keep their parts where transformers' LLaVA keeps them.
+    A subclass in this folder is found by its `model_type`. The defaults suit models that keep their
+    parts where transformers' LLaVA keeps them.
 
     Args:
         model: the conditional-generation model.
-        anyres: order of the tokens of several tiles, "released" or "spatial", see `vzip.families.anyres`.
+        anyres: order of the tokens of several tiles, see `vzip.families.anyres`.
 
     Raises:
         UserError: an unknown order.
@@ -59,11 +64,11 @@ class Family:
     model_class: ClassVar[type]
     """The class of these models."""
     original: ClassVar[Any] = None
-    """Module of `vzip.checkpoints.original` that reads folders in the layout of the model's own code; None if there is none."""
+    """Module of `vzip.checkpoints.original` for folders of the model's own code, if there is one."""
     projector_name: ClassVar[str] = "model.multi_modal_projector"
     """Name of the projector among the model's modules."""
     frozen_names: ClassVar[Mapping[str, str]] = {"vision tower": "model.vision_tower"}
-    """Titles and names of the other modules before the language model. The reducer reads the first one, the vision tower."""
+    """Titles and names of the other modules before the language model, the vision tower first."""
     kinds: ClassVar[tuple[str, ...]] = ("image",)
     """Kinds of media that the model takes: "image", "video"."""
     stacked: ClassVar[tuple[str, ...]] = ()
@@ -88,7 +93,8 @@ class Family:
 
         Raises:
             OSError: no such folder or hub id, or no config.json in it.
-            UserError: a broken file, a model of another family, or missing weights, of which `transformers` only warns.
+            UserError: a broken file, a model of another family, or missing weights, of which
+                `transformers` only warns.
         """
         config = read_config(path)
         if cls.original is not None and cls.original.is_original(config):
@@ -97,13 +103,14 @@ class Family:
         model_type = config.get("model_type")
         if model_type != cls.model_type:
             raise UserError(
-                f"{path} holds a model of type {model_type!r}, not {cls.model_type!r}; give one of that family"
+                f"{path} holds a model of type {model_type!r}, not {cls.model_type!r}; "
+                f"give one of that family"
             )
         return hf.load_hf_model(cls.model_class, path, dtype=dtype)
 
     @classmethod
     def load_processor(cls, path: str) -> Any:
-        """Load the processor, which counts the unreduced number of tokens. Raises as `load_model`."""
+        """Load the processor, which counts all tokens. Raises the same errors as `load_model`."""
         if cls.original is not None and cls.original.is_original(read_config(path)):
             return cls.original.load_processor(path)
         return hf.load_hf_processor(path)
@@ -115,17 +122,18 @@ class Family:
         return model_class._from_config(model_class.config_class(**architecture), dtype=dtype).eval()
 
     def without_weights(self) -> Self:
-        """Return the same adapter around the config alone. It counts tokens, and is small enough for a data worker."""
+        """Return an adapter around the config alone, which counts tokens in a data worker."""
         return type(self)(SimpleNamespace(config=self.model.config), anyres=self.anyres)
 
     def original_config(self, processor: Any) -> dict[str, Any] | None:
-        """Return `config.json` in the layout of the model's own code; None if that code can't load this model."""
+        """Return `config.json` for the model's own code; None if that code can't load this model."""
         return None
 
     # ---- The parts of the model ----
 
     def _module(self, name: str) -> nn.Module:
-        """Return a module by its name in the model. The search starts at the inner module, which patched methods have."""
+        """Return a module by its name in the model."""
+        # Found from the inner module, because a patched method has no other.
         module: nn.Module = self.model.model.get_submodule(name.removeprefix("model."))
         return module
 
@@ -153,7 +161,7 @@ class Family:
         return module
 
     def drop_towers(self) -> None:
-        """Free the memory of the frozen parts, for a model that only projects. Take its fingerprint before."""
+        """Free the memory of the frozen parts, for a model that only projects cached features."""
         for name in self.frozen_names.values():
             self.model.set_submodule(name, nn.Module())
 
@@ -195,17 +203,16 @@ class Family:
         return run
 
     def num_tile_tokens(self, reducer: Reducer) -> int:
-        """Tokens that remain of one picture of the tower's size. Raises UserError if the budget does not fit."""
-        return reducer.num_tokens(
-            self.num_patches, has_cls=self.has_cls, num_dropped=num_dropped_tokens(self.model.config)
-        )
+        """Tokens that remain of one picture of the tower's size. Raises UserError if it has fewer."""
+        dropped = num_dropped_tokens(self.model.config)
+        return reducer.num_tokens(self.num_patches, has_cls=self.has_cls, num_dropped=dropped)
 
     def num_tiles(self, image_size: tuple[int, int]) -> int:
         """Pictures that the tower sees of one image of (height, width) pixels."""
         return 1
 
     def num_image_tokens(self, reducer: Reducer, image_size: tuple[int, int] | None = None) -> int:
-        """Placeholders of one image of (height, width) pixels. Raises UserError if a side is below one pixel."""
+        """Placeholders of one image of (height, width). Raises UserError for a side below 1 pixel."""
         self.check_image_size(image_size)
         return self.num_tile_tokens(reducer)
 
@@ -214,7 +221,7 @@ class Family:
         return sum(self.num_image_tokens(reducer, size) for size in image_sizes)
 
     def num_video_tokens(self, reducer: Reducer, num_frames: int) -> int:
-        """Placeholders of one video of `num_frames` frames. Raises UserError if the model takes no videos."""
+        """Placeholders of one video. Raises UserError if the model takes no videos."""
         raise UserError(f"{self.model_type!r} models take no videos")
 
     def num_processed_tokens(self, reducer: Reducer, kind: str, inputs: MediaInputs, index: int) -> int:
@@ -232,7 +239,7 @@ class Family:
         return {name: getattr(self.model.config, name) for name in self.config_of_features}
 
     def describe_reduction(self, reducer: Reducer) -> dict[str, Any]:
-        """Return what the reduced tokens of this model depend on: the reducer with its settings, and the order of tiles."""
+        """Return the reducer's name and settings, and the order of tiles, for checkpoints."""
         settings = {"name": reducer.name, **reducer.settings()}
         if not isinstance(reducer, Identity):
             settings["anyres"] = self.anyres
@@ -245,27 +252,33 @@ class Family:
         """Raise UserError if a side is below one pixel."""
         if image_size is not None and min(image_size) < 1:
             raise UserError(
-                f"image_size={tuple(image_size)} is no picture; give (height, width) in pixels, both at least 1"
+                f"image_size={tuple(image_size)} is no picture; "
+                f"give (height, width) in pixels, both at least 1"
             )
 
     def check_reducer(self, reducer: Reducer) -> None:
-        """Raise UserError if the budget does not fit a picture, or the tower has no layer of that number."""
+        """Raise UserError if a picture has too few tokens, or the tower too few layers."""
         self.num_tile_tokens(reducer)
         self.num_layers_run(reducer)
 
     def check_cacheable(self, reducer: Reducer) -> None:
-        """Raise UserError if `visual_features` does not hold all that the projector's output depends on."""
+        """Raise UserError if the visual features alone do not determine the projector's output."""
 
     # ---- The two computations ----
 
     def vision_tokens(self, reducer: Reducer, pixel_values: Tensor, **options: Any) -> VisionTokens:
         """Run the vision tower on float[B, 3, height, width]: what the reducer gets."""
-        return self._run_tower(
-            self.tower, reducer, pixel_values, num_dropped=num_dropped_tokens(self.model.config), **options
-        )
+        dropped = num_dropped_tokens(self.model.config)
+        return self._run_tower(self.tower, reducer, pixel_values, num_dropped=dropped, **options)
 
     def _run_tower(
-        self, tower: nn.Module, reducer: Reducer, pixel_values: Tensor, *, num_dropped: int, **options: Any
+        self,
+        tower: nn.Module,
+        reducer: Reducer,
+        pixel_values: Tensor,
+        *,
+        num_dropped: int,
+        **options: Any,
     ) -> VisionTokens:
         """Run a tower up to the layers that the model and the reducer ask for."""
         feature_layer = options.pop("vision_feature_layer", None)
@@ -276,35 +289,37 @@ class Family:
         if reducer.uses_attention:
             attention_layer = feature_layer if reducer.layer is None else reducer.layer
 
+        tower_options = {name: value for name, value in options.items() if name not in HANDLED_OPTIONS}
         return run_tower(
             tower,
             pixel_values,
             feature_layer=feature_layer,
             num_dropped=num_dropped,
             attention_layer=attention_layer,
-            **{name: value for name, value in options.items() if name not in HANDLED_OPTIONS},
+            **tower_options,
         )
 
     def visual_features(
         self, kind: str, inputs: MediaInputs, reducer: Reducer, **options: Any
     ) -> VisualFeatures:
-        """Run the tower and the reducer on all images, or all videos: everything before the projector, which is frozen.
+        """Run everything before the projector on all images, or all videos: the frozen part.
 
         Args:
             kind: "image" or "video".
             inputs: with normalized pixels.
             reducer: reduces each picture (image, tile or frame) by itself.
-            options: arguments of the model's own method: `vision_feature_layer`, and what the tower takes.
+            options: `vision_feature_layer`, and arguments of the tower.
         """
         features = reducer(self.vision_tokens(reducer, inputs.pixels, **options)).features
         return VisualFeatures.in_order(features, num_media=len(features))
 
     def project(self, features: VisualFeatures) -> Tensor:
-        """float[n, d_llm]: the projected tokens of all images, or all videos, each at its position."""
+        """float[n, d_llm]: the projected tokens, each at its position in the language model."""
         return self.run_projector(features.features).flatten(0, -2)
 
     def run_projector(self, features: Tensor) -> Tensor:
-        """float[..., d_llm]: the projector's output, in its own precision (float32 weights beside a bf16 model)."""
+        """float[..., d_llm]: the projector's output, in its own precision."""
+        # It is trained in float32, also beside a bf16 model.
         dtype = next(self.projector.parameters()).dtype
         projected: Tensor = self.projector(features.to(dtype))
         return projected
@@ -317,7 +332,7 @@ class Family:
         return {f"get_{kind}_features": kind for kind in self.kinds}
 
     def install(self, reducer: Reducer) -> None:
-        """Make this model instance reduce its pictures, until `uninstall`. Its class stays as it is.
+        """Make this model instance reduce its pictures, until `uninstall`. Classes never change.
 
         Raises:
             UserError: a reducer is attached already.
@@ -337,7 +352,7 @@ class Family:
 
 
 def _patched(method: Callable[..., Any], family: Family, kind: str, reducer: Reducer) -> Callable[..., Any]:
-    """Return `project(visual_features(...))` with the signature of `method`, which `generate` reads."""
+    """Make a method of `project(visual_features(...))` with the signature that `generate` reads."""
     signature = inspect.signature(method)
     family_class = type(family)
     anyres = family.anyres
@@ -357,7 +372,8 @@ def _patched(method: Callable[..., Any], family: Family, kind: str, reducer: Red
             if name not in PIXEL_NAMES[kind] and name not in EXTRA_NAMES
         }
 
-        # An adapter around `self`, and not the one that was installed: in a deep copy of the model, `self` is the copy.
+        # `self` is the inner module, or its copy in a deep copy of the model. So a new adapter is
+        # made around it: `family` still holds the first model.
         adapter = family_class(SimpleNamespace(config=self.config, model=self), anyres=anyres)
         features = adapter.visual_features(kind, inputs, reducer, **options)
         tokens = adapter.project(features)

@@ -1,4 +1,4 @@
-"""What stands between the reducer and the projector: tokens, and their order in the language model."""
+"""What stands between the reducer and the projector: tokens and their order."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,20 +12,21 @@ from torch import Tensor
 class VisualFeatures:
     """Tokens of all images, or all videos, of a micro batch, one after the other.
 
-    They depend on frozen weights alone, so they can be kept in a file. m is the number of tokens, n the number of positions
-    that they take in the language model; row ends (`image_newline`) are added by the projector's side.
+    They depend on frozen weights alone, so they can be kept in a file. There are m tokens for n
+    positions in the language model; `image_newline`, which marks row ends, is not among the tokens.
     """
 
     features: Tensor
     """float[..., d]: m tokens, in the shape that the projector takes."""
     order: Tensor
-    """int64[n]: the token at each position; -1 is `image_newline`. Each token has one position, among those of its image."""
+    """int64[n]: the token at each position; -1 is `image_newline`. Each token has one position,
+    among those of its image."""
     counts: Tensor
     """int64[images]: positions of each image, or video."""
 
     @classmethod
     def in_order(cls, features: Tensor, *, num_media: int) -> Self:
-        """Keep tokens float[..., d] in their order, with the same number for each image or video."""
+        """Keep the order of tokens float[..., d]. Every image, or video, has the same number."""
         num_tokens = features.shape[:-1].numel()
         order = torch.arange(num_tokens, device=features.device)
         return cls(features, order, torch.full((num_media,), num_tokens // num_media))
@@ -37,7 +38,7 @@ class VisualFeatures:
 
     @classmethod
     def join(cls, parts: Sequence["VisualFeatures"]) -> Self:
-        """Put the images, or videos, of several parts one after the other; features become float[m, d]."""
+        """Put several parts one after the other. Their features become float[m, d]."""
         features, orders = [], []
         num_tokens = 0
         for part in parts:
@@ -64,8 +65,8 @@ class VisualFeatures:
 class UnpackedFeatures(VisualFeatures):
     """All tokens of tiles, or of frames, before the model's own code packs them.
 
-    That code runs after the projector and may average projected tokens, so these features can't be kept in a file. `order`
-    is empty; `counts` are those after packing.
+    That code runs after the projector and may average projected tokens, so these features can't be
+    kept in a file. `order` is empty; `counts` are those after packing.
     """
 
     kind: str

@@ -1,6 +1,6 @@
-"""LLaVA-1.5 and every other `LlavaForConditionalGeneration`: one square picture, one tower, a two-layer projector.
+"""LLaVA-1.5 and every other `LlavaForConditionalGeneration`: one picture, one vision tower.
 
-Folders in the layout of LLaVA's own code load into the same class, see `vzip.checkpoints.original.llava`.
+Folders of LLaVA's own code load into the same class, see `vzip.checkpoints.original.llava`.
 """
 
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from vzip.reducers.base import Reducer
 
 
 class Llava(Family):
-    """Adapter of `LlavaForConditionalGeneration`, with any vision tower in `vzip.tap.TOWER_LAYOUTS`."""
+    """Adapter of `LlavaForConditionalGeneration`, with any tower in `vzip.tap.TOWER_LAYOUTS`."""
 
     model_type: ClassVar[str] = "llava"
     model_class: ClassVar[type] = LlavaForConditionalGeneration

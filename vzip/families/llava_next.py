@@ -1,4 +1,4 @@
-"""LLaVA-NeXT (LLaVA-1.6): an image becomes a base tile and up to four more, and each tile is reduced to the same budget.
+"""LLaVA-NeXT (LLaVA-1.6): an image becomes up to five tiles, each reduced to the same budget.
 
 `vzip.families.anyres` says in which order the tokens of the tiles then stand.
 """
@@ -26,7 +26,9 @@ def tiles_of(grids: Sequence[Grid | None]) -> list[int]:
 
 
 def stack_tiles(pixel_values: Tensor, counts: Sequence[int]) -> Tensor:
-    """Stack float[images, most tiles, 3, side, side] to float[all tiles, 3, side, side]; stacked tiles are returned unchanged.
+    """Stack float[images, most tiles, 3, side, side] to float[all tiles, 3, side, side].
+
+    Pixels that are stacked already are returned unchanged.
 
     Raises:
         UserError: the number of images or tiles is not that of `counts`.
@@ -35,15 +37,16 @@ def stack_tiles(pixel_values: Tensor, counts: Sequence[int]) -> Tensor:
         shape = list(pixel_values.shape)
         if len(pixel_values) != len(counts) or pixel_values.shape[1] < max(counts, default=1):
             raise UserError(
-                f"pixel_values of shape {shape} do not hold {list(counts)} tiles of {len(counts)} images, as image_sizes has "
-                f"it; use what the model's processor returns"
+                f"pixel_values of shape {shape} do not hold {list(counts)} tiles of {len(counts)} images, "
+                f"as image_sizes has it; use what the model's processor returns"
             )
         # Images of fewer tiles are padded with empty ones.
         return torch.cat([image[:count] for image, count in zip(pixel_values, counts, strict=True)])
 
     if pixel_values.dim() == 4 and len(pixel_values) != sum(counts):
         raise UserError(
-            f"pixel_values hold {len(pixel_values)} tiles, image_sizes asks for {list(counts)}; use what the processor returns"
+            f"pixel_values hold {len(pixel_values)} tiles, image_sizes asks for {list(counts)}; "
+            f"use what the processor returns"
         )
     return pixel_values
 
@@ -91,7 +94,7 @@ class LlavaNext(Family):
     # ---- Tiles ----
 
     def tile_order(self, reducer: Reducer) -> str:
-        """Return "released" or "spatial", or "model" if there is no reduction and the model's own code packs all tokens."""
+        """Return the order of tokens: "model" without a reduction, else the family's own."""
         return "model" if isinstance(reducer, Identity) else self.anyres
 
     def grid_of(self, image_size: tuple[int, int]) -> Grid:
@@ -106,10 +109,11 @@ class LlavaNext(Family):
         )
 
     def grids(self, inputs: MediaInputs) -> list[Grid | None]:
-        """Return the grid of each image; None for an image of a single tile. Raises UserError without sizes."""
+        """Return the grid of each image; None is a single tile. Raises UserError without sizes."""
         if "image_sizes" not in inputs.extra:
             raise UserError(
-                f"a {self.model_type!r} model needs image_sizes beside pixel_values; use what its processor returns"
+                f"a {self.model_type!r} model needs image_sizes beside pixel_values; "
+                f"use what its processor returns"
             )
         return [self.grid_of((int(height), int(width))) for height, width in inputs.extra["image_sizes"]]
 
@@ -129,7 +133,7 @@ class LlavaNext(Family):
         return reducer.num_tokens(self.num_patches, has_cls=has_cls, num_dropped=dropped)
 
     def num_image_tokens(self, reducer: Reducer, image_size: tuple[int, int] | None = None) -> int:
-        """Count the placeholders of an image; without a size, of a square of 2 x 2 tiles, which makes 5 tiles."""
+        """Count the placeholders of an image; by default of a square of 2 x 2 tiles and a base tile."""
         size = image_size or (2 * self.tile_side, 2 * self.tile_side)
         return self.num_grid_tokens(reducer, self.grid_of(size))
 
@@ -161,8 +165,9 @@ class LlavaNext(Family):
     def check_cacheable(self, reducer: Reducer) -> None:
         if self.tile_order(reducer) == "model":
             raise UserError(
-                f"reducer={reducer.name}: a {self.model_type!r} model packs all tokens of its tiles behind the projector, so "
-                f"nothing can be cached before it; train without the cache, or choose another reducer"
+                f"reducer={reducer.name}: a {self.model_type!r} model packs all tokens of its tiles "
+                f"behind the projector, so nothing can be cached before it; train without the cache, "
+                f"or choose another reducer"
             )
 
     # ---- The two computations ----
@@ -234,8 +239,8 @@ class LlavaNext(Family):
             if grid is not None:
                 visible += grid.visible
 
-        # Tiles that show the same patches are reduced together. The order of these groups is fixed, because a reducer may
-        # draw at random.
+        # Tiles that show the same patches are reduced together. The order of these groups is fixed:
+        # a reducer may draw at random.
         groups: dict[tuple[range, range], list[int]] = {}
         for tile, rows_and_columns in enumerate(visible):
             groups.setdefault(rows_and_columns, []).append(tile)
@@ -270,7 +275,11 @@ class LlavaNext(Family):
         return torch.cat([tokens, newline])[features.order]
 
     def pack(self, tokens: Tensor, features: UnpackedFeatures) -> list[Tensor]:
-        """Pack projected tokens float[all tiles, P, d_llm] with the model's own code: float[n, d_llm] of each image."""
+        """Pack projected tokens float[all tiles, P, d_llm] with the model's own code.
+
+        Returns:
+            float[n, d_llm] of each image.
+        """
         inner = self.model.model
         images: list[Tensor] = inner.pack_image_features(
             torch.split(tokens, list(features.num_tiles)),

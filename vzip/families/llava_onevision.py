@@ -1,6 +1,7 @@
-"""LLaVA-OneVision: LLaVA-NeXT's tiles with a SigLIP tower (no CLS) and up to 36 of them, several images, and video.
+"""LLaVA-OneVision: up to 36 tiles, several images, and video, with a SigLIP tower (no CLS).
 
-Without a reducer the model pools large images and every frame. A reduced model has few tokens instead, and does not pool.
+Without a reducer the model pools large images and every frame. A reduced model has few tokens
+instead, and does not pool.
 """
 
 import math
@@ -48,7 +49,7 @@ class LlavaOnevision(LlavaNext):
         return replace(super().grid_of(image_size), max_tiles=max_tiles)
 
     def grids(self, inputs: MediaInputs) -> list[Grid | None]:
-        """Return the grid of each image. The images of an example that holds several are single tiles, with None."""
+        """Return the grid of each image; None for images that share their example with others."""
         grids = super().grids(inputs)
         if "batch_num_images" not in inputs.extra:
             return grids
@@ -76,7 +77,8 @@ class LlavaOnevision(LlavaNext):
         """Count the tokens of all frames, and one newline after them."""
         if not TAKES_VIDEOS:
             raise UserError(
-                f"videos of {self.model_type!r} models need transformers 5.18 or newer; this is {transformers.__version__}"
+                f"videos of {self.model_type!r} models need transformers 5.18 or newer; "
+                f"this is {transformers.__version__}"
             )
         check_num_frames(num_frames)
 
@@ -92,7 +94,7 @@ class LlavaOnevision(LlavaNext):
     def visual_features(
         self, kind: str, inputs: MediaInputs, reducer: Reducer, **options: Any
     ) -> VisualFeatures:
-        """Do the same as LLaVA-NeXT for images. A video is all of its frames, and one newline after them."""
+        """Treat images as LLaVA-NeXT does. A video is all of its frames, and one newline after them."""
         if kind == "image":
             return super().visual_features(kind, inputs, reducer, **options)
 

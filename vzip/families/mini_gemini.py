@@ -1,7 +1,7 @@
-"""Mini-Gemini: CLIP finds the tokens to keep, and the reducer gets CLIP's patches enriched from the high-resolution picture.
+"""Mini-Gemini: the reducer gets CLIP's patches after they are enriched from a larger picture.
 
-That enrichment is called *mining* in the released code. CLS has no region of the picture, so it is not mined and not kept:
-D counts patches alone.
+That enrichment is called *mining* in the released code. The attention that a reducer reads is
+CLIP's own. CLS has no region of the picture, so it is not mined and not kept: D counts patches alone.
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ from vzip.reducers.base import Reducer, VisionTokens
 
 
 class MiniGemini(Family):
-    """Adapter of `vzip.models.mini_gemini.MiniGeminiForConditionalGeneration`. It loads the public checkpoints directly."""
+    """Adapter of `MiniGeminiForConditionalGeneration`, which loads the public checkpoints directly."""
 
     model_type: ClassVar[str] = "mini_gemini"
     model_class: ClassVar[type] = MiniGeminiForConditionalGeneration
@@ -48,7 +48,7 @@ class MiniGemini(Family):
         return reducer.num_tokens(self.num_patches, has_cls=False, num_dropped=0)
 
     def vision_tokens(self, reducer: Reducer, pixel_values: Tensor, **options: Any) -> VisionTokens:
-        """Run CLIP on the small picture and mine its patches in the high-resolution one, float[B, 3, side, side]."""
+        """Run CLIP on the small picture, and mine its patches in the large one, float[B, 3, side, side]."""
         inner: Any = self.model.model
         small_pictures = inner.low_resolution(pixel_values)
         patches = super().vision_tokens(reducer, small_pictures, **options).without_cls()

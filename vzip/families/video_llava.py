@@ -1,4 +1,4 @@
-"""Video-LLaVA: an image tower and a video tower of 16 x 16 patches, 8 frames a video, each frame reduced by itself."""
+"""Video-LLaVA: a tower for images and one for the 8 frames of a video, each reduced by itself."""
 
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from vzip.reducers.base import Reducer
 
 
 class VideoLlava(Family):
-    """Adapter of `VideoLlavaForConditionalGeneration`. A budget counts the tokens of one image, or of one frame."""
+    """Adapter of `VideoLlavaForConditionalGeneration`. A budget counts the tokens of one frame."""
 
     model_type: ClassVar[str] = "video_llava"
     model_class: ClassVar[type] = VideoLlavaForConditionalGeneration

@@ -1,7 +1,7 @@
 """What a reducer is given and what it returns.
 
-Legend of shapes: B images (or tiles), N vision tokens (CLS first, if there is one), P patches, d width of the vision tower,
-D dominant tokens, C contextual tokens, T tokens that leave the reducer.
+Legend of shapes: B images (or tiles); N vision tokens (CLS first, if there is one), of which P are
+patches; d width of the tower; D dominant and C contextual tokens; T tokens that leave the reducer.
 """
 
 from dataclasses import dataclass, replace
@@ -13,7 +13,11 @@ from vzip.errors import UserError, check_count
 
 
 def budget_of_a_tile(budget: int, tiles: int) -> int:
-    """Divide a budget among the tiles that it counts together. Raises UserError if it is below 1 or does not divide."""
+    """Divide a budget among the tiles that it counts together.
+
+    Raises:
+        UserError: a budget below 1, or one that is no multiple of `tiles`.
+    """
     check_count("reducer.budget", budget, 1)
     if budget % tiles == 0:
         return budget // tiles
@@ -22,7 +26,8 @@ def budget_of_a_tile(budget: int, tiles: int) -> int:
     below = above - tiles
     choices = f"{below} or {above}" if below else f"{above}"
     raise UserError(
-        f"reducer.budget={budget} is the total of an image of {tiles} tiles, and no multiple of {tiles}; choose {choices}"
+        f"reducer.budget={budget} is the total of an image of {tiles} tiles, "
+        f"and no multiple of {tiles}; choose {choices}"
     )
 
 
@@ -39,7 +44,7 @@ class VisionTokens:
     saliency: Tensor | None = None
     """float32[B, P]: attention that each patch receives; None unless the reducer asked for it."""
     keys: Tensor | None = None
-    """float[B, N, head_dim]: raw keys of the layer's attention, averaged over heads; None unless asked for."""
+    """float[B, N, head_dim]: keys of the layer's attention, averaged over heads; None as above."""
 
     def without_cls(self) -> "VisionTokens":
         """Return the patches alone."""
@@ -58,7 +63,7 @@ class ReducerOutput:
     """The tokens that leave a reducer, and what became of every vision token."""
 
     features: Tensor
-    """float[B, T, d]: dominant tokens in raster order (CLS first), then contextual tokens in the order of their targets."""
+    """float[B, T, d]: dominant tokens in raster order (CLS first), then contextual tokens."""
     dominant: Tensor
     """int64[B, D]: indices into the N vision tokens, in raster order."""
     contextual: Tensor
@@ -68,10 +73,10 @@ class ReducerOutput:
 
 
 class Reducer(Protocol):
-    """A function of vision tokens, without state. "No reduction" is a reducer too (`Identity`), so callers never branch.
+    """A function of vision tokens, without state.
 
-    If the constructor takes `budget`, it also takes `tiles`, the number of tiles that the budget counts together: see
-    `budget_of_a_tile`.
+    "No reduction" is a reducer too (`Identity`), so callers never branch. If the constructor takes
+    `budget`, it also takes `tiles`, the number of tiles that the budget counts together.
     """
 
     name: ClassVar[str]
@@ -79,10 +84,10 @@ class Reducer(Protocol):
     uses_attention: ClassVar[bool]
     """Whether `VisionTokens.saliency` and `VisionTokens.keys` must be computed."""
     layer: int | None
-    """Hidden state whose layer's attention is read, counted as LLaVA's `vision_feature_layer`; None: that of the features."""
+    """Hidden state whose layer's attention is read, as `vision_feature_layer`; None: that layer itself."""
 
     def num_tokens(self, num_patches: int, *, has_cls: bool, num_dropped: int) -> int:
-        """Return T for an image of `num_patches` patches. Raises UserError if the image has too few."""
+        """Return T for an image of `num_patches` patches. Raises UserError if it has too few."""
         ...
 
     def settings(self) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from vzip.reducers.visionzip import take
 
 
 class Random:
-    """Keep `budget` patches of each image, in raster order. Every call draws anew from torch's global generator.
+    """Keep `budget` patches of each image, in raster order.
+
+    Every call draws anew, from torch's global generator.
 
     Args:
         budget: patches to keep of `tiles` tiles together.
@@ -36,8 +38,8 @@ class Random:
     def num_tokens(self, num_patches: int, *, has_cls: bool, num_dropped: int) -> int:
         if self.budget > num_patches:
             raise UserError(
-                f"reducer.budget={self.budget} is larger than the {num_patches} patches of an image; "
-                f"choose a budget of at most {num_patches}"
+                f"reducer.budget={self.budget} is larger than the {num_patches} patches "
+                f"of an image; choose a budget of at most {num_patches}"
             )
         return self.budget
 
@@ -48,11 +50,13 @@ class Random:
         self.num_tokens(num_patches, has_cls=tokens.has_cls, num_dropped=tokens.num_dropped)
 
         # Drawn on the CPU, so that a seed gives the same patches on every device.
-        drawn = torch.rand(num_images, num_patches).argsort(dim=1)[:, : self.budget].sort(dim=1).values
+        shuffled = torch.rand(num_images, num_patches).argsort(dim=1)
+        drawn = shuffled[:, : self.budget].sort(dim=1).values
         kept = drawn.to(tokens.features.device) + first_patch
 
+        slot = torch.arange(self.budget, device=kept.device).expand(num_images, -1)
         slots = torch.full((num_images, num_tokens), -1, device=kept.device)
-        slots.scatter_(1, kept, torch.arange(self.budget, device=kept.device).expand(num_images, -1))
+        slots.scatter_(1, kept, slot)
         return ReducerOutput(
             features=take(tokens.features, kept),
             dominant=kept,

@@ -1,13 +1,14 @@
-"""VisionZip: keep the patches that receive most of the attention, and merge the rest by the similarity of their keys.
+"""VisionZip: keep the patches that receive most of the attention, and merge the others.
 
 For each picture:
 
-1. *Dominant* tokens: CLS, and the D - 1 patches with the highest saliency (the attention that CLS pays them).
-2. *Contextual* tokens: every k-th of the remaining patches is a merge target, C in all. Every other patch is merged into the
-   target with the most similar key.
+1. *Dominant* tokens: CLS, and the D - 1 patches with the highest saliency, which is the attention
+   that CLS pays them.
+2. *Contextual* tokens: every k-th of the remaining patches is a merge target, C in all. Every other
+   patch is merged into the target with the most similar key.
 
-Source: arXiv 2412.04467, section 3, and the authors' released code (repository dvlab-research/VisionZip,
-`visionzip/clip_encoder.py`), whose results this module reproduces.
+Source: arXiv 2412.04467, section 3, and the authors' released code (repository
+dvlab-research/VisionZip, `visionzip/clip_encoder.py`), whose results this module reproduces.
 
 Legend of shapes: see `vzip/reducers/base.py`; R = N - D remaining patches.
 """
@@ -26,7 +27,8 @@ MERGES = ("sum", "average")
 
 
 def split_budget(budget: int) -> tuple[int, int]:
-    """Split a budget into (D, C) at the paper's ratio of 5.4 : 1, e.g. 64 = 54 + 10, 128 = 108 + 20, 192 = 162 + 30."""
+    """Split a budget into (D, C) at the paper's ratio of 5.4 : 1."""
+    # 64 = 54 + 10, 128 = 108 + 20, 192 = 162 + 30.
     contextual = round(budget / 6.4)
     return budget - contextual, contextual
 
@@ -57,27 +59,37 @@ def select_dominant(saliency: Tensor, num_dominant: int, *, has_cls: bool, keep_
 
 
 def remaining_tokens(dominant: Tensor, num_tokens: int, *, has_cls: bool) -> Tensor:
-    """List the patches that are not dominant (int64[B, D]), of N tokens: int64[B, R], in raster order. CLS never remains."""
+    """List the patches that are not dominant, in raster order. CLS is never among them.
+
+    Args:
+        dominant: int64[B, D].
+        num_tokens: N.
+        has_cls: whether token 0 is CLS.
+
+    Returns:
+        int64[B, R]: indices into the N vision tokens.
+    """
     is_left = torch.ones(dominant.shape[0], num_tokens, dtype=torch.bool, device=dominant.device)
     is_left.scatter_(1, dominant, False)
     is_left[:, : int(has_cls)] = False
 
-    # Each picture has the same number of remaining patches, so one list of indices can be cut into rows.
+    # The same number remains of each picture, so the list of all indices can be cut into rows.
     return is_left.nonzero()[:, 1].view(dominant.shape[0], -1)
 
 
 def assign_to_targets(keys: Tensor, num_contextual: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose the merge targets, and the target of every other token: the one with the most similar key (cosine).
+    """Choose the merge targets, and a target for every other token.
 
-    Targets stand at 0, step, 2 step, ... of the remaining patches.
+    Targets stand at 0, step, 2 step, ... of the remaining patches. Every other token goes to the
+    target with the most similar key (cosine).
 
     Args:
         keys: float[B, R, head_dim].
         num_contextual: C.
 
     Returns:
-        Indices of the targets int64[C] and of the others int64[R - C] among the remaining patches, and the number of the
-        target that each other token is assigned to, int64[B, R - C].
+        Indices of the targets int64[C] and of the others int64[R - C] among the remaining patches,
+        and the number of the target that each other token is assigned to, int64[B, R - C].
     """
     num_remaining = keys.shape[1]
     step = max(1, num_remaining // num_contextual)
@@ -98,7 +110,8 @@ def merge(targets: Tensor, others: Tensor, assigned: Tensor, how: str) -> Tensor
         targets: float[B, C, d].
         others: float[B, R - C, d].
         assigned: int64[B, R - C], the target of each other token.
-        how: "sum", the released code: target + mean of its cluster. "average", the paper's text: mean of target and cluster.
+        how: "sum" is the released code: target + mean of its cluster. "average" is the paper's text:
+            mean of target and cluster.
 
     Returns:
         float[B, C, d], in the precision of `targets`.
@@ -125,8 +138,9 @@ class VisionZip:
     """Reduce each image, or each tile, to D dominant tokens (CLS included) and C contextual ones.
 
     Args:
-        budget: D + C of `tiles` tiles together, split at the paper's ratio. Or give both `dominant` and `contextual`.
-        tiles: number of tiles that the budget counts together. The paper counts LLaVA-NeXT's over 5.
+        budget: D + C of `tiles` tiles together, split at the paper's ratio. Or give both `dominant`
+            and `contextual`.
+        tiles: number of tiles that the budget counts together; LLaVA-NeXT's counts 5.
         dominant: D of one tile.
         contextual: C of one tile.
         merge: see the attribute, like the ones that follow.
@@ -149,7 +163,7 @@ class VisionZip:
     keep_cls: bool = True
     """Whether CLS is one of the dominant tokens."""
     layer: int | None = None
-    """Hidden state whose layer's attention and keys are read; None: that of the features, as in the paper."""
+    """Hidden state whose layer's attention is read; None: that of the features, as in the paper."""
 
     def __init__(  # noqa: PLR0913  all of them are settings
         self,
@@ -196,8 +210,9 @@ class VisionZip:
         if tile_budget is not None and tile_budget != total:
             of_tiles = f" of each of {tiles} tiles" if tiles > 1 else ""
             raise UserError(
-                f"reducer.budget={budget} is not dominant + contextual = {self.dominant} + {self.contextual} = "
-                f"{total}{of_tiles}; set reducer.budget={total * tiles} (or null), or leave dominant and contextual out"
+                f"reducer.budget={budget} is not dominant + contextual = "
+                f"{self.dominant} + {self.contextual} = {total}{of_tiles}; "
+                f"set reducer.budget={total * tiles} (or null), or leave dominant and contextual out"
             )
 
     def __repr__(self) -> str:
@@ -223,35 +238,40 @@ class VisionZip:
         if self._tiles > 1:
             in_total = f", a total of at most {available * self._tiles} for {self._tiles} tiles"
         raise UserError(
-            f"reducer.budget={num_tokens * self._tiles} ({self.dominant} dominant + {self.contextual} contextual a picture) "
-            f"is larger than the {available} tokens of a picture ({num_patches} patches{and_cls}); "
+            f"reducer.budget={num_tokens * self._tiles} "
+            f"({self.dominant} dominant + {self.contextual} contextual a picture) is larger than "
+            f"the {available} tokens of a picture ({num_patches} patches{and_cls}); "
             f"choose at most {available}{in_total}"
         )
 
     def __call__(self, tokens: VisionTokens) -> ReducerOutput:
         features, saliency, keys = tokens.features, tokens.saliency, tokens.keys
-        assert saliency is not None and keys is not None, "VisionZip needs the hooked layer's attention"
+        assert saliency is not None and keys is not None, "VisionZip reads the layer's attention"
+
         num_images, num_tokens, _ = features.shape
-        self.num_tokens(saliency.shape[1], has_cls=tokens.has_cls, num_dropped=tokens.num_dropped)
+        has_cls = tokens.has_cls
+        self.num_tokens(saliency.shape[1], has_cls=has_cls, num_dropped=tokens.num_dropped)
 
-        # Dominant tokens are copied.
-        dominant = select_dominant(saliency, self.dominant, has_cls=tokens.has_cls, keep_cls=self.keep_cls)
+        # Dominant tokens are kept unchanged. They take the first D slots of the output.
+        dominant = select_dominant(saliency, self.dominant, has_cls=has_cls, keep_cls=self.keep_cls)
         kept = take(features, dominant)
-        dominant_slots = torch.arange(self.dominant, device=features.device).expand(num_images, -1)
+        slot = torch.arange(self.dominant + self.contextual, device=features.device)
+        slot = slot.expand(num_images, -1)
         slots = torch.full((num_images, num_tokens), -1, device=features.device)
-        slots.scatter_(1, dominant, dominant_slots)
+        slots.scatter_(1, dominant, slot[:, : self.dominant])
         if self.contextual == 0:
-            return ReducerOutput(features=kept, dominant=dominant, contextual=dominant[:, :0], slots=slots)
+            nothing = dominant[:, :0]
+            return ReducerOutput(features=kept, dominant=dominant, contextual=nothing, slots=slots)
 
-        # The remaining patches are merged. `targets` and `others` index the N vision tokens.
-        remaining = remaining_tokens(dominant, num_tokens, has_cls=tokens.has_cls)
-        target_index, other_index, assigned = assign_to_targets(take(keys, remaining), self.contextual)
-        targets = remaining[:, target_index]
-        others = remaining[:, other_index]
+        # The remaining patches are merged into C targets.
+        remaining = remaining_tokens(dominant, num_tokens, has_cls=has_cls)
+        is_target, is_other, assigned = assign_to_targets(take(keys, remaining), self.contextual)
+        targets = remaining[:, is_target]
+        others = remaining[:, is_other]
         merged = merge(take(features, targets), take(features, others), assigned, self.merge)
 
-        contextual_slots = torch.arange(self.contextual, device=features.device).expand(num_images, -1)
-        slots.scatter_(1, targets, self.dominant + contextual_slots)
+        # Each target takes one of the last C slots, together with the tokens assigned to it.
+        slots.scatter_(1, targets, slot[:, self.dominant :])
         slots.scatter_(1, others, self.dominant + assigned)
         return ReducerOutput(
             features=torch.cat([kept, merged], dim=1),
