@@ -90,8 +90,9 @@ def make_collator(family: Family, reducer: Reducer) -> Collator:
 def make_examples(family: Family, *, num_examples: int, seed: int = 0) -> Examples:
     """Draw examples with the recorded lengths, and with the mix's share of examples without a picture.
 
-    Ids are random, but all examples have the same first 35. In an example without a picture, a third of the
-    tokens are labels, the mean of the other examples: the real number was not recorded.
+    Ids are random, but all examples have the same first 35. In an example without a picture, a
+    third of the tokens are labels, the mean of the other examples: the real number was not
+    recorded.
     """
     with np.load(LENGTHS) as recorded:
         text_lengths = recorded["text_tokens"]
@@ -174,9 +175,10 @@ def necessary_tokens(example: Example, num_visual: int) -> int:
 def necessary_flops(family: Family, reducer: Reducer, examples: Sequence[Example]) -> int:
     """Count the operations that the gradient of some examples needs, each once.
 
-    These are the tower up to the hooked layer, the projector, and the language model forward and backward.
-    Its weights are frozen, so the backward pass to its inputs takes as many operations as the forward. Its
-    last layer, apart from keys and values, and the head are needed only where a label follows.
+    These are the tower up to the hooked layer, the projector, and the language model forward and
+    backward. Its weights are frozen, so the backward pass to its inputs takes as many operations as
+    the forward. Its last layer, apart from keys and values, and the head are needed only where a
+    label follows.
     """
     size = (TILES * family.tile_side, TILES * family.tile_side)
     num_visual = family.num_image_tokens(reducer, size)

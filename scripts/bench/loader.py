@@ -1,10 +1,11 @@
 """Measure the data loader on this machine's CPU: pictures per second, and seconds to the first batch.
 
-Examples and pictures are made up, in the shapes of LLaVA's instruction data. The JPEGs have its usual sizes.
-They are noise with the spectrum of photographs (power falls with the square of the frequency) and some grain.
-Their quality is such that a picture of 640 x 480 pixels takes the 160 KB that COCO's take, so that decoding
-costs as much. Texts have the recorded lengths of LLaVA's mix. The path from file to packed micro batch is
-that of training. The padding of engine=reference is counted, too.
+Examples and pictures are made up, in the shapes of LLaVA's instruction data. The JPEGs have its
+usual sizes. They are noise with the spectrum of photographs (power falls with the square of the
+frequency) and some grain. Their quality is such that a picture of 640 x 480 pixels takes the 160 KB
+that COCO's take, so that decoding costs as much. Texts have the recorded lengths of LLaVA's mix.
+The path from file to packed micro batch is that of training. The padding of engine=reference is
+counted, too.
 
 python -m scripts.bench.loader --model next --seconds 10 --workers 1 2 --json loader.json
 """

@@ -221,10 +221,10 @@ def kept_bytes(language: PackedLanguage, lengths: Sequence[int], prefix: Sequenc
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     # By address. All tensors stay alive: otherwise a later one could get the address of an earlier one.
-    kept: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     # Autograd calls `keep` for each tensor that it saves.
@@ -232,15 +232,15 @@ def kept_bytes(language: PackedLanguage, lengths: Sequence[int], prefix: Sequenc
         language(embeddings, segments, torch.tensor([0], device=model.device))
 
     return sum(
-        tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights
+        tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in weights
     )
 
 
 def kept_widths(family: Family, batch: PackedBatch, prefix: Sequence[int], device: torch.device) -> float:
     """Measure what a layer of the fast path keeps for the backward pass.
 
-    The unit is bytes per token in bf16, divided by the width. It is the difference between language models of
-    four layers and of three.
+    The unit is bytes per token in bf16, divided by the width. It is the difference between language
+    models of four layers and of three.
     """
     config = family.model.config.text_config
     num_bytes = []

@@ -1,9 +1,10 @@
 """Time prefill and generated tokens for several numbers of visual tokens.
 
-The models have the shapes of configs/model and random weights, behind a reducer that `vzip.attach` puts
-there. With the shape "tiny", for a CPU, widths and depths are a fraction of the published ones, and pictures
-keep their 576 patches. "LM" is the prefill of ready embeddings, as the paper measures it; "all" starts at the
-pixels. Beside each ratio is the one that the cost formula of `vzip.cost` gives.
+The models have the shapes of configs/model and random weights, behind a reducer that `vzip.attach`
+puts there. With the shape "tiny", for a CPU, widths and depths are a fraction of the published
+ones, and pictures keep their 576 patches. "LM" is the prefill of ready embeddings, as the paper
+measures it; "all" starts at the pixels. Beside each ratio is the one that the cost formula of
+`vzip.cost` gives.
 
 python -m scripts.bench.prefill --shape tiny --batch 1 8 --json prefill.json
 """

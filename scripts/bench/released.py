@@ -1,8 +1,9 @@
 """Run a vision tower as the authors' VisionZip code does: the baseline for ours, for towers with a CLS token.
 
-Source: repository dvlab-research/VisionZip, `visionzip/clip_encoder.py`. The tower returns the hidden states
-and the whole attention maps of all layers, for which attention has to be the eager one. One row of the maps
-of the last layer but one is used, with that layer's keys, which a hook catches.
+Source: repository dvlab-research/VisionZip, `visionzip/clip_encoder.py`. The tower returns the
+hidden states and the whole attention maps of all layers, for which attention has to be the eager
+one. One row of the maps of the last layer but one is used, with that layer's keys, which a hook
+catches.
 """
 
 import copy

@@ -118,9 +118,9 @@ def tunable_family(shape: Shape, *, device: torch.device, dtype: torch.dtype) ->
 def sharpen_attention(tower: nn.Module) -> None:
     """Scale queries and keys until attention is as far from uniform as in a trained tower.
 
-    From uniform attention, rounding would choose the most salient patches. A query or key of a normalized
-    token gets the variance 2.5; then the 54 most salient of ViT-L's 576 patches have 59 % of what CLS gives
-    to patches.
+    From uniform attention, rounding would choose the most salient patches. A query or key of a
+    normalized token gets the variance 2.5; then the 54 most salient of ViT-L's 576 patches have 59
+    % of what CLS gives to patches.
     """
     config: Any = tower.config
     for name, parameter in tower.named_parameters():

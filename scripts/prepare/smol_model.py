@@ -103,8 +103,8 @@ def _encoder_weights(path: Path) -> dict[str, Tensor]:
             module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             weights[f"{module}.weight"] = constants[node.input[1]].T.contiguous()
 
-    # Position embeddings are two constants: that of CLS, and those of the patches. Only their shapes tell
-    # which they are.
+    # Position embeddings are two constants: that of CLS, and those of the patches. Only their
+    # shapes tell which they are.
     width = ENCODER_SHAPE["hidden_size"]
     num_patches = (TRAINED_SIDE // PATCH) ** 2
     positions = [unnamed[1, 1, width], unnamed[1, num_patches, width]]
@@ -141,8 +141,8 @@ def load_language(folder: Path) -> tuple[Any, Any]:
 def init_projector(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> None:
     """Start the projector from noise at the right scale.
 
-    `linear_1` standardizes the encoder's features, and the output of `linear_2` has the spread of the
-    language model's embeddings.
+    `linear_1` standardizes the encoder's features, and the output of `linear_2` has the spread of
+    the language model's embeddings.
 
     Args:
         model: its projector is changed in place.
@@ -187,7 +187,7 @@ def smol_processor(tokenizer: Any) -> LlavaProcessor:
     )
 
 
-def build_model(wheels: Path, pictures: Sequence[Path], target: Path) -> None:
+def build_smol_model(wheels: Path, pictures: Sequence[Path], target: Path) -> None:
     """Join encoder and language model to a LLaVA, and write it with its processor.
 
     Args:

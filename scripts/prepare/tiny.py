@@ -1,8 +1,8 @@
 """Prepare the processors of the tiny models (`model=next-tiny` and the like).
 
-They have the embedded default's tokenizer, and pictures of 112 pixels. The models' weights are random and
-made at each start, from the architecture in their config, so only the processors are written.
-`scripts.prepare.smol` runs this.
+They have the embedded default's tokenizer, and pictures of 112 pixels. The models' weights are
+random and made at each start, from the architecture in their config, so only the processors are
+written. `scripts.prepare.smol` runs this.
 """
 
 import json
@@ -80,8 +80,8 @@ def _mini_gemini(architecture: dict[str, Any], tokenizer: Any) -> Any:
     return mini_gemini.make_processor(mini_gemini.MiniGeminiConfig(**architecture), tokenizer)
 
 
-# Builds the processor of a tiny model from its architecture and a tokenizer, by the module of the model's
-# family.
+# Builds the processor of a tiny model from its architecture and a tokenizer, by the module of the
+# model's family.
 PROCESSORS = {
     "llava": _llava,
     "llava_next": _llava_next,
@@ -102,8 +102,8 @@ def tiny_models() -> dict[str, dict[str, Any]]:
 
 
 def prepare_tiny(tokenizer_folder: Path, target: Path) -> None:
-    """Write a folder for each tiny model below `target`, unless it has them for the same architectures
-    already.
+    """Write a folder for each tiny model below `target`, unless it has them for the same
+    architectures already.
 
     Args:
         tokenizer_folder: the embedded default's model.
