@@ -1,9 +1,7 @@
 """The recipe, from command line to run folder, on a tiny model: same results on any ranks, resume, refusals."""
 
 import json
-import signal
-import subprocess
-import time
+import sys
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ import vzip
 from scripts.report import CURVES, SPEED
 from tests.conftest import ROOT
 from tests.helpers import tiny
-from tests.helpers.commands import assert_same_run, command, environment, metrics, start, tune
+from tests.helpers.commands import assert_same_run, command, metrics, start, tune
 from tests.helpers.wandb_file import records
 
 pytestmark = pytest.mark.integration
@@ -32,39 +30,46 @@ def settings(overrides, runs):
 
 @pytest.fixture(scope="module")
 def plain(settings, runs):
-    """A run on one process: the reference of the others."""
+    """A run on one process, which the others are compared with."""
     tune([*settings, "name=plain"])
     return runs / "plain"
 
 
-def test_run_folder(plain, tiny_folder):
-    files = {path.name for path in plain.iterdir()}
-    assert {
-        "config.yaml",
-        "env.json",
-        "metrics.jsonl",
-        "manifest.json",
-        "projector.safetensors",
-        "meta.json",
-    } <= files
-    assert {"result.json", "kept_tokens_0.png"} <= files and "state" not in files
-    rows = json.loads((plain / "result.json").read_text())["rows"]
-    assert [(row["name"], row["num_visual_tokens"]) for row in rows] == [
-        ("full", 16),
-        ("free", 6),
-        ("tuned", 6),
-    ]
-    assert all(set(row["metrics"]) == {"open", "yesno", "all"} for row in rows)
-    tuned, base = load_file(plain / "projector.safetensors"), load_file(tiny_folder / "model.safetensors")
-    assert len(tuned) == 4
-    assert all(
-        not torch.equal(value, base[name.replace("model.multi_modal", "multi_modal")])
-        for name, value in tuned.items()
+def rows_of(run):
+    return json.loads((run / "result.json").read_text())["rows"]
+
+
+def assert_generates(model, processor):
+    inputs = processor(
+        images=[tiny.picture()], text="USER: <image>\nwhat is it? ASSISTANT:", return_tensors="pt"
     )
+    num_tokens = inputs["input_ids"].shape[1]
+    output = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert output.shape[1] == num_tokens + 3
+
+
+def test_a_run_folder_is_complete(plain, tiny_folder):
+    files = {path.name for path in plain.iterdir()}
+    assert files == {
+        *("config.yaml", "env.json", "manifest.json", "metrics.jsonl"),
+        *("projector.safetensors", "meta.json", "result.json"),
+        *(f"answers_{setting}.json" for setting in ("full", "free", "tuned")),
+        *(f"kept_tokens_{number}.png" for number in range(4)),
+    }
+    rows = rows_of(plain)
+    counts = [(row["name"], row["num_visual_tokens"]) for row in rows]
+    assert counts == [("full", 16), ("free", 6), ("tuned", 6)]
+    assert all(set(row["metrics"]) == {"open", "yesno", "all"} for row in rows)
+
+    tuned = load_file(plain / "projector.safetensors")
+    base = load_file(tiny_folder / "model.safetensors")
+    assert len(tuned) == 4
+    for name, value in tuned.items():
+        assert not torch.equal(value, base[name.replace("model.multi_modal", "multi_modal")])
 
 
 @pytest.mark.parametrize(
-    "ranks, cut",
+    ("ranks", "cut"),
     [(1, "engine=reference batch.micro=8"), (2, "engine=reference batch.micro=2"), (2, "batch.tokens=150")],
 )
 def test_same_losses_on_any_ranks_and_micro_batches(settings, runs, plain, ranks, cut):
@@ -74,89 +79,87 @@ def test_same_losses_on_any_ranks_and_micro_batches(settings, runs, plain, ranks
 
 
 SHARED = "+deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
-"""Small tensors are shared out as well, as a large model's are."""
+"""Small tensors are shared out as well, as those of a large model are."""
 
 
 @pytest.mark.parametrize(
-    "zero, cut",
+    ("zero", "cut"),
     [
         ("zero2", "batch.tokens=150"),
         ("zero3", "engine=reference batch.micro=1"),
         ("zero3_offload", f"batch.tokens=150 batch.recompute=true {SHARED}"),
     ],
 )
-def test_zero_stages_agree_also_where_a_rank_has_no_image(settings, runs, plain, zero, cut):
-    # Micro batches of one row: the two text-only rows leave a rank without an image. Packed, an odd part is of nothing.
+def test_zero_stages_agree_also_if_a_rank_has_no_image(settings, runs, plain, zero, cut):
+    # In micro batches of one example, those of text leave a rank without an image. Packed, the last one is empty.
     tune([*settings, f"name={zero}", f"deepspeed={zero}", *cut.split()], ranks=2)
     assert_same_run(runs / zero, plain)
 
 
 def test_zero_stages_agree_in_the_precision_of_real_models(settings, runs):
-    """bf16's own mode of DeepSpeed would keep master weights in some stages and not in others."""
-    found = {}
+    """DeepSpeed's own bf16 mode would keep master weights in some stages and not in others."""
+    curves = {}
     for zero in ("zero0", "zero2"):
-        tune(
-            [
-                *settings,
-                f"name=bf16-{zero}",
-                f"deepspeed={zero}",
-                "model.dtype=bfloat16",
-                "evaluate.questions=0",
-            ],
-            ranks=2,
-        )
-        found[zero] = [loss for _, loss, _ in metrics(runs / f"bf16-{zero}")]
-    assert found["zero2"] == pytest.approx(found["zero0"], rel=2e-3) and len(set(found["zero0"])) == 3
+        name = f"bf16-{zero}"
+        changes = [f"deepspeed={zero}", "model.dtype=bfloat16", "evaluate.questions=0"]
+        tune([*settings, f"name={name}", *changes], ranks=2)
+        curves[zero] = [loss for _, loss, _ in metrics(runs / name)]
+    assert curves["zero2"] == pytest.approx(curves["zero0"], rel=2e-3) and len(set(curves["zero0"])) == 3
 
 
-def test_killed_run_resumes_to_the_same_bits(settings, runs):
-    long = [*settings, "optim.max_steps=null", "optim.epochs=40", "save_every=5", "evaluate.questions=0"]
+KILLED_AFTER_STEP_5 = f"""
+import os, runpy, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from train.track import Tracker
+
+log = Tracker.log
+def log_and_die(tracker, step, metrics):
+    log(tracker, step, metrics)
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Tracker.log = log_and_die
+runpy.run_path("train/tune.py", run_name="__main__")
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_bits(settings, runs, tmp_path):
+    # With several budgets, which are drawn anew for each micro batch.
+    long = [*settings, "optim.max_steps=8", "optim.epochs=4", "save_every=4", "evaluate.questions=0"]
+    long += ["reducer.budget=[4,7]", "batch.tokens=300"]
     tune([*long, "name=whole"])
+
+    program = tmp_path / "killed.py"
+    program.write_text(KILLED_AFTER_STEP_5)
+    start([sys.executable, str(program), *long, "name=killed"])
     run = runs / "killed"
-    process = subprocess.Popen(
-        command([*long, "name=killed"]),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while process.poll() is None and (not (run / "metrics.jsonl").is_file() or len(metrics(run)) < 12):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (run / "state" / "latest").is_file() and not (run / "result.json").exists(), (
-        "the run ended before the kill"
-    )
+    assert len(metrics(run)) == 6 and (run / "state" / "latest").is_file()
     with pytest.raises(vzip.UserError, match="has not finished"):
         vzip.load(run)
+
     tune([*long, "name=killed"])
     assert metrics(run) == metrics(runs / "whole")
-    assert (run / "projector.safetensors").read_bytes() == (
-        runs / "whole" / "projector.safetensors"
-    ).read_bytes()
+    projectors = [folder / "projector.safetensors" for folder in (run, runs / "whole")]
+    assert projectors[0].read_bytes() == projectors[1].read_bytes()
+    assert not (run / "state").exists()
 
 
-def test_finished_run_does_nothing_until_fresh(settings, plain):
+def test_a_finished_run_does_nothing_until_fresh(settings, plain):
     before = {path: path.stat().st_mtime_ns for path in plain.iterdir()}
     done = tune([*settings, "name=plain"])
     assert "is finished" in done.stdout and "tuned" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in plain.iterdir()} == before
+
     other = start(command([*settings, "name=plain", "optim.lr=1e-4"]))
     assert other.returncode == 2 and "other settings (optim.lr=0.01 there, 0.0001 now)" in other.stderr
     assert "fresh=true" in other.stderr
 
 
-def test_load_generates_and_refuses_strangers(plain, tmp_path):
+def test_a_run_loads_and_refuses_other_models(plain, tmp_path):
     model, processor = vzip.load(plain)
-    inputs = processor(
-        images=[tiny.picture()], text="USER: <image>\nwhat is it? ASSISTANT:", return_tensors="pt"
-    )
-    assert (
-        model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1]
-        == inputs["input_ids"].shape[1] + 3
-    )
-    tuned = load_file(plain / "projector.safetensors")
-    assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in tuned.items())
+    assert_generates(model, processor)
+    for name, value in load_file(plain / "projector.safetensors").items():
+        assert torch.equal(model.get_parameter(name), value)
 
     stranger = tiny.save_llava(tmp_path / "stranger", seed=1)
     with pytest.raises(vzip.UserError, match="another base model"):
@@ -165,82 +168,76 @@ def test_load_generates_and_refuses_strangers(plain, tmp_path):
         vzip.load_projector(vzip.attach(tiny.llava(), budget=7), plain)
 
 
-@pytest.mark.parametrize("mode", ["projector_lora", "language_lora"])
-def test_lora_is_saved_in_pefts_format_and_loads(settings, runs, plain, mode):
+@pytest.mark.parametrize(
+    ("mode", "part"), [("projector_lora", "multi_modal_projector"), ("language_lora", "language_model")]
+)
+def test_lora_is_saved_in_pefts_format_and_loads(settings, runs, plain, mode, part):
     tune([*settings, f"tune={mode}", f"name={mode}", "evaluate.questions=0"])
     run = runs / mode
     assert PeftConfig.from_pretrained(str(run / "adapter")).r == 16
-    tuned, before = load_file(run / "projector.safetensors"), load_file(plain / "projector.safetensors")
-    assert set(tuned) == set(before)
+    assert set(load_file(run / "projector.safetensors")) == set(load_file(plain / "projector.safetensors"))
+
     model, processor = vzip.load(run)
     lora = {name: value for name, value in model.named_parameters() if "lora_B" in name}
-    where = "multi_modal_projector" if mode == "projector_lora" else "language_model"
-    assert (
-        lora and all(where in name for name in lora) and any(value.abs().sum() > 0 for value in lora.values())
-    )
-    inputs = processor(
-        images=[tiny.picture()], text="USER: <image>\nwhat is it? ASSISTANT:", return_tensors="pt"
-    )
-    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[0] == 1
+    assert lora and all(part in name for name in lora)
+    assert any(value.any() for value in lora.values())
+    assert_generates(model, processor)
 
 
-def test_control_adds_the_random_row(settings, runs):
-    tune([*settings, "name=controlled", "control=true", "optim.max_steps=1"])
-    rows = json.loads((runs / "controlled" / "result.json").read_text())["rows"]
+def test_the_control_adds_the_random_setting(settings, runs):
+    controlled = [*settings, "name=controlled", "control=true", "optim.max_steps=1"]
+    tune(controlled)
+    rows = rows_of(runs / "controlled")
     assert [row["name"] for row in rows] == ["full", "free", "tuned", "random"]
-    assert json.loads((runs / "controlled-random" / "meta.json").read_text())["reducer"]["name"] == "random"
+    meta = json.loads((runs / "controlled-random" / "meta.json").read_text())
+    assert meta["reducer"]["name"] == "random"
+
+    # A run that was stopped before its control goes on with it.
+    result = runs / "controlled" / "result.json"
+    complete = result.read_text()
+    result.write_text(json.dumps({**json.loads(complete), "rows": rows[:3]}, indent=2))
+    tune(controlled)
+    assert json.loads(result.read_text()) == json.loads(complete)
 
 
 def test_wandb_offline_holds_the_run(settings, runs, tmp_path):
-    """Without a key; read back from the file that `wandb sync` sends."""
-    tune(
-        [*settings, "name=tracked", "track=wandb", "optim.max_steps=2"],
-        HOME=str(tmp_path),
-        NETRC=str(tmp_path / "none"),
-    )
+    """Without a key. Read back from the file that `wandb sync` sends."""
+    hidden = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    tune([*settings, "name=tracked", "track=wandb", "optim.max_steps=2"], **hidden)
     run = runs / "tracked"
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
-    assert (
-        run / "result.json"
-    ).stat().st_mtime_ns < file.stat().st_mtime_ns  # a lost network withholds no result
-    found = list(records(file))
-    history = [
-        {"/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for record in found
-        if record.HasField("history")
-    ]
+
+    # A network that is lost at the end withholds no result.
+    assert (run / "result.json").stat().st_mtime_ns < file.stat().st_mtime_ns
+
+    history = []
+    summary = {}
+    projectors = []
+    for record in records(file):
+        if record.HasField("history"):
+            items = record.history.item
+            history.append({"/".join(item.nested_key): json.loads(item.value_json) for item in items})
+        summary |= {update.key: json.loads(update.value_json) for update in record.summary.update}
+        if record.artifact.type == "model":
+            projectors.append({entry.path for entry in record.artifact.manifest.contents})
+
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert set(lines[0]) == {"step", *CURVES, *SPEED}  # what dashboard and report show
-    for row, line in zip(history, lines, strict=True):
-        assert {name: row[name] for name in line if name != "step"} == {
-            n: v for n, v in line.items() if n != "step"
-        }
+    for entry, line in zip(history, lines, strict=True):
+        del line["step"]
+        assert {name: entry[name] for name in line} == line
+
     assert history[-1]["eval/scores/nrows"] == 3 and history[-1]["eval/answers/nrows"] == 12
     assert len(history[-1]["eval/kept_tokens/filenames"]) == 4
-    results = json.loads((run / "result.json").read_text())["rows"]
-    summary = {update.key: update.value_json for record in found for update in record.summary.update}
-    for row in results:
-        assert json.loads(summary[f"eval/{row['name']}_all"]) == row["metrics"]["all"]
-    (projector,) = (record.artifact for record in found if record.artifact.type == "model")
-    assert {entry.path for entry in projector.manifest.contents} == {
-        "projector.safetensors",
-        "meta.json",
-        "config.yaml",
-    }
+    for row in rows_of(run):
+        assert summary[f"eval/{row['name']}_all"] == row["metrics"]["all"]
+    assert projectors == [{"projector.safetensors", "meta.json", "config.yaml"}]
 
 
 def test_a_sweep_is_a_run_for_each_value(settings, runs):
     values = "hydra.sweeper.params={reducer.budget:'4,5'}"
-    done = tune(
-        [
-            *settings,
-            "+exp=sweep-budget",
-            values,
-            "model.name=swept",
-            "optim.max_steps=1",
-            "evaluate.questions=2",
-        ]
-    )
+    changes = ["+exp=sweep-budget", values, "model.name=swept", "optim.max_steps=1", "evaluate.questions=2"]
+    done = tune([*settings, *changes])
     folders = sorted(runs.glob("swept-*"))
     assert [json.loads((folder / "meta.json").read_text())["budget"] for folder in folders] == [4, 5]
     assert all(str(folder) in done.stdout for folder in folders)
@@ -249,36 +246,20 @@ def test_a_sweep_is_a_run_for_each_value(settings, runs):
 
 MISTAKES = {
     "mistyped name": (["optim.learning_rate=1"], "learning_rate"),
-    "mistyped value": (["optim.lr=abc"], "optim.lr"),
-    "unknown member": (["model=llava-8b"], "llava-8b"),
-    "unknown reducer setting": (["reducer.bugdet=6"], "bugdet"),
     "budget too large": (["reducer.budget=99"], "reducer.budget=99"),
-    "contradiction": (["reducer.dominant=4", "reducer.contextual=1"], "reducer.budget=5"),
-    "batch": (["engine=reference", "batch.micro=3"], "batch.micro can be 1, 2, 4, 8"),
-    "tokens": (["batch.tokens=10"], "batch.tokens=10 is less than"),
-    "fraction": (["data.fraction=1.5"], "data.fraction=1.5"),
-    "no data": (["data.path=/nowhere.json"], "/nowhere.json does not exist"),
     "no pictures": (["data.image_folder=/nowhere"], "missing"),
     "nothing to load": (["model.id=/nowhere/model"], "model.id=/nowhere/model"),
-    "no projector": (["model.projector=/nowhere.safetensors"], "/nowhere.safetensors"),
 }
+"""One for each stage: composing the settings, building from them, the data, the model."""
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_end_with_a_message(settings, runs, mistake):
     changes, message = MISTAKES[mistake]
     done = start(command([*settings, *changes, "name=mistake"]), HF_HUB_OFFLINE="1")
-    assert done.returncode != 0
-    assert message in done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
+    shown = done.stdout + done.stderr
+    assert done.returncode != 0 and message in shown and "Traceback" not in shown
     assert not (runs / "mistake").exists()
-
-
-def test_broken_files_are_named(settings, tmp_path, data_folder):
-    broken = tmp_path / "broken.json"
-    broken.write_text('[{"id": 1},\n {"id": 2,,}]')
-    done = start(command([*settings, f"data.path={broken}"]))
-    assert done.returncode == 2 and f"{broken}, line 2" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_one_bad_picture_in_many_is_reported_and_survived(settings, runs, tmp_path):
@@ -295,15 +276,13 @@ def test_missing_held_out_pictures_are_refused_before_training(settings, runs, t
     held_out = tiny.save_data(tmp_path, 8, text_only=0, held_out=True)
     held_out.write_text(held_out.read_text().replace("noise/test", "gone/test"))
     done = start(command([*settings, f"data.held_out={held_out}", "name=blind"]))
-    assert (
-        done.returncode == 2 and "8 of 8 examples can't be used" in done.stderr and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2 and "8 of 8" in done.stderr and "Traceback" not in done.stderr
     assert not (runs / "blind" / "metrics.jsonl").exists()
 
 
-def test_dry_run_of_13b_needs_no_weights():
+def test_a_dry_run_of_13b_needs_no_weights():
     done = start(["make", "tune", "MODEL=llava-13b", "ARGS=weights=random dry_run=true"])
     assert done.returncode == 0, done.stderr
     assert "31,467,520 trainable parameters in 4 tensors" in done.stdout
     assert "576 before, 64 after" in done.stdout
-    assert "520 steps of 128 rows" in done.stdout
+    assert "520 steps of 128 examples" in done.stdout
