@@ -19,16 +19,17 @@ from scripts.export.card import has_our_card
 from train.cli import exit_on_user_error
 from vzip import UserError
 
-REFUSED = HfHubHTTPError.__bases__
+HUB_ERRORS = HfHubHTTPError.__bases__
 """What the hub's client raises: OSError, and the error of its HTTP library, which differs between its versions."""
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files of an export. Raises UserError for another folder, and for a link to a file that is gone."""
+    """The files of an export. Raises UserError for any other folder, and for a link to a file that is gone."""
     if not has_our_card(folder):
         raise UserError(f"{folder} is not an export; make one with `make export RUN=... TO=hf`")
-    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
-    if gone := [path.name for path in files if not path.is_file()]:
+    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    gone = [path.name for path in files if not path.is_file()]
+    if gone:
         raise UserError(
             f"{folder}: {', '.join(gone)} link to files of the base model that are gone; export again with --copy"
         )
@@ -36,17 +37,20 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def print_files(folder: Path, files: list[Path]) -> None:
-    """What is sent, links followed."""
+    """Print the files and their sizes. For a link, the size of the file that it leads to."""
     table = Table("file", "MB")
     table.columns[1].justify = "right"
+    total = 0
     for path in files:
-        table.add_row(path.relative_to(folder).as_posix(), f"{path.stat().st_size / 1e6:,.3f}")
-    table.add_row("all", f"{sum(path.stat().st_size for path in files) / 1e6:,.3f}")
+        size = path.stat().st_size
+        total += size
+        table.add_row(path.relative_to(folder).as_posix(), f"{size / 1e6:,.3f}")
+    table.add_row("all", f"{total / 1e6:,.3f}")
     Console().print(table)
 
 
 def push(folder: Path, repo: str, *, private: bool) -> str:
-    """Send the files in one commit: its address. Raises UserError without a token, or where the hub refuses."""
+    """Send the files in one commit, and return its address. Raises UserError without a token, or if the hub refuses."""
     if get_token() is None:
         raise UserError(
             "there is no token for the hub; run `hf auth login`, or set HF_TOKEN, with one that may write"
@@ -54,10 +58,9 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        return str(
-            api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export of vzip").commit_url
-        )
-    except REFUSED as error:
+        commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export of vzip")
+        return str(commit.commit_url)
+    except HUB_ERRORS as error:
         raise UserError(
             f"--repo {repo} could not be sent: {error}\nCheck the network, and that the token may write there"
         ) from error
@@ -68,20 +71,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="what `make export` wrote")
+    parser.add_argument("folder", type=Path, help="folder that `make export` wrote")
     parser.add_argument(
-        "--repo", required=True, help="its name on the hub, e.g. me/my-model; made where there is none"
+        "--repo", required=True, help="name on the hub, e.g. me/my-model; it is created if it does not exist"
     )
-    parser.add_argument("--private", action="store_true", help="make the repository a private one")
-    parser.add_argument("--dry-run", action="store_true", help="list what would be sent, and ask no network")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    parser.add_argument("--dry-run", action="store_true", help="list the files, and send nothing")
     args = parser.parse_args()
+
     try:
         validate_repo_id(args.repo)
     except HFValidationError as error:
         raise UserError(f"--repo {args.repo}: {error}") from error
     files = files_of(args.folder)
-    kind = "private" if args.private else "public"
-    print(f"{args.folder} to {args.repo}, {kind} if it is new")
+    visibility = "private" if args.private else "public"
+    print(f"{args.folder} to {args.repo}, {visibility} if it is new")
     print_files(args.folder, files)
     if args.dry_run:
         print("nothing was sent: --dry-run")

@@ -1,95 +1,94 @@
-"""The held-out questions of a finished run: their pictures, and answers of rows that the run itself has not asked."""
+"""The held-out questions of a finished run: their pictures, and answers behind reducers that the run did not use."""
 
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from data.conversations import Conversation
-from train import config
+from train.config import asks_questions
 from train.evaluate import AnswerFiles, Evaluator, SingleDevice
 from train.examples import held_out_conversations
 from train.ranks import init_distributed
+from train.runs import FinishedRun
 from vzip import Comparison, UserError
 from vzip.reducers import Reducer
 from vzip.runs.projector import ADAPTER
+from vzip.templates.encode import Template
 
 
-def settings_of(run: Path) -> DictConfig:
-    """The settings of a run. Raises UserError for a folder without them, or in which they can't be read."""
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise UserError(
-            f"{run} has no config.yaml, so its held-out questions are not known; give a folder that a run wrote"
-        )
-    try:
-        cfg = OmegaConf.load(path)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} can't be read: {error}") from error
-    if not isinstance(cfg, DictConfig):
-        raise UserError(f"{path} holds no settings; give a folder that a run wrote")
-    return cfg
+def _pictures(cfg: DictConfig) -> list[tuple[Conversation, Path]]:
+    """The held-out conversations that have a picture, each with the path of its first one."""
+    init_distributed()
+    folder = Path(cfg.data.image_folder).expanduser()
+    pictures = []
+    for conversation in held_out_conversations(cfg):
+        if conversation.images:
+            pictures.append((conversation, folder / conversation.images[0]))
+    return pictures
 
 
 def with_pictures(run: Path) -> list[tuple[Conversation, Path]]:
-    """The held-out rows of a run that have a picture, each with the path of its first one; none where it asks no questions.
+    """The held-out conversations of a run that have a picture, each with the path of its first one.
+
+    The list is empty for a run that asks no questions.
 
     Raises:
-        UserError: a run whose data is no longer there.
+        UserError: the folder has no settings, or the run's data is gone.
     """
-    cfg = settings_of(run)
-    if not config.asks_questions(cfg):
-        return []
-    init_distributed()
-    folder = Path(cfg.data.image_folder).expanduser()
-    return [(row, folder / row.images[0]) for row in held_out_conversations(cfg) if row.images]
+    cfg = FinishedRun(run).settings
+    return _pictures(cfg) if asks_questions(cfg) else []
 
 
 def held_out_with_pictures(run: Path) -> list[tuple[Conversation, Path]]:
-    """`with_pictures`, of which there are some.
+    """The same as `with_pictures`, but never an empty list.
 
     Raises:
-        UserError: a run without such questions, or whose data is no longer there.
+        UserError: the run asks no questions, none of them has a picture, or the run's data is gone.
     """
-    cfg = settings_of(run)
-    if not config.asks_questions(cfg):
+    cfg = FinishedRun(run).settings
+    if not asks_questions(cfg):
         raise UserError(
             f"{run} has no held-out questions: data.held_out was not set, or evaluate.questions was 0"
         )
-    if not (found := with_pictures(run)):
+    pictures = _pictures(cfg)
+    if not pictures:
         raise UserError(f"{run}: no held-out question has a picture, in data.held_out={cfg.data.held_out}")
-    return found
+    return pictures
 
 
-def free_row(
+def ask_training_free(
     run: Path, comparison: Comparison, reducer: Reducer, *, name: str, folder: Path
 ) -> dict[str, Any]:
-    """A row of result.json of the run's base model and starting projector behind any reducer, asked as in the run.
+    """Ask the run's held-out questions with its base model and starting projector, behind any reducer.
 
     Args:
         run: a finished run.
-        comparison: opened on it.
+        comparison: opened on that run.
         reducer: in front of the projector.
-        name: of the row.
-        folder: that keeps the answers, as answers_NAME.json.
+        name: of the setting.
+        folder: keeps the answers, as answers_NAME.json, so that they are not asked for again.
+
+    Returns:
+        the setting's scores, as in result.json
 
     Raises:
-        UserError: a run without held-out questions, with LoRA, whose starting projector is gone, or a budget that does not fit.
+        UserError: the run has no held-out questions, it was tuned with LoRA, its starting projector is gone, or the
+            reducer does not fit the model.
     """
-    cfg = settings_of(run)
+    finished = FinishedRun(run)
     if (run / ADAPTER).is_dir():
         raise UserError(
-            f"{run} was tuned with LoRA, beside which no other rows are asked; give --runs with finished runs"
+            f"{run} was tuned with LoRA, so its base model can't be asked; give other finished runs as --runs"
         )
     init_distributed()
-    comparison.attach("full").detach()  # which leaves the starting projector in place
+    comparison.attach("full").detach()  # this leaves the starting projector in the model
     evaluator = Evaluator(
-        cfg,
+        finished.settings,
         SingleDevice(comparison.family),
         AnswerFiles(folder),
         comparison.processor,
-        config.instantiate_target(cfg.model.template),
+        Template(**finished.meta["template"]),
     )
-    (setting,) = evaluator.ask(name, [reducer])
-    return setting.row
+    (answers,) = evaluator.ask(name, [reducer])
+    return answers.row

@@ -1,4 +1,4 @@
-"""What figures are drawn of: a model, the pictures that it is shown, and the run that it is of."""
+"""What figures are drawn from: a model, the pictures that it looks at, and the run that it belongs to."""
 
 import argparse
 from collections.abc import Iterable
@@ -13,13 +13,14 @@ from torch import Tensor
 
 from scripts.common.held_out import held_out_with_pictures
 from scripts.figures.attention import LayerAttention, attention_of_layers
+from train.runs import FinishedRun
 from vzip import Comparison, UserError
+from vzip.families import Family
 from vzip.overlay import first_tile
 from vzip.pictures import open_picture
 from vzip.reducers import with_budget
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
-from vzip.runs.projector import read_meta
 from vzip.tap import layer_index
 
 NUM_PICTURES = 16
@@ -28,64 +29,72 @@ NUM_PICTURES = 16
 
 @dataclass(frozen=True)
 class FigureInputs:
-    """What is drawn: a model, the pictures it is shown, and, of a finished run, where it is."""
+    """A model, the pictures it looks at, and the folder of the run, if there is one."""
 
     comparison: Comparison
     pictures: list[Image.Image]
     folder: Path
-    """That the figures are written to."""
+    """Where the figures are written."""
     run: Path | None
     others: tuple[Path, ...]
-    """Runs to compare with, beside those that stand beside the run."""
+    """Runs to compare with. Those in the same folder as the run are compared anyway."""
     budgets: tuple[int, ...]
-    """Those asked for; by default such as are near the run's."""
+    """Budgets that the user asked for."""
+
+    @property
+    def family(self) -> Family:
+        return self.comparison.family
+
+    @property
+    def image_processor(self) -> Any:
+        return self.comparison.processor.image_processor
 
     @cached_property
     def reducer(self) -> VisionZip:
-        """The run's; where it has another one, or there is no run, VisionZip with as many tokens, or a ninth of them."""
-        family, (own, *_) = self.comparison.family, (*self.comparison.reducers.values(), None)
-        if isinstance(own, VisionZip):
-            return own
-        return VisionZip(budget=own.budget if isinstance(own, Random) else max(2, family.num_patches // 9))
+        """The run's reducer. Without one, VisionZip with as many tokens as a random reducer, or a ninth of the patches."""
+        reducers = list(self.comparison.reducers.values())
+        if not reducers:
+            return VisionZip(budget=max(2, self.family.num_patches // 9))
+        if isinstance(reducers[0], VisionZip):
+            return reducers[0]
+        if isinstance(reducers[0], Random):
+            return VisionZip(budget=reducers[0].budget)
+        return VisionZip(budget=max(2, self.family.num_patches // 9))
 
     @cached_property
     def attention(self) -> list[tuple[Tensor, LayerAttention]]:
-        """Of each picture: each patch's share of the attention in each layer, float32[L, P], and the tapped layer."""
-        family, made = self.comparison.family, []
+        """For each picture: each patch's share of the attention in each layer, float32[L, P], and VisionZip's layer."""
+        attention = []
         for picture in self.pictures:
-            layers = attention_of_layers(
-                family, first_tile(family, self.comparison.processor.image_processor, picture)
-            )
-            made.append(
-                (torch.cat([layer.shares() for layer in layers]).cpu(), layers[self.tapped(len(layers))])
-            )
-        return made
+            tile = first_tile(self.family, self.image_processor, picture)
+            layers = attention_of_layers(self.family, tile)
+            shares = torch.cat([layer.shares() for layer in layers]).cpu()
+            attention.append((shares, layers[self.hooked_layer(len(layers))]))
+        return attention
 
-    def tapped(self, num_layers: int) -> int:
-        """Index of the layer whose attention the reducer reads."""
-        layer = (
-            self.comparison.family.model.config.vision_feature_layer
-            if self.reducer.layer is None
-            else self.reducer.layer
-        )
+    def hooked_layer(self, num_layers: int) -> int:
+        """The index of the layer whose attention the reducer reads."""
+        layer = self.reducer.layer
+        if layer is None:
+            layer = self.family.model.config.vision_feature_layer
         return layer_index(layer, num_layers)
 
     @property
     def about(self) -> dict[str, Any]:
-        """What all numbers of a tower hold for."""
-        family, shares = self.comparison.family, self.attention[0][0]
+        """The numbers that all figures of a tower begin with."""
+        shares, _ = self.attention[0]
         num_layers, num_patches = shares.shape
         return {
             "num_pictures": len(self.pictures),
             "num_patches": num_patches,
             "num_layers": num_layers,
-            "layer": self.tapped(num_layers) + 1,
-            "has_cls": family.has_cls,
+            "layer": self.hooked_layer(num_layers) + 1,
+            "has_cls": self.family.has_cls,
         }
 
     def with_budget(self, budget: int) -> VisionZip:
-        """The reducer at a budget: at its own with the split that it has, at others with the paper's."""
-        tiles = self.comparison.family.budget_tiles
+        """The reducer at a budget. At its own budget it keeps its split, at others it has the paper's."""
+        tiles = self.family.budget_tiles
         if budget == tiles * (self.reducer.dominant + self.reducer.contextual):
             return self.reducer
         reducer = with_budget(self.reducer, budget, tiles=tiles)
@@ -94,15 +103,13 @@ class FigureInputs:
 
     @property
     def shown_budgets(self) -> list[int]:
-        """Those asked for, or half, once, twice and four times the run's; as far as a picture has as many tokens."""
+        """The budgets that the user asked for, or half, once, twice and four times the run's, up to all tokens."""
         if self.budgets:
             return sorted(self.budgets)
-        tile = self.reducer.dominant + self.reducer.contextual
-        family = self.comparison.family
-        shares = (
-            share for share in (tile // 2, tile, 2 * tile, 4 * tile) if 1 <= share <= family.num_patches
-        )
-        return [share * family.budget_tiles for share in shares]
+        per_tile = self.reducer.dominant + self.reducer.contextual
+        candidates = (per_tile // 2, per_tile, 2 * per_tile, 4 * per_tile)
+        fitting = [budget for budget in candidates if 1 <= budget <= self.family.num_patches]
+        return [budget * self.family.budget_tiles for budget in fitting]
 
 
 def _open_pictures(paths: Iterable[Path]) -> list[Image.Image]:
@@ -115,25 +122,31 @@ def _open_pictures(paths: Iterable[Path]) -> list[Image.Image]:
     return pictures
 
 
-def make_subject(arguments: argparse.Namespace) -> FigureInputs:
-    """Raises UserError for what is neither a finished run nor a model, or has nothing to look at."""
+def _held_out_pictures(run: Path) -> list[Path]:
+    """The first pictures of a run's held-out questions, each once."""
+    paths = [path for _, path in held_out_with_pictures(run)]
+    return list(dict.fromkeys(paths))[:NUM_PICTURES]
+
+
+def figure_inputs(arguments: argparse.Namespace) -> FigureInputs:
+    """Open the source and the pictures that a command names.
+
+    Raises:
+        UserError: the source is neither a finished run nor a model, or there is no picture.
+    """
     source = Path(arguments.source)
-    run = source if (source / "config.yaml").is_file() else None
-    if run is not None:
-        read_meta(run)
+    run = FinishedRun(source)
+    if run.has_settings:
+        _ = run.meta  # raises if the run has not finished
     elif not arguments.pictures or arguments.out is None:
         raise UserError(
-            f"{source} is not a run folder; of a model give --pictures to look at, and --out for the figures"
+            f"{source} is not a run folder; for a model, give --pictures to look at, and --out for the figures"
         )
-    paths = (
-        arguments.pictures
-        or list(dict.fromkeys(path for _, path in held_out_with_pictures(source)))[:NUM_PICTURES]
-    )
     return FigureInputs(
-        pictures=_open_pictures(paths),
+        pictures=_open_pictures(arguments.pictures or _held_out_pictures(source)),
         comparison=Comparison.open(arguments.source),
         folder=arguments.out or source / "figures",
-        run=run,
+        run=source if run.has_settings else None,
         others=tuple(arguments.runs),
         budgets=tuple(dict.fromkeys(arguments.budgets)),
     )

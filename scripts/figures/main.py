@@ -1,21 +1,22 @@
-"""Draw the paper's analyses from a finished run, or from any supported model: PNG files, and the numbers beside each as JSON.
+"""Draw the paper's analyses from a finished run, or from any supported model: PNG files, each with its numbers as JSON.
 
-attention-maps    where the attention of the tapped layer is, in pictures
-top-share         how much of the attention to patches the most attended of them hold, by layer
-softmax-gradient  the gradient of the softmax against the attention weight, in the tapped layer
+attention-maps    where the attention of VisionZip's layer goes, in pictures
+top-share         how much of the attention the most attended patches hold, by layer
+softmax-gradient  the gradient of the softmax against the attention weight, in VisionZip's layer
 kept-tokens       which tokens stay, at several budgets
-recovery          full, free, tuned and random over budgets: of the run, and of runs like it beside it or in --runs
-without-dominant  with and without dominant tokens: of the ablations' runs where there are some, else training-free, asked here
+recovery          scores of full, training-free, tuned and random: over budgets, or bars if there is a single one
+without-dominant  scores with and without dominant tokens, of the ablations' runs, or training-free, asked here
 
-The last two need a run with held-out questions. Without --figures all are drawn that can be.
+The last two need a run with held-out questions. They also show runs like it, beside it or in --runs. Without --figures all
+figures are drawn that can be.
 
-python -m scripts.figures.main runs/my-run
+make figures RUN=runs/my-run ARGS="--figures kept-tokens --pictures cat.jpg street.jpg"
 python -m scripts.figures.main llava-hf/llava-1.5-7b-hf --pictures cat.jpg street.jpg --out figures
 """
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from data.paths import atomic_write, write_json
-from scripts.common.held_out import free_row
-from scripts.figures import charts
+from scripts.common.held_out import ask_training_free
 from scripts.figures.attention import num_holding, softmax_gradient, top_shares
-from scripts.figures.inputs import FigureInputs, make_subject
+from scripts.figures.charts import (
+    draw_attention_maps,
+    draw_kept_tokens,
+    draw_softmax_gradient,
+    draw_top_share,
+)
+from scripts.figures.inputs import FigureInputs, figure_inputs
+from scripts.figures.score_charts import draw_recovery, draw_without_dominant
 from scripts.figures.scores import Score, comparable_scores, same_but_budget, score_of, without_a_part
 from train.cli import count, exit_on_user_error, output
 from vzip import UserError
@@ -38,154 +45,197 @@ from vzip.reducers.visionzip import VisionZip, split_budget
 NUM_SHOWN = 4
 """Pictures that are shown."""
 TOPS = (0.01, 0.05, 0.1, 0.25)
-"""Shares of the patches that are the top k."""
-TITLED = 2
-"""The one of them that the title speaks of."""
+"""The top k of `top-share`, as shares of all patches."""
 MAX_KINDS = 3
-"""Kinds of questions that have a panel each; of more, only "all" is shown."""
+"""Kinds of questions that are shown one by one. If there are more, only "all" is shown."""
+
+Drawing = tuple[Figure, dict[str, Any]]
+"""A figure and its numbers."""
 
 
-def _attention_maps(subject: FigureInputs) -> tuple[Figure, dict[str, Any]]:
-    family, shown = subject.comparison.family, subject.pictures[:NUM_SHOWN]
-    tiles = [
-        look(family, subject.reducer, subject.comparison.processor.image_processor, picture)
-        for picture in shown
-    ]
-    found = [layer.shares().cpu() for _, layer in subject.attention[:NUM_SHOWN]]
-    numbers = subject.about | {
-        "pictures": [
+def attention_maps(inputs: FigureInputs) -> Drawing:
+    """The attention of VisionZip's layer in each picture."""
+    drawn = []
+    pictures = []
+    for picture, (_, layer) in zip(inputs.pictures[:NUM_SHOWN], inputs.attention, strict=False):
+        tile = look(inputs.family, inputs.reducer, inputs.image_processor, picture)
+        drawn.append((tile.picture, attention_map(tile)))
+
+        shares = layer.shares().cpu()
+        pictures.append(
             {
                 "holding_half": num_holding(shares, 0.5)[0],
                 "most": float(shares.max()),
                 "attention": shares[0].tolist(),
             }
-            for shares in found
-        ]
-    }
-    return charts.draw_attention_maps(
-        numbers, [(tile.picture, attention_map(tile)) for tile in tiles]
-    ), numbers
-
-
-def _top_share(subject: FigureInputs) -> tuple[Figure, dict[str, Any]]:
-    about = subject.about
-    num_patches = about["num_patches"]
-    counts = [max(1, round(share * num_patches)) for share in TOPS]
-    by_layer = torch.stack([shares for shares, _ in subject.attention]).transpose(0, 1)
-    held = [top_shares(shares, counts) for shares in by_layer]
-    lines = [
-        {"top": top, "uniform": top / num_patches, "shares": list(shares)}
-        for top, shares in zip(counts, zip(*held, strict=True), strict=True)
-    ]
-    numbers = about | {"titled": TITLED, "lines": lines}
-    return charts.draw_top_share(numbers), numbers
-
-
-def _softmax_gradient(subject: FigureInputs) -> tuple[Figure, dict[str, Any]]:
-    numbers = subject.about | softmax_gradient(layer for _, layer in subject.attention)
-    return charts.draw_softmax_gradient(numbers), numbers
-
-
-def _kept_tokens(subject: FigureInputs) -> tuple[Figure, dict[str, Any]]:
-    family, processor = subject.comparison.family, subject.comparison.processor
-    drawn: list[list[Image.Image]] = [[] for _ in subject.pictures[:NUM_SHOWN]]
-    budgets = []
-    for budget in subject.shown_budgets:
-        reducer, held = subject.with_budget(budget), []
-        family.check_reducer(reducer)
-        for pictures, picture in zip(drawn, subject.pictures, strict=False):
-            tile = look(family, reducer, processor.image_processor, picture)
-            pictures += [kept_tokens(tile)] if pictures else [tile.picture, kept_tokens(tile)]
-            held.append(float(tile.saliency.flatten()[tile.dominant].sum() / tile.saliency.sum()))
-        parts = {"dominant": reducer.dominant, "contextual": reducer.contextual}
-        budgets.append({"budget": budget, **parts, "attention": statistics.mean(held)})
-    numbers = {"num_patches": family.num_patches, "has_cls": family.has_cls, "budgets": budgets}
-    return charts.draw_kept_tokens(numbers, drawn), numbers
-
-
-def _run_scores(subject: FigureInputs) -> list[Score]:
-    """Raises UserError where there is no finished run, or one that asked nothing."""
-    if subject.run is None:
-        raise UserError("this figure shows scores, which only a finished run has; give its folder")
-    if not (scores := comparable_scores(subject.run, subject.others)):
-        raise UserError(
-            f"{subject.run} has no scores: data.held_out was not set, or evaluate.questions was 0"
         )
+    numbers = inputs.about | {"pictures": pictures}
+    return draw_attention_maps(numbers, drawn), numbers
+
+
+def top_share(inputs: FigureInputs) -> Drawing:
+    """The share of the attention on the top k patches, in each layer."""
+    num_patches = inputs.about["num_patches"]
+    counts = [max(1, round(share * num_patches)) for share in TOPS]
+    lines = [{"top": count, "uniform": count / num_patches, "shares": []} for count in counts]
+
+    by_layer = torch.stack([shares for shares, _ in inputs.attention]).transpose(0, 1)
+    for shares in by_layer:
+        for line, share in zip(lines, top_shares(shares, counts), strict=True):
+            line["shares"].append(share)
+    numbers = inputs.about | {"lines": lines}
+    return draw_top_share(numbers), numbers
+
+
+def softmax_gradients(inputs: FigureInputs) -> Drawing:
+    """The gradient of the softmax in VisionZip's layer."""
+    numbers = inputs.about | softmax_gradient(layer for _, layer in inputs.attention)
+    return draw_softmax_gradient(numbers), numbers
+
+
+def kept_at_budgets(inputs: FigureInputs) -> Drawing:
+    """The tokens that stay of each picture, at several budgets."""
+    family = inputs.family
+    shown = inputs.pictures[:NUM_SHOWN]
+    drawn: list[list[Image.Image]] = [[] for _ in shown]
+    budgets = []
+    for budget in inputs.shown_budgets:
+        reducer = inputs.with_budget(budget)
+        family.check_reducer(reducer)
+        attention = []
+        for index, picture in enumerate(inputs.pictures):
+            tile = look(family, reducer, inputs.image_processor, picture)
+            dominant = tile.saliency.flatten()[tile.dominant]
+            attention.append(float(dominant.sum() / tile.saliency.sum()))
+            if index < len(shown):
+                if not drawn[index]:
+                    drawn[index].append(tile.picture)
+                drawn[index].append(kept_tokens(tile))
+        budgets.append(
+            {
+                "budget": budget,
+                "dominant": reducer.dominant,
+                "contextual": reducer.contextual,
+                "attention": statistics.mean(attention),
+            }
+        )
+    numbers = {"num_patches": family.num_patches, "has_cls": family.has_cls, "budgets": budgets}
+    return draw_kept_tokens(numbers, drawn), numbers
+
+
+def _scores_of_run(inputs: FigureInputs) -> list[Score]:
+    """The scores of the run and of runs like it. Raises UserError if there is no run, or it asked nothing."""
+    if inputs.run is None:
+        raise UserError("this figure shows scores, which only a finished run has; give its folder")
+    scores = comparable_scores(inputs.run, inputs.others)
+    if not scores:
+        raise UserError(f"{inputs.run} has no scores: data.held_out was not set, or evaluate.questions was 0")
     return scores
 
 
-def _free(subject: FigureInputs, reducer: VisionZip) -> Score:
-    """Asked here, on the run's held-out questions."""
-    assert subject.run is not None
-    name = f"free-{reducer.dominant}-{reducer.contextual}"
-    row = free_row(subject.run, subject.comparison, reducer, name=name, folder=subject.folder)
-    return score_of(row, series="free", reducer=reducer, run=str(subject.folder))
+def _training_free(inputs: FigureInputs, reducer: VisionZip) -> Score:
+    """Ask the run's held-out questions now, training-free with any reducer."""
+    assert inputs.run is not None
+    row = ask_training_free(
+        inputs.run,
+        inputs.comparison,
+        reducer,
+        name=f"free-{reducer.dominant}-{reducer.contextual}",
+        folder=inputs.folder,
+    )
+    return score_of(row, series="free", reducer=reducer, run=str(inputs.folder))
 
 
-def _of_questions(scores: Sequence[Score]) -> dict[str, Any]:
+def _about_questions(scores: Sequence[Score]) -> dict[str, Any]:
     kinds = list(scores[0].metrics)
-    return {"kinds": kinds if len(kinds) <= MAX_KINDS else ["all"], "num_questions": scores[0].num_questions}
+    if len(kinds) > MAX_KINDS:
+        kinds = ["all"]
+    return {"kinds": kinds, "num_questions": scores[0].num_questions}
 
 
-def _recovery(subject: FigureInputs) -> tuple[Figure, dict[str, Any]]:
-    scores = same_but_budget(_run_scores(subject), subject.reducer)
-    for budget in subject.budgets:
-        reducer = subject.with_budget(budget)
+def recovery(inputs: FigureInputs) -> Drawing:
+    """The scores of full, training-free, tuned and random over budgets."""
+    scores = same_but_budget(_scores_of_run(inputs), inputs.reducer)
+    for budget in inputs.budgets:
+        reducer = inputs.with_budget(budget)
         if not any(score.series == "free" and score.reducer == reducer for score in scores):
-            scores.append(_free(subject, reducer))
+            scores.append(_training_free(inputs, reducer))
     if not scores:
         raise UserError(
-            f"{subject.run} has no row of VisionZip, of all or of random tokens; ask `free` at some: --budgets 4 8 16"
+            f"{inputs.run} has no score with VisionZip, with all tokens or with random ones; ask training-free at some "
+            f"budgets: --budgets 4 8 16"
         )
     if len({score.num_visual_tokens for score in scores if score.series != "full"}) == 1:
         print(
-            "recovery: there is one budget alone; tune others (BUDGET=...), or ask `free` at some: --budgets 4 8 16"
+            "recovery: there is a single budget, shown as bars; for curves tune more (BUDGET=...), or ask training-free "
+            "at some: --budgets 4 8 16"
         )
-    names = ("series", "num_visual_tokens", "seed", "run", "metrics")
-    points = [{name: getattr(score, name) for name in names} for score in scores]
-    numbers = _of_questions(scores) | {"points": points}
-    return charts.draw_recovery(numbers), numbers
+
+    points = []
+    for score in scores:
+        points.append(
+            {
+                "series": score.series,
+                "num_visual_tokens": score.num_visual_tokens,
+                "seed": score.seed,
+                "run": score.run,
+                "metrics": score.metrics,
+            }
+        )
+    numbers = _about_questions(scores) | {"points": points}
+    return draw_recovery(numbers), numbers
 
 
-def _mean(metrics: Iterable[Mapping[str, float]]) -> dict[str, float] | None:
-    """Over seeds; None of nothing."""
-    given = list(metrics)
-    return {kind: statistics.mean(each[kind] for each in given) for kind in given[0]} if given else None
+def _mean_over_seeds(scores: Sequence[Score], series: str) -> dict[str, float] | None:
+    """The mean of each metric of a series; None if there is no score."""
+    metrics = [score.metrics for score in scores if score.series == series]
+    if not metrics:
+        return None
+    return {kind: statistics.mean(each[kind] for each in metrics) for kind in metrics[0]}
 
 
-def _without_dominant(subject: FigureInputs) -> tuple[Figure, dict[str, Any]]:
-    scores, reducer = _run_scores(subject), subject.reducer
-    dominant, contextual = split_budget(reducer.dominant + reducer.contextual)
+def without_dominant(inputs: FigureInputs) -> Drawing:
+    """The scores of the paper's split of the budget, and of only one kind of token."""
+    scores = _scores_of_run(inputs)
+    dominant, contextual = split_budget(inputs.reducer.dominant + inputs.reducer.contextual)
+    split = replace(inputs.reducer, dominant=dominant, contextual=contextual)
+
     variants = []
-    for name, variant in without_a_part(replace(reducer, dominant=dominant, contextual=contextual)).items():
-        own = [score for score in scores if score.reducer == variant]
+    for name, reducer in without_a_part(split).items():
+        own = [score for score in scores if score.reducer == reducer]
         if not any(score.series == "free" for score in own):
-            own.append(_free(subject, variant))
-        found = {
-            series: _mean(score.metrics for score in own if score.series == series)
-            for series in ("free", "tuned")
-        }
+            own.append(_training_free(inputs, reducer))
         variants.append(
-            {"name": name, "dominant": variant.dominant, "contextual": variant.contextual, **found}
+            {
+                "name": name,
+                "dominant": reducer.dominant,
+                "contextual": reducer.contextual,
+                "free": _mean_over_seeds(own, "free"),
+                "tuned": _mean_over_seeds(own, "tuned"),
+            }
         )
-    numbers = _of_questions(scores) | {"variants": variants}
-    return charts.draw_without_dominant(numbers), numbers
+    numbers = _about_questions(scores) | {"variants": variants}
+    return draw_without_dominant(numbers), numbers
 
 
-FIGURES: dict[str, Callable[[FigureInputs], tuple[Figure, dict[str, Any]]]] = {
-    "attention-maps": _attention_maps,
-    "top-share": _top_share,
-    "softmax-gradient": _softmax_gradient,
-    "kept-tokens": _kept_tokens,
-    "recovery": _recovery,
-    "without-dominant": _without_dominant,
+FIGURES: dict[str, Callable[[FigureInputs], Drawing]] = {
+    "attention-maps": attention_maps,
+    "top-share": top_share,
+    "softmax-gradient": softmax_gradients,
+    "kept-tokens": kept_at_budgets,
+    "recovery": recovery,
+    "without-dominant": without_dominant,
 }
 
 
-def draw_figures(subject: FigureInputs, name: str) -> Path:
-    """Write NAME.png and NAME.json, each whole or not at all: the path of the PNG. Raises UserError as the figure does."""
-    figure, numbers = FIGURES[name](subject)
-    path = subject.folder / f"{name}.png"
+def write_figure(inputs: FigureInputs, name: str) -> Path:
+    """Write NAME.png and NAME.json, each whole or not at all. Returns the path of the PNG.
+
+    Raises:
+        UserError: the figure can't be drawn, or not written.
+    """
+    figure, numbers = FIGURES[name](inputs)
+    path = inputs.folder / f"{name}.png"
     with output("--out", path):
         with atomic_write(path) as scratch:
             figure.savefig(scratch, format="png", dpi=120)
@@ -193,37 +243,48 @@ def draw_figures(subject: FigureInputs, name: str) -> Path:
     return path
 
 
-@exit_on_user_error
-def main() -> None:
-    """Draw what was asked for, or all that can be drawn."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", help="folder of a finished run; or folder or hub id of a model")
     parser.add_argument("--figures", nargs="+", default=[], help=", ".join(FIGURES))
     parser.add_argument(
-        "--pictures", nargs="+", type=Path, default=[], help="by default the run's held-out ones"
+        "--pictures", nargs="+", type=Path, default=[], help="by default pictures of held-out questions"
     )
     parser.add_argument(
-        "--budgets", nargs="+", type=count, default=[], help="of kept-tokens, and of `free` in recovery"
+        "--budgets",
+        nargs="+",
+        type=count,
+        default=[],
+        help="budgets of kept-tokens; recovery asks training-free at each of them",
     )
     parser.add_argument(
         "--runs", nargs="+", type=Path, default=[], help="folders of other runs to compare with"
     )
     parser.add_argument("--out", type=Path, help="folder of the figures, by default RUN/figures")
-    arguments = parser.parse_args()
-    if unknown := [name for name in arguments.figures if name not in FIGURES]:
-        raise UserError(f"--figures {unknown[0]} does not exist; choose among: {', '.join(FIGURES)}")
-    subject, made = make_subject(arguments), []
+    return parser
+
+
+@exit_on_user_error
+def main() -> None:
+    """Draw the figures that are named, or all that can be drawn."""
+    arguments = _parser().parse_args()
+    for name in arguments.figures:
+        if name not in FIGURES:
+            raise UserError(f"--figures {name} does not exist; choose among: {', '.join(FIGURES)}")
+
+    inputs = figure_inputs(arguments)
+    num_drawn = 0
     for name in arguments.figures or FIGURES:
         try:
-            made.append(draw_figures(subject, name))
-            print(made[-1])
+            print(write_figure(inputs, name))
+            num_drawn += 1
         except UserError as error:
             if arguments.figures:
                 raise
             print(f"{name} is left out: {error}")
-    if not made:
+    if not num_drawn:
         raise UserError("no figure could be drawn; the reasons stand above")
 
 

@@ -1,172 +1,206 @@
-"""Finished runs beside each other: which of them can be compared, and their scores, row by row."""
+"""Finished runs side by side: which of them can be compared, and their scores, one setting at a time."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
-from scripts.common.held_out import settings_of
 from train.config import identity
+from train.runs import FinishedRun, find_runs
 from vzip import UserError
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
-from vzip.runs.projector import META, RESULT, read_finished, reducers_of
+from vzip.runs.projector import META, anyres_of, reducers_of
 
 VARIED = ("seed", "reducer", "evaluate", "control")
-"""Settings in which runs of one figure differ."""
-UNFELT = ("engine", "compile", "memory_gb", "save_every", "deepspeed")
-UNFELT_PARTS = ("batch.tokens", "batch.recompute", "batch.micro", "data.cache")
-"""Settings that change no gradient, in which they may differ."""
+"""Settings in which the runs of one figure may differ, because the figure shows them."""
+WITHOUT_EFFECT = (
+    "engine",
+    "compile",
+    "memory_gb",
+    "save_every",
+    "deepspeed",
+    "batch.tokens",
+    "batch.recompute",
+    "batch.micro",
+    "data.cache",
+)
+"""Settings in which they may differ, because they change no gradient."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One row of a run's result."""
+    """The scores of one setting of a run."""
 
     series: str
-    """"full", "free", "tuned", "elastic" (tuned for several budgets at once) or "random" (tuned for random tokens)."""
+    """"full", "free" (training-free), "tuned", "elastic" (tuned for several budgets) or "random" (tuned for random tokens)."""
     reducer: Reducer
     num_visual_tokens: float
-    """A question's, on average."""
+    """Visual tokens of a question, on average."""
     metrics: dict[str, float]
     """Share of correct answers by kind of question."""
     num_questions: int
     seed: int | None
-    """Of the tuning; None where nothing was tuned."""
+    """Seed of the tuning; None if nothing was tuned."""
     run: str = field(compare=False)
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """The same for rows that say the same, in whichever run."""
-        said = (
-            str(value) for value in (self.reducer.settings(), self.num_visual_tokens, self.seed, self.metrics)
-        )
-        return self.series, self.reducer.name, *said
+        """Equal for two scores that say the same, in whichever runs."""
+        values = (self.reducer.settings(), self.num_visual_tokens, self.seed, self.metrics)
+        return self.series, self.reducer.name, *map(str, values)
 
 
 def score_of(
     row: dict[str, Any], *, series: str, reducer: Reducer, run: str, seed: int | None = None
 ) -> Score:
-    """The score in a row of result.json."""
-    return Score(series, reducer, row["num_visual_tokens"], row["metrics"], row["num_questions"], seed, run)
-
-
-def _read(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(meta.json, result.json) of a finished run. Raises UserError for anything else."""
-    meta = read_finished(run)
-    settings_of(run)  # which a projector's folder without a run around it lacks, as it lacks results
-    return meta, json.loads((run / RESULT).read_text())
+    """The score of a setting in result.json."""
+    return Score(
+        series=series,
+        reducer=reducer,
+        num_visual_tokens=row["num_visual_tokens"],
+        metrics=row["metrics"],
+        num_questions=row["num_questions"],
+        seed=seed,
+        run=run,
+    )
 
 
 @dataclass(frozen=True)
-class _Finished:
-    """A finished run, as it is compared."""
+class ComparedRun:
+    """What a comparison needs to know about a finished run."""
 
     measured_on: tuple[Any, ...]
-    """What two runs must share for their scores to be comparable: base model, starting projector, questions."""
+    """Two runs with comparable scores share this: base model, starting projector, order of tiles and questions."""
     recipe: dict[str, Any]
-    """How it was tuned: what a figure of budgets, seeds or reducers holds still."""
+    """How the run was tuned. It is the same for all runs of a figure over budgets, seeds or reducers."""
     scores: list[Score]
 
 
-def _recipe(cfg: DictConfig) -> dict[str, Any]:
-    found = {name: value for name, value in identity(cfg).items() if name not in VARIED + UNFELT}
-    groups = {name: value for name, value in found.items() if isinstance(value, dict)}
-    return found | {
-        name: {part: value for part, value in group.items() if f"{name}.{part}" not in UNFELT_PARTS}
-        for name, group in groups.items()
-    }
+def _recipe(run: FinishedRun) -> dict[str, Any]:
+    """The settings that must be equal, by their full names."""
+    recipe = {}
+    for name, value in identity(run.settings).items():
+        if name in VARIED:
+            continue
+        group = value if isinstance(value, dict) else {}
+        recipe |= {f"{name}.{part}": group[part] for part in group}
+        if not group:
+            recipe[name] = value
+    for name in list(recipe):
+        if name in WITHOUT_EFFECT or name.partition(".")[0] in WITHOUT_EFFECT:
+            del recipe[name]
+    return recipe
 
 
-def _finished(run: Path) -> _Finished:
-    """Raises UserError for what is no finished run, or can't be read."""
+def _series_by_name(reducers: dict[int | None, Reducer]) -> dict[str, tuple[str, Reducer]]:
+    """The series and the reducer of each setting that a run can have, by its name in result.json."""
+    series: dict[str, tuple[str, Reducer]] = {"full": ("full", Identity())}
+    if len(reducers) > 1:
+        for budget, reducer in reducers.items():
+            series[f"free-{budget}"] = ("free", reducer)
+            series[f"tuned-{budget}"] = ("elastic", reducer)
+        return series
+
+    (reducer,) = reducers.values()
+    series["free"] = ("free", reducer)
+    series["tuned"] = ("tuned", reducer)
+    if isinstance(reducer, Random):  # the run of a control
+        series["tuned"] = ("random", reducer)
+    elif isinstance(reducer, VisionZip):  # a run with its control
+        series["random"] = ("random", Random(budget=reducer.dominant + reducer.contextual))
+    return series
+
+
+def _scores(run: FinishedRun) -> list[Score]:
+    by_name = _series_by_name(reducers_of(run.meta))
+    scores = []
+    for row in run.scores:
+        series, reducer = by_name[row["name"]]
+        seed = run.result["seed"] if series in ("tuned", "elastic", "random") else None
+        scores.append(score_of(row, series=series, reducer=reducer, seed=seed, run=str(run.path)))
+    return scores
+
+
+def read_compared(run: FinishedRun) -> ComparedRun:
+    """Read a finished run. Raises UserError if it is not finished, or can't be read."""
     try:
-        meta, result = _read(run)
-        cfg = settings_of(run)
-        questions = (OmegaConf.select(cfg, name) for name in ("data.held_out", "evaluate.questions"))
-        return _Finished(
-            measured_on=(meta["base"]["fingerprint"], meta["base"].get("projector"), *questions),
-            recipe=_recipe(cfg),
-            scores=_finished_scores(run, meta, result),
+        base = run.meta["base"]
+        _ = run.config, run.result  # a folder with nothing but a projector has neither
+        return ComparedRun(
+            measured_on=(
+                base["fingerprint"],
+                base.get("projector"),
+                anyres_of(run.meta),
+                run.setting("data.held_out"),
+                run.setting("evaluate.questions"),
+            ),
+            recipe=_recipe(run),
+            scores=_scores(run),
         )
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run} is no run of this version: {type(error).__name__} {error}") from error
+        raise UserError(f"{run.path} is no run of this version: {type(error).__name__} {error}") from error
 
 
-def _finished_scores(run: Path, meta: dict[str, Any], result: dict[str, Any]) -> list[Score]:
-    reducers = reducers_of(meta)
-    first = next(iter(reducers.values()))
-    by_name: dict[str, tuple[str, Reducer]] = {"full": ("full", Identity())}
-    for budget, reducer in reducers.items():
-        suffix, tuned = (f"-{budget}", "elastic") if len(reducers) > 1 else ("", "tuned")
-        by_name |= {f"free{suffix}": ("free", reducer), f"tuned{suffix}": (tuned, reducer)}
-    if isinstance(first, Random):
-        by_name["tuned"] = ("random", first)
-    elif isinstance(first, VisionZip):
-        by_name["random"] = ("random", Random(budget=first.dominant + first.contextual))
-    found = []
-    for row in result["rows"]:
-        series, reducer = by_name[row["name"]]
-        seed = result["seed"] if series in ("tuned", "elastic", "random") else None
-        found.append(score_of(row, series=series, reducer=reducer, seed=seed, run=str(run)))
-    return found
+def comparable_scores(path: Path, others: Sequence[Path] = ()) -> list[Score]:
+    """The scores of a run, of the runs beside it, and of `others`, each once.
 
-
-def comparable_scores(run: Path, others: Sequence[Path] = ()) -> list[Score]:
-    """The scores of a run, of those that stand beside it, and of `others`, each once.
-
-    Of the runs beside it those count that are finished, were measured on the same base model, starting projector and questions,
-    and tuned in the same way (one that can't be read is said); of `others` all do that were measured on the same.
+    A run beside it counts if it is finished, was measured on the same base model, starting projector and questions, and was
+    tuned in the same way. A run in `others` may be tuned in another way.
 
     Raises:
-        UserError: `run` or one of `others` is no finished run that can be read; one of `others` was measured on something else.
+        UserError: the run or one of `others` is not a finished run, or one of `others` was measured on something else.
     """
-    mine = _finished(run)
-    scores = [*mine.scores]
-    for other in others:
-        given = _finished(other)
-        if given.measured_on != mine.measured_on:
+    run = read_compared(FinishedRun(path))
+    scores = list(run.scores)
+    for other_path in others:
+        other = read_compared(FinishedRun(other_path))
+        if other.measured_on != run.measured_on:
             raise UserError(
-                f"--runs {other} can't be compared with {run}: base model, starting projector or questions differ"
+                f"--runs {other_path} can't be compared with {path}: base model, starting projector, order of tiles or "
+                f"questions differ"
             )
-        scores += given.scores
-    for config in sorted(run.parent.glob("*/config.yaml")):
-        beside = config.parent
-        if beside in (run, *others) or not ((beside / META).is_file() and (beside / RESULT).is_file()):
+        scores += other.scores
+
+    for beside in find_runs(path.parent):
+        if beside.path in (path, *others) or not (beside.is_finished and (beside.path / META).is_file()):
             continue
         try:
-            found = _finished(beside)
+            neighbour = read_compared(beside)
         except UserError as error:
-            print(f"{beside} is left out: {error}")
+            print(f"{beside.path} is left out: {error}")
             continue
-        if (found.measured_on, found.recipe) == (mine.measured_on, mine.recipe):
-            scores += found.scores
-    return list({score.key: score for score in reversed(scores)}.values())[::-1]
+        if (neighbour.measured_on, neighbour.recipe) == (run.measured_on, run.recipe):
+            scores += neighbour.scores
+
+    unique: dict[tuple[Any, ...], Score] = {}
+    for score in scores:
+        unique.setdefault(score.key, score)
+    return list(unique.values())
 
 
 def same_but_budget(scores: Iterable[Score], reducer: Reducer) -> list[Score]:
-    """The scores of all tokens, of random ones, and of this reducer: as it is, and at any budget with the paper's split."""
+    """The scores with all tokens, with random ones, and with this reducer at its own budget or any other.
+
+    At another budget the reducer must split its tokens at the paper's ratio.
+    """
 
     def fits(other: Reducer) -> bool:
         if not isinstance(other, VisionZip) or not isinstance(reducer, VisionZip):
             return other.name in ("identity", "random")
         usual = VisionZip(budget=other.dominant + other.contextual)
-        return other == reducer or other == replace(
-            reducer, dominant=usual.dominant, contextual=usual.contextual
-        )
+        with_usual_split = replace(reducer, dominant=usual.dominant, contextual=usual.contextual)
+        return other in (reducer, with_usual_split)
 
     return [score for score in scores if fits(score.reducer)]
 
 
 def without_a_part(reducer: VisionZip) -> dict[str, VisionZip]:
-    """The same number of tokens of both parts, without dominant ones, and without contextual ones."""
+    """Reducers to the same number of tokens: of both kinds, without dominant ones, and without contextual ones."""
     total = reducer.dominant + reducer.contextual
     return {
         "dominant and contextual": reducer,
