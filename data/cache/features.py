@@ -295,11 +295,11 @@ def open_cache(parent: Path, settings: Mapping[str, Any]) -> CachedMedia:
     """Open the cache of these settings in a subset's folder.
 
     Raises:
-        UserError: there is none. The message says in what the newest cache differs.
+        UserError: it does not exist. The message says in what the newest cache differs.
     """
     folder = folder_of(parent, settings)
 
-    # If there is none of these settings, the newest one shows what differs.
+    # If it does not exist, the newest cache shows what differs.
     if not folder.is_dir():
         caches = sorted(parent.glob("cache-*"), key=lambda other: other.stat().st_mtime)
         folder = caches[-1] if caches else folder

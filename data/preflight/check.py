@@ -5,7 +5,7 @@ from data.examples.tokens import Examples
 from data.paths import write_json
 from data.preflight.files import check_files
 from data.preflight.lengths import ExampleLengths
-from data.preflight.report import check_faults, make_report
+from data.preflight.report import check_faults, preflight_report
 from data.preflight.show import draw_report, print_report
 
 
@@ -34,7 +34,7 @@ def check_subset(
         UserError: a file can't be read, or an example is too long for the language model.
     """
     broken_files = check_files(examples.table, subset.image_folder, seed=seed)
-    report = make_report(
+    report = preflight_report(
         lengths,
         broken_files,
         subset.manifest["bad_rows"],

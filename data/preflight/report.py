@@ -16,7 +16,7 @@ NUM_SHOWN = 5
 """Faults that the error message names."""
 
 
-def make_report(
+def preflight_report(
     lengths: ExampleLengths,
     broken_files: Sequence[BadExample],
     left_out: Sequence[Mapping[str, Any]],
@@ -36,8 +36,8 @@ def make_report(
     num_left_out = Counter(bad["source"] for bad in left_out)
     num_broken = Counter(bad.source for bad in broken_files)
 
-    def describe(rows: np.ndarray, *, left_out: int, broken: int) -> dict[str, Any]:
-        summary = _summary(lengths, rows, max_positions)
+    def group(rows: np.ndarray, *, left_out: int, broken: int) -> dict[str, Any]:
+        summary = _describe(lengths, rows, max_positions)
         return summary | {"left_out": left_out, "broken_files": broken}
 
     # Sources of which nothing is left come last.
@@ -46,7 +46,7 @@ def make_report(
     by_source = {}
     for source in sources:
         rows = lengths.sources == source
-        by_source[source] = describe(rows, left_out=num_left_out[source], broken=num_broken[source])
+        by_source[source] = group(rows, left_out=num_left_out[source], broken=num_broken[source])
 
     every_row = np.ones(len(lengths.ids), dtype=bool)
     too_long = np.flatnonzero(_too_long(lengths, max_positions)).tolist()
@@ -64,7 +64,7 @@ def make_report(
         "max_tokens": max_tokens,
         "max_positions": max_positions,
         "fitting_max_tokens": fitting_max_tokens if too_long else None,
-        "all": describe(every_row, left_out=num_left_out.total(), broken=num_broken.total()),
+        "all": group(every_row, left_out=num_left_out.total(), broken=num_broken.total()),
         "sources": by_source,
         "faults": [asdict(fault) for fault in faults],
     }
@@ -76,7 +76,7 @@ def check_faults(report: Mapping[str, Any], folder: Path) -> None:
     The message counts them by source, names the first ones, and says what to do.
 
     Args:
-        report: what `make_report` returned.
+        report: what `preflight_report` returned.
         folder: the folder of `check.json`, which the message points to.
     """
     faults = report["faults"]
@@ -113,7 +113,7 @@ def _too_long(lengths: ExampleLengths, max_positions: int) -> np.ndarray:
     return too_long
 
 
-def _summary(lengths: ExampleLengths, rows: np.ndarray, max_positions: int) -> dict[str, Any]:
+def _describe(lengths: ExampleLengths, rows: np.ndarray, max_positions: int) -> dict[str, Any]:
     """Counts and lengths of some conversations, given as bool[conversations]."""
     trained = rows & lengths.trained
     cut = rows & (lengths.cut_turns > 0)

@@ -129,8 +129,8 @@ def draw_report(lengths: ExampleLengths, report: Mapping[str, Any], path: Path) 
     expanded = tokens["expanded"]
     figure.suptitle(
         f"Half of the {report['all']['rows']:,} examples are at most {expanded['p50']:,.0f} tokens long, "
-        f"nine in ten at most {expanded['p90']:,.0f}, the longest {expanded['max']:,}\n"
-        f"by source, the largest first. A line marks the median."
+        f"nine in ten at most {expanded['p90']:,.0f}, the longest {expanded['max']:,}.\n"
+        f"By source, the largest first. A line marks the median."
     )
     figure.savefig(path, dpi=120)
 

@@ -16,7 +16,7 @@ from data.examples.tokens import Examples, write_tokens
 from data.paths import write_json
 from data.preflight.files import check_files
 from data.preflight.lengths import measure_lengths
-from data.preflight.report import check_faults, make_report
+from data.preflight.report import check_faults, preflight_report
 from data.preflight.show import MAX_PANELS, MAX_TURNS, draw_report, print_report
 from tests.helpers import tiny
 from tests.helpers.conversations import conversation
@@ -67,7 +67,7 @@ def measure(conversations, folder, *, kind="clip", reducer=None, **settings):
 
 
 def report_of(lengths, broken_files=(), left_out=(), *, max_tokens=2048, max_positions=2048):
-    return make_report(lengths, broken_files, left_out, max_tokens=max_tokens, max_positions=max_positions)
+    return preflight_report(lengths, broken_files, left_out, max_tokens=max_tokens, max_positions=max_positions)
 
 
 # Lengths
