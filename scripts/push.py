@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.table import Table
 
-from scripts.export.card import has_our_card
+from scripts.export.tag import has_our_card
 from train.cli import exit_on_user_error
 from vzip import UserError
 

@@ -4,39 +4,24 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData, metadata_load
+from huggingface_hub import EvalResult, ModelCardData
 from transformers.utils import cached_file
 
+from scripts.export.tag import TAG, card_metadata
 from train.runs import FinishedRun
 from train.tables import LEGEND, score_table
 from vzip.families import families
 from vzip.runs.export import base_name
 from vzip.runs.projector import reducers_of
 
-TAG = "vzip"
-"""Tag of every export in its card. A folder with it may be pushed, or replaced by a newer export."""
 SHOWN_SETTINGS = ("reducer", "tune", "optim", "batch", "engine", "quantize", "seed")
 CODE_LICENCE = "Apache-2.0"
-
-
-def _metadata(card: str | Path) -> dict[str, Any]:
-    """The metadata at the top of a card; empty if it can't be parsed, because anybody may have written it."""
-    try:
-        return metadata_load(card) or {}
-    except (yaml.YAMLError, ValueError):
-        return {}
-
-
-def has_our_card(folder: Path) -> bool:
-    """Whether `make export` wrote the folder."""
-    card = folder / "README.md"
-    return card.is_file() and TAG in (_metadata(card).get("tags") or ())
 
 
 def base_licence(base: str) -> str | None:
     """The licence in the base model's own card; None if there is no card, or no licence in it."""
     try:
-        return _metadata(cached_file(base, "README.md")).get("license")
+        return card_metadata(cached_file(base, "README.md")).get("license")
     except OSError:
         return None
 

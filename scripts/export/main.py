@@ -12,7 +12,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from scripts.export.card import has_our_card, model_card
+from scripts.export.card import model_card
+from scripts.export.tag import has_our_card
 from train.cli import count, exit_on_user_error
 from vzip import UserError
 from vzip.runs.export import write_hf, write_llava, write_peft

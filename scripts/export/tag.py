@@ -1,0 +1,24 @@
+"""The tag by which commands recognize an export. It needs neither torch nor transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import metadata_load
+
+# Every export has it in its card. A folder with it may be pushed, or replaced by a newer export.
+TAG = "vzip"
+
+
+def card_metadata(card: str | Path) -> dict[str, Any]:
+    """Read the metadata at the top of a card; empty if it can't be parsed, because anybody may have written it."""
+    try:
+        return metadata_load(card) or {}
+    except (yaml.YAMLError, ValueError):
+        return {}
+
+
+def has_our_card(folder: Path) -> bool:
+    """Whether `make export` wrote the folder."""
+    card = folder / "README.md"
+    return card.is_file() and TAG in (card_metadata(card).get("tags") or ())
