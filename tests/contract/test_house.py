@@ -28,7 +28,9 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 def walk(folder):
     """All files that git does not ignore."""
     for path in sorted(folder.iterdir()):
-        if any(fnmatch(path.name, pattern) for pattern in GIT_IGNORED):
+        # A pattern with a leading slash is anchored at the root.
+        names = (path.name, f"/{path.relative_to(ROOT).as_posix()}")
+        if any(fnmatch(name, pattern) for name in names for pattern in GIT_IGNORED):
             continue
 
         if path.is_dir():
