@@ -36,35 +36,27 @@ def preflight_report(
     num_left_out = Counter(bad["source"] for bad in left_out)
     num_broken = Counter(bad.source for bad in broken_files)
 
-    def group(rows: np.ndarray, *, left_out: int, broken: int) -> dict[str, Any]:
-        summary = _describe(lengths, rows, max_positions)
-        return summary | {"left_out": left_out, "broken_files": broken}
-
-    # Sources of which nothing is left come last.
+    # The largest source first. Those of which nothing is left come last.
     sources = [source for source, _ in Counter(lengths.sources.tolist()).most_common()]
     sources += sorted({*num_left_out, *num_broken} - {*sources})
+
     by_source = {}
     for source in sources:
-        rows = lengths.sources == source
-        by_source[source] = group(rows, left_out=num_left_out[source], broken=num_broken[source])
+        group = _describe(lengths, lengths.sources == source, max_positions)
+        group["left_out"] = num_left_out[source]
+        group["broken_files"] = num_broken[source]
+        by_source[source] = group
 
-    every_row = np.ones(len(lengths.ids), dtype=bool)
-    too_long = np.flatnonzero(_too_long(lengths, max_positions)).tolist()
-    faults = list(broken_files)
-    for row in too_long:
-        reason = f"{lengths.expanded[row]} tokens, more than {max_positions}"
-        faults.append(BadExample(str(lengths.ids[row]), str(lengths.sources[row]), reason))
+    everything = _describe(lengths, np.ones(len(lengths.ids), dtype=bool), max_positions)
+    everything["left_out"] = num_left_out.total()
+    everything["broken_files"] = num_broken.total()
 
-    # The cut counts an image as one placeholder. The advice leaves room for what the images of the
-    # examples that are too long add to it.
-    added_by_media = (lengths.visual - lengths.media)[too_long].max(initial=0)
-    fitting_max_tokens = max_positions - int(added_by_media)
-
+    faults = [*broken_files, *_too_long_faults(lengths, max_positions)]
     return {
         "max_tokens": max_tokens,
         "max_positions": max_positions,
-        "fitting_max_tokens": fitting_max_tokens if too_long else None,
-        "all": group(every_row, left_out=num_left_out.total(), broken=num_broken.total()),
+        "fitting_max_tokens": _fitting_max_tokens(lengths, max_positions),
+        "all": everything,
         "sources": by_source,
         "faults": [asdict(fault) for fault in faults],
     }
@@ -111,6 +103,26 @@ def _too_long(lengths: ExampleLengths, max_positions: int) -> np.ndarray:
     """bool[conversations]: whether an example has more tokens than the language model takes."""
     too_long: np.ndarray = lengths.trained & (lengths.expanded > max_positions)
     return too_long
+
+
+def _too_long_faults(lengths: ExampleLengths, max_positions: int) -> list[BadExample]:
+    """List the examples that are too long for the language model."""
+    faults = []
+    for row in np.flatnonzero(_too_long(lengths, max_positions)).tolist():
+        reason = f"{lengths.expanded[row]} tokens, more than {max_positions}"
+        faults.append(BadExample(str(lengths.ids[row]), str(lengths.sources[row]), reason))
+    return faults
+
+
+def _fitting_max_tokens(lengths: ExampleLengths, max_positions: int) -> int | None:
+    """The largest `data.max_tokens` with which all examples fit. None if they fit already."""
+    too_long = _too_long(lengths, max_positions)
+    if not too_long.any():
+        return None
+
+    # The cut counts an image as one placeholder, so there must be room for its other tokens.
+    added_by_media = (lengths.visual - lengths.media)[too_long]
+    return max_positions - int(added_by_media.max())
 
 
 def _describe(lengths: ExampleLengths, rows: np.ndarray, max_positions: int) -> dict[str, Any]:
