@@ -1,7 +1,8 @@
-"""Training examples in LLaVA's form: `{"id", "image", "video", "conversations": [{"from", "value"}, ...]}`.
+"""Training examples in LLaVA's form.
 
-Source of the format: repository haotian-liu/LLaVA, `docs/Finetune_Custom_Data.md`; with videos, repository
-PKU-YuanGroup/Video-LLaVA, `videollava/train/train.py` (`LazySupervisedDataset`).
+An example is `{"id", "image", "video", "conversations": [{"from", "value"}, ...]}`.
+Source of the format: repository haotian-liu/LLaVA, `docs/Finetune_Custom_Data.md`; with videos,
+repository PKU-YuanGroup/Video-LLaVA, `videollava/train/train.py` (`LazySupervisedDataset`).
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from typing import Any
 
 from vzip.templates.encode import IMAGE, VIDEO
 
-SPEAKERS = ("human", "gpt")
+SPEAKERS = ("human", "gpt")  # in turn
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,11 @@ class Conversation:
     Attributes:
         id: for messages; it need not be unique.
         images: paths below the image folder, one for each `<image>` in the questions.
-        videos: paths below the same folder, of files or of folders of frames, one for each `<video>` in the questions.
+        videos: paths below the same folder, of files or of folders of frames, one for each
+            `<video>` in the questions.
         turns: (question, answer) pairs.
-        source: where the example comes from: its "source", else the first folder of its first path, "files" if that path
-            has no folder, or "text" without paths.
+        source: where the example comes from: its "source", else the first folder of its first path,
+            "files" if that path has no folder, or "text" without paths.
         kind: the question type, for held-out questions: its "type", else "all".
         digest: sha256 of the example's content, the same whatever the order of its keys.
     """
@@ -81,16 +83,22 @@ def _turns(messages: Any) -> tuple[tuple[str, str], ...]:
     texts = _texts(messages)
     questions = texts[::2]
     answers = texts[1::2]
-    for placeholder in (IMAGE, VIDEO):
-        if any(placeholder in answer for answer in answers):
-            raise ValueError(f"an answer contains {placeholder}")
-    if not all(answer.strip() for answer in answers):
-        raise ValueError("an answer is empty")
+    for answer in answers:
+        # The model sees media in questions only, so an answer's placeholder stands for nothing.
+        for placeholder in (IMAGE, VIDEO):
+            if placeholder in answer:
+                raise ValueError(f"an answer contains {placeholder}")
+        if not answer.strip():
+            raise ValueError("an answer is empty")
     return tuple(zip(questions, answers, strict=True))
 
 
 def _paths(entry: dict[str, Any], key: str, num_placeholders: int) -> tuple[str, ...]:
-    """The example's "image" or "video" paths. Raises ValueError unless there is one for each placeholder."""
+    """The example's "image" or "video" paths.
+
+    Raises ValueError unless there is one for each placeholder.
+    """
+    # A path, a list of paths, or nothing: all become a list.
     paths = entry.get(key)
     if paths is None:
         paths = []
@@ -99,6 +107,7 @@ def _paths(entry: dict[str, Any], key: str, num_placeholders: int) -> tuple[str,
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         raise ValueError(f"{key} is neither a path nor a list of paths")
 
+    # Data from elsewhere must neither read nor write outside the image folder.
     for path in map(Path, paths):
         if not path.name:
             raise ValueError(f"a path of {key} names no file")
@@ -125,14 +134,17 @@ def _digest(entry: dict[str, Any]) -> str:
 
 
 def parse_conversation(entry: Any) -> Conversation:
-    """The example that a JSON object holds. Raises ValueError, with the reason, if it is not in LLaVA's form."""
+    """The example that a JSON object holds.
+
+    Raises ValueError, with the reason, if it is not in LLaVA's form.
+    """
     if not isinstance(entry, dict):
         raise ValueError("the example is not an object")
 
     turns = _turns(entry.get("conversations"))
-    questions = [question for question, _ in turns]
-    images = _paths(entry, "image", sum(question.count(IMAGE) for question in questions))
-    videos = _paths(entry, "video", sum(question.count(VIDEO) for question in questions))
+    questions = "\n".join(question for question, _ in turns)
+    images = _paths(entry, "image", questions.count(IMAGE))
+    videos = _paths(entry, "video", questions.count(VIDEO))
     return Conversation(
         id=str(entry.get("id", "")),
         images=images,

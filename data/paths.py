@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRATCH = re.compile(r"\.(\d+)-\d+\.vzip-tmp")
 """What the name of a scratch file ends with: the process and the thread that write it."""
 MAX_PREFIX = 50
-"""Characters that a scratch file's name takes from its target's: the longer name must still fit the file system."""
+"""Characters of the target's name in a scratch file's name, which must fit the file system too."""
 
 
 def data_dir() -> Path:
@@ -55,6 +55,7 @@ def delete_leftovers(folder: Path, name: str | None = None) -> None:
     """
     prefix = "" if name is None else name[:MAX_PREFIX]
     for file in folder.glob(f"{escape(prefix)}*.vzip-tmp"):
+        # "a.json" is the beginning of "a.json.gz" too.
         scratch = SCRATCH.search(file.name)
         if scratch is None or (name is not None and scratch.start() != len(prefix)):
             continue
@@ -64,18 +65,21 @@ def delete_leftovers(folder: Path, name: str | None = None) -> None:
 
 @contextmanager
 def atomic_write(target: Path, *, clean: bool = True) -> Iterator[Path]:
-    """Yield a scratch path beside `target` to write to, and move it there at the end of the `with` block.
+    """Yield a scratch path to write to; the `with` block's end moves it to `target`.
 
-    Whenever the process is killed, `target` is the old file or the whole new one. After an error it is the old one.
+    Whenever the process is killed, `target` is the old file or the whole new one. After an error it
+    is the old one.
 
     Args:
         target: the file to write.
-        clean: first delete what killed processes left of the same target. Turn it off to write very many files into one
-            folder, after one call of `delete_leftovers`: each cleaning reads the whole folder.
+        clean: first delete what killed processes left of the same target. Turn it off to write very
+            many files into one folder, after one call of `delete_leftovers`: each cleaning reads
+            the whole folder.
     """
     if clean:
         delete_leftovers(target.parent, target.name)
 
+    # Processes and threads that write the same file each have a scratch file of their own.
     suffix = f".{os.getpid()}-{threading.get_ident()}.vzip-tmp"
     scratch = target.with_name(f"{target.name[:MAX_PREFIX]}{suffix}")
     try:

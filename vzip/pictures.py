@@ -7,7 +7,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""The formats that are opened, whatever a file's name ends with. PIL knows more, one of which (EPS) runs the file."""
+"""The formats that are opened, whatever a file's name ends with.
+
+PIL knows more, one of which (EPS) runs the file.
+"""
 
 
 def upright_rgb(picture: Image.Image) -> Image.Image:

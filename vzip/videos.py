@@ -1,7 +1,7 @@
 """Read a few frames of a video, spread evenly over it: a video file, or a folder of pictures.
 
-Training and evaluation both read videos here, so that they see the same frames. Files are decoded with PyAV (package
-`av`), which is imported only when a file is read.
+Training and evaluation both read videos here, so that they see the same frames. Files are decoded
+with PyAV (package `av`), which is imported only when a file is read.
 """
 
 import re
@@ -23,10 +23,13 @@ FRAME_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".t
 
 
 def sample(num_total: int, num_frames: int) -> list[int]:
-    """Numbers of `num_frames` frames, from the first to the last of `num_total`; a shorter video repeats some.
+    """Numbers of `num_frames` frames, spread from the first to the last of `num_total`.
 
-    Source: repository PKU-YuanGroup/Video-LLaVA, `videollava/model/multimodal_encoder/languagebind/video/processing_video.py`
-    (backend decord), and repository LLaVA-VL/LLaVA-NeXT: numpy's linspace, cut down to whole numbers.
+    A shorter video repeats some.
+
+    Source: repository PKU-YuanGroup/Video-LLaVA,
+    `videollava/model/multimodal_encoder/languagebind/video/processing_video.py` (backend decord),
+    and repository LLaVA-VL/LLaVA-NeXT: numpy's linspace, cut down to whole numbers.
 
     Raises:
         ValueError: one of the numbers is below 1.
@@ -43,12 +46,14 @@ def sample(num_total: int, num_frames: int) -> list[int]:
 def read_frames(path: Path, num_frames: int) -> list[Image.Image]:
     """Read `num_frames` upright RGB pictures, in order, spread over the video as `sample` does.
 
-    If a file is damaged in the middle, the frames before the damage are used, with a warning. A file is decoded once
-    from start to end, and a second time only if it holds another number of frames than it says. At most `num_frames`
-    pictures are in memory. Frames that `sample` repeats are the same object.
+    If a file is damaged in the middle, the frames before the damage are used, with a warning. A
+    file is decoded once from start to end, and a second time only if it holds another number of
+    frames than it says. At most `num_frames` pictures are in memory. Frames that `sample` repeats
+    are the same object.
 
     Args:
-        path: a video file, or a folder of pictures, which are taken in the natural order of their names.
+        path: a video file, or a folder of pictures, which are taken in the natural order of their
+            names.
         num_frames: at least 1.
 
     Raises:
@@ -58,6 +63,7 @@ def read_frames(path: Path, num_frames: int) -> list[Image.Image]:
     if path.is_dir():
         return _read_frame_files(_frame_paths(path), num_frames)
 
+    # Only decoding tells how many frames there are, so the file's own number is tried first.
     claimed = _claimed_frames(path)
     pictures, count = _decode(path, set(sample(max(claimed, 1), num_frames)))
     numbers = sample(count, num_frames)
@@ -70,7 +76,7 @@ def read_frames(path: Path, num_frames: int) -> list[Image.Image]:
 
 
 def check_video(path: Path) -> None:
-    """Raise what `read_frames` would, judging by the first frame and the file's index: nothing else is decoded."""
+    """Raise what `read_frames` would, as far as the first frame and the file's index tell."""
     if path.is_dir():
         open_picture(_frame_paths(path)[0])
         return
@@ -118,8 +124,8 @@ def _pyav() -> ModuleType:
 def _check_truncated(container: Any, stream: Any) -> None:
     """Raise ValueError if the index lists frames behind the end of the file.
 
-    MP4 and MOV files have such an index before the data. A truncated file of another container can't be told from a
-    shorter video.
+    MP4 and MOV files have such an index before the data. A truncated file of another container
+    can't be told from a shorter video.
     """
     if "mov" not in container.format.name.split(","):
         return
@@ -130,7 +136,10 @@ def _check_truncated(container: Any, stream: Any) -> None:
 
 
 def _video_stream(av: ModuleType, container: Any) -> Any:
-    """The first stream of a file that is a video. Raises ValueError if there is no such stream, or no decoder for it."""
+    """The first stream of a file that is a video.
+
+    Raises ValueError if there is no such stream, or no decoder for it.
+    """
     for stream in container.streams.video:
         # The cover of a song is a picture that calls itself a video.
         if stream.disposition & av.stream.Disposition.attached_pic:
@@ -144,8 +153,12 @@ def _video_stream(av: ModuleType, container: Any) -> Any:
 
 @contextmanager
 def _open_container(path: Path) -> Iterator[tuple[Any, Any]]:
-    """(container, video stream) of a file. FFmpeg's errors, also those of the `with` body, come out as ValueError."""
-    # Python's own errors tell a missing file from a forbidden one. FFmpeg uses these names for other faults too.
+    """(container, video stream) of a file.
+
+    FFmpeg's errors, also those of the `with` body, come out as ValueError.
+    """
+    # Python's own errors tell a missing file from a forbidden one. FFmpeg uses these names for
+    # other faults too.
     with path.open("rb"):
         pass
 
@@ -158,7 +171,8 @@ def _open_container(path: Path) -> Iterator[tuple[Any, Any]]:
             fault = "damaged"
             yield container, stream
     except (av.FFmpegError, IndexError) as error:
-        # PyAV raises IndexError for a packet of a stream that the start of the file does not announce.
+        # PyAV raises IndexError for a packet of a stream that the start of the file does not
+        # announce.
         raise ValueError(f"{fault}: {getattr(error, 'strerror', error)}") from error
 
 
@@ -171,13 +185,16 @@ def _frame_picture(frame: Any) -> Image.Image:
 
 
 def _claimed_frames(path: Path) -> int:
-    """How many frames a file says it has, or else how many packets: cheap, mostly right, never to be trusted."""
+    """How many frames a file says it has, or else how many packets.
+
+    This is cheap and mostly right, but never to be trusted.
+    """
     with _open_container(path) as (container, stream):
         return stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
 
 
 def _decode(path: Path, wanted: set[int]) -> tuple[dict[int, Image.Image], int]:
-    """Decode a file: the `wanted` frames by their number, and how many frames there are up to the first damage."""
+    """(the `wanted` frames by their number, how many frames there are up to the first damage)."""
     pictures = {}
     count = 0
     try:
@@ -190,7 +207,8 @@ def _decode(path: Path, wanted: set[int]) -> tuple[dict[int, Image.Image], int]:
         if not count:
             raise
 
-        # Finding this before training would mean decoding every video whole, so the run goes on with what there is.
+        # Finding this before training would mean decoding every video whole, so the run goes on
+        # with what there is.
         warnings.warn(f"{path}: {error} after {count} frames, which are used", stacklevel=2)
 
     return pictures, count

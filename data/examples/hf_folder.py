@@ -1,7 +1,8 @@
-"""Folders of Hugging Face `datasets` with the pictures inside: their examples in LLaVA's form, and their pictures.
+"""Folders of Hugging Face `datasets` with the pictures inside, as data in LLaVA's form.
 
-A folder is what `save_to_disk` writes, or one that `load_dataset` reads (parquet, Arrow, JSON). Its columns:
-`conversations` as in LLaVA's JSON, `image` or `images` with pictures, and optionally `id`, `source` and `type`.
+A folder is what `save_to_disk` writes, or one that `load_dataset` reads (parquet, Arrow, JSON). Its
+columns: `conversations` as in LLaVA's JSON, `image` or `images` with pictures, and optionally `id`,
+`source` and `type`.
 """
 
 import hashlib
@@ -42,7 +43,10 @@ def _stored_pictures(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 class HfFolder:
-    """The data set in a folder, its split "train" if it has several. A source of its pictures, see `Source`."""
+    """The data set in a folder, its split "train" if it has several.
+
+    A source of its pictures, see `Source`.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -53,8 +57,8 @@ class HfFolder:
     def entries(self) -> Iterator[dict[str, Any]]:
         """Yield the examples in LLaVA's form.
 
-        The path of a picture holds where it is in the folder (row and number there), and a hash of its bytes.
-        Raises UserError as `dataset` does.
+        The path of a picture holds where it is in the folder (row and number there), and a hash of
+        its bytes. Raises UserError as `dataset` does.
         """
         for position in range(len(self.dataset)):
             row = self._row(position)
@@ -63,27 +67,32 @@ class HfFolder:
                 if row.get(name) is not None:
                     entry[name] = row[name]
 
-            digests = [self._digest(picture) for picture in _stored_pictures(row)]
-            if digests:
-                paths = []
-                for number, digest in enumerate(digests):
-                    paths.append(f"{self.path.name}/{position:07}-{number}-{digest}")
+            # The hash keeps pictures of another folder with the same name apart.
+            paths = []
+            for number, picture in enumerate(_stored_pictures(row)):
+                paths.append(f"{self.path.name}/{position:07}-{number}-{self._digest(picture)}")
+            if paths:
                 entry["image"] = paths
             yield entry
 
     def read(self, path: str) -> bytes:
         """The bytes of the picture whose path `entries` gave."""
+        # The inverse of the name that `entries` makes.
         position, number, _ = Path(path).name.split("-")
         pictures = _stored_pictures(self._row(int(position)))
         return self._bytes(pictures[int(number)])
 
     @cached_property
     def dataset(self) -> Any:
-        """A `datasets.Dataset`, as Arrow. Raises UserError if `datasets` can't read the folder, or a column is missing."""
+        """A `datasets.Dataset`, as Arrow.
+
+        Raises UserError if `datasets` can't read the folder, or a column is missing.
+        """
         # The import takes seconds, which only such folders cost.
         check_package("datasets", extra="datasets", purpose=f"reading {self.path}")
         import datasets
 
+        # The two forms have a loader each; only the second one needs a place for converted files.
         try:
             if any((self.path / name).is_file() for name in SAVED):
                 dataset = datasets.load_from_disk(str(self.path))
@@ -93,6 +102,7 @@ class HfFolder:
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise UserError(f"data.path={self.path}: `datasets` can't read this folder: {error}") from error
 
+        # A dict holds several splits, of which one is for training.
         if isinstance(dataset, dict):
             if "train" not in dataset:
                 splits = ", ".join(dataset)

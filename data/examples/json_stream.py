@@ -1,8 +1,9 @@
 """Read a JSON list entry by entry, as `json.load` would, with a small part of the file in memory.
 
-Why not `ijson`: it reads other values than `json.load`, which the rest of this project and LLaVA itself use. It refuses
-NaN and half a surrogate pair, so one odd example would cost the whole file; it fails on, or rounds, whole numbers beyond
-2^63; and its errors name no line. The parser below only finds where an entry ends, and leaves the rest to `json`.
+Why not `ijson`: it reads other values than `json.load`, which the rest of this project and LLaVA
+itself use. It refuses NaN and half a surrogate pair, so one odd example would cost the whole file;
+it fails on, or rounds, whole numbers beyond 2^63; and its errors name no line. The parser below
+only finds where an entry ends, and leaves the rest to `json`.
 """
 
 import json
@@ -17,7 +18,10 @@ from vzip import UserError
 CHUNK = 2**20
 """Characters that are read at once."""
 MAX_ENTRY = 2**26
-"""Longest entry, in characters: a mistake in the middle of a file is found this soon, and not at the file's end."""
+"""Longest entry, in characters.
+
+A mistake in the middle of a file is found this soon, and not at the file's end.
+"""
 NUMBER_CHARACTERS = "0123456789+-.eE"
 SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -52,6 +56,7 @@ class _TextWindow:
         if not chunk:
             return False
 
+        # Lines are counted as they leave the window, for error messages.
         self.line += self.text.count("\n", 0, self.position)
         self.text = self.text[self.position :] + chunk
         self.position = 0
@@ -109,7 +114,10 @@ class _TextWindow:
 
 
 def read_list(file: TextIO, path: Path) -> Iterator[Any]:
-    """Yield the entries of the list that a file holds. Raises UserError, with line and column, if it is not valid JSON."""
+    """Yield the entries of the list that a file holds.
+
+    Raises UserError, with line and column, if it is not valid JSON.
+    """
     window = _TextWindow(file, path)
     window.take("[")
     if window.peek() == "]":

@@ -1,7 +1,8 @@
-"""From a data file to the subset of a run: drawn, every picture there and whole, recorded in a manifest.
+"""From a data file to the subset of a run, with every picture there and whole.
 
-`$VZIP_DATA/prepared/NAME-KEY/` holds manifest.json, checked.jsonl (the pictures and videos that were looked at), the token
-arrays, the preflight's report and feature caches. A subset that was prepared before is only opened.
+`$VZIP_DATA/prepared/NAME-KEY/` holds manifest.json, checked.jsonl (the pictures and videos that
+were looked at), the token arrays, the preflight's report and feature caches. A subset that was
+prepared before is only opened.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.conversations import BadExample, Conversation
+from data.examples.bad_examples import check_bad_share, check_lost_sources, first_lines
 from data.examples.hf_folder import HfFolder
 from data.examples.subset import DrawnSubset, draw_subset
 from data.examples.table import Table, open_table
@@ -29,14 +31,13 @@ from vzip.templates.encode import Template
 MANIFEST = "manifest.json"
 CHECKED = "checked.jsonl"
 VERSION = 2
-"""Version of the subsets: raise it when other examples are drawn of the same data, or the files hold something else."""
+"""Version of the subsets.
 
-MAX_BAD_SHARE = 0.01
-"""Training is refused if more than this share of the examples can't be used."""
+Raise it when other examples are drawn of the same data, or the files hold something else.
+"""
+
 NUM_SHOWN = 10
 """Examples left out that a command prints."""
-NUM_IN_ERROR = 5
-"""Examples that an error message names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ class Subset:
 
     @property
     def left_out(self) -> list[str]:
-        """A line for each of the first `NUM_SHOWN` examples that were left out; the manifest has them all."""
+        """Lines about the first `NUM_SHOWN` examples that were left out; the manifest has all."""
         lines = []
         for example in self.manifest["bad_rows"][:NUM_SHOWN]:
             lines.append(f"  left out: {example['id']} ({example['source']}): {example['reason']}")
@@ -87,6 +88,7 @@ class Subset:
 
     def examples(self, template: Template, tokenizer: Any, *, max_tokens: int) -> Examples:
         """The examples as token ids and labels, made once for a template and a tokenizer."""
+        # Pictures count too: their sizes are stored with the tokens.
         digest = self.manifest["hash"] + self.manifest["media_hash"]
         key = tokens_key(template, tokenizer, max_tokens=max_tokens, digest=digest)
         target = self.folder / f"tokens-{key}.arrow"
@@ -112,24 +114,9 @@ class Subset:
         return MediaIndex(self.folder / CHECKED).sizes()
 
 
-def check_bad_share(bad: Sequence[BadExample], num_examples: int) -> None:
-    """Raise UserError, with counts by source, if more than `MAX_BAD_SHARE` of the examples are bad."""
-    if len(bad) <= MAX_BAD_SHARE * num_examples:
-        return
-
-    by_source = Counter(example.source for example in bad)
-    counts = ", ".join(f"{source}: {count}" for source, count in sorted(by_source.items()))
-    first_ones = "\n".join(f"  {example.id}: {example.reason}" for example in bad[:NUM_IN_ERROR])
-    raise UserError(
-        f"{len(bad)} of {num_examples} examples can't be used ({counts}); at most {MAX_BAD_SHARE:.0%} may be bad. "
-        f"First ones:\n{first_ones}\n"
-        f"Repair them, or take them out of data.path. If all pictures are missing, check data.image_folder; "
-        f"`make data` fetches pictures from the addresses in data.pictures."
-    )
-
-
 def _key(selection: Selection, table: Table) -> str:
     """What a subset depends on, as a short hash."""
+    # The content of the data file counts, and not where it lies.
     settings = asdict(selection)
     settings["path"] = table.sha256
     settings["image_folder"] = str(Path(selection.image_folder).absolute())
@@ -160,6 +147,7 @@ def _replace_unusable(
     Returns:
         (positions of the usable examples, the examples that were left out)
     """
+    # Those behind the wanted ones, in the order in which they were drawn.
     spare = {}
     for source, candidates in drawn.candidates.items():
         spare[source] = iter(candidates[drawn.wanted[source] :])
@@ -207,6 +195,7 @@ def _manifest(
     ids = table.column("id")
 
     def content_hash(of: Sequence[int]) -> str:
+        # Sorted, so that the order of the data does not count.
         in_any_order = sorted(digests[position] for position in of)
         return hashlib.sha256("".join(in_any_order).encode()).hexdigest()
 
@@ -232,28 +221,6 @@ def _manifest(
     }
 
 
-def _check_lost_sources(
-    drawn: DrawnSubset,
-    positions: Sequence[int],
-    left_out: Sequence[dict[str, Any]],
-) -> None:
-    """Raise UserError for a data source that lost most of its examples: its setting is wrong, or its server is gone."""
-    usable = set(positions)
-    for source, num_wanted in drawn.wanted.items():
-        num_usable = len(usable.intersection(drawn.candidates[source]))
-        num_lost = num_wanted - num_usable
-        if num_usable >= num_wanted / 2 or num_lost <= MAX_BAD_SHARE * drawn.num_wanted:
-            continue
-
-        of_source = [example for example in left_out if example["source"] == source]
-        reasons = [f"  {example['id']}: {example['reason']}" for example in of_source[:NUM_IN_ERROR]]
-        raise UserError(
-            f"of {source} only {num_usable:,} of {num_wanted:,} examples can be used; check data.pictures.{source} and "
-            f"data.image_folder, or leave the source out with data.sources. First ones:\n"
-            + "\n".join(reasons)
-        )
-
-
 class _MediaCheck:
     """Checks the pictures and videos of examples, and fetches those that are missing.
 
@@ -277,6 +244,7 @@ class _MediaCheck:
 
     def __call__(self, examples: Sequence[Conversation]) -> dict[str, str]:
         """Raises UserError if too much is wrong, or if servers did not answer."""
+        # Every source is asked for all its files at once: the fetching runs in parallel.
         media = []
         for example in examples:
             for kind, paths in example.media.items():
@@ -291,12 +259,16 @@ class _MediaCheck:
         return reasons
 
     def _check_all_answered(self, faults: Mapping[str, Fault]) -> None:
-        transient = [f"  {path}: {fault.reason}" for path, fault in faults.items() if not fault.final]
-        if transient:
+        reasons = []
+        for path, fault in faults.items():
+            if not fault.final:
+                reasons.append((path, fault.reason))
+
+        if reasons:
             raise UserError(
-                f"{len(transient)} pictures could not be fetched now. Run the same command again, it resumes; or, if they "
-                f"will not come back, data.replace_unreachable=true puts other examples of their source there. First ones:\n"
-                + "\n".join(transient[:NUM_IN_ERROR])
+                f"{len(reasons)} pictures could not be fetched now. Run the same command again, it resumes; "
+                f"or, if they will not come back, replace them by other examples of their source with "
+                f"data.replace_unreachable=true. First ones:\n{first_lines(reasons)}"
             )
 
     def _check_local(self, examples: Sequence[Conversation], reasons: Mapping[str, str]) -> None:
@@ -320,7 +292,10 @@ def _make_subset(
     *,
     replace_unreachable: bool,
 ) -> None:
-    """Draw the examples, fetch what is missing, and write the manifest. Raises UserError as `prepare` does."""
+    """Draw the examples, fetch what is missing, and write the manifest.
+
+    Raises UserError as `prepare` does.
+    """
     drawn = draw_subset(
         table,
         fraction=selection.fraction,
@@ -343,8 +318,9 @@ def _make_subset(
         replace_unreachable=replace_unreachable,
     )
     positions, left_out = _replace_unusable(table, drawn, check)
-    _check_lost_sources(drawn, positions, left_out)
+    check_lost_sources(drawn, positions, left_out)
 
+    # The token arrays depend on the pictures' content, so the manifest has a hash of it.
     media: list[str] = []
     for example in map(table.conversation, positions):
         media += example.images + example.videos
@@ -359,20 +335,26 @@ def prepare(
     sources: Mapping[str, Sequence[Source]] | None = None,
     replace_unreachable: bool = False,
 ) -> Subset:
-    """Open the subset of a selection. It is made if it is missing; work that a killed command did is not done again.
+    """Open the subset of a selection; make it if it is missing.
+
+    Work that a killed command did is not done again.
 
     Args:
         selection: which examples.
-        sources: by the name of the data source, where missing pictures are fetched from. If given, a subset that is there
-            is looked through again. None: all pictures must be in the folder.
-        replace_unreachable: whether to replace also examples whose pictures' servers did not answer.
+        sources: by the name of the data source, where missing pictures are fetched from. If given,
+            a subset that is there is looked through again. None: all pictures must be in the
+            folder.
+        replace_unreachable: whether to replace also examples whose pictures' servers did not
+            answer.
 
     Raises:
         UserError: the data is missing or broken, or too many examples can't be used.
     """
+    # A broken file is refused before any picture is fetched.
     table = open_table(selection.path)
     check_bad_share(table.bad_examples(), len(table))
 
+    # Sources mean that the caller wants missing pictures fetched, even those that went since.
     name = Path(selection.path).stem
     folder = data_dir() / "prepared" / f"{name}-{_key(selection, table)}"
     if sources is not None or not (folder / MANIFEST).is_file():

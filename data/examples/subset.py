@@ -1,4 +1,7 @@
-"""Draw a seeded part of a data set, stratified by source. It is the same on every machine and in every order of the data."""
+"""Draw a seeded part of a data set, stratified by source.
+
+It is the same on every machine and in every order of the data.
+"""
 
 import hashlib
 import math
@@ -13,11 +16,11 @@ from vzip import UserError
 
 @dataclass(frozen=True)
 class DrawnSubset:
-    """The examples of each source in the order in which they are drawn, and how many of each are wanted.
+    """The examples of each source in the order in which they are drawn, and how many are wanted.
 
     Attributes:
-        candidates: positions in the table, by source. Those behind the wanted ones replace examples that turn out to be
-            unusable.
+        candidates: positions in the table, by source. Those behind the wanted ones replace examples
+            that turn out to be unusable.
         wanted: number of examples, by source.
         keys: by position, the key that all examples are sorted by.
     """
@@ -54,8 +57,8 @@ def draw_subset(
 ) -> DrawnSubset:
     """Draw `fraction` of the usable examples of each source (rounded up), in a random order.
 
-    The order depends on the seed and the content alone: each example is sorted by the sha256 of both. So an example that
-    is added to the data moves no other one.
+    The order depends on the seed and the content alone: each example is sorted by the sha256 of
+    both. So an example that is added to the data moves no other one.
 
     Args:
         table: all examples.
@@ -65,11 +68,13 @@ def draw_subset(
         text_examples: whether to draw examples without an image or video.
 
     Raises:
-        UserError: the fraction is outside (0, 1], the data has no such source, or nothing can be drawn.
+        UserError: the fraction is outside (0, 1], the data has no such source, or nothing can be
+            drawn.
     """
     if not 0 < fraction <= 1:
         raise UserError(f"data.fraction={fraction} must lie in (0, 1]; 0.1 is a tenth")
 
+    # A key for each usable example. Sorted by it, the examples are in a random order.
     by_source: dict[str, list[int]] = defaultdict(list)
     keys = {}
     columns = [table.column(name) for name in ("source", "digest", "has_media", "fault")]
@@ -84,9 +89,10 @@ def draw_subset(
             f"data.sources={list(sources or ())}: the data has no {unknown}; it has {sorted(by_source)}"
         )
 
+    # The decimal that was written, and not its nearest binary number: 0.07 of 100 is 7, not 8.
+    share = Fraction(str(fraction))
     candidates = {}
     wanted = {}
-    share = Fraction(str(fraction))  # the decimal that was written: 0.07 of 100 is 7, not 8
     for source in sorted(sources or by_source):
         candidates[source] = sorted(by_source[source], key=keys.__getitem__)
         wanted[source] = math.ceil(share * len(candidates[source]))

@@ -1,7 +1,7 @@
 """Instruction data of any form as an Arrow table on disk, made once and memory-mapped from then on.
 
-A file is read example by example, so a gigabyte of JSON takes little memory. Examples are parsed, checked and hashed
-when the table is made; no rank and no later command does it again.
+A file is read example by example, so a gigabyte of JSON takes little memory. Examples are parsed,
+checked and hashed when the table is made; no rank and no later command does it again.
 """
 
 import codecs
@@ -25,12 +25,16 @@ from data.progress import progress
 from vzip import UserError
 
 VERSION = 3
-"""Version of the table: raise it when this file, or `parse_conversation`, makes something else of the same data."""
+"""Version of the table.
+
+Raise it when this file, or `parse_conversation`, makes something else of the same data.
+"""
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
         "source": pa.string(),
-        "fault": pa.string(),  # why an example can't be used; null for a usable one. Such an example has no more columns.
+        # Why an example can't be used, or null. Such an example has none of the following.
+        "fault": pa.string(),
         "kind": pa.string(),
         "digest": pa.string(),
         "images": pa.list_(pa.string()),
@@ -100,6 +104,7 @@ def _read_lines(file: TextIO) -> Iterator[Any]:
 def _read_file(path: Path) -> Iterator[Any]:
     """The entries of a JSON list or of JSON lines, see `_read_lines`."""
     with path.open("rb") as raw:
+        # A list starts with a bracket, and JSON lines with the first example's brace.
         first = raw.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
         raw.seek(0)
         if first not in (b"[", b"{"):
@@ -108,11 +113,13 @@ def _read_file(path: Path) -> Iterator[Any]:
                 f"{path}: expected a JSON list of examples in UTF-8, or one example a line; it starts with {start!r}"
             )
 
+        # Odd bytes cost one line of JSON lines, but in a list they hide where an entry ends.
         is_lines = first == b"{"
         file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="replace" if is_lines else "strict")
         entries = _read_lines(file) if is_lines else read_list(file, path)
         with progress(None, total=path.stat().st_size, title=f"read {path.name}", unit="B") as bar:
             for entry in entries:
+                # The position in the file runs ahead of the entries by the part that is in memory.
                 bar.update(raw.tell() - bar.n)
                 yield entry
 
@@ -196,13 +203,14 @@ def _short_hash(*content: Any) -> str:
 
 
 def open_table(path: str | Path) -> Table:
-    """Open the table of a data file or folder. It is made if it is missing, or if the data has changed.
+    """Open the table of a data file or folder; make it if it is missing, or if the data changed.
 
     Args:
         path: a JSON list, a file of JSON lines, or a folder of Hugging Face `datasets`.
 
     Raises:
-        UserError: the data is missing or unreadable. Examples that can't be used are no error, see `Table.bad_examples`.
+        UserError: the data is missing or unreadable. Examples that can't be used are no error, see
+            `Table.bad_examples`.
     """
     path = Path(path).absolute()
     if not path.is_file() and not is_hf_folder(path):
@@ -211,12 +219,14 @@ def open_table(path: str | Path) -> Table:
             f"folder of Hugging Face datasets, or run `make data` where data.address says where the file is"
         )
 
+    # The first hash stays when the data changes, so that the old table can be found and deleted.
     folder = data_dir() / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     where = _short_hash(str(path))
     state = _short_hash(VERSION, _state(path))
     target = folder / f"{path.stem}-{where}-{state}.arrow"
 
+    # The file with the hash comes last: without it, a kill may have cut the table short.
     hash_file = target.with_suffix(".sha256")
     if not (hash_file.is_file() and target.is_file()):
         _write_table(path, target)

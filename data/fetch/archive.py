@@ -21,7 +21,10 @@ from vzip import UserError
 BLOCK = 4 << 20
 """Bytes of a zip file's directory that are asked for at once: GQA's directory has 14 MB."""
 TAIL = 128 << 10
-"""Bytes at the end of a zip file that are read first: they say where the directory is, and hold a small one whole."""
+"""Bytes at the end of a zip file that are read first.
+
+They say where the directory is, and hold a small one whole.
+"""
 MAX_MEMBER = 100_000_000
 """Largest member, in bytes."""
 LOCAL_HEADER = 30
@@ -64,7 +67,7 @@ class LocalFile:
         return self.path.stat().st_size
 
     def read(self, first: int, last: int) -> bytes:
-        # Each call opens the file: threads that share an open file would move each other's position.
+        # Opened by each call: threads that share an open file would move each other's position.
         with self.path.open("rb") as file:
             file.seek(first)
             return file.read(last - first + 1)
@@ -85,7 +88,10 @@ class RemoteFile:
 
 
 class _DirectoryReader(io.RawIOBase):
-    """A seekable file for `zipfile`: the tail is in memory, and blocks before it are read when they are needed."""
+    """A seekable file for `zipfile`.
+
+    The tail is in memory, and blocks before it are read when they are needed.
+    """
 
     def __init__(self, content: RandomAccess, size: int) -> None:
         self.content = content
@@ -109,6 +115,7 @@ class _DirectoryReader(io.RawIOBase):
         return self.position
 
     def readinto(self, buffer: Any) -> int:
+        # The directory often lies in the tail whole, and then nothing more is read.
         first = self.position
         if first >= self.tail_start:
             start = first - self.tail_start
@@ -133,7 +140,10 @@ def _common_end(parts: tuple[str, ...], others: tuple[str, ...]) -> int:
 
 
 class Archive:
-    """A zip file as a source. Its directory is read once; any number of threads may read members."""
+    """A zip file as a source.
+
+    Its directory is read once; any number of threads may read members.
+    """
 
     def __init__(self, entry: str, content: RandomAccess, *, setting: str) -> None:
         self.entry = entry
@@ -160,6 +170,7 @@ class Archive:
         except (zlib.error, struct.error, ValueError) as error:
             raise NotFoundError(f"{name} is damaged: {error}") from error
 
+        # A page that says sorry, or a file that was changed, does not pass as a picture.
         if len(data) != member.file_size or zlib.crc32(data) != member.CRC:
             raise NotFoundError(
                 f"{name} is damaged: it has another checksum than the zip file's directory says"
@@ -171,12 +182,15 @@ class Archive:
         try:
             self._size = self._content.size()
             with ZipFile(io.BufferedReader(_DirectoryReader(self._content, self._size))) as archive:
-                members = archive.NameToInfo.values()  # if a name is there twice, the last member has it
+                # If a name is there twice, the last member has it.
+                members = archive.NameToInfo.values()
         except TransientError:
+            # The server may answer later, so the setting is not wrong.
             raise
         except (NotFoundError, BadZipFile, NotImplementedError, ValueError, struct.error, OSError) as error:
             raise UserError(f"{self._setting}: {self.entry} can't be read as a zip file: {error}") from error
 
+        # By file name, because members may lie in other folders than the examples' paths say.
         by_name = defaultdict(list)
         for member in members:
             if not member.is_dir():
@@ -200,8 +214,8 @@ class Archive:
     def _find(self, path: str) -> ZipInfo:
         """The member whose path has the longest end in common with an example's path.
 
-        The common end must be the whole path of the member, or all of the example's path below the data source:
-        `VG_100K_2/1.jpg` is not `vg/VG_100K/1.jpg`.
+        The common end must be the whole path of the member, or all of the example's path below the
+        data source: `VG_100K_2/1.jpg` is not `vg/VG_100K/1.jpg`.
         """
         parts = path_parts(path)
         num_wanted = len(parts_below_source(path))
@@ -230,7 +244,7 @@ class Archive:
         return best[0]
 
     def _check_readable(self, member: ZipInfo, name: str) -> None:
-        """Raise NotFoundError for a member that is encrypted, compressed in a rare way, or too large."""
+        """Raise NotFoundError for a member that is encrypted, rarely compressed, or too large."""
         if member.flag_bits & 1:
             raise NotFoundError(f"{name} is encrypted")
         if member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
@@ -241,7 +255,11 @@ class Archive:
             raise NotFoundError(f"{name} has {member.file_size:,} bytes; at most {MAX_MEMBER:,} are allowed")
 
     def _read_stored(self, member: ZipInfo) -> bytes:
-        """The bytes of a member in the zip file. Raises ValueError and struct.error if the file is damaged."""
+        """The bytes of a member in the zip file.
+
+        Raises ValueError and struct.error if the file is damaged.
+        """
+        # The directory may be damaged too.
         first = member.header_offset
         if not 0 <= first < self._size:
             raise ValueError("it lies outside of the file")
@@ -249,7 +267,8 @@ class Archive:
         def read(num_bytes: int) -> bytes:
             return self._content.read(first, min(first + num_bytes, self._size) - 1)
 
-        # The header and the member in one request. A second one is rare: it means that the header is very long.
+        # The header and the member in one request. A second one is rare: it means that the header
+        # is very long.
         name_length = len(member.orig_filename.encode())
         data = read(LOCAL_HEADER + name_length + SLACK + member.compress_size)
         if not data.startswith(b"PK\3\4"):

@@ -1,4 +1,7 @@
-"""Fetch one file of any size: from the Hugging Face hub with the hub's own client, from other addresses by HTTP."""
+"""Fetch one file of any size.
+
+Files on the Hugging Face hub are fetched with the hub's own client, all others by plain HTTP.
+"""
 
 import re
 import shutil
@@ -31,11 +34,12 @@ class HubFile:
 
 
 def parse_hub_address(url: str) -> HubFile | None:
-    """The file that an address of the hub names, at `$HF_ENDPOINT` or huggingface.co; None for other addresses."""
+    """The file that an address of the hub names; None for other addresses."""
     for endpoint in ENDPOINTS:
         if not url.startswith(f"{endpoint}/"):
             continue
 
+        # Web pages link files as `...?download=true`.
         path, _, _ = url.removeprefix(endpoint).partition("?")
         match = HUB_PATH.fullmatch(path)
         if match:
@@ -47,8 +51,12 @@ def parse_hub_address(url: str) -> HubFile | None:
 
 
 def _download_from_hub(file: HubFile, target: Path) -> None:
-    """Download with the hub's client, which sends the user's token, and goes on where a connection broke off."""
-    # The client keeps records beside the file, so it gets a folder of its own. A killed command leaves this folder.
+    """Download with the hub's client.
+
+    It sends the user's token, and goes on where a connection broke off.
+    """
+    # The client keeps records beside the file, so it gets a folder of its own. A killed command
+    # leaves this folder.
     folder = target.with_name(f"{target.name}.download")
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -98,5 +106,6 @@ def fetch_file(url: str, target: Path, *, client: Client | None = None) -> None:
 
     client = client or Client()
     bar = progress(None, total=0, title=target.name, unit="B")
+    # An attempt that breaks off starts anew, in the same scratch file.
     with atomic_write(target) as scratch, bar:
         client.download(url, scratch, bar=bar)

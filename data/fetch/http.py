@@ -27,7 +27,8 @@ CHUNK = 1 << 20
 MAX_WAIT_S = 60.0
 """Longest wait between two attempts, even if a server asks for more."""
 HEADERS = {"User-Agent": "vzip", "Accept-Encoding": "identity"}
-# urllib3 follows redirects. The client below counts attempts, because a body that breaks off is asked for again too.
+# urllib3 follows redirects. The client below counts attempts, because a body that breaks off is
+# asked for again too.
 REDIRECTS = Retry(
     total=None,
     connect=0,
@@ -45,7 +46,9 @@ class NotFoundError(OSError):
 
 
 class TransientError(OSError):
-    """A source gave no proper answer: refused, dropped, stalled, broken off, 429, 5xx. Asking later may help.
+    """A source gave no proper answer; asking later may help.
+
+    It refused or dropped the connection, stalled, broke off, or answered 408, 425, 429 or 5xx.
 
     Attributes:
         wait_s: seconds that the server asked to wait.
@@ -57,7 +60,10 @@ class TransientError(OSError):
 
 
 def _manager(scheme: str) -> PoolManager:
-    """Connections through the proxy that `http_proxy` or `https_proxy` names, or direct ones without a proxy."""
+    """Connections through the proxy that the environment names for a scheme, if there is one.
+
+    As usual, it is in `http_proxy` and `https_proxy`.
+    """
     proxy = getproxies().get(scheme)
     if not proxy:
         return PoolManager(maxsize=MAX_CONNECTIONS)
@@ -85,6 +91,7 @@ def _check_status(response: BaseHTTPResponse, url: str) -> None:
     if status in (200, 206):
         return
 
+    # 408: the request took too long; 425: too early; 429: too many requests.
     message = f"{url}: answered {status} {response.reason or ''}".rstrip()
     if status >= 500 or status in (408, 425, 429):
         raise TransientError(message, wait_s=_requested_wait_s(response))
@@ -92,7 +99,10 @@ def _check_status(response: BaseHTTPResponse, url: str) -> None:
 
 
 def _content_range(response: BaseHTTPResponse, url: str) -> tuple[int, int]:
-    """(first byte, bytes of the whole file) of an answer to a range request. Raises NotFoundError if it is none."""
+    """(first byte, bytes of the whole file) of an answer to a range request.
+
+    Raises NotFoundError for any other answer.
+    """
     if response.status != 206:
         raise NotFoundError(
             f"{url}: sends no parts of files (HTTP ranges); download the whole file, and give its path"
@@ -117,16 +127,25 @@ def _check_free_space(url: str, folder: Path, num_bytes: int) -> None:
 
 @dataclass(eq=False)
 class Client:
-    """HTTP client with retries, timeouts and a total deadline. All threads may share one: it keeps connections open."""
+    """HTTP client with retries, timeouts and a total deadline.
+
+    All threads may share one: it keeps connections open.
+    """
 
     attempts: int = 5
     first_wait_s: float = 1.0
-    """Wait before the second attempt. It doubles each time, up to `MAX_WAIT_S`, and varies by half either way."""
+    """Wait before the second attempt.
+
+    It doubles each time, up to `MAX_WAIT_S`, and varies by half either way.
+    """
     connect_s: float = 10.0
     read_s: float = 30.0
     """Silence after which a server counts as stalled."""
     total_s: float = 180.0
-    """Deadline for one picture, or one part of a file, with all attempts and waits: a server may send a byte now and then."""
+    """Deadline for one picture, or one part of a file, with all attempts and waits.
+
+    Without it, a server that sends a byte now and then would be waited for for ever.
+    """
     max_bytes: int = 100_000_000
     """Largest picture, or part of a file."""
 
@@ -138,9 +157,11 @@ class Client:
         """Fetch the file at an address, or its bytes `first` to `last`, both included.
 
         Raises:
-            NotFoundError: the file is missing or larger than `max_bytes`, or the server sends no parts of files.
+            NotFoundError: the file is missing or larger than `max_bytes`, or the server sends no
+                parts of files.
             TransientError: all attempts failed.
         """
+        # Without a range, the whole file comes, of which only a limit is known.
         headers = {}
         num_bytes = None
         if first is not None and last is not None:
@@ -149,6 +170,7 @@ class Client:
 
         def attempt(deadline: float) -> bytes:
             with self.answer(url, headers, left_s=deadline - time.monotonic()) as response:
+                # A server may send another part than it was asked for.
                 if headers:
                     start, _ = _content_range(response, url)
                     if start != first:
@@ -162,7 +184,10 @@ class Client:
         return self._retry(attempt, total_s=self.total_s)
 
     def size(self, url: str) -> int:
-        """Bytes of the file at an address, whose server must send parts of files. Raises what `get` raises."""
+        """Bytes of the file at an address, whose server must send parts of files.
+
+        Raises what `get` raises.
+        """
 
         def attempt(deadline: float) -> int:
             # Not HEAD: a signed address is signed for one method.
@@ -173,7 +198,9 @@ class Client:
         return self._retry(attempt, total_s=self.total_s)
 
     def download(self, url: str, path: Path, *, bar: "tqdm[Any]") -> None:
-        """Write the file at an address, of any size, to `path`. Each attempt starts anew; no deadline holds.
+        """Write the file at an address, of any size, to `path`.
+
+        Each attempt starts anew, and takes as long as bytes keep coming.
 
         Raises:
             NotFoundError: the file is missing.
@@ -186,6 +213,7 @@ class Client:
                 size = response.length_remaining
                 _check_free_space(url, path.parent, size or 0)
 
+                # The bar starts anew with each attempt, as the file does.
                 bar.reset(total=size)
                 num_bytes = 0
                 with path.open("wb") as file:
@@ -203,10 +231,11 @@ class Client:
     def answer(
         self, url: str, headers: dict[str, str], *, left_s: float = math.inf
     ) -> Iterator[BaseHTTPResponse]:
-        """Make one attempt: an answer with status 200 or 206 after redirects, whose body is still to be read.
+        """Ask once. The answer has status 200 or 206, and its body is still to be read.
 
         Raises NotFoundError and TransientError, also for what goes wrong while the body is read.
         """
+        # A timeout must be positive; one of a millisecond fails just as well.
         left_s = max(left_s, 0.001)
         timeout = Timeout(connect=min(self.connect_s, left_s), read=min(self.read_s, left_s))
         try:
@@ -223,8 +252,10 @@ class Client:
                 _check_status(response, url)
                 yield response
             finally:
-                response.close()  # a body that was read to its end has given its connection back before
+                # A body that was read to its end has given its connection back before.
+                response.close()
         except (LocationValueError, UnicodeError) as error:
+            # Not an address at all.
             raise NotFoundError(f"{url}: {error}") from error
         except MaxRetryError as error:
             # Too many redirects lead nowhere. Everything else is a connection that failed.
@@ -249,7 +280,10 @@ class Client:
         return self._managers[parts.scheme]
 
     def _retry(self, attempt: Callable[[float], T], *, total_s: float) -> T:
-        """What `attempt` returns. It is given the time by which it must be done (monotonic clock, seconds)."""
+        """What `attempt` returns.
+
+        It is given the time by which it must be done (monotonic clock, seconds).
+        """
         deadline = time.monotonic() + total_s
         failures = 0
         while True:

@@ -1,7 +1,7 @@
-"""Fetch the pictures and videos of a subset into its folder, check each once, and remember the outcome.
+"""Fetch the pictures and videos of a subset into its folder, and check each once.
 
-Each file is decoded before it is put into the folder, and no file is ever half there. A command that was killed goes on
-where it was.
+Each file is decoded before it is put into the folder, and no file is ever half there. A command
+that was killed goes on where it was.
 """
 
 import errno
@@ -25,7 +25,10 @@ from vzip.pictures import open_picture
 from vzip.videos import check_video
 
 MAX_FAILURES = 50
-"""A source is given up after this many first requests, or this many unanswered ones in a row, have all failed."""
+"""A source is given up after so many failures.
+
+They count if they are its first requests, or if it did not answer so many times in a row.
+"""
 NUM_READS = 2
 """A file that comes damaged is asked for once more: it may have broken on the way."""
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -40,7 +43,8 @@ BAD_PATH = {
 }
 """Errors that come from the path itself, so a later attempt meets them again."""
 
-Medium = tuple[str, str, str]  # (kind, path below the folder, name of the data source, such as "coco")
+Medium = tuple[str, str, str]
+"""(kind, path below the folder, name of the data source, such as "coco")."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class _DamagedError(Exception):
 
 @contextmanager
 def _explain_write_errors(target: Path) -> Iterator[None]:
-    """Raise UserError if the folder can't be written to, NotFoundError for a path that this file system can't have."""
+    """Raise UserError if the folder is read-only, NotFoundError if the path is impossible here."""
     try:
         yield
     except OSError as error:
@@ -77,12 +81,16 @@ def _explain_write_errors(target: Path) -> Iterator[None]:
 
 
 class _Fetcher:
-    """Checks one picture or video, and fetches it if it is missing or damaged. Threads share a fetcher."""
+    """Checks one picture or video, and fetches it if it is missing or damaged.
+
+    Threads share a fetcher.
+    """
 
     def __init__(self, folder: Path, sources: Mapping[str, Sequence[Source]]) -> None:
         self.folder = folder
         self.sources = sources
-        # The network can use more threads than there are cores. Decoding in all of them would only take memory.
+        # The network can use more threads than there are cores. Decoding in all of them would only
+        # take memory.
         self.decoding = threading.BoundedSemaphore(os.cpu_count() or 1)
 
     def __call__(self, medium: Medium) -> tuple[Medium, Checked, bool]:
@@ -92,6 +100,7 @@ class _Fetcher:
         assert not Path(path).is_absolute() and ".." not in Path(path).parts, path
 
         sources = self.sources.get(source_name, ())
+        # A file that is there and whole is never fetched, whatever the settings say.
         entry, may_replace = self._look(kind, path)
         must_fetch = bool(entry.fault and may_replace and sources)
         if must_fetch:
@@ -100,6 +109,7 @@ class _Fetcher:
                 return medium, fetched, True
             entry = replace(entry, fault=fetched.reason, final=fetched.final)
 
+        # Remembered, so that the next command asks only sources that are new.
         if entry.fault:
             entry = replace(entry, tried=tuple(map(str, sources)))
         return medium, entry, must_fetch
@@ -125,7 +135,10 @@ class _Fetcher:
             return Checked(path, num_bytes, fault=str(error), final=final), False
 
     def _check(self, kind: str, path: str, file: Path) -> Checked:
-        """Decode a file. Raises _DamagedError, OSError for errors of the disk, and UserError without PyAV."""
+        """Decode a file.
+
+        Raises _DamagedError, OSError for errors of the disk, and UserError without PyAV.
+        """
         try:
             with self.decoding:
                 if kind == "video":
@@ -139,6 +152,7 @@ class _Fetcher:
         except UserError:  # a ValueError, but one about the installation
             raise
         except (OSError, ValueError) as error:
+            # An error number comes from the disk; errors about the content have none.
             if getattr(error, "errno", None) is not None:
                 raise
             raise _DamagedError(str(error)) from error
@@ -165,6 +179,7 @@ class _Fetcher:
         return Fault("; ".join(reasons), final)
 
     def _fetch_from(self, source: Source, kind: str, path: str) -> Checked:
+        # Only damage is worth another read here: the source's client retries the rest itself.
         for _ in range(NUM_READS - 1):
             with suppress(_DamagedError):
                 return self._store(kind, path, source.read(path))
@@ -183,7 +198,10 @@ class _Fetcher:
 
 
 class _FailureGuard:
-    """Ends a command whose addresses are wrong, or whose network is gone, before tens of thousands of vain requests."""
+    """Ends a command whose addresses are wrong, or whose network is gone.
+
+    It does so before tens of thousands of requests are made in vain.
+    """
 
     def __init__(self, sources: Mapping[str, Sequence[Source]]) -> None:
         self.sources = sources
@@ -193,7 +211,10 @@ class _FailureGuard:
         """Unanswered requests in a row."""
 
     def see(self, source_name: str, entry: Checked) -> None:
-        """Count a picture or video that sources were asked for. Raises UserError if it is one failure too many."""
+        """Count a picture or video that sources were asked for.
+
+        Raises UserError if it is one failure too many.
+        """
         if not entry.fault:
             self.num_good[source_name] += 1
             self.num_unanswered[source_name] = 0
@@ -229,28 +250,32 @@ def fetch_media(
     media_index: MediaIndex,
     num_threads: int = 32,
 ) -> dict[str, Fault]:
-    """Make sure that pictures and videos are whole in a folder; fetch those that are missing or damaged.
+    """Make sure that pictures and videos are whole in a folder; fetch missing and damaged ones.
 
-    Files whose entry in the index still holds are not looked at again. Files are written as they come, whatever kind of
-    picture their names promise.
+    Files whose entry in the index still holds are not looked at again. Files are written as they
+    come, whatever kind of picture their names promise.
 
     Args:
         media: (kind, path below the folder, name of the data source) of each.
         folder: may be read-only if nothing is missing.
         sources: by the name of the data source, where its files are fetched from, in this order.
         media_index: is read and extended.
-        num_threads: threads that wait for servers. No more pictures are decoded at once than there are cores.
+        num_threads: threads that wait for servers. No more pictures are decoded at once than there
+            are cores.
 
     Returns:
         The faults, by path.
 
     Raises:
-        UserError: an entry of `data.pictures` is wrong; the first `MAX_FAILURES` pictures of a source, or as many in a row,
-            could not be fetched; the folder can't be written to; PyAV is missing.
+        UserError: an entry of `data.pictures` is wrong; the first `MAX_FAILURES` pictures of a
+            source, or as many in a row, could not be fetched; the folder can't be written to; PyAV
+            is missing.
         OSError: the disk failed, or is full.
     """
+    # Several examples may show the same picture.
     by_path = {path: (kind, path, source_name) for kind, path, source_name in media}
 
+    # What the index knows is not looked at again.
     entries = []
     todo = []
     for path, medium in by_path.items():
@@ -266,11 +291,13 @@ def fetch_media(
             delete_leftovers(parent)
 
     guard = _FailureGuard(sources)
-    # Not an executor: its threads would keep an interrupted command alive until the last server has answered.
+    # Not an executor: its threads would keep an interrupted command alive until the last server has
+    # answered.
     with ThreadPool(min(num_threads, len(todo)) or 1) as pool:
         results = pool.imap_unordered(_Fetcher(folder, sources), todo)
         bar = progress(results, total=len(by_path), start=len(entries), title="pictures", unit="file")
         num_faults = sum(bool(entry.fault) for entry in entries)
+        # Only this thread writes to the index, one line as soon as a file is done.
         for (_, _, source_name), entry, was_asked in bar:
             media_index.record(entry)
             entries.append(entry)

@@ -36,7 +36,10 @@ class Checked:
 
 
 def media_bytes(path: Path) -> int:
-    """Size of a picture or video as in `Checked.bytes`. Raises OSError and ValueError for paths that no file can have."""
+    """Size of a picture or video as in `Checked.bytes`.
+
+    Raises OSError and ValueError for paths that no file can have.
+    """
     try:
         return 0 if path.is_dir() else path.stat().st_size
     except FileNotFoundError:
@@ -44,7 +47,10 @@ def media_bytes(path: Path) -> int:
 
 
 class MediaIndex:
-    """Entries for pictures and videos, one JSON object a line in a file. Threads may share an index."""
+    """Entries for pictures and videos, one JSON object a line in a file.
+
+    Threads may share an index.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -68,9 +74,11 @@ class MediaIndex:
 
     def record(self, entry: Checked) -> None:
         """Remember an entry. It is in the file once this returns."""
+        # A good file has no fault, and a bad one has nothing that is worth remembering.
         unused = ("digest", "height", "width") if entry.fault else ("fault", "final", "tried")
         values = {key: value for key, value in asdict(entry).items() if key not in unused}
         line = json.dumps(values) + "\n"
+        # A line that a kill cut short gets its end first, or the new one would be lost with it.
         with self._lock, self.path.open("a", encoding="utf-8") as file:
             file.write(line if self._ends_in_newline else f"\n{line}")
             self._ends_in_newline = True
@@ -79,8 +87,8 @@ class MediaIndex:
     def lookup(self, path: str, folder: Path, sources: Sequence[Source]) -> Checked | None:
         """The entry of a path, or None if the path must be looked at (again).
 
-        That is so if its file has another size now, or if there is a fault that may have passed: a new source is
-        given, or one of the old sources may answer later.
+        That is so if its file has another size now, or if there is a fault that may have passed: a
+        new source is given, or one of the old sources may answer later.
         """
         entry = self._entries.get(path)
         if entry is None:
@@ -91,6 +99,7 @@ class MediaIndex:
             if not entry.final or not names <= set(entry.tried):
                 return None
 
+        # The size shows most changes, and costs no reading of the file.
         try:
             num_bytes = media_bytes(folder / path)
         except (OSError, ValueError):
@@ -99,7 +108,11 @@ class MediaIndex:
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """(height, width), upright, of each good picture by its path."""
-        return {path: (entry.height, entry.width) for path, entry in self._entries.items() if entry.height}
+        sizes = {}
+        for path, entry in self._entries.items():
+            if entry.height:
+                sizes[path] = (entry.height, entry.width)
+        return sizes
 
     def content(self, paths: Iterable[str]) -> str:
         """sha256 over the content of the pictures, and over the sizes of the videos."""

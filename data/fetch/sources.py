@@ -1,7 +1,7 @@
-"""Where the pictures of a data source are fetched from: an address, a folder, or a zip file on disk or at an address.
+"""Where pictures are fetched from: addresses, folders, and zip files on disk or at an address.
 
-An example names a picture by its data source and its path there (`coco/train2017/1.jpg`), as LLaVA's instruction data
-does.
+An example names a picture by its data source and its path there (`coco/train2017/1.jpg`), as
+LLaVA's instruction data does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,6 +41,7 @@ class Address:
         return self.entry
 
     def read(self, path: str) -> bytes:
+        # The path goes in front of a query, which may hold a key.
         base = urlsplit(self.entry)
         file = quote("/".join(parts_below_source(path)))
         url = base._replace(path=f"{base.path.rstrip('/')}/{file}")
@@ -49,7 +50,10 @@ class Address:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder that holds an example's path, or the end of it: the folder of all pictures, or one deep below it."""
+    """A folder that holds an example's path, or the end of it.
+
+    So it may be the folder of all pictures, or one deep below it.
+    """
 
     entry: str
 
@@ -59,6 +63,7 @@ class Folder:
     def read(self, path: str) -> bytes:
         folder = Path(self.entry).expanduser()
         parts = path_parts(path)
+        # The longest end first: two sources may have files of the same name.
         try:
             for start in range(len(parts)):
                 file = folder.joinpath(*parts[start:])
@@ -98,11 +103,14 @@ def _parse_address(entry: str, client: Client, *, setting: str, wrong: str) -> S
 
 
 def open_sources(pictures: Mapping[str, Any] | None, client: Client) -> dict[str, list[Source]]:
-    """Parse the setting `data.pictures`: by the name of the data source, where its pictures are fetched from.
+    """Parse the setting `data.pictures`.
 
     Args:
         pictures: by the name of the data source, an entry, a list of entries, or None.
         client: for addresses. No request is made yet.
+
+    Returns:
+        by the name of the data source, where its pictures are fetched from, in this order.
 
     Raises:
         UserError: an entry is invalid, or names a file or folder that does not exist.
@@ -110,6 +118,7 @@ def open_sources(pictures: Mapping[str, Any] | None, client: Client) -> dict[str
     sources = {}
     for name, entries in (pictures or {}).items():
         setting = f"data.pictures.{name}"
+        # An entry, a list of entries, or nothing: all become a list.
         if entries is None:
             entries = []
         if isinstance(entries, str):

@@ -42,6 +42,7 @@ def print_fetched(subset: Subset) -> None:
     manifest = subset.manifest
     num_drawn = manifest["num_rows_by_source"]
 
+    # Examples that are bad in the data file itself were never drawn, so nothing replaced them.
     left_out: Counter[str] = Counter()
     replaced: Counter[str] = Counter()
     for example in manifest["bad_rows"]:
@@ -81,6 +82,7 @@ def main(cfg: DictConfig) -> None:
     if not path.exists() and cfg.data.address:
         fetch_instructions(cfg.data.address, path)
 
+    # Held-out questions have pictures of their own, in the same folder.
     selections = [config.selection(cfg)]
     if config.asks_questions(cfg):
         selections.append(config.held_out(cfg))
