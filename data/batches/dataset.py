@@ -254,7 +254,7 @@ def _own_micro_batches(
 def _count_tokens(
     lengths: Tensor, examples_by_step: Tensor, specs_by_step: Sequence[Sequence[MicroBatchSpec]]
 ) -> list[int]:
-    """Tokens of each step on all ranks, after expansion by the reducer that each micro batch has."""
+    """Count the tokens of each step on all ranks, expanded by each micro batch's reducer."""
     totals = []
     for examples, specs in zip(examples_by_step, specs_by_step, strict=True):
         # Count all examples with the first reducer, also those that are in no micro batch.

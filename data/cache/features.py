@@ -65,10 +65,13 @@ def cache_settings(
         "config": family.feature_settings(),
         "reducer": family.describe_reduction(reducer),
         "processors": processors,
+        # What shape and type the features have, also where there is no image to tell.
         "dtype": str(next(family.tower.parameters()).dtype).removeprefix("torch."),
         "width": family.model.config.vision_config.hidden_size,
+        # Images do not depend on it.
         "num_frames": num_frames if "video" in family.kinds else None,
         "rows": examples_name,
+        # Other versions may process or compute something else.
         "transformers": transformers.__version__,
     }
 
@@ -97,6 +100,7 @@ def differences(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
     in_cache = dict(_flatten(cached))
     in_run = dict(_flatten(wanted))
 
+    # In the order of the run's settings, then those that only the cache has.
     lines = []
     for name in {**in_run, **in_cache}:
         if in_cache.get(name) != in_run.get(name):

@@ -206,6 +206,7 @@ class Examples(Sequence[Example]):
 
     def flat_tokens(self) -> FlatTokens:
         """Token ids and labels of all examples."""
+        # The file is written in chunks, whose offsets begin at 0 again.
         ids = self.table["ids"].combine_chunks()
         labels = self.table["labels"].combine_chunks()
         # Offsets are those of all rows, so they also skip rows that are no examples.
@@ -285,6 +286,7 @@ def record_of(
 
 def _tokenizer_fingerprint(tokenizer: Any) -> str:
     """Hash all files that the tokenizer saves."""
+    # They hold vocabulary, merges and special tokens, whatever the tokenizer's class.
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)

@@ -80,6 +80,7 @@ def check_faults(report: Mapping[str, Any], folder: Path) -> None:
     num_broken = report["all"]["broken_files"]
     num_too_long = report["all"]["too_long"]
 
+    # Each kind of fault has its own cure.
     lines = [
         f"{num_broken} files of the subset can't be read and {num_too_long} examples are too long "
         f"({counts}). The first ones:"
@@ -127,6 +128,7 @@ def _fitting_max_tokens(lengths: ExampleLengths, max_positions: int) -> int | No
 
 def _describe(lengths: ExampleLengths, rows: np.ndarray, max_positions: int) -> dict[str, Any]:
     """Counts and lengths of some conversations, given as bool[conversations]."""
+    # Conversations without a label are not trained on, and counted apart.
     trained = rows & lengths.trained
     cut = rows & (lengths.cut_turns > 0)
     num_by_turn = Counter(lengths.cut_turns[cut].tolist())

@@ -27,6 +27,8 @@ BLACK = "#000000"
 def print_report(report: Mapping[str, Any]) -> None:
     """Print counts by source, where conversations are cut, and how long the examples are."""
     console = Console()
+
+    # The largest source first, and all of them together in the last row.
     groups = {**report["sources"], "all": report["all"]}
 
     console.print(_counts_table(groups))
@@ -71,6 +73,7 @@ def _cut_sentence(report: Mapping[str, Any]) -> str:
     by_turn = report["all"]["cut"]["rows_by_turn"]
     most_first = sorted(by_turn.items(), key=lambda item: -item[1])
 
+    # The others together, as long conversations have many turns.
     turns = [f"{turn} ({count:,} examples)" for turn, count in most_first[:MAX_TURNS]]
     num_others = sum(count for _, count in most_first[MAX_TURNS:])
     if num_others:
@@ -91,6 +94,8 @@ def _lengths_table(groups: Mapping[str, Any]) -> Table:
         for source, group in groups.items():
             values = [f"{value:,.0f}" for value in group["tokens"][measure].values()]
             table.add_row(title, source, *values)
+
+        # A line between the measures.
         table.add_section()
     return table
 
@@ -104,6 +109,7 @@ def draw_report(lengths: ExampleLengths, report: Mapping[str, Any], path: Path) 
     if not sources:
         return
 
+    # The panels of all pictures have the same size, so one of more sources is higher.
     figure = Figure(figsize=(10, 1.6 + 1.3 * len(sources)), layout="constrained")
     grid = figure.subplots(len(sources), 2, sharex="col", squeeze=False)
     max_positions = report["max_positions"]
@@ -115,6 +121,7 @@ def draw_report(lengths: ExampleLengths, report: Mapping[str, Any], path: Path) 
     _draw_column(grid[:, 0], lengths, lengths.expanded, sources, last=longest, colour=BLUE)
     _draw_column(grid[:, 1], lengths, lengths.labels, sources, last=most_labels, colour=ORANGE)
 
+    # What the language model takes, beside the lengths of each source.
     for axes, source in zip(grid[:, 0], sources, strict=True):
         axes.axvline(max_positions, color=BLACK, linestyle="--", linewidth=1)
         axes.set_ylabel(f"{source}\n{report['sources'][source]['rows']:,} examples\n% of examples")
@@ -157,7 +164,9 @@ def _draw_column(
 
 def _draw_histogram(axes: Axes, values: np.ndarray, bins: list[float], colour: str) -> None:
     """Draw the share of examples by length in percent, with the median marked."""
-    axes.hist(values, bins=bins, weights=np.full(len(values), 100 / len(values)), color=colour)
+    # The bars of a source add up to 100, so that small sources can be compared with large ones.
+    weights = np.full(len(values), 100 / len(values))
+    axes.hist(values, bins=bins, weights=weights, color=colour)
     axes.set_xscale("log")
     axes.spines[["top", "right"]].set_visible(False)
 

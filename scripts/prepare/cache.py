@@ -43,6 +43,7 @@ def cache_features(cfg: DictConfig) -> Path:
         num_frames=num_frames,
     )
 
+    # Only the tower runs, but it stands in the whole model.
     family.model.to("cuda" if torch.cuda.is_available() else "cpu")
     media = ProcessedMedia(processor, family.without_weights(), reducer, num_frames=num_frames)
     return make_cache(
@@ -58,6 +59,7 @@ def cache_features(cfg: DictConfig) -> Path:
 @hydra.main(config_path="../../configs", config_name="tune", version_base="1.3")
 @exit_on_user_error
 def main(cfg: DictConfig) -> None:
+    # The checks of a run that tunes from the cache, before the work instead of after it.
     check(OmegaConf.merge(cfg, {"data": {"cache": True}}))
 
     start = time.perf_counter()

@@ -36,7 +36,6 @@ from tests.helpers.strategies import drawn_examples, example_with_pictures, read
 from vzip import UserError
 from vzip.families import family_of
 from vzip.media import MediaInputs
-from vzip.pictures import open_picture
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
@@ -87,20 +86,6 @@ def test_without_a_pad_token_the_end_token_pads():
     two = [Example([7, 8], [7, 8], {}), Example([7], [7], {})]
     batch = Collator(processor, shared_family(), Identity())(two)
     assert batch.input_ids.tolist() == [[7, 8], [7, tiny.SPECIAL.index("</s>")]]
-
-
-def test_pictures_keep_their_order_over_examples(tmp_path):
-    paths = pictures(tmp_path, 4)
-    two = Example([IMAGE_ID, IMAGE_ID, 7], [IGNORED] * 3, {"image": (paths[2], paths[0])})
-    text = Example([7], [7], {})
-    third = Example([IMAGE_ID, 7], [IGNORED, 7], {"image": (paths[3],)})
-    again = Example([IMAGE_ID, 7], [IGNORED, 7], {"image": (paths[2],)})
-    batch = collator()([two, text, third, again])
-
-    opened = [open_picture(paths[number]) for number in (2, 0, 3, 2)]
-    expected = PROCESSOR.image_processor(opened, return_tensors="pt")["pixel_values"]
-    assert torch.equal(batch.media["image"].normalized(torch.float32).pixels, expected)
-    assert (batch.input_ids == IMAGE_ID).sum(dim=1).tolist() == [12, 0, 6, 6]
 
 
 BATCHES = {
