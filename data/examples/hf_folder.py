@@ -33,7 +33,7 @@ def is_hf_folder(path: Path) -> bool:
 
 
 def _stored_pictures(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The pictures of a dataset's row, each as it is stored there: {"bytes"} or {"path"}."""
+    """The pictures in a row of the dataset, each as {"bytes"} or {"path"}."""
     pictures = []
     for name in PICTURE_COLUMNS:
         value = row.get(name) or []

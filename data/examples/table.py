@@ -101,7 +101,7 @@ def _read_lines(file: TextIO) -> Iterator[Any]:
             yield ValueError(f"line {number} is not valid JSON: {error}")
 
 
-def _read_file(path: Path) -> Iterator[Any]:
+def _read_entries(path: Path) -> Iterator[Any]:
     """The entries of a JSON list or of JSON lines, see `_read_lines`."""
     with path.open("rb") as raw:
         # A list starts with a bracket, and JSON lines with the first example's brace.
@@ -167,7 +167,7 @@ def _write_table(path: Path, target: Path) -> None:
     digest = hashlib.sha256()
 
     def records() -> Iterator[dict[str, Any]]:
-        entries = HfFolder(path).entries() if path.is_dir() else _read_file(path)
+        entries = HfFolder(path).entries() if path.is_dir() else _read_entries(path)
         for position, entry in enumerate(entries):
             record = _record(position, entry)
             digest.update((record["digest"] or record["fault"]).encode())

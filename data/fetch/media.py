@@ -242,6 +242,14 @@ class _FailureGuard:
         )
 
 
+def _delete_leftovers_of(media: Iterable[Medium], folder: Path) -> None:
+    """Delete what killed commands had begun to write in the folders of these files."""
+    for parent in {(folder / path).parent for _, path, _ in media}:
+        # A folder that can't be written to, or can't exist, has no leftovers that do harm.
+        with suppress(OSError, ValueError):
+            delete_leftovers(parent)
+
+
 def fetch_media(
     media: Iterable[Medium],
     folder: Path,
@@ -276,34 +284,33 @@ def fetch_media(
     by_path = {path: (kind, path, source_name) for kind, path, source_name in media}
 
     # What the index knows is not looked at again.
-    entries = []
+    faults = {}
     todo = []
     for path, medium in by_path.items():
-        known = media_index.lookup(path, folder, sources.get(medium[2], ()))
-        if known is None:
+        _, _, source_name = medium
+        entry = media_index.lookup(path, folder, sources.get(source_name, ()))
+        if entry is None:
             todo.append(medium)
-        else:
-            entries.append(known)
+        elif entry.fault:
+            faults[path] = Fault(entry.fault, entry.final)
 
-    for parent in {(folder / path).parent for _, path, _ in todo}:
-        # A folder that can't be written to, or can't exist, has no leftovers that do harm.
-        with suppress(OSError, ValueError):
-            delete_leftovers(parent)
+    _delete_leftovers_of(todo, folder)
 
     guard = _FailureGuard(sources)
     # Not an executor: its threads would keep an interrupted command alive until the last server has
     # answered.
     with ThreadPool(min(num_threads, len(todo)) or 1) as pool:
         results = pool.imap_unordered(_Fetcher(folder, sources), todo)
-        bar = progress(results, total=len(by_path), start=len(entries), title="pictures", unit="file")
-        num_faults = sum(bool(entry.fault) for entry in entries)
+        num_known = len(by_path) - len(todo)
+        bar = progress(results, total=len(by_path), start=num_known, title="pictures", unit="file")
+
         # Only this thread writes to the index, one line as soon as a file is done.
-        for (_, _, source_name), entry, was_asked in bar:
+        for (_, path, source_name), entry, was_asked in bar:
             media_index.record(entry)
-            entries.append(entry)
-            num_faults += bool(entry.fault)
-            bar.set_postfix(faults=num_faults, refresh=False)
+            if entry.fault:
+                faults[path] = Fault(entry.fault, entry.final)
+            bar.set_postfix(faults=len(faults), refresh=False)
             if was_asked:
                 guard.see(source_name, entry)
 
-    return {entry.path: Fault(entry.fault, entry.final) for entry in entries if entry.fault}
+    return faults
