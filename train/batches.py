@@ -1,7 +1,7 @@
-"""Two paths from examples to the same gradient: how examples become micro batches, and the loss that takes these.
+"""Two paths from examples to the same gradient: micro batches, and the loss that takes them.
 
-`engine=fast` packs examples one behind the other and runs only what the gradient needs. `engine=reference` pads them and
-runs everything, as stock trainers do.
+`engine=fast` packs examples one behind the other and runs only what the gradient needs.
+`engine=reference` pads them and runs everything, as stock trainers do.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,9 @@ def make_batches(
     examples: Examples,
     plan: BatchPlan,
 ) -> tuple[MicroBatches, FastLoss | ReferenceLoss]:
-    """Cut the run's steps into micro batches, and choose the loss that takes them. The gradients of both paths are the same.
+    """Cut the run's steps into micro batches, and choose the loss that takes them.
+
+    The gradients of both paths are the same.
 
     Args:
         cfg: the run's settings.
@@ -47,13 +49,14 @@ def make_batches(
         (the micro batches of this rank, the loss)
 
     Raises:
-        UserError: no example has a gradient, the fast path does not support the language model, or an example does not fit
-            into memory.
+        UserError: no example has a gradient, the fast path does not support the language model, or
+            an example does not fit into memory.
     """
     has_gradient = gradient_mask(examples, trainable)
     if not has_gradient.any():
         raise UserError(
-            f"no example of data.path={cfg.data.path} has an image or a video: the projector can learn nothing"
+            f"no example of data.path={cfg.data.path} has an image or a video: the projector can "
+            f"learn nothing"
         )
 
     batcher: Batcher
@@ -72,7 +75,8 @@ def make_batches(
 def gradient_mask(examples: Examples, trainable: Trainable) -> Tensor:
     """bool[examples]: whether the trainable parameters learn from an example.
 
-    An example without a picture never reaches the projector. LoRA in the language model learns from every example.
+    An example without a picture never reaches the projector. LoRA in the language model learns from
+    every example.
     """
     return has_media(examples) | trainable.in_language
 
@@ -88,7 +92,8 @@ def _fast_path(
     """Pack the examples that have a gradient."""
     has_gradient = gradient_mask(examples, trainable)
 
-    # All examples begin with the same system prompt. It is run once, unless LoRA changes what the language model makes of it.
+    # All examples begin with the same system prompt. It is run once, unless LoRA changes what the
+    # language model makes of it.
     placeholders = [family.placeholder_id(kind) for kind in collators[0].kinds]
     prefix = [] if trainable.in_language else shared_prefix(examples, placeholders)
 
@@ -113,26 +118,37 @@ def _fast_path(
         has_gradient=has_gradient,
     )
 
-    # Compiling takes some seconds at the start, and pays on a GPU only.
-    device = best_device()
-    compiled = cfg.compile if cfg.compile is not None else device.type == "cuda"
-    if compiled:
-        check_compiles(device, getattr(torch, cfg.model.dtype))
     loss = FastLoss(
         family,
         [collator.reducer for collator in collators],
         prefix=prefix,
         recompute=packing.recompute,
-        compiled=compiled,
+        compiled=_is_compiled(cfg),
     )
 
-    attention = "FlashAttention" if flash_runs(cfg, family) else "attention in blocks of similar length"
+    has_flash = flash_runs(cfg, family)
+    attention = "FlashAttention" if has_flash else "attention in blocks of similar length"
     print_rank0(f"fast path: {batcher}, behind a shared prefix of {len(prefix)}; {attention}")
     if packing.recompute:
         print_rank0("  to save memory, the backward pass computes the MLPs again")
-    num_without = int((~has_gradient).sum())
-    if num_without:
-        print_rank0(
-            f"  {num_without:,} examples without a picture are counted, but not run: their gradient is zero"
-        )
+    _print_left_out(has_gradient)
     return batcher, loss
+
+
+def _is_compiled(cfg: DictConfig) -> bool:
+    """Whether torch.compile is used. Raises UserError if it is asked for and does not work here."""
+    # Compiling takes some seconds at the start, and pays on a GPU only.
+    device = best_device()
+    compiled = bool(cfg.compile) if cfg.compile is not None else device.type == "cuda"
+    if compiled:
+        check_compiles(device, getattr(torch, cfg.model.dtype))
+    return compiled
+
+
+def _print_left_out(has_gradient: Tensor) -> None:
+    """Print how many examples the fast path does not run: the others in bool[examples]."""
+    num_left_out = int((~has_gradient).sum())
+    if num_left_out:
+        print_rank0(
+            f"  {num_left_out:,} examples without a picture are counted, but not run: their gradient is zero"
+        )

@@ -1,7 +1,8 @@
-"""The folder of a run: its settings and environment, its resumable state, the trained projector, its results.
+"""The folder of a run: settings, environment, resumable state, trained projector, results.
 
-`runs/NAME/` holds config.yaml, env.json, manifest.json, metrics.jsonl, answers_SETTING.json, projector.safetensors,
-meta.json, result.json, wandb/ and pictures. While the run trains it also holds state/.
+`runs/NAME/` holds config.yaml, env.json, manifest.json, metrics.jsonl, answers_SETTING.json,
+projector.safetensors, meta.json, result.json, wandb/ and pictures. While the run trains it also
+holds state/.
 """
 
 import json
@@ -29,7 +30,8 @@ from vzip.templates.encode import Template
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "hydra-core", "wandb", "safetensors")
 
-# Disk space per trainable parameter: two resumable states of float32 weights and AdamW's moments, and the result.
+# Disk space per trainable parameter: two resumable states of float32 weights and AdamW's moments,
+# and the result.
 BYTES_PER_PARAMETER = 28
 
 # Disk space for everything else.
@@ -107,8 +109,8 @@ class RunFolder:
         changed = _changed_settings(identity(OmegaConf.load(config)), identity(self.cfg))
         if changed:
             raise UserError(
-                f"{self.path} holds a run with other settings ({', '.join(changed)}); choose another name=..., or start over "
-                f"with fresh=true"
+                f"{self.path} holds a run with other settings ({', '.join(changed)}); choose another "
+                f"name=..., or start over with fresh=true"
             )
 
     @property
@@ -129,7 +131,7 @@ class RunFolder:
             world_size: ranks.
 
         Raises:
-            UserError: the disk is too full, or the training data has changed since the run was begun.
+            UserError: the disk is too full, or the training data has changed.
         """
         if is_main():
             if self.cfg.fresh and self.path.exists():
@@ -153,8 +155,9 @@ class RunFolder:
         now = manifest["hash"]
         if before != now:
             raise UserError(
-                f"{self.path} was begun on other examples (hash {before[:12]}, now {now[:12]}): the data has changed since; "
-                f"restore it, choose another name=..., or start over with fresh=true"
+                f"{self.path} was begun on other examples (hash {before[:12]}, now {now[:12]}): the "
+                f"data has changed since; restore it, choose another name=..., or start over with "
+                f"fresh=true"
             )
 
     def _check_disk(self, num_trainable: int) -> None:
@@ -162,8 +165,8 @@ class RunFolder:
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise UserError(
-                f"{self.path} has {free / 1e6:,.0f} MB free, a run needs {needed / 1e6:,.0f} MB; free some space, or set "
-                f"runs=... to a folder on another disk"
+                f"{self.path} has {free / 1e6:,.0f} MB free, a run needs {needed / 1e6:,.0f} MB; "
+                f"free some space, or set runs=... to a folder on another disk"
             )
 
     def save_state(self, engine: Engine, num_done: int) -> None:
@@ -178,7 +181,7 @@ class RunFolder:
                     shutil.rmtree(folder)
 
     def resume(self, engine: Engine) -> int:
-        """Load the newest state into the engine. Returns the steps that it has done, 0 without a state."""
+        """Load the newest state, if any, into the engine. Returns the steps that are done."""
         has_state = broadcast_from_rank0((self.state / "latest").is_file())
         if not has_state:
             return 0
@@ -193,7 +196,7 @@ class RunFolder:
         template: Template,
         manifest: Mapping[str, Any],
     ) -> None:
-        """Write projector.safetensors and meta.json, and the adapter in peft's format if there is LoRA.
+        """Write projector.safetensors and meta.json; with LoRA also the adapter, for peft.
 
         Args:
             engine: holds the trained weights.
@@ -229,7 +232,12 @@ class RunFolder:
             num_steps: steps that the run took.
             manifest: what the training data consists of.
         """
-        result = {"rows": rows, "num_steps": num_steps, "manifest": manifest["hash"], "seed": self.cfg.seed}
+        result = {
+            "rows": rows,
+            "num_steps": num_steps,
+            "manifest": manifest["hash"],
+            "seed": self.cfg.seed,
+        }
         if is_main():
             write_json(self.path / "result.json", result)
             shutil.rmtree(self.state, ignore_errors=True)

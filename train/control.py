@@ -24,7 +24,8 @@ def control_settings(cfg: DictConfig) -> DictConfig:
     reducer = build_reducer(cfg)
     if not isinstance(reducer, VisionZip):
         raise UserError(
-            f"control=true compares with reducer=visionzip, not with {cfg.reducer['_target_']}; leave control out"
+            f"control=true compares with reducer=visionzip, not with {cfg.reducer['_target_']}; "
+            f"leave control out"
         )
 
     tokens_per_tile = reducer.dominant + reducer.contextual

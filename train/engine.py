@@ -1,7 +1,8 @@
 """DeepSpeed around the loss: forward, backward and optimizer step, in any ZeRO stage.
 
-The frozen weights stay in bf16. The trainable parameters are in float32 and serve as their own master weights. DeepSpeed
-is not told about bf16: its bf16 mode would cast the trainable parameters, and keep master weights in some ZeRO stages only.
+The frozen weights stay in bf16. The trainable parameters are in float32 and serve as their own
+master weights. DeepSpeed is not told about bf16: its bf16 mode would cast the trainable parameters,
+and keep master weights in some ZeRO stages only.
 """
 
 from contextlib import AbstractContextManager
@@ -24,9 +25,11 @@ def deepspeed_config(cfg: DictConfig) -> dict[str, Any]:
     assert isinstance(settings, dict)
     return {
         **{str(key): value for key, value in settings.items()},
-        # DeepSpeed requires a micro batch size and uses it for statistics only: ours differ from one to the next.
+        # DeepSpeed requires a micro batch size and uses it for statistics only: ours differ from
+        # one to the next.
         "train_micro_batch_size_per_gpu": 1,
-        # The number of micro batches differs from step to step, so `backward` marks the last one of a step.
+        # The number of micro batches differs from step to step, so `backward` marks the last one of
+        # a step.
         "gradient_accumulation_steps": 1,
         "gradient_clipping": cfg.optim.max_grad_norm,
         "zero_allow_untested_optimizer": True,
@@ -47,7 +50,8 @@ class Engine:
         rank: number of this process.
         world_size: number of processes.
         device: where the model runs.
-        is_sharded: whether the ranks share the weights between them (ZeRO 3), so that all of them must run the same modules.
+        is_sharded: whether the ranks share the weights between them (ZeRO 3), so that all of them
+            must run the same modules.
     """
 
     def __init__(self, loss: ReferenceLoss | FastLoss, trainable: Trainable, cfg: DictConfig) -> None:
@@ -61,7 +65,8 @@ class Engine:
         )
         settings = deepspeed_config(cfg)
 
-        # Share out the weights one tensor at a time: `initialize` alone would copy the whole model to the device first.
+        # Share out the weights one tensor at a time: `initialize` alone would copy the whole model
+        # to the device first.
         if cfg.deepspeed.zero_optimization.stage == 3:
             deepspeed.zero.Init(module=loss, config_dict_or_path=settings)
 
@@ -86,15 +91,15 @@ class Engine:
         """Compute the loss of a micro batch.
 
         Returns:
-            (cross entropy summed over all label tokens, to call `backward` on; the same over the label tokens that give the
-            trainable parameters a gradient, to report)
+            (cross entropy summed over all label tokens, to call `backward` on; the same over the
+            label tokens that give the trainable parameters a gradient, to report)
         """
         with self.gathered_parameters():
             loss, reported = self.deepspeed(micro_batch.to(self.device))
         return loss, reported
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add the gradient of a micro batch. The last one of a step also averages the gradients over the ranks."""
+        """Add the gradient of a micro batch. After the last one, average over the ranks."""
         self.deepspeed.set_gradient_accumulation_boundary(is_last)
         self.deepspeed.backward(loss)
 
@@ -107,8 +112,9 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-        # Without ZeRO every rank holds whole gradients, and the step clears them: take their norm before it.
-        # In ZeRO 2 and 3 a rank holds a part of them, and DeepSpeed knows the norm after the step.
+        # Without ZeRO every rank holds whole gradients, and the step clears them: take their norm
+        # before it. In ZeRO 2 and 3 a rank holds a part of them, and DeepSpeed knows the norm after
+        # the step.
         if self.deepspeed.zero_optimization_stage() == 0:
             norm = self._gradient_norm()
             self.deepspeed.step()
@@ -127,9 +133,10 @@ class Engine:
         return float(value.item())
 
     def gathered_parameters(self) -> AbstractContextManager[None]:
-        """Gather, under ZeRO 3, the parameters that belong to no submodule, such as LLaVA-NeXT's image_newline.
+        """Gather, under ZeRO 3, parameters outside of submodules (LLaVA-NeXT's image_newline).
 
-        DeepSpeed gathers the parameters of a submodule when it runs. Use this around calls of parts of the model.
+        DeepSpeed gathers the parameters of a submodule when it runs, but not these. Use this around
+        calls of parts of the model.
         """
         loose = list(self.family.model.model.parameters(recurse=False))
         gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
@@ -138,7 +145,7 @@ class Engine:
         return gathered
 
     def save(self, folder: str, tag: str, state: dict[str, Any]) -> None:
-        """Write what a run needs to resume: trainable parameters, optimizer, `state`. Called by all ranks."""
+        """Write trainable parameters, optimizer and `state`. Called by all ranks."""
         self.deepspeed.save_checkpoint(folder, tag=tag, client_state=state, exclude_frozen_parameters=True)
 
     def load(self, folder: str) -> dict[str, Any]:
@@ -151,8 +158,8 @@ class Engine:
             _, state = self.deepspeed.load_checkpoint(folder, load_module_strict=False)
         except (OSError, RuntimeError, KeyError, AssertionError) as error:
             raise UserError(
-                f"the state in {folder} can't be resumed ({error}); use the number of ranks and the ZeRO stage that wrote "
-                f"it, or start over with fresh=true"
+                f"the state in {folder} can't be resumed ({error}); use the number of ranks and the "
+                f"ZeRO stage that wrote it, or start over with fresh=true"
             ) from error
         return dict(state)
 
@@ -160,8 +167,8 @@ class Engine:
         """Copy the tuned weights to the CPU. Called by all ranks.
 
         Returns:
-            (projector, adapter): whole tensors, named as in the model and as in peft. The projector is included even if only
-            LoRA was tuned, because it may differ from that of the base model.
+            (projector, adapter): whole tensors, named as in the model and as in peft. The projector
+            is included even if only LoRA was tuned: it may differ from that of the base model.
         """
         family = self.family
         tuned = {}
@@ -170,7 +177,7 @@ class Engine:
                 tuned[name] = parameter
 
         with deepspeed.zero.GatheredParameters(list(tuned.values()), enabled=self.is_sharded):
-            copies = {name: parameter.detach().to("cpu", copy=True) for name, parameter in tuned.items()}
+            copies = {name: value.detach().to("cpu", copy=True) for name, value in tuned.items()}
 
         projector = {}
         adapter = {}

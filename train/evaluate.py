@@ -1,4 +1,7 @@
-"""Ask the held-out questions in each setting (full, training-free, tuned), and draw the tokens that the reducer keeps."""
+"""Ask the held-out questions in each setting: full, training-free, tuned.
+
+`Evaluator` also draws which tokens the reducer keeps.
+"""
 
 import json
 from collections.abc import Sequence
@@ -73,7 +76,9 @@ class SingleDevice:
 
 
 class AnswerFiles:
-    """The answers of each setting as answers_SETTING.json: an interrupted run does not ask again. Rank 0 reads and writes.
+    """The answers of each setting as answers_SETTING.json, so that an interrupted run asks once.
+
+    Rank 0 reads and writes.
 
     Args:
         folder: of the run.
@@ -95,7 +100,7 @@ class AnswerFiles:
 
 
 class Evaluator:
-    """Asks the held-out questions with one reducer after another. Its methods are called by all ranks.
+    """Asks the held-out questions with one reducer after another. All ranks call its methods.
 
     Args:
         cfg: the run's settings.
@@ -120,7 +125,8 @@ class Evaluator:
         self.examples: list[Example] = []
 
         if asks_questions(cfg):
-            self.questions = held_out_questions(held_out_conversations(cfg), limit=cfg.evaluate.questions)
+            conversations = held_out_conversations(cfg)
+            self.questions = held_out_questions(conversations, limit=cfg.evaluate.questions)
             self.examples = [self._example(question) for question in self.questions]
         else:
             print_rank0("no evaluation: data.held_out is not set, or evaluate.questions is 0")
@@ -171,7 +177,10 @@ class Evaluator:
 
     @torch.no_grad()
     def _generate_all(self, reducer: Reducer, *, title: str) -> list[dict[str, Any]]:
-        """Generate the answers to all questions, greedily, and grade them. All ranks share the work, and have all answers."""
+        """Generate the answers to all questions, greedily, and grade them.
+
+        The ranks share the work. Each of them returns all answers.
+        """
         torch.manual_seed(self.cfg.seed)
         family = self.runner.family
         num_frames = self.cfg.model.get("num_frames", 1)
@@ -196,12 +205,13 @@ class Evaluator:
         return [graded[number] for number in range(len(self.questions))]
 
     def _own_batches(self, collator: Collator) -> list[list[int]]:
-        """The numbers of the questions that this rank asks, in batches; the same number of batches on every rank."""
+        """The numbers of the questions that this rank asks. Every rank has as many batches."""
         num_questions = len(self.questions)
         world_size = get_world_size()
         own = list(range(get_rank(), num_questions, world_size))
 
-        # Under ZeRO 3 the ranks must generate equally often: a rank with fewer questions asks its last one again.
+        # Under ZeRO 3 the ranks must generate equally often: a rank with fewer questions asks its
+        # last one again.
         num_per_rank = -(-num_questions // world_size)
         last = own[-1] if own else 0
         own += [last] * (num_per_rank - len(own))
@@ -217,7 +227,7 @@ class Evaluator:
         return [own[start : start + size] for start in range(0, len(own), size)]
 
     def _num_tokens(self, collator: Collator, example: Example) -> int:
-        """Tokens of a question after expansion. An image counts as one of the family's usual size."""
+        """Tokens of a question after expansion, with images of the family's usual size."""
         num_images = len(example.media.get("image", ()))
         num_videos = len(example.media.get("video", ()))
         num_text = len(example.ids) - num_images - num_videos
@@ -236,13 +246,17 @@ class Evaluator:
         """
         family = self.runner.family
         batch = collator(examples, left=True).to(self.runner.device)
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        inputs: dict[str, Any] = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+        }
         for kind, num_placeholders in batch.num_placeholders.items():
             media = batch.media[kind].normalized(family.model.dtype)
             if num_placeholders:
                 inputs |= media.arguments
             elif self.runner.is_sharded:
-                # No question of this batch has a picture, but those of other ranks may: run the same modules.
+                # No question of this batch has a picture, but those of other ranks may: run the
+                # same modules.
                 family.project(family.visual_features(kind, media, collator.reducer))
 
         answers = generate_answers(
@@ -261,14 +275,14 @@ class Evaluator:
         return texts, is_placeholder.sum(dim=1).tolist()
 
     def _stop_settings(self) -> dict[str, Any]:
-        """What ends an answer: the template's end token, or else the text that the template writes behind an answer."""
+        """What ends an answer: the template's end token, or the text that it writes behind one."""
         tokenizer = self.processor.tokenizer
         if self.template.end:
             return {"ends": {tokenizer.convert_tokens_to_ids(self.template.end)}}
         return {"ends": {tokenizer.eos_token_id}, "stop_strings": [self.template.answer_suffix]}
 
     def draw_kept_tokens(self, reducer: Reducer, folder: Path) -> list[Path]:
-        """Draw which tokens the reducer keeps of the first pictures, as kept_tokens_N.png. Returns the files.
+        """Draw which tokens the reducer keeps of the first pictures. Returns the files.
 
         All ranks run the tower, because they may share its weights. Rank 0 writes.
         """
@@ -278,9 +292,12 @@ class Evaluator:
                 if path not in pictures:
                     pictures.append(path)
 
+        # A random reducer draws its tokens.
+        torch.manual_seed(self.cfg.seed)
+        image_processor = self.processor.image_processor
         files = []
         for number, path in enumerate(pictures[:NUM_PICTURES]):
-            tokens = look(self.runner.family, reducer, self.processor.image_processor, open_picture(path))
+            tokens = look(self.runner.family, reducer, image_processor, open_picture(path))
             file = folder / f"kept_tokens_{number}.png"
             if is_main():
                 kept_tokens(tokens).save(file)

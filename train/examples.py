@@ -21,7 +21,7 @@ from vzip.templates.encode import Template
 def training_subset(cfg: DictConfig) -> Subset:
     """Prepare the examples that the run is tuned on. Called by all ranks.
 
-    The held-out conversations are prepared too: mistakes in them should show before the model is loaded.
+    The held-out conversations are prepared too, to find mistakes before the model is loaded.
 
     Raises:
         UserError: as `prepare` does, or the hosts hold different data.
@@ -36,7 +36,7 @@ def training_subset(cfg: DictConfig) -> Subset:
 
 
 def _report_left_out(subset: Subset) -> None:
-    """Print which examples were left out, and why. Raises UserError if the hosts hold different data."""
+    """Print which examples were left out. Raises UserError if the hosts hold different data."""
     manifest = subset.manifest
     hashes = all_gather_list([manifest["hash"] + manifest["media_hash"]])
     if len(set(hashes)) > 1:
@@ -51,7 +51,8 @@ def _report_left_out(subset: Subset) -> None:
     if bad_examples:
         num_replaced = sum(bad.get("replaced", False) for bad in bad_examples)
         print_rank0(
-            f"  {len(bad_examples)} examples left out in all, {num_replaced} replaced; `make data` checks them again"
+            f"  {len(bad_examples)} examples left out in all, {num_replaced} replaced; "
+            f"`make data` checks them again"
         )
 
 
@@ -71,7 +72,8 @@ def training_examples(cfg: DictConfig, subset: Subset, template: Template, token
 
     manifest = subset.manifest
     sources = [f"{source} {count:,}" for source, count in manifest["num_rows_by_source"].items()]
-    print_rank0(f"data: {len(examples):,} examples ({', '.join(sources)}), hash {manifest['hash'][:12]}")
+    digest = manifest["hash"][:12]
+    print_rank0(f"data: {len(examples):,} examples ({', '.join(sources)}), hash {digest}")
 
     num_cut = int((examples.column("num_whole_tokens") > max_tokens).sum())
     if num_cut:
@@ -79,7 +81,7 @@ def training_examples(cfg: DictConfig, subset: Subset, template: Template, token
 
     num_without_answer = manifest["num_rows"] - len(examples)
     if num_without_answer:
-        print_rank0(f"  {num_without_answer} examples left out, because the cut leaves no answer in them")
+        print_rank0(f"  {num_without_answer} examples left out: the cut leaves no answer in them")
     return examples
 
 
@@ -92,7 +94,7 @@ def training_collators(
     *,
     base_fingerprint: str,
 ) -> list[Collator]:
-    """Build one collator per reducer. Its pictures come from files, or from the feature cache with `data.cache`.
+    """Build one collator per reducer, with pictures from files or from the feature cache.
 
     Args:
         cfg: the run's settings.

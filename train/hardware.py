@@ -42,7 +42,7 @@ class Environment:
 
     @property
     def short_commit(self) -> str:
-        """The commit in 7 digits, with "-dirty" if a tracked file differs from it; "unknown" without git."""
+        """The commit in 7 digits, "-dirty" if tracked files differ from it; "unknown" without git."""
         if self.commit is None:
             return "unknown"
 

@@ -1,4 +1,4 @@
-"""The training loop. `train_step` is one step: forward and backward of its micro batches, then the optimizer."""
+"""The training loop: for each step, forward and backward of its micro batches, then AdamW."""
 
 import math
 import time
@@ -35,7 +35,11 @@ def learning_rate(step: int, *, num_steps: int, peak: float, warmup: float) -> f
 
 
 def train_step(
-    engine: Engine, batches: MicroBatches, micro_batches: Iterator[MicroBatch], step: int, cfg: DictConfig
+    engine: Engine,
+    batches: MicroBatches,
+    micro_batches: Iterator[MicroBatch],
+    step: int,
+    cfg: DictConfig,
 ) -> dict[str, float]:
     """Take one optimizer step on the mean loss over the label tokens of the global batch.
 
@@ -52,10 +56,12 @@ def train_step(
     # Derive the seed from the step, so that resuming needs no saved state of the random generator.
     torch.manual_seed(cfg.seed * 1_000_003 + step * engine.world_size + engine.rank)
 
-    # Divide by the label tokens of all ranks, which are counted in advance: the loss does not depend on how the batch is cut.
-    # Multiply by the number of ranks, because DeepSpeed averages gradients over them.
+    # Divide by the label tokens of all ranks, which are counted in advance: the loss does not
+    # depend on how the batch is cut. Multiply by the number of ranks, because DeepSpeed averages
+    # gradients over them.
     scale = engine.world_size / max(batches.num_labels(step), 1)
 
+    # Forward and backward, one micro batch after the other. Their gradients add up.
     num_micro_batches = batches.num_micro_batches(step)
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     for number, micro_batch in enumerate(islice(micro_batches, num_micro_batches), start=1):
@@ -63,7 +69,9 @@ def train_step(
         loss_sum += reported
         engine.backward(loss * scale, is_last=number == num_micro_batches)
 
-    lr = learning_rate(step, num_steps=batches.plan.num_steps, peak=cfg.optim.lr, warmup=cfg.optim.warmup)
+    # The optimizer step.
+    num_steps = batches.plan.num_steps
+    lr = learning_rate(step, num_steps=num_steps, peak=cfg.optim.lr, warmup=cfg.optim.warmup)
     grad_norm = engine.optimizer_step(lr)
 
     # Report the mean over the label tokens that the trainable parameters learn from.
@@ -86,6 +94,7 @@ def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, 
         UserError: the loss is not finite, or a picture can't be loaded any more.
     """
     num_steps = batches.plan.num_steps
+    # Steps since the saved state are taken again, so their metrics are dropped.
     first = run.resume(engine)
     tracker.forget_from(first)
 
@@ -108,7 +117,8 @@ def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, 
         loss = metrics["train/loss"]
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss is {loss} at step {step}; lower optim.lr={cfg.optim.lr}, and start over with fresh=true"
+                f"the loss is {loss} at step {step}; lower optim.lr={cfg.optim.lr}, and start over "
+                f"with fresh=true"
             )
 
         # The result follows the last step at once, so its state is not saved.

@@ -1,13 +1,14 @@
 """Two losses of a micro batch that give the trainable parameters the same gradient.
 
-`ReferenceLoss` is the specification: what stock trainers do. `FastLoss` runs nothing that the gradient does not need:
+`ReferenceLoss` is the specification: what stock trainers do. `FastLoss` runs nothing that the
+gradient does not need:
 
 - it packs examples one behind the other, so that no padding is run;
-- it runs the prefix that all examples share (the system prompt) once per training, and keeps its keys and values;
+- it runs the prefix that all examples share once, and keeps its keys and values;
 - it computes logits only where a label follows, and never all of them at a time.
 
-Legend of shapes: M examples of a micro batch, L tokens of the longest one, T tokens of packed examples, n of them followed
-by a label, d_llm width of the language model.
+Legend of shapes: M examples of a micro batch, L tokens of the longest one, T tokens of packed
+examples, n of them followed by a label, d_llm width of the language model.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ from vzip.templates.encode import IGNORED
 def visual_tokens(family: Family, reducer: Reducer, batch: MicroBatch, kind: str) -> Tensor:
     """float[n, d_llm]: the projected tokens of all images, or all videos, of a micro batch.
 
-    A feature cache holds what the tower and the reducer made of them. Otherwise both run here, without a gradient.
+    A feature cache holds what the tower and the reducer made of them. Otherwise both run here,
+    without a gradient.
     """
     media = batch.media[kind]
     if isinstance(media, VisualFeatures):
@@ -44,8 +46,12 @@ def visual_tokens(family: Family, reducer: Reducer, batch: MicroBatch, kind: str
 
 
 def embed(family: Family, reducer: Reducer, batch: MicroBatch) -> Tensor:
-    """float[..., d_llm]: what the language model receives for ids int64[...], with visual tokens in place of placeholders."""
-    # Pictures come first, whatever the examples hold, so that every rank runs the same modules in the same order.
+    """float[..., d_llm]: what the language model receives for the ids int64[...] of a micro batch.
+
+    Placeholders are replaced by visual tokens.
+    """
+    # Pictures come first, whatever the examples hold, so that every rank runs the same modules in
+    # the same order.
     tokens_by_kind = {kind: visual_tokens(family, reducer, batch, kind) for kind in batch.media}
 
     embeddings: Tensor = family.model.get_input_embeddings()(batch.input_ids)
@@ -58,20 +64,20 @@ def embed(family: Family, reducer: Reducer, batch: MicroBatch) -> Tensor:
             is_placeholder = batch.input_ids == family.placeholder_id(kind)
             embeddings = embeddings.masked_scatter(is_placeholder.unsqueeze(-1), tokens.to(embeddings.dtype))
         else:
-            # Without a picture there is a blank one. It gets a gradient of zero, but it must run: under ZeRO 3 the ranks
-            # wait for each other in every module.
+            # Without a picture there is a blank one. It gets a gradient of zero, but it must run:
+            # under ZeRO 3 the ranks wait for each other in every module.
             embeddings = embeddings + (0.0 * tokens.sum()).to(embeddings.dtype)
     return embeddings
 
 
 class ReferenceLoss(nn.Module):
-    """Padded examples through the stock language model, with checkpointed layers, and logits of all tokens in float32.
+    """Padded examples through the stock language model, and float32 logits of all tokens.
 
     Args:
         family: around the model.
         reducer: reduces the pictures.
-        text_has_gradient: whether the trainable parameters also learn from examples without a picture, as LoRA in the
-            language model does.
+        text_has_gradient: whether the trainable parameters also learn from examples without a
+            picture, as LoRA in the language model does.
     """
 
     def __init__(self, family: Family, reducer: Reducer, *, text_has_gradient: bool) -> None:
@@ -116,7 +122,7 @@ class ReferenceLoss(nn.Module):
 
 
 class FastLoss(nn.Module):
-    """Packed examples behind a shared prefix that is run once, and logits only where a label follows.
+    """Packed examples behind a shared prefix, and logits only where a label follows.
 
     Call `run_prefix` before the first forward.
 
@@ -149,7 +155,7 @@ class FastLoss(nn.Module):
         """Compute the cross entropy, summed over label tokens.
 
         Returns:
-            (the sum, the same without a gradient): the trainable parameters learn from all packed examples
+            (the sum, the same without a gradient). All packed examples are learned from.
         """
         embeddings = embed(self.family, self.reducers[batch.reducer], batch)
         segments = Segments(batch.lengths, self.prefix_by_layer)

@@ -1,6 +1,7 @@
 """How many packed tokens a micro batch may hold, estimated from the memory of the card.
 
-The estimate starts from the total memory, not from what is free now, so that a resumed run cuts its batches as before.
+The estimate starts from the total memory, not from what is free now, so that a resumed run cuts its
+batches as before.
 """
 
 import os
@@ -89,7 +90,7 @@ class Card:
 
 
 def card_of(cfg: DictConfig) -> Card:
-    """The card of this rank: `memory_gb` if it is set, else the GPU, else a share of half of the machine's memory."""
+    """The card of this rank: `memory_gb`, the GPU, or a share of half of the machine's memory."""
     if cfg.memory_gb is not None:
         return Card(int(cfg.memory_gb * 1e9), f"memory_gb={cfg.memory_gb:g}")
 
@@ -101,12 +102,12 @@ def card_of(cfg: DictConfig) -> Card:
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     num_ranks = int(os.environ.get("LOCAL_SIZE", "1"))
     share = min([machine, *_cgroup_limits()]) // 2 // num_ranks
-    name = f"the {share / 1e9:.1f} GB that each rank has of half of this machine's memory (memory_gb=null)"
-    return Card(share, name)
+    of_what = "that each rank has of half of this machine's memory (memory_gb=null)"
+    return Card(share, f"the {share / 1e9:.1f} GB {of_what}")
 
 
 def _cgroup_limits() -> Iterator[int]:
-    """The memory limits in bytes of this process' control group and of the groups around it, as containers set them."""
+    """The memory limits in bytes of this process' control groups, which containers set."""
     own_group = ""
     listing = Path("/proc/self/cgroup")
     if listing.is_file():
@@ -130,7 +131,7 @@ def smallest_card(cfg: DictConfig) -> Card:
 
 
 def resident_memory(cfg: DictConfig, family: Family, *, num_trainable: int, world_size: int) -> int:
-    """Bytes that one rank holds at all times: weights, gradients, AdamW's moments, and DeepSpeed's and CUDA's own.
+    """Bytes that one rank holds at all times: weights, gradients, moments, DeepSpeed's and CUDA's.
 
     Args:
         cfg: the run's settings.
@@ -141,15 +142,18 @@ def resident_memory(cfg: DictConfig, family: Family, *, num_trainable: int, worl
     zero = cfg.deepspeed.zero_optimization
     weights = weight_memory(family, quantize=cfg.quantize)
 
-    # Gradients and two moments in float32. The trainable parameters themselves are among the weights.
+    # Gradients and two moments in float32. The trainable parameters themselves are among the
+    # weights.
     training = 12 * num_trainable
 
-    # ZeRO keeps a copy of the trainable parameters, and a buffer whose size does not depend on the gradients.
+    # ZeRO keeps a copy of the trainable parameters, and a buffer whose size does not depend on the
+    # gradients.
     if zero.stage > 0:
         bucket = int(zero.get("reduce_bucket_size", DEEPSPEED_BUCKET))
         training += 4 * num_trainable + 4 * bucket
 
-    # ZeRO 3 shares the weights over the ranks, or moves them to the host, and gathers some of them at a time.
+    # ZeRO 3 shares the weights over the ranks, or moves them to the host, and gathers some of them
+    # at a time.
     if zero.stage == 3:
         own_share = 0 if "offload_param" in zero else weights // world_size
         most_gathered = 2 * int(zero.get("stage3_max_live_parameters", DEEPSPEED_LIVE))
@@ -197,7 +201,7 @@ def largest_fitting(room: int, memory_of: Callable[[int], int], *, smallest: int
     Args:
         room: bytes for the micro batch.
         memory_of: bytes that a micro batch of so many tokens takes.
-        smallest: the least tokens to try. Larger sizes are multiples of 256 more, up to 16,384 tokens.
+        smallest: the least tokens to try. Other sizes are larger by multiples of 256, up to 16,384.
     """
     sizes = range(smallest, max(MAX_TOKENS, smallest) + 1, MULTIPLE)
     num_fitting = bisect_right(sizes, room, key=memory_of)
@@ -226,6 +230,7 @@ def fit_packing(
     def memory_of(tokens: int, *, recompute: bool) -> int:
         return micro_batch_memory(cfg, family, Packing(tokens, recompute), lengths)
 
+    # Settings of the user are taken as they are.
     tokens = cfg.batch.tokens
     recompute = cfg.batch.recompute
     if tokens is not None:
@@ -237,46 +242,52 @@ def fit_packing(
     # An example is never cut: the micro batch must hold the longest one.
     smallest = max(1, -(-lengths.longest // MULTIPLE)) * MULTIPLE
 
-    # Recompute only if the micro batch would be too small otherwise.
-    packing = Packing(0, recompute=False)
-    for choice in [False, True] if recompute is None else [recompute]:
-        if packing.tokens < MIN_TOKENS:
-            fitting = largest_fitting(room, partial(memory_of, recompute=choice), smallest=smallest)
-            packing = Packing(fitting, recompute=choice)
+    def largest(*, recompute: bool) -> Packing:
+        fitting = largest_fitting(room, partial(memory_of, recompute=recompute), smallest=smallest)
+        return Packing(fitting, recompute)
 
+    # Recompute only if the micro batch would be too small otherwise.
+    packing = largest(recompute=bool(recompute))
+    if recompute is None and packing.tokens < MIN_TOKENS:
+        packing = largest(recompute=True)
+
+    # Not even the longest example alone fits.
     if not packing.tokens:
         needed = resident + memory_of(smallest, recompute=packing.recompute)
-        raise _card_too_small(card, f"weights, moments and an example of {lengths.longest} tokens", needed)
+        what = f"weights, moments and an example of {lengths.longest} tokens"
+        raise _card_too_small(card, what, needed)
 
-    # Each micro batch draws one of several budgets: cut many of them, and the same ones on every machine.
+    # Each micro batch draws one of several budgets: cut many of them, and the same ones on every
+    # machine.
     if len(budgets_of(cfg)) > 1:
         packing = replace(packing, tokens=min(packing.tokens, max(MIN_TOKENS, smallest)))
     return packing
 
 
 def _card_too_small(card: Card, what: str, needed: int) -> UserError:
+    gigabytes = needed / (1 - LOST_SHARE) / 1e9
     return UserError(
-        f"{what} need {needed / (1 - LOST_SHARE) / 1e9:.1f} GB, more than {card.name}; use a larger card (hardware=80gb shows "
-        f"what it would hold), deepspeed=zero3 on several cards, deepspeed=zero3_offload, quantize=nf4 (gradients are no "
-        f"longer exact), or shorter examples (data.max_tokens)"
+        f"{what} need {gigabytes:.1f} GB, more than {card.name}; use a larger card (hardware=80gb "
+        f"shows what it would hold), deepspeed=zero3 on several cards, deepspeed=zero3_offload, "
+        f"quantize=nf4 (gradients are no longer exact), or shorter examples (data.max_tokens)"
     )
 
 
 def _check_longest_example(tokens: int, longest: int) -> None:
     if tokens < longest:
         raise UserError(
-            f"batch.tokens={tokens} is less than the {longest} tokens of the longest example; set at least as many, or cut "
-            f"examples with data.max_tokens"
+            f"batch.tokens={tokens} is less than the {longest} tokens of the longest example; set at "
+            f"least as many, or cut examples with data.max_tokens"
         )
 
 
 def choose_packing(
     cfg: DictConfig, family: Family, *, num_trainable: int, lengths: LongestExamples
 ) -> Packing:
-    """The size of micro batches: `batch.tokens` and `batch.recompute`, or the largest that every rank's memory holds.
+    """The size of micro batches: the settings in `batch`, or the largest that all ranks can hold.
 
-    MLPs are recomputed only when memory is short: when fewer than 2,048 tokens, or the longest example, would not fit.
-    Called by all ranks.
+    MLPs are recomputed only when memory is short: when fewer than 2,048 tokens, or the longest
+    example, would not fit. Called by all ranks.
 
     Args:
         cfg: the run's settings.
@@ -285,8 +296,8 @@ def choose_packing(
         lengths: lengths of the examples.
 
     Raises:
-        UserError: the weights, or the longest example beside them, do not fit; or `batch.tokens` is less than the longest
-            example.
+        UserError: the weights, or the longest example beside them, do not fit; or `batch.tokens` is
+            less than the longest example.
     """
     card = smallest_card(cfg)
     world_size = get_world_size()
@@ -307,7 +318,7 @@ def choose_packing(
 def fitting_questions(
     cfg: DictConfig, family: Family, *, longest: int, num_trainable: int, world_size: int
 ) -> int:
-    """The questions of one `generate` call: `evaluate.batch`, or fewer if the smallest card does not hold as many.
+    """The questions of one `generate` call: `evaluate.batch`, or as many as the memory holds.
 
     Called by all ranks.
 
@@ -325,6 +336,7 @@ def fitting_questions(
     num_fitting = max(1, room // generation_memory(family, num_tokens=longest))
     if num_fitting < cfg.evaluate.batch:
         print_rank0(
-            f"{num_fitting} questions of up to {longest} tokens at once, not evaluate.batch={cfg.evaluate.batch}: {card.name}"
+            f"{num_fitting} questions of up to {longest} tokens at once, not "
+            f"evaluate.batch={cfg.evaluate.batch}: {card.name}"
         )
     return int(min(num_fitting, cfg.evaluate.batch))

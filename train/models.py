@@ -1,4 +1,4 @@
-"""Load the model that the settings name, with its starting projector in float32, and its processor."""
+"""Load the model of a run, with its starting projector in float32, and its processor."""
 
 import logging
 from collections.abc import Callable
@@ -29,8 +29,8 @@ def load_family(cfg: DictConfig) -> tuple[Family, Any]:
         (family around the model, its processor)
 
     Raises:
-        UserError: no weights at `model.id`, a `model.projector` or a budget that does not fit, or a missing package
-            for `quantize`.
+        UserError: no weights at `model.id`, a `model.projector` or a budget that does not fit, or a
+            missing package for `quantize`.
     """
     if cfg.quantize:
         check_package("bitsandbytes", extra="quantized", purpose=f"quantize={cfg.quantize}")
@@ -54,7 +54,11 @@ def load_family(cfg: DictConfig) -> tuple[Family, Any]:
 
 
 def load_unreduced_processor(cfg: DictConfig) -> Any:
-    """Load the processor at `model.id`, which counts all visual tokens. Raises UserError if there is none."""
+    """Load the processor at `model.id`, which counts all visual tokens.
+
+    Raises:
+        UserError: there is none.
+    """
     return _load_from_id(get_class(cfg.model["_target_"]).load_processor, cfg)
 
 
@@ -80,7 +84,7 @@ def _build_model(cfg: DictConfig) -> Any:
 
 
 def count_model(cfg: DictConfig) -> Family:
-    """Build the model on the meta device, where it takes no memory: for counting parameters and FLOPs."""
+    """Build the model on the meta device, without memory, to count parameters and FLOPs."""
     with torch.device("meta"):
         family: Family = get_class(cfg.model["_target_"])(_build_model(cfg), anyres=tile_order(cfg))
         family.projector.float()
@@ -90,8 +94,8 @@ def count_model(cfg: DictConfig) -> Family:
 def quantize_language_model(family: Family, quantize: str | None) -> None:
     """Quantize the frozen linear layers of the language model, on the device where they will run.
 
-    Call it after the fingerprint was taken, because a tuned projector belongs to the model as it was, and after LoRA was
-    added, because LoRA weights stay in float32.
+    Call it after the fingerprint was taken, because a tuned projector belongs to the model as it
+    was, and after LoRA was added, because LoRA weights stay in float32.
 
     Args:
         family: around the model.
@@ -111,12 +115,13 @@ def quantize_language_model(family: Family, quantize: str | None) -> None:
         family.language_model.set_submodule(name, quantized.to(device))
 
     print_rank0(
-        f"quantize={quantize}: the language model is quantized, and gradients are no longer those of the exact model"
+        f"quantize={quantize}: the language model is quantized, and gradients are no longer those "
+        f"of the exact model"
     )
 
 
 def _nf4_layer(layer: nn.Linear) -> Any:
-    """The layer with its weight in 4 bits. bitsandbytes quantizes it when it is moved to a device."""
+    """The layer in 4 bits. bitsandbytes quantizes the weight when it moves to a device."""
     import bitsandbytes
 
     quantized = bitsandbytes.nn.Linear4bit(
@@ -134,7 +139,7 @@ def _nf4_layer(layer: nn.Linear) -> Any:
 
 
 def _int8_layer(layer: nn.Linear) -> Any:
-    """The layer with its weight in 8 bits. bitsandbytes quantizes it when it is moved to a device."""
+    """The layer in 8 bits. bitsandbytes quantizes the weight when it moves to a device."""
     import bitsandbytes
 
     quantized = bitsandbytes.nn.Linear8bitLt(

@@ -37,7 +37,7 @@ MAX_SIZES = 5
 
 
 def print_plan(cfg: DictConfig, *, world_size: int) -> None:
-    """Print the trainable parts, visual tokens before and after, steps, FLOPs, memory and time of a run."""
+    """Print what a run trains, its visual tokens before and after, steps, FLOPs, memory and time."""
     family = count_model(cfg)
     reducers = build_reducers(cfg)
     reducer = build_reducer(cfg)
@@ -95,7 +95,7 @@ def _typical_example(family: Family, cfg: DictConfig, reducer: Reducer) -> tuple
 
 
 def _token_lines(family: Family, cfg: DictConfig, reducer: Reducer) -> dict[str, str]:
-    """What the budget means: tokens before and after, of images with each number of tiles, and of a video."""
+    """What the budget means: tokens of images with different numbers of tiles, and of a video."""
     full = Identity()
     size_by_tiles = {family.num_tiles(size): size for size in family.image_sizes}
     numbers = sorted(size_by_tiles)
@@ -135,13 +135,20 @@ def _step_lines(cfg: DictConfig, cost: ExampleCost, *, world_size: int) -> dict[
     expected = cfg.data.expected
     num_examples = _num_examples(cfg)
     plan = batch_plan(cfg, num_examples=num_examples, world_size=world_size)
-    stages = f"tower {cost.tower / 1e9:,.0f}, projector {cost.projector / 1e9:,.1f}, language {cost.language / 1e9:,.0f} GFLOP"
+    petaflops = _flops(cfg, cost, world_size=world_size) / 1e15
+    stages = (
+        f"tower {cost.tower / 1e9:,.0f}, projector {cost.projector / 1e9:,.1f}, "
+        f"language {cost.language / 1e9:,.0f} GFLOP"
+    )
     return {
-        "examples": f"{num_examples:,} = {cfg.data.fraction:g} of {expected.rows:,}, with {expected.text_tokens} text tokens each "
-        f"(estimated)",
+        "examples": (
+            f"{num_examples:,} = {cfg.data.fraction:g} of {expected.rows:,}, with "
+            f"{expected.text_tokens} text tokens each (estimated)"
+        ),
         "batches": str(plan),
-        "compute": f"{_flops(cfg, cost, world_size=world_size) / 1e15:,.1f} PFLOP for all tokens, of which engine=fast runs "
-        f"fewer; an example: {stages}",
+        "compute": (
+            f"{petaflops:,.1f} PFLOP for all tokens, of which engine=fast runs fewer; an example: {stages}"
+        ),
     }
 
 
@@ -184,16 +191,17 @@ def _memory_lines(
         except UserError as error:
             return {"a micro batch": f"none: {error}"}
 
-        how = "the backward pass computes the MLPs again" if packing.recompute else "nothing computed twice"
+        how = "nothing computed twice"
+        if packing.recompute:
+            how = "the backward pass computes the MLPs again"
         micro_batch = f"up to {packing.tokens:,} packed tokens, {how}"
         memory += micro_batch_memory(cfg, family, packing, lengths)
 
     weights = weight_memory(family, quantize=cfg.quantize)
-    quantized = f", the language model in {cfg.quantize}: gradients are not exact" if cfg.quantize else ""
-    return {
-        "a micro batch": micro_batch,
-        "memory a rank": f"{memory / 1e9:,.1f} GB, of {card.name}; all weights {weights / 1e9:,.1f} GB{quantized}",
-    }
+    total = f"{memory / 1e9:,.1f} GB, of {card.name}; all weights {weights / 1e9:,.1f} GB"
+    if cfg.quantize:
+        total += f", the language model in {cfg.quantize}: gradients are not exact"
+    return {"a micro batch": micro_batch, "memory a rank": total}
 
 
 def _time_lines(cfg: DictConfig, cost: ExampleCost, *, world_size: int) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Held-out questions, the grades of answers, and scores: the same for `make tune` and `make eval`."""
+"""Held-out questions, grades and scores: the same for `make tune` and `make eval`."""
 
 import string
 from collections import defaultdict
@@ -12,7 +12,7 @@ from vzip.templates.encode import IMAGE, VIDEO
 
 @dataclass(frozen=True)
 class HeldOutQuestion:
-    """One question of a held-out conversation. The model sees the turns before it with their true answers.
+    """One question of a held-out conversation. The turns before it have their true answers.
 
     Attributes:
         conversation: where the question stands.
@@ -81,7 +81,7 @@ def held_out_questions(conversations: Iterable[Conversation], *, limit: int) -> 
 
 
 def is_correct(answer: str, expected: str) -> bool:
-    """Whether two answers are equal, apart from case and from punctuation and white space around them."""
+    """Whether two answers are equal, apart from case and punctuation around them."""
     return _normalized(answer) == _normalized(expected)
 
 
@@ -126,7 +126,8 @@ def score(name: str, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         correct = correct_by_kind[kind]
         metrics[kind] = sum(correct) / len(correct)
 
-    # Images of different sizes may have different numbers of tokens. A mean that is a whole number is written as one.
+    # Images of different sizes may have different numbers of tokens. A mean that is a whole number
+    # is written as one.
     num_visual_tokens = sum(answer["num_visual_tokens"] for answer in answers)
     mean = round(num_visual_tokens / len(answers), 1)
     return {

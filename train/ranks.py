@@ -1,6 +1,6 @@
 """The processes of a run, called ranks: join them, print once, pass values between them.
 
-Everything but `init_distributed` also works in a process that has joined no others: it is rank 0 of 1.
+Everything but `init_distributed` also works in a single process, which is rank 0 of 1.
 """
 
 import logging
@@ -68,9 +68,9 @@ def all_gather_list(values: list[Any]) -> list[Any]:
 
 
 def main_first(make: Callable[[], T]) -> T:
-    """Call `make` on every rank: on rank 0 first, then on one rank of each other host, then on the rest.
+    """Call `make` on rank 0 first, then on one rank of each other host, then on the rest.
 
-    `make` caches its work on disk, so that the ranks of a host find what the first of them has prepared.
+    `make` keeps its work on disk, where the other ranks of the host find it.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     turns = [is_main(), local_rank == 0 and not is_main(), local_rank > 0]
@@ -98,7 +98,8 @@ def init_distributed() -> None:
     if "RANK" not in os.environ:
         os.environ.update(_srun_ranks(os.environ) or _single_rank())
 
-    # DeepSpeed's all-reduce in shared memory, for CPUs, is compiled for a minute, and again whenever a flag changes.
+    # DeepSpeed's all-reduce in shared memory, for CPUs, is compiled for a minute, and again
+    # whenever a flag changes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     if torch.cuda.is_available():
@@ -112,19 +113,20 @@ def init_distributed() -> None:
 
 
 def leave_distributed() -> None:
-    """Leave the other ranks in order. A rank that just ends may abort in one of its threads after all work was done."""
+    """Leave the other ranks in order: a rank that just ends may abort in one of its threads."""
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
 
 
 def _take_gpu(local_rank: int) -> None:
-    """Select this rank's GPU. Called before the first collective operation, which would use GPU 0 on all ranks."""
+    """Select this rank's GPU, before the first collective operation would use GPU 0 on all ranks."""
     num_gpus = torch.cuda.device_count()
     if local_rank >= num_gpus:
         raise UserError(
-            f"rank {local_rank} of this host sees {num_gpus} GPUs; start one rank per GPU, each seeing all GPUs of the host: "
-            f"with srun --gpus-per-node=N --ntasks-per-node=N, not --gpus-per-task"
+            f"rank {local_rank} of this host sees {num_gpus} GPUs; start one rank per GPU, each "
+            f"seeing all GPUs of the host: with srun --gpus-per-node=N --ntasks-per-node=N, not "
+            f"--gpus-per-task"
         )
     torch.cuda.set_device(local_rank)
 
@@ -145,11 +147,11 @@ def _single_rank() -> dict[str, str]:
 
 
 def _srun_ranks(slurm: Mapping[str, str]) -> dict[str, str]:
-    """The variables that a launcher would set, in a step of several tasks that srun started; empty anywhere else.
+    """The variables that a launcher would set, if srun started several tasks; else empty.
 
-    Only the variables of a step (SLURM_STEP_...) tell: an sbatch script outside of a step has SLURM_PROCID, and the shell of
-    salloc has SLURM_NTASKS. Task 0 runs on the first host of the step. SLURM_LAUNCH_NODE_IPADDR is the host where srun was
-    typed, which may be a login node.
+    Only the variables of a step (SLURM_STEP_...) tell: an sbatch script outside of a step has
+    SLURM_PROCID, and the shell of salloc has SLURM_NTASKS. Task 0 runs on the first host of the
+    step. SLURM_LAUNCH_NODE_IPADDR is the host where srun was typed, which may be a login node.
     """
     if int(slurm.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return {}
@@ -171,7 +173,8 @@ def _srun_ranks(slurm: Mapping[str, str]) -> dict[str, str]:
 
 def _first_host(nodelist: str) -> str:
     """The first host of Slurm's compact list: node07 for "node[07-09,12],login1"."""
-    # Up to the first comma that is not in brackets; then the first number or range in each pair of brackets.
+    # Up to the first comma that is not in brackets; then the first number or range in each pair of
+    # brackets.
     first_entry = re.match(r"(?:[^,\[]|\[[^]]*])+", nodelist)
     assert first_entry, nodelist
     return re.sub(r"\[(\w+)[^]]*]", r"\1", first_entry[0])

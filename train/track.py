@@ -82,7 +82,7 @@ class Tracker:
             self.wandb.log(metrics, step=step)
 
     def log_results(self, settings: Sequence[SettingAnswers], pictures: Sequence[Path]) -> None:
-        """Send to wandb what the run's folder holds as files: scores, some answers, pictures and the projector.
+        """Send scores, some answers, pictures and the projector to wandb.
 
         Args:
             settings: the answers of each setting.
@@ -128,7 +128,8 @@ class Tracker:
             self.wandb.finish()
         except TimeoutError:
             print(
-                f"wandb did not finish uploading within {FINISH_TIMEOUT} s; `wandb sync {folder}` sends the rest"
+                f"wandb did not finish uploading within {FINISH_TIMEOUT} s; "
+                f"`wandb sync {folder}` sends the rest"
             )
 
 
@@ -167,7 +168,7 @@ def _start_wandb(folder: Path, cfg: DictConfig) -> Any:
 
 
 def _has_key() -> bool:
-    """Whether wandb finds credentials where it looks for them. Raises wandb.errors.AuthenticationError for malformed ones."""
+    """Whether wandb finds credentials. Raises wandb.errors.Error for malformed ones."""
     import wandb
 
     wandb.setup(wandb.Settings(silent=True))
@@ -175,7 +176,7 @@ def _has_key() -> bool:
 
 
 def _wandb_id(folder: Path) -> str:
-    """The id of the run in its wandb project. It lies in the run's folder: resuming keeps it, starting over makes a new one."""
+    """The id of the run in its wandb project. Resuming keeps it, starting over makes a new one."""
     path = folder / "wandb" / "id"
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)

@@ -1,9 +1,10 @@
-"""Freezing: the whole model is frozen first, then an allow-list of parameters is opened, printed and checked."""
+"""Freezing: everything is frozen first, then an allow-list of parameters is opened and checked."""
 
 import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +19,8 @@ class Trainable:
 
     Attributes:
         parameters: by name, in float32.
-        in_language: whether some of them are in the language model, which also learns from examples without a picture.
+        in_language: whether some of them are in the language model, which also learns from examples
+            without a picture.
         peft_model: the model as peft wraps it, if there is LoRA.
     """
 
@@ -32,14 +34,15 @@ class Trainable:
         return sum(parameter.numel() for parameter in self.parameters.values())
 
 
-def make_trainable(family: Family, tune: DictConfig) -> Trainable:
+def make_trainable(family: Family, tune: DictConfig, *, seed: int = 0) -> Trainable:
     """Freeze the model, then open the projector, LoRA weights, or both.
 
     Args:
         family: around the model.
         tune: the config group `tune`.
+        seed: of LoRA's first weights.
     """
-    peft_model = _add_lora(family, tune.lora) if tune.lora else None
+    peft_model = _add_lora(family, tune.lora, seed=seed) if tune.lora else None
 
     family.model.requires_grad_(False)
     opened = {}
@@ -61,8 +64,12 @@ def make_trainable(family: Family, tune: DictConfig) -> Trainable:
     return Trainable(opened, in_language, peft_model)
 
 
-def _add_lora(family: Family, lora: DictConfig) -> Any:
-    """Wrap the linear layers of the projector or of the language model, and return peft's wrapper of the model."""
+def _add_lora(family: Family, lora: DictConfig, *, seed: int) -> Any:
+    """Add LoRA to the linear layers of the projector or of the language model.
+
+    Returns:
+        the model as peft wraps it
+    """
     from peft import LoraConfig, get_peft_model
 
     target = family.projector if lora.target == "projector" else family.language_model
@@ -72,6 +79,8 @@ def _add_lora(family: Family, lora: DictConfig) -> Any:
     names = [name for name, module in family.model.named_modules() if id(module) in targets]
     pattern = "|".join(re.escape(name) for name in names)
 
+    # peft draws the first of the two matrices of a layer at random.
+    torch.manual_seed(seed)
     config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=pattern)
     return get_peft_model(family.model, config)
 
@@ -101,4 +110,5 @@ def print_trainable(family: Family, trainable: Trainable) -> None:
 
     console = Console(markup=False)
     console.print(table)
-    console.print(f"{trainable.num_parameters:,} trainable parameters in {len(trainable.parameters)} tensors")
+    num_tensors = len(trainable.parameters)
+    console.print(f"{trainable.num_parameters:,} trainable parameters in {num_tensors} tensors")

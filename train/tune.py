@@ -1,6 +1,6 @@
-"""Tune the projector of a LLaVA-type model behind a token reducer. `tune` is the table of contents of a run.
+"""Tune the projector of a LLaVA-type model behind a token reducer: the table of contents of a run.
 
-make tune MODEL=llava-7b        deepspeed train/tune.py model=llava-7b        python train/tune.py model=smol
+make tune MODEL=smol      python train/tune.py model=smol      deepspeed train/tune.py model=llava-7b
 """
 
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 # Import from the repository, whatever folder this file is started in.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# On a CPU, threads that spin while they wait slow down the others. On a GPU, lengths that vary fragment the memory.
+# On a CPU, spinning threads slow down the others. On a GPU, lengths that vary fragment the memory.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
@@ -38,7 +38,7 @@ from vzip.runs.projector import fingerprint, projector_meta
 
 
 def tune(cfg: DictConfig) -> list[dict]:
-    """Run the recipe, or the rest of an interrupted run. Returns the "rows" of result.json: the scores of each setting."""
+    """Run the recipe, or the rest of an interrupted run. Returns the scores of each setting."""
     reducers = config.build_reducers(cfg)
     template = config.instantiate_target(cfg.model.template)
     run = RunFolder(cfg)
@@ -52,13 +52,13 @@ def tune(cfg: DictConfig) -> list[dict]:
     # The base model, on the CPU, with its starting projector in float32.
     family, processor = load_family(cfg)
 
-    # The fingerprint identifies the base model in meta.json, so it is taken before anything changes.
+    # meta.json names the base model by its fingerprint, taken before anything changes.
     base = fingerprint(family)
     source = {"base": cfg.model.id, "base_fingerprint": base, "projector": cfg.model.projector}
     meta = projector_meta(family, *reducers, **source)
 
-    # Freeze everything, then open the projector or LoRA weights, and print what is frozen and what is not.
-    trainable = make_trainable(family, cfg.tune)
+    # Freeze everything, then open the projector or LoRA weights, and print what is frozen.
+    trainable = make_trainable(family, cfg.tune, seed=cfg.seed)
     print_rank0(print_trainable, family, trainable)
 
     # With quantize=..., hold the frozen part of the language model in 4 or 8 bits.
@@ -108,7 +108,7 @@ def main(cfg: DictConfig) -> None:
     control = control_settings(cfg) if cfg.control else None
     rows = tune(cfg)
     if control and not has_control(rows):
-        # A second, ordinary run with random tokens. Its scores are added to the results of the first one.
+        # A second, ordinary run with random tokens. Its scores are added to those of the first one.
         rows = add_control(RunFolder(cfg), rows, tune(control))
     print_rank0(print_results, rows, title=f"{cfg.runs}/{config.run_name(cfg)}")
 
