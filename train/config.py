@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
@@ -41,6 +42,13 @@ def register() -> None:
     OmegaConf.register_new_resolver("data_dir", lambda: str(data_dir()), replace=True)
     OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
     OmegaConf.register_new_resolver("native_dtype", native_dtype, replace=True)
+
+
+def compose_settings(*overrides: str) -> DictConfig:
+    """The settings that `python train/tune.py OVERRIDES` runs with."""
+    register()
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return compose("tune", overrides=list(overrides))
 
 
 def instantiate_target(node: DictConfig, **more: Any) -> Any:

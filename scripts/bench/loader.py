@@ -27,14 +27,14 @@ from rich.table import Table
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaNextConfig, LlavaNextImageProcessorPil
 
-from data.batches.collate import Collator, MicroBatch, Packer
-from data.batches.dataset import BatchPlan, MicroBatches, PackedBatcher, PaddedBatcher, has_media, loader
-from data.batches.packing import shared_prefix
+from data.batches.collate import Collator, MicroBatch
+from data.batches.dataset import BatchPlan, MicroBatches, PaddedBatcher, loader
 from data.examples.arrow import write_arrow
 from data.examples.tokens import SCHEMA, Example, Examples, record_of
 from data.paths import write_json
 from scripts.bench.command import bench_parser, print_environment, print_table
 from scripts.bench.examples import LENGTHS
+from scripts.bench.paths import pack_batches
 from train.hardware import current_environment
 from vzip.families import families
 from vzip.media import MediaInputs
@@ -231,19 +231,7 @@ def first_batch(tokens: Path, pictures: Path, collator: Collator) -> tuple[Micro
     start = time.perf_counter()
     examples = Examples.open(tokens, pictures)
     plan = BatchPlan(size=BATCH_SIZE, world_size=1, num_steps=len(examples) // BATCH_SIZE, seed=0)
-    # The same steps as in training: find the shared prefix, count tokens, cut micro batches.
-    prefix = shared_prefix(examples, [collator.family.placeholder_id(kind) for kind in collator.kinds])
-    packer = Packer(collator, num_prefix=len(prefix))
-    has_gradient = has_media(examples)
-    batcher = PackedBatcher(
-        [packer],
-        examples,
-        plan,
-        tokens=TOKENS,
-        num_run=packer.lengths(examples)[None],
-        has_gradient=has_gradient,
-    )
-    batches = MicroBatches(batcher, plan, rank=0, has_gradient=has_gradient)
+    batches, _ = pack_batches(collator, examples, plan, tokens=TOKENS)
     order_s = time.perf_counter() - start
 
     next(loader(batches, first=0, num_workers=1))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.batches.collate import MicroBatch, PackedBatch, Packer
+from data.batches.collate import Collator, MicroBatch, PackedBatch, Packer
 from data.batches.dataset import BatchPlan, MicroBatches, PackedBatcher, PaddedBatcher, has_media
 from data.batches.packing import shared_prefix
 from data.examples.tokens import Examples
@@ -110,28 +110,22 @@ class EnginePath:
         return total
 
 
-def make_fast(
-    family: Family,
-    reducer: Reducer,
-    examples: Examples,
-    plan: BatchPlan,
-    *,
-    tokens: int,
-    device: torch.device,
-) -> EnginePath:
-    """The path of `make tune`.
+def pack_batches(
+    collator: Collator, examples: Examples, plan: BatchPlan, *, tokens: int
+) -> tuple[MicroBatches, list[int]]:
+    """Cut steps into packed micro batches, as in training.
 
     Args:
-        family: around the model.
-        reducer: reduces the pictures.
-        examples: those of `make_examples`.
+        collator: of the model.
+        examples: the examples of all steps.
         plan: the steps.
         tokens: packed tokens of a micro batch.
-        device: where the model is.
+
+    Returns:
+        (the micro batches, ids of the prefix that all examples share)
     """
-    # All examples begin with the same prefix, which is run once.
-    prefix = shared_prefix(examples, [family.placeholder_id("image")])
-    packer = Packer(make_collator(family, reducer), num_prefix=len(prefix))
+    prefix = shared_prefix(examples, [collator.family.placeholder_id(kind) for kind in collator.kinds])
+    packer = Packer(collator, num_prefix=len(prefix))
     has_gradient = has_media(examples)
     batcher = PackedBatcher(
         [packer],
@@ -141,11 +135,24 @@ def make_fast(
         num_run=packer.lengths(examples)[None],
         has_gradient=has_gradient,
     )
+    return MicroBatches(batcher, plan, rank=0, has_gradient=has_gradient), prefix
+
+
+def make_fast(
+    family: Family,
+    reducer: Reducer,
+    examples: Examples,
+    plan: BatchPlan,
+    *,
+    tokens: int,
+    device: torch.device,
+) -> EnginePath:
+    """The path of `make tune`, with micro batches of `tokens` packed tokens."""
+    batches, prefix = pack_batches(make_collator(family, reducer), examples, plan, tokens=tokens)
 
     # Compiled kernels pay on a GPU only, as in training.
     loss = FastLoss(family, [reducer], prefix=prefix, compiled=device.type == "cuda")
     loss.run_prefix(device)
-    batches = MicroBatches(batcher, plan, rank=0, has_gradient=has_gradient)
     return EnginePath(loss, batches, device)
 
 

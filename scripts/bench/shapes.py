@@ -1,15 +1,15 @@
 """The models that the benchmarks run: shapes of configs/model, or fractions of them, with random weights."""
 
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
-import yaml
+from hydra.utils import get_class
+from omegaconf import OmegaConf
 from torch import nn
 
-from data.paths import ROOT
+from train.config import compose_settings
 from vzip.families import Family
 from vzip.reducers.visionzip import VisionZip
 
@@ -58,14 +58,13 @@ def shape_of(name: str) -> Shape:
     if name == "tiny":
         return tiny_shape()
 
-    # Hydra is not needed: these parts of a config refer to nothing else.
-    model = yaml.safe_load((ROOT / "configs" / "model" / f"{name}.yaml").read_text())["model"]
+    model = compose_settings(f"model={name}").model
     return Shape(
         name,
-        family=pkgutil.resolve_name(model["_target_"]),
-        architecture=model["architecture"],
-        budget=model["budget"],
-        dtype=getattr(torch, model["dtype"]),
+        family=get_class(model["_target_"]),
+        architecture=OmegaConf.to_container(model.architecture),
+        budget=model.budget,
+        dtype=getattr(torch, model.dtype),
     )
 
 

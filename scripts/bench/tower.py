@@ -28,8 +28,13 @@ from vzip.reducers.base import ReducerOutput
 from vzip.reducers.visionzip import VisionZip
 from vzip.tap import run_tower
 
-TOWER: dict[str, Any] = shape_of("llava-7b").architecture["vision_config"]
 REDUCER = VisionZip(dominant=54, contextual=10)
+
+
+def clip_large() -> dict[str, Any]:
+    """The config of CLIP ViT-L/14-336, LLaVA-1.5's vision tower."""
+    config: dict[str, Any] = shape_of("llava-7b").architecture["vision_config"]
+    return config
 
 
 def make_tower(architecture: dict[str, Any], *, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -160,14 +165,15 @@ def main() -> None:
     environment = where(device)
     print_environment(environment)
 
+    config = clip_large()
+    size = (1, 3, config["image_size"], config["image_size"])
     rows = []
     for name in arguments.dtype:
         dtype = getattr(torch, name)
-        tower = make_tower(TOWER, device=device, dtype=dtype)
+        tower = make_tower(config, device=device, dtype=dtype)
 
         # What libraries allocate when they first run would count as memory of the first measurement.
-        picture = torch.randn(1, 3, TOWER["image_size"], TOWER["image_size"], device=device, dtype=dtype)
-        reduce_released(eager_copy(tower), picture)
+        reduce_released(eager_copy(tower), torch.randn(size, device=device, dtype=dtype))
 
         for batch in arguments.batch:
             rows.append(measure_tower(tower, batch=batch, rounds=arguments.rounds, device=device))

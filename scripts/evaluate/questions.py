@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from data.paths import ROOT, atomic_write, data_dir, write_json
+from data.paths import atomic_write, data_dir, write_json
 from scripts.evaluate.tasks import HELD_OUT
 from train import config
 from train.examples import held_out_conversations
@@ -54,8 +53,7 @@ def _question_settings(run: Path | None) -> DictConfig:
         cfg = finished.settings
         advice = "put the file there again"
     else:
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            cfg = compose("tune")
+        cfg = config.compose_settings()
         advice = "`make data`, without MODEL, makes it"
 
     if not Path(cfg.data.held_out).expanduser().exists():

@@ -113,12 +113,11 @@ def recipe_template(model: str) -> dict[str, Any] | None:
     A run of the recipe is asked in this template, so the base model that it is compared with must
     be too.
     """
-    # The recipes refer to resolvers that are registered there.
-    config.register()
     for path in sorted((ROOT / "configs" / "model").glob("*.yaml")):
-        recipe = OmegaConf.load(path).model
-        if recipe.id == model:
-            return asdict(config.instantiate_target(recipe.template))
+        # The file of a model may inherit everything but its id from another one.
+        if OmegaConf.to_container(OmegaConf.load(path).model)["id"] == model:
+            cfg = config.compose_settings(f"model={path.stem}")
+            return asdict(config.instantiate_target(cfg.model.template))
 
     return None
 

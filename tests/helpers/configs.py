@@ -2,8 +2,6 @@
 
 from functools import cache
 
-from hydra import compose, initialize_config_dir
-
 from tests.conftest import ROOT
 from train import config
 from train.models import count_model
@@ -20,9 +18,7 @@ def members(group):
 @cache
 def composed(*overrides):
     """The settings that `make tune ARGS="OVERRIDES"` runs with. Do not change them: other tests share them."""
-    config.register()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("tune", overrides=list(overrides))
+    return config.compose_settings(*overrides)
 
 
 @cache

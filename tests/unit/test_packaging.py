@@ -119,6 +119,7 @@ def test_version_is_that_of_the_package():
     assert (ROOT / "vzip" / "py.typed").is_file()
 
 
+@pytest.mark.slow
 def test_public_names_are_imported_when_they_are_used():
     run_python(
         "import sys, vzip\n"
@@ -132,6 +133,7 @@ def test_public_names_are_imported_when_they_are_used():
         vzip.atach  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["scripts.report", "scripts.push"])
 def test_light_commands_start_without_torch(module):
     run_python(f"import sys, {module}\nassert not {{'torch', 'hydra'}} & set(sys.modules)")
@@ -144,3 +146,33 @@ def test_a_missing_package_is_refused_with_its_extra():
     )
     with pytest.raises(UserError, match=message):
         check_package("filmreader", extra="film", purpose="reading films")
+
+
+def planned(*words):
+    """What make would run if nothing were installed."""
+    done = subprocess.run(
+        ["make", "--dry-run", "--always-make", *words], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("words", "extras"),
+    [
+        (["tune"], [".[train,smol]"]),
+        (["tune", "MODEL=video-llava-7b"], [".[train,smol]", "vzip[video]"]),
+        (["cache", "MODEL=mini-gemini-7b"], [".[train,smol]", "vzip[llava]"]),
+        (["check"], [".[train,smol]", "vzip[dev]"]),
+        (["report"], [".[train,smol]", "vzip[figures]"]),
+        (["setup", "EXTRAS=video quantized"], [".[train,smol]", "vzip[video]", "vzip[quantized]"]),
+    ],
+)
+def test_a_command_installs_what_it_needs(words, extras):
+    assert re.findall(r"'(\S+\[.+?\])'", planned(*words)) == extras
+
+
+@pytest.mark.integration
+def test_paths_with_spaces_and_budgets_with_brackets_are_quoted():
+    assert "'runs/it'\\''s my run' 'hf'" in planned("export", "RUN=runs/it's my run")
+    assert "reducer.budget='[4,8,16]'" in planned("tune", "BUDGET=[4,8,16]")

@@ -89,7 +89,7 @@ def test_the_share_in_common_compares_sets():
 def test_the_command_measures_prints_and_writes(monkeypatch, capsys, tmp_path):
     path = tmp_path / "tower.json"
     options = ["--dtype", "float32", "bfloat16", "--batch", "1", "2", "--rounds", "2", "--json", str(path)]
-    monkeypatch.setattr(bench_tower, "TOWER", SMALL)
+    monkeypatch.setattr(bench_tower, "clip_large", lambda: SMALL)
     monkeypatch.setattr(sys, "argv", ["tower", *options])
     bench_tower.main()
 
