@@ -200,7 +200,7 @@ class DataSettings:
     max_tokens: int = checked(2048, at_least_one)
     """Text tokens at which an example is cut."""
     num_workers: int = checked(4, not_negative)
-    """Processes per rank that decode pictures; 0: the rank decodes them itself."""
+    """Processes per rank that decode pictures, at most one per CPU; 0: the rank decodes them itself."""
     cache: bool = False
     """Tune from the reducer's output that `make cache` has stored, without pictures."""
     expected: ExpectedData = MISSING

@@ -69,21 +69,20 @@ def _draw_bars(numbers: Mapping[str, Any]) -> Figure:
     (budget,) = {point["num_visual_tokens"] for point in points if point["series"] != "full"}
     full_tokens = [point["num_visual_tokens"] for point in points if point["series"] == "full"]
     tokens = f"{budget:g} of {full_tokens[0]:g}" if full_tokens else f"{budget:g}"
-    figure = new_figure(
-        1.6 + 0.75 * len(shown) * len(kinds), 4.4, f"Correct answers with {tokens} visual tokens"
-    )
+    width = max(4.8, 1.6 + 0.75 * len(shown) * len(kinds))
+    figure = new_figure(width, 4.4, f"Correct answers with {tokens} visual tokens")
     axes = figure.subplots()
-    width = 0.8 / len(shown)
+    bar_width = 0.8 / len(shown)
     for index, name in enumerate(shown):
         label, colour = BARS[name]
         for group, kind in enumerate(kinds):
-            x = group + (index - (len(shown) - 1) / 2) * width
+            x = group + (index - (len(shown) - 1) / 2) * bar_width
             percents = _percents(points, name, kind)
             if not percents:
                 _label_bar(axes, x, 1, "not tuned", upright=True)
                 continue
             mean = statistics.mean(percents)
-            axes.bar(x, mean, width=0.94 * width, color=colour, label=label if group == 0 else None)
+            axes.bar(x, mean, width=0.94 * bar_width, color=colour, label=label if group == 0 else None)
             _label_bar(axes, x, max(percents), f"{mean:.0f}")
             if len(percents) > 1:  # a dot for each seed
                 axes.scatter([x] * len(percents), percents, color="white", edgecolor=colour, s=14, zorder=3)

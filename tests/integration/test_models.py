@@ -99,7 +99,8 @@ def prepared():
 
 
 def test_the_papers_experiment_runs_on_a_tiny_model_and_two_ranks(prepared, tmp_path):
-    done = tune(["+exp=next", "model=next-tiny", f"runs={tmp_path}", "name=next", "track=none"], ranks=2)
+    settings = ["model=next-tiny", "reducer.budget=40", f"runs={tmp_path}", "name=next", "track=none"]
+    done = tune(["+exp=next", *settings], ranks=2)
     rows = json.loads((tmp_path / "next" / "result.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["full", "free", "tuned"] and "TRAINABLE" in done.stdout
     losses = [loss for _, loss, _ in metrics(tmp_path / "next")]

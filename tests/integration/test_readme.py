@@ -36,7 +36,7 @@ def shortened(command, runs, overrides):
             words = [word.replace(placeholder, value) for word in words]
 
     if "+exp=next" in command:
-        extra += ["model=next-tiny"]
+        extra += ["model=next-tiny", "reducer.budget=40"]
 
     if words[0] != "make":
         return [*words, *extra]
