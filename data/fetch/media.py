@@ -242,6 +242,25 @@ class _FailureGuard:
         )
 
 
+def _look_up(
+    media: Iterable[Medium],
+    folder: Path,
+    sources: Mapping[str, Sequence[Source]],
+    media_index: MediaIndex,
+) -> tuple[list[Checked], list[Medium]]:
+    """(entries that still hold, pictures and videos that must be looked at)."""
+    known = []
+    todo = []
+    for medium in media:
+        _, path, source_name = medium
+        entry = media_index.lookup(path, folder, sources.get(source_name, ()))
+        if entry is None:
+            todo.append(medium)
+        else:
+            known.append(entry)
+    return known, todo
+
+
 def _delete_leftovers_of(media: Iterable[Medium], folder: Path) -> None:
     """Delete what killed commands had begun to write in the folders of these files."""
     for parent in {(folder / path).parent for _, path, _ in media}:
@@ -283,17 +302,8 @@ def fetch_media(
     # Several examples may show the same picture.
     by_path = {path: (kind, path, source_name) for kind, path, source_name in media}
 
-    # What the index knows is not looked at again.
-    faults = {}
-    todo = []
-    for path, medium in by_path.items():
-        _, _, source_name = medium
-        entry = media_index.lookup(path, folder, sources.get(source_name, ()))
-        if entry is None:
-            todo.append(medium)
-        elif entry.fault:
-            faults[path] = Fault(entry.fault, entry.final)
-
+    known, todo = _look_up(by_path.values(), folder, sources, media_index)
+    faults = {entry.path: Fault(entry.fault, entry.final) for entry in known if entry.fault}
     _delete_leftovers_of(todo, folder)
 
     guard = _FailureGuard(sources)
@@ -301,8 +311,7 @@ def fetch_media(
     # answered.
     with ThreadPool(min(num_threads, len(todo)) or 1) as pool:
         results = pool.imap_unordered(_Fetcher(folder, sources), todo)
-        num_known = len(by_path) - len(todo)
-        bar = progress(results, total=len(by_path), start=num_known, title="pictures", unit="file")
+        bar = progress(results, total=len(by_path), start=len(known), title="pictures", unit="file")
 
         # Only this thread writes to the index, one line as soon as a file is done.
         for (_, path, source_name), entry, was_asked in bar:
