@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import vzip
 from tests.helpers import tiny
+from tests.helpers.models import marks
 from vzip import UserError
 from vzip.families.base import num_dropped_tokens
 from vzip.reducers.identity import Identity
@@ -39,17 +40,6 @@ def run(tower, pixels, feature_layer=-2, *, attention_layer=None):
 
 def layers_of(tower):
     return list(tower.get_submodule(tower_layout(tower.config).layers).children())
-
-
-def marks(module):
-    """List every hook and every instance-level `forward` in a module."""
-    marks = []
-    for name, part in module.named_modules():
-        for key in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
-            marks += [(name, key)] * len(vars(part)[key])
-        if "forward" in vars(part):
-            marks.append((name, "forward"))
-    return marks
 
 
 def count_layers(tower):
