@@ -1,7 +1,7 @@
 """One model that many visitors share.
 
 A single thread uses the model, and answers one question at a time. A setting is one of
-`vzip.runs.compare.ROWS`: "full", "free" (training-free) or "tuned".
+`vzip.runs.compare.SETTINGS`: "full", "free" (training-free) or "tuned".
 """
 
 import queue

@@ -1,13 +1,15 @@
 """Finished runs of tiny models, written without training."""
 
 import json
+from dataclasses import asdict
 
 import torch
 
 import vzip
 from tests.helpers import tiny
 from vzip.families import families
-from vzip.runs.projector import META, fingerprint, projector_meta, save_checkpoint
+from vzip.runs.projector import META, fingerprint, projector_meta, projector_parameters, save_checkpoint
+from vzip.templates.encode import vicuna
 
 BUDGET = {"dominant": 4, "contextual": 2}
 """The reducer that `attached` attaches unless a test asks for another one."""
@@ -26,11 +28,8 @@ def attached(folder, kind="clip", *, dtype=torch.float32, **reducer):
 
 def projector_of(handle):
     """Copies of the projector's tensors, by their names in the model."""
-    tensors = {}
-    for name, value in handle.family.model.named_parameters():
-        if name.startswith(handle.family.projector_name):
-            tensors[name] = value.detach().clone()
-    return tensors
+    parameters = projector_parameters(handle.family)
+    return {name: value.detach().clone() for name, value in parameters.items()}
 
 
 def tune(handle, seed=1):
@@ -42,17 +41,19 @@ def tune(handle, seed=1):
     return handle
 
 
-def save_run(folder, handle, base, **changes):
+def save_run(folder, handle, base, *other_reducers, **changes):
     """Write what a run writes at its end, with `changes` to its meta.json; returns the folder."""
     tensors = projector_of(handle)
     meta = projector_meta(
         handle.family,
         handle.reducer,
+        *other_reducers,
         base=str(base),
         base_fingerprint=fingerprint(handle.family),
     )
     meta |= {
-        "num_image_tokens": 6,
+        "num_image_tokens": handle.num_image_tokens(),
+        "template": asdict(vicuna()),
         "dtype": "float32",
         "adapter": False,
         "trained": list(tensors),

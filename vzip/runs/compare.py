@@ -1,94 +1,209 @@
-"""A model in the rows of a results table: `full`, `free` and `tuned`. Its frozen weights are there once."""
+"""One model in the settings of the results table: all tokens, training-free, and tuned.
+
+The frozen weights are in memory once; the projectors and LoRA are put in and out.
+"""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from vzip.handle import Handle
-from vzip.templates.jinja import chat_template
 from vzip.errors import UserError
 from vzip.families import Family, families, family_at
+from vzip.handle import Handle
+from vzip.reducers import Reducer, with_budget
+from vzip.reducers.identity import Identity
+from vzip.reducers.visionzip import VisionZip
 from vzip.runs.projector import (
     WEIGHTS,
     anyres_of,
     budget_of,
+    check_fits,
     is_export,
     load_adapter,
     load_weights,
     locate,
+    projector_parameters,
     read_meta,
     reducers_of,
-    check_fits,
 )
-from vzip.reducers import Reducer, with_budget
-from vzip.reducers.identity import Identity
-from vzip.reducers.visionzip import VisionZip
 from vzip.templates.encode import Template
+from vzip.templates.jinja import chat_template
 
-ROWS = ("full", "free", "tuned")
-"""All tokens and the projector of the base model; reduced, with the same projector; reduced, with the tuned projector."""
+SETTINGS = ("full", "free", "tuned")
+"""The settings of the results table.
+
+"full": all tokens, and the projector of the base model. "free" (training-free): reduced, with the
+same projector. "tuned": reduced, with the tuned projector.
+"""
+
+_GIVE_BASE = "Pass base=... (for a command --base) with its folder or hub id"
+_EXPORT_AGAIN = "Export the run again, with --copy where the base model's own files may go"
 
 
-_ELSEWHERE = "Pass base=... (for a command --base) with its folder or hub id"
+def check_tuned_budget(budget: int | None, tuned: Collection[int]) -> None:
+    """Check that a projector was tuned for a budget; None means the first one.
+
+    Raises:
+        UserError: it was not.
+    """
+    if budget is not None and budget not in tuned:
+        budgets = ", ".join(map(str, tuned))
+        raise UserError(
+            f"this projector was not tuned for budget={budget!r}, but for {budgets}; "
+            "give one that it was tuned for"
+        )
+
+
+# Loading the parts of a comparison
 
 
 def _load_base(
-    cls: type[Family], source: str, *, dtype: torch.dtype, anyres: str = "released", way_out: str = _ELSEWHERE
+    family_class: type[Family],
+    source: str,
+    *,
+    dtype: torch.dtype,
+    anyres: str = "released",
+    advice: str = _GIVE_BASE,
 ) -> tuple[Family, Any]:
-    """(family around the model, processor), the projector in float32."""
+    """Load a base model, frozen, with its projector in float32, and its processor.
+
+    Raises:
+        UserError: it can't be loaded; the message ends with the advice.
+    """
     try:
-        model, processor = cls.load_model(source, dtype=dtype), cls.load_processor(source)
+        model = family_class.load_model(source, dtype=dtype)
+        processor = family_class.load_processor(source)
     except (OSError, UserError) as error:
-        raise UserError(f"the base model {source} can't be loaded: {error}\n{way_out}") from error
-    family = cls(model.eval().requires_grad_(False), anyres=anyres)
+        raise UserError(f"the base model {source} can't be loaded: {error}\n{advice}") from error
+
+    family = family_class(model.eval().requires_grad_(False), anyres=anyres)
     family.projector.float()
     return family, processor
 
 
-def check_tuned_budget(budget: int | None, tuned: Collection[int | None]) -> None:
-    """Raises UserError for a budget that is not among those that a projector was tuned for; None is the first of them."""
-    if budget is not None and budget not in tuned:
-        known = ", ".join(map(str, tuned))
-        raise UserError(f"this projector was not tuned for budget={budget!r}, but for {known}; give one that it was tuned for")
+def _load_base_of_run(folder: Path, meta: Mapping[str, Any], *, base: str | None) -> tuple[Family, Any]:
+    """Load the base model of a run, or the one that an export holds, as the run had it."""
+    source = base or meta["base"]["id"]
+    advice = _GIVE_BASE
+    if is_export(folder):
+        if base is not None:
+            raise UserError(f"base={base}: {folder} is an export, which holds its base model; leave base out")
+        source = str(folder)
+        advice = _EXPORT_AGAIN
+
+    model_type = meta["base"]["model_type"]
+    if model_type not in families():
+        raise UserError(
+            f"{folder} is a run of the family {model_type!r}, which this version does not know; "
+            "use the version that tuned it"
+        )
+    return _load_base(
+        families()[model_type],
+        source,
+        dtype=getattr(torch, meta["dtype"]),
+        anyres=anyres_of(meta),
+        advice=advice,
+    )
 
 
 def _cast(family: Family, dtype: torch.dtype) -> None:
-    """Cast the frozen parameters; buffers, such as the frequencies of positions, keep the precision that they were made in."""
+    """Cast the frozen parameters. Buffers, such as rotary frequencies, keep their precision."""
+    trained = projector_parameters(family)
     for name, parameter in family.model.named_parameters():
-        if not name.startswith(family.projector_name):
+        if name not in trained:
             parameter.data = parameter.data.to(dtype)
 
 
-def _template_of(folder: Path, described: Mapping[str, Any]) -> Template:
-    """Raises UserError for one that no version wrote."""
+def _template_of(folder: Path, meta: Mapping[str, Any]) -> Template:
+    """Make the template that a meta.json records. Raises UserError if no version wrote it."""
     try:
-        return Template(**described)
+        return Template(**meta["template"])
     except TypeError as error:
-        raise UserError(f"{folder}: its template {described} is unknown: {error}; restore the file, or tune again") from error
+        raise UserError(
+            f"{folder}: its template {meta['template']} is unknown: {error}; restore the file, or tune again"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Projectors:
+    """The projectors of a run.
+
+    Attributes:
+        parameters: the parameters of the model that they are copied into.
+        base: the projector that training started from; None if it can't be had.
+        tuned: the tuned projector.
+    """
+
+    parameters: Mapping[str, Tensor]
+    base: Mapping[str, Tensor] | None
+    tuned: Mapping[str, Tensor]
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _read_projectors(family: Family, folder: Path, meta: Mapping[str, Any]) -> _Projectors:
+    """Read the projectors of a run or an export. The tuned one stays in the model."""
+    parameters = projector_parameters(family)
+
+    # Training started from the base's own projector, or from a file, which may be gone by now.
+    # An export holds the tuned projector alone.
+    start = meta["base"]["projector"]
+    base = None
+    if not is_export(folder):
+        if start is None:
+            base = _copies(parameters)
+        elif Path(start).is_file():
+            load_weights(family, start)
+            base = _copies(parameters)
+
+    load_weights(family, folder / WEIGHTS)
+    return _Projectors(parameters, base, tuned=_copies(parameters))
+
+
+# The comparison
 
 
 class Comparison:
-    """One base model, and the rows in which it can answer.
+    """One base model, and the settings in which it can answer.
 
     Attributes:
-        family: around the model, which is the base model outside `row`.
+        family: the family of the model. Outside `row` the model has no reducer.
         processor: the base model's, with the chat template that the projector was tuned with.
-        rows: those of `ROWS` that there are.
-        reducers: those of a run by budget, the first one first; none of a base model.
-        meta: what `vzip.runs.projector.read_meta` says of a run, or of an export; empty of a base model.
+        reducers: those of a run by budget, the first one first; empty for a base model.
+        meta: meta.json of a run, or what an export has in its place; empty for a base model.
+        adapter: peft's model around the model; None without LoRA.
     """
 
-    def __init__(self, family: Family, processor: Any, *, reducers: Mapping[int, Reducer]) -> None:
-        self.family, self.processor, self.reducers = family, processor, dict(reducers)
-        self.rows: tuple[str, ...] = ("full", "free")
-        self.meta: dict[str, Any] = {}
-        self._projector = {name: p for name, p in family.model.named_parameters() if name.startswith(family.projector_name)}
-        self._weights: dict[str, dict[str, Tensor]] = {}
-        self._adapter: Any = None
+    def __init__(
+        self,
+        family: Family,
+        processor: Any,
+        *,
+        reducers: Mapping[int, Reducer] | None = None,
+        meta: Mapping[str, Any] | None = None,
+        projectors: _Projectors | None = None,
+        adapter: Any = None,
+    ) -> None:
+        self.family = family
+        self.processor = processor
+        self.reducers = dict(reducers or {})
+        self.meta = dict(meta or {})
+        self.adapter = adapter
+        self._projectors = projectors
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The settings that the model has, of `SETTINGS`."""
+        if self._projectors is None:
+            return ("full", "free")
+        return ("tuned",) if self._projectors.base is None else SETTINGS
 
     @classmethod
     def open(
@@ -99,127 +214,136 @@ class Comparison:
         dtype: torch.dtype | None = None,
         device: str | None = None,
     ) -> Self:
-        """The rows of a run folder; `tuned` alone of an export, which holds no other projector; the other two of a base model.
+        """Load a run, an export or a base model.
+
+        A run has all settings. An export has only "tuned", because it holds no other projector. A
+        base model has the other two.
 
         Args:
-            source: a run folder; or the folder or hub id of an export, or of a base model.
-            base: where a run's base model is now, if not where the run found it.
-            dtype: of the frozen weights, which are read as in the run, and then cast; by default as in the run, and bfloat16 of
-                a base model.
+            source: a run folder, or the folder or hub id of an export or of a base model.
+            base: where a run's base model is now, if it has moved since the run.
+            dtype: of the frozen weights, which are read as in the run, and then cast. The default
+                is the precision of the run, or bfloat16 for a base model.
             device: by default a GPU if there is one.
 
         Raises:
-            UserError: not a finished run, nor a model; a base model that can't be found, or one that is not the run's.
+            UserError: it is neither a finished run nor a model, the base model can't be found, or
+                it is not the run's.
         """
         folder = locate(source)
-        made = cls._of_run(folder, base=base, dtype=dtype) if folder else cls._of_base(str(source), dtype=dtype)
-        made.family.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return made
+        if folder is None:
+            comparison = cls._of_base(str(source), dtype=dtype or torch.bfloat16)
+        else:
+            comparison = cls._of_run(folder, base=base, dtype=dtype)
+
+        comparison.family.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return comparison
 
     @classmethod
-    def _of_base(cls, source: str, *, dtype: torch.dtype | None) -> Self:
+    def _of_base(cls, source: str, *, dtype: torch.dtype) -> Self:
         try:
-            family = family_at(source)
+            family_class = family_at(source)
         except OSError as error:
-            raise UserError(f"{source} is neither a run folder nor a model that can be loaded: {error}") from error
-        return cls(*_load_base(family, source, dtype=dtype or torch.bfloat16), reducers={})
+            raise UserError(
+                f"{source} is neither a run folder nor a model that can be loaded: {error}; give one of these"
+            ) from error
+        return cls(*_load_base(family_class, source, dtype=dtype))
 
     @classmethod
     def _of_run(cls, folder: Path, *, base: str | None, dtype: torch.dtype | None) -> Self:
         meta = read_meta(folder)
-        source, way_out = base or meta["base"]["id"], _ELSEWHERE
-        if is_export(folder):
-            if base is not None:
-                raise UserError(f"base={base}: {folder} is an export, which holds its base model; leave base out")
-            source, way_out = str(folder), "Export the run again, with --copy where the base model's own files may go"
-        kind = families().get(meta["base"]["model_type"])
-        if kind is None:
-            raise UserError(f"{folder} is of the family {meta['base']['model_type']!r}, which this version does not know")
-        dtype_of_run, anyres = getattr(torch, meta["dtype"]), anyres_of(meta)
-        family, processor = _load_base(kind, source, dtype=dtype_of_run, anyres=anyres, way_out=way_out)
-        reducers = {budget_of(family, reducer): reducer for reducer in reducers_of(meta).values()}
-        check_fits(meta, family, next(iter(reducers.values())))  # before a cast, which would round what is compared
+        family, processor = _load_base_of_run(folder, meta, base=base)
+        reducers = {}
+        for reducer in reducers_of(meta).values():
+            reducers[budget_of(family, reducer)] = reducer
+
+        # The base is compared with the run's before a cast, which would round its weights.
+        check_fits(meta, family, next(iter(reducers.values())))
         if dtype is not None:
             _cast(family, dtype)
-        if described := meta.get("template"):
-            template = _template_of(folder, described)
-            if not template.captions:
-                processor.chat_template = chat_template(template, processor.tokenizer)
-        made = cls(family, processor, reducers=reducers)
-        made.meta = meta
-        made._take_projectors(folder, meta)
-        return made
 
-    def _take_projectors(self, folder: Path, meta: Mapping[str, Any]) -> None:
-        """Keep the projector that training started from, where it is still there, and the tuned one."""
-        start = meta["base"].get("projector")
-        if not is_export(folder) and (start is None or Path(start).is_file()):
-            if start is not None:
-                load_weights(self.family, start)
-            self._weights["base"] = self._copy_projector()
-            self.rows = ROWS
-        else:
-            self.rows = ("tuned",)
-        load_weights(self.family, folder / WEIGHTS)
-        self._weights["tuned"] = self._copy_projector()
-        if meta["adapter"]:
-            self._adapter = load_adapter(self.family, folder)
+        template = _template_of(folder, meta)
+        if not template.captions:
+            processor.chat_template = chat_template(template, processor.tokenizer)
 
-    def _copy_projector(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self._projector.items()}
+        # The projectors come first, because LoRA renames the parameters that it is put beside.
+        projectors = _read_projectors(family, folder, meta)
+        adapter = load_adapter(family, folder) if meta["adapter"] else None
+        return cls(
+            family,
+            processor,
+            reducers=reducers,
+            meta=meta,
+            projectors=projectors,
+            adapter=adapter,
+        )
 
     def reducer(self, row: str, *, budget: int | None = None) -> Reducer:
-        """What reduces in a row. By default the first of the run's; `free` takes any budget, `tuned` one it was tuned for.
+        """The reducer of a setting.
+
+        Args:
+            row: one of `rows`.
+            budget: by default the first of the run's. "free" takes any budget, "tuned" one that it
+                was tuned for.
 
         Raises:
-            UserError: a row that there is not, or a budget that it can't have.
+            UserError: the model lacks the setting, or the setting can't have the budget.
         """
         if row not in self.rows:
-            raise UserError(f"row={row!r} does not exist here{self._missing(row)}; choose one of: {', '.join(self.rows)}")
+            raise UserError(
+                f"row={row!r} does not exist here{self._why_missing(row)}; "
+                f"choose one of: {', '.join(self.rows)}"
+            )
         if row == "full":
             return Identity()
-        if budget is None and not self.reducers:
-            raise UserError("a base model needs a budget: give budget=..., e.g. budget=64")
-        if budget is None or budget in self.reducers:
-            return self.reducers[budget] if budget else next(iter(self.reducers.values()))
+
+        if not self.reducers:
+            if budget is None:
+                raise UserError("a base model needs a budget: give budget=..., e.g. budget=64")
+            return VisionZip(budget=budget, tiles=self.family.budget_tiles)
+
         if row == "tuned":
             check_tuned_budget(budget, self.reducers)
-        tiles = self.family.budget_tiles
-        if not self.reducers:
-            return VisionZip(budget=budget, tiles=tiles)
-        return with_budget(next(iter(self.reducers.values())), budget, tiles=tiles)
+        first = next(iter(self.reducers.values()))
+        if budget is None:
+            return first
+        if budget in self.reducers:
+            return self.reducers[budget]
+        return with_budget(first, budget, tiles=self.family.budget_tiles)
 
-    def _missing(self, row: str) -> str:
-        """Why there is no such row."""
-        if row not in ROWS[:2]:
+    def _why_missing(self, row: str) -> str:
+        """The reason why a run or an export lacks a setting; empty for an unknown one."""
+        if row not in ("full", "free"):
             return ""
-        if self.meta["base"].get("projector"):
+        if self.meta["base"]["projector"]:
             return "; the projector that training started from is no longer where it was"
         return "; an export holds the tuned projector alone: open the run"
 
     def attach(self, row: str, *, budget: int | None = None) -> Handle:
-        """Make the model that row, and leave it so: the handle of its reducer. Raises UserError as `reducer`."""
-        handle = Handle(self.family.model, self.reducer(row, budget=budget), anyres=self.family.anyres)
-        weights = self._weights.get("tuned" if row == "tuned" else "base", {})
-        with torch.no_grad():
-            for name, value in weights.items():
-                self._projector[name].copy_(value)
-        return handle
+        """Put the model into a setting, and leave it there; returns the handle of its reducer.
 
-    def tuned_family(self) -> Family:
-        """Around the tuned model without a reducer, LoRA merged into its weights. The other rows are gone then."""
-        self.attach("tuned").detach()
-        if self._adapter:
-            self._adapter.merge_and_unload()
-            self._adapter = None
-        self.rows = ("tuned",)
-        return self.family
+        LoRA stays active: use `row` for settings without it. Raises UserError as `reducer`.
+        """
+        reducer = self.reducer(row, budget=budget)
+        handle = Handle(self.family.model, reducer, anyres=self.family.anyres)
+
+        projectors = self._projectors
+        if projectors is not None:
+            weights = projectors.tuned if row == "tuned" else projectors.base
+            assert weights is not None
+            with torch.no_grad():
+                for name, value in weights.items():
+                    projectors.parameters[name].copy_(value)
+        return handle
 
     @contextmanager
     def row(self, row: str, *, budget: int | None = None) -> Iterator[tuple[Any, Any]]:
-        """(model, processor) of a row, while the block runs. Raises UserError as `reducer`."""
-        without = self._adapter.disable_adapter() if self._adapter and row != "tuned" else nullcontext()
-        with self.attach(row, budget=budget) as handle, without:
+        """Yield (model, processor) of a setting while the block runs. Raises UserError as
+        `reducer`.
+        """
+        hides_adapter = self.adapter is not None and row != "tuned"
+        without_adapter = self.adapter.disable_adapter() if hides_adapter else nullcontext()
+        with self.attach(row, budget=budget) as handle, without_adapter:
             yield handle.family.model, handle.processor(self.processor)
 
 
@@ -231,22 +355,25 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | None = None,
 ) -> tuple[Any, Any]:
-    """(model, processor) of a run or an export: base model, reducer attached, tuned projector in place, ready to generate.
+    """Load a run or an export: the model, reduced, with the tuned projector, and its processor.
+
+    The model is ready to generate.
 
     Args:
-        path: a run folder; or the folder or hub id of an export.
+        path: a run folder, or the folder or hub id of an export.
         budget: one that the run was tuned for, by default its first.
-        base: where the base model is now (a folder or hub id), if not where the run found it.
+        base: where the base model is now (a folder or hub id), if it has moved since the run.
         dtype: of the frozen weights; by default as in the run.
         device: by default a GPU if there is one.
 
     Raises:
-        UserError: not a finished run, a budget that it was not tuned for, a base model that can't be found, or one that is
-            not the run's.
+        UserError: it is not a finished run, it was not tuned for the budget, the base model can't
+            be found, or it is not the run's.
     """
-    known = reducers_of(read_meta(locate(path) or Path(path)))
-    if None not in known:  # a file written before budgets were says nothing, so that the model has to be asked
-        check_tuned_budget(budget, known)
+    # A wrong budget is refused before anything large is loaded.
+    meta = read_meta(locate(path) or Path(path))
+    check_tuned_budget(budget, reducers_of(meta))
+
     comparison = Comparison.open(path, base=base, dtype=dtype, device=device)
     handle = comparison.attach("tuned", budget=budget)
     return handle.family.model, handle.processor(comparison.processor)

@@ -136,8 +136,12 @@ def test_the_timed_prefill_is_that_of_the_answer(run):
 
         case = setting.prefill(questions[1], batch=2)
         with comparison.row(name) as (model, processor):
+            content = [{"type": "image"}, {"type": "text", "text": "what is it?"}]
+            prompt = processor.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
             inputs = processor(
-                text=["<image>\nwhat is it?"] * 2,
+                text=[prompt] * 2,
                 images=[tiny.picture(1)] * 2,
                 return_tensors="pt",
             )
