@@ -91,8 +91,9 @@ def test_bad_sources_are_refused(run, tmp_path):
 
 
 def test_a_base_model_with_a_recipe_is_asked_in_the_recipes_template(run, tiny_folder, tmp_path):
-    recipe = target_of("llava-hf/llava-1.5-7b-hf", tmp_path, budget=[64])
-    assert recipe.template == asdict(vicuna())
+    # The recipe of the 13B model inherits its template from the 7B model.
+    for name in ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf"):
+        assert target_of(name, tmp_path, budget=[64]).template == asdict(vicuna())
     assert target_of(tiny_folder, tmp_path, budget=[6]).template is None
     assert target_of(run, tmp_path).template is None  # a run has its own
 
