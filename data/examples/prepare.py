@@ -152,6 +152,7 @@ def _replace_unusable(
     for source, candidates in drawn.candidates.items():
         spare[source] = iter(candidates[drawn.wanted[source] :])
 
+    # Each round looks at all pending examples together, so that their pictures come in parallel.
     usable = []
     left_out = []
     pending = drawn.positions
@@ -244,7 +245,6 @@ class _MediaCheck:
 
     def __call__(self, examples: Sequence[Conversation]) -> dict[str, str]:
         """Raises UserError if too much is wrong, or if servers did not answer."""
-        # Every source is asked for all its files at once: the fetching runs in parallel.
         media = []
         for example in examples:
             for kind, paths in example.media.items():

@@ -83,6 +83,7 @@ def draw_subset(
             keys[position] = hashlib.sha256(f"{seed}:{digest}".encode()).hexdigest()
             by_source[source].append(position)
 
+    # A mistyped source would make the subset smaller without a word.
     unknown = sorted(set(sources or ()) - set(by_source))
     if unknown:
         raise UserError(

@@ -209,6 +209,8 @@ class Client:
         """
 
         def attempt(_deadline: float) -> None:
+            # What an earlier attempt wrote would count as space that is not free.
+            path.unlink(missing_ok=True)
             with self.answer(url, {}) as response:
                 size = response.length_remaining
                 _check_free_space(url, path.parent, size or 0)

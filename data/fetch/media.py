@@ -207,8 +207,8 @@ class _FailureGuard:
         self.sources = sources
         self.num_good: Counter[str] = Counter()
         self.num_bad: Counter[str] = Counter()
+        # Since the last answer.
         self.num_unanswered: Counter[str] = Counter()
-        """Unanswered requests in a row."""
 
     def see(self, source_name: str, entry: Checked) -> None:
         """Count a picture or video that sources were asked for.
