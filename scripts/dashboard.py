@@ -1,7 +1,7 @@
-"""Build the team's wandb workspace, and a report that compares its runs.
+"""Make the team's wandb workspace, and a report that compares its runs.
 
-python -m scripts.dashboard --entity MYTEAM              make both, in the project that runs are tracked in
-python -m scripts.dashboard --dry-run                    write what would be made to dashboard.json, without a network
+python -m scripts.dashboard --entity MYTEAM      make both, in the project that runs are tracked in
+python -m scripts.dashboard --dry-run            write both to dashboard.json, without a network
 """
 
 import argparse
@@ -19,34 +19,36 @@ from scripts.report import CURVES, SPEED
 from train.cli import exit_on_user_error, output
 from vzip import UserError
 
-ROWS = ("full", "free", "tuned", "random")
+SETTINGS = ("full", "free", "tuned", "random")
+"""The settings of a run, by their names in its results."""
 BUDGETS = (4, 8, 16, 64, 128, 160, 192, 320, 640)
-"""Of runs for several budgets, each a row of its own: those of `+exp=elastic`, and the paper's."""
-TITLE = "Full, free and tuned"
+"""Budgets that a run with several may have: those of `+exp=elastic`, and the paper's."""
+TITLE = "Full, training-free and tuned"
 
 
-def lines(metrics: dict[str, str]) -> list[Any]:
+def line_plots(metrics: dict[str, str]) -> list[Any]:
     """A curve over the steps for each metric."""
     return [wr.LinePlot(title=title, x="Step", y=[name]) for name, title in metrics.items()]
 
 
-def results() -> list[Any]:
-    """Panels of the scores, of answers and of the pictures of kept tokens."""
+def result_panels() -> list[Any]:
+    """Panels of scores, answers, and pictures of kept tokens."""
     tuned = wr.SummaryMetric("eval/tuned_all")
+    by_budget = []
+    for setting in ("free", "tuned"):
+        by_budget += [f"eval/{setting}-{budget}_all" for budget in BUDGETS]
+    columns = []
+    for metric in (wr.Config("optim.lr"), wr.Config("reducer.budget"), tuned):
+        columns.append(wr.ParallelCoordinatesPlotColumn(metric=metric))
+
     return [
-        wr.BarPlot(title="Correct answers, share of all", metrics=[f"eval/{row}_all" for row in ROWS]),
         wr.BarPlot(
-            title="Correct answers of runs for several budgets, share of all",
-            metrics=[f"eval/{row}-{budget}_all" for row in ("free", "tuned") for budget in BUDGETS],
+            title="Correct answers, share of all",
+            metrics=[f"eval/{setting}_all" for setting in SETTINGS],
         ),
+        wr.BarPlot(title="Correct answers of runs for several budgets, share of all", metrics=by_budget),
         wr.ScatterPlot(title="Tuned, over the budget", x=wr.Config("reducer.budget"), y=tuned),
-        wr.ParallelCoordinatesPlot(
-            title="Learning rate, budget, score",
-            columns=[
-                wr.ParallelCoordinatesPlotColumn(metric=metric)
-                for metric in (wr.Config("optim.lr"), wr.Config("reducer.budget"), tuned)
-            ],
-        ),
+        wr.ParallelCoordinatesPlot(title="Learning rate, budget, score", columns=columns),
         wr.WeavePanelSummaryTable(table_name="eval/scores"),
         wr.WeavePanelSummaryTable(table_name="eval/answers"),
         wr.MediaBrowser(
@@ -57,7 +59,11 @@ def results() -> list[Any]:
 
 def make_workspace(entity: str, project: str) -> ws.Workspace:
     """The view of all runs: results first, then curves."""
-    sections = {"Results": results(), "Training": lines(CURVES), "Speed and memory": lines(SPEED)}
+    sections = {
+        "Results": result_panels(),
+        "Training": line_plots(CURVES),
+        "Speed and memory": line_plots(SPEED),
+    }
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -66,39 +72,42 @@ def make_workspace(entity: str, project: str) -> ws.Workspace:
     )
 
 
+def _grid(panels: list[Any]) -> wr.PanelGrid:
+    """Panels of all runs of the report's own project."""
+    return wr.PanelGrid(runsets=[wr.Runset(name="runs")], panels=panels)
+
+
 def make_report(entity: str, project: str) -> wr.Report:
     """A page that compares the project's runs."""
-
-    def grid(panels: list[Any]) -> wr.PanelGrid:
-        return wr.PanelGrid(runsets=[wr.Runset(name="runs")], panels=panels)  # of the report's own project
-
     return wr.Report(
         entity=entity,
         project=project,
         title=TITLE,
-        description="Rows: full, all visual tokens; free, reduced without training; tuned, reduced with a tuned projector.",
+        description=(
+            "Settings: full, all visual tokens; free, reduced without training; tuned, reduced with a tuned projector."
+        ),
         blocks=[
             wr.TableOfContents(),
             wr.H1("Results"),
-            grid(results()),
+            _grid(result_panels()),
             wr.H1("Curves"),
-            grid(lines(CURVES) + lines(SPEED)),
-            wr.H1("What differs between the runs"),
-            grid([wr.RunComparer(diff_only=True)]),
+            _grid(line_plots(CURVES) + line_plots(SPEED)),
+            wr.H1("Differences between the runs"),
+            _grid([wr.RunComparer(diff_only=True)]),
         ],
     )
 
 
 def specification(workspace: ws.Workspace, report: wr.Report) -> dict[str, Any]:
-    """What would be sent, as JSON; the package has no public way to it."""
-    made = {"workspace": workspace._to_model(), "report": report._to_model()}
-    return {
-        name: json.loads(model.model_dump_json(by_alias=True, exclude_none=True))
-        for name, model in made.items()
-    }
+    """The content of both, as JSON. The package has no public way to get it."""
+    models = {"workspace": workspace._to_model(), "report": report._to_model()}
+    content = {}
+    for name, model in models.items():
+        content[name] = json.loads(model.model_dump_json(by_alias=True, exclude_none=True))
+    return content
 
 
-def own_entity() -> str:
+def default_entity() -> str:
     """The account's default team. Raises UserError without a key or a network."""
     try:
         return str(wandb.Api().default_entity)
@@ -116,21 +125,27 @@ def main() -> None:
     parser.add_argument("--entity", help="wandb team or user; by default your own")
     parser.add_argument("--project", default="vzip", help="track.project of the runs")
     parser.add_argument("--dry-run", action="store_true", help="write the specification, and send nothing")
-    parser.add_argument("--out", type=Path, default=Path("dashboard.json"), help="where --dry-run writes")
+    parser.add_argument("--out", type=Path, default=Path("dashboard.json"), help="file of --dry-run")
     arguments = parser.parse_args()
-    entity = arguments.entity or ("ENTITY" if arguments.dry_run else own_entity())
-    workspace, report = make_workspace(entity, arguments.project), make_report(entity, arguments.project)
+
+    entity = arguments.entity
+    if entity is None:
+        entity = "ENTITY" if arguments.dry_run else default_entity()
+    workspace = make_workspace(entity, arguments.project)
+    report = make_report(entity, arguments.project)
+
     if arguments.dry_run:
         with output("--out", arguments.out):
             write_json(arguments.out, specification(workspace, report))
         print(
-            f"{arguments.out}: a workspace of {len(workspace.sections)} sections, a report of {len(report.blocks)} blocks"
+            f"{arguments.out}: a workspace of {len(workspace.sections)} sections, "
+            f"a report of {len(report.blocks)} blocks"
         )
         return
     try:
-        for made in (workspace, report):
-            made.save()
-            print(made.url)
+        for page in (workspace, report):
+            page.save()
+            print(page.url)
     except (Error, OSError) as error:
         raise UserError(
             f"wandb did not take it: {error}\nCheck --entity={entity} and --project={arguments.project}"

@@ -20,11 +20,14 @@ from train.cli import exit_on_user_error
 from vzip import UserError
 
 HUB_ERRORS = HfHubHTTPError.__bases__
-"""What the hub's client raises: OSError, and the error of its HTTP library, which differs between its versions."""
+"""Errors of the hub's client: OSError, and that of its HTTP library, which depends on its version."""
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files of an export. Raises UserError for any other folder, and for a link to a file that is gone."""
+    """The files of an export.
+
+    Raises UserError for any other folder, and for a link to a file that is gone.
+    """
     if not has_our_card(folder):
         raise UserError(f"{folder} is not an export; make one with `make export RUN=... TO=hf`")
     files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
@@ -50,7 +53,10 @@ def print_files(folder: Path, files: list[Path]) -> None:
 
 
 def push(folder: Path, repo: str, *, private: bool) -> str:
-    """Send the files in one commit, and return its address. Raises UserError without a token, or if the hub refuses."""
+    """Send the files in one commit, and return its address.
+
+    Raises UserError without a token, or if the hub refuses.
+    """
     if get_token() is None:
         raise UserError(
             "there is no token for the hub; run `hf auth login`, or set HF_TOKEN, with one that may write"

@@ -1,7 +1,8 @@
 """Compare the runs of a folder without wandb: a picture of their curves, and a table of each in RESULTS.md.
 
-Each finished run gets a block in the marked part of RESULTS.md: what was run, when, on what, and its scores. The block of a
-run that is no longer in the folder stays, and everything outside the marked part is left alone.
+Each finished run gets a block in the marked part of RESULTS.md: what was run, when, on what, and
+its scores. The block of a run that is no longer in the folder stays, and everything outside the
+marked part is left alone.
 
 python -m scripts.report --runs runs --results RESULTS.md
 """

@@ -1,7 +1,8 @@
 """Check the settings of a run before any work starts.
 
-The types and limits of single settings stand in train/settings.py. Here are the checks of names, which Hydra leaves out for
-settings that are added with a plus, and the rules about settings that do not go together.
+The types and limits of single settings stand in train/settings.py. Here are the checks of names,
+which Hydra leaves out for settings that are added with a plus, and the rules about settings that do
+not go together.
 """
 
 import difflib

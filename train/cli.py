@@ -83,7 +83,10 @@ def count(text: str) -> int:
 
 
 def writable(text: str) -> Path:
-    """Parse an argument that names a file to write, and make its folder. Raises ArgumentTypeError if that fails."""
+    """Parse an argument that names a file to write, and make its folder.
+
+    Raises ArgumentTypeError if that fails.
+    """
     path = Path(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What is built from a run's settings: reducers, the choice of data, the plan of its steps, and its name."""
+"""What is built from a run's settings: reducers, choice of data, plan of the steps, name."""
 
 import hashlib
 import json
@@ -26,7 +26,10 @@ from vzip.reducers import Reducer
 NOT_PART_OF_A_RUN = ("fresh", "dry_run", "name", "runs", "track")
 """Settings that may change without making another run."""
 NOT_PART_OF_DATA = ("address", "pictures", "replace_unreachable", "num_workers")
-"""Settings of the group `data` that may change without making another run: they say how the data gets here."""
+"""Settings of the group `data` that may change without making another run.
+
+They say how the data gets here, and not what it is.
+"""
 
 
 @exit_on_user_error
@@ -52,7 +55,10 @@ def compose_settings(*overrides: str) -> DictConfig:
 
 
 def instantiate_target(node: DictConfig, **more: Any) -> Any:
-    """Build what `_target_` names from the node's other settings and `more`. Raises UserError if they are wrong."""
+    """Build what `_target_` names from the node's other settings and `more`.
+
+    Raises UserError if they are wrong.
+    """
     try:
         return instantiate(node, **more)
     except InstantiationException as error:
@@ -150,7 +156,10 @@ def _check_micro(cfg: DictConfig, world_size: int) -> None:
 
 
 def batch_plan(cfg: DictConfig, *, num_examples: int, world_size: int) -> BatchPlan:
-    """The number of steps, and how each global batch is cut. Raises UserError if it can't be cut that way."""
+    """The number of steps, and how each global batch is cut.
+
+    Raises UserError if it can't be cut that way.
+    """
     if not num_examples:
         raise UserError(
             f"no example of data.path={cfg.data.path} has an answer to learn from within "
@@ -183,7 +192,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
 
 
 def run_name(cfg: DictConfig) -> str:
-    """`name`, or a name made of model, reducer, budgets, trainable parts, seed and a hash of the settings."""
+    """`name`, or a name made of model, reducer, budgets, trainable parts, seed and a hash."""
     if cfg.name:
         return str(cfg.name)
     digest = hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:6]

@@ -1,7 +1,7 @@
 """Read the folder of a run: its settings, what it ran on, its metrics, answers and scores.
 
-The settings are plain YAML data: nothing is built from what a run's files name, and a folder from somebody else is safe to
-read. This module imports no torch, so that `make report` starts at once.
+The settings are plain YAML data: nothing is built from what a run's files name, and a folder from
+somebody else is safe to read. This module imports no torch, so that `make report` starts at once.
 """
 
 import json
@@ -20,8 +20,9 @@ SETTINGS = "config.yaml"
 class FinishedRun:
     """The files of a run folder, each read when it is first used.
 
-    A run that is still training has no scores yet, and a folder with nothing but a projector has no settings either:
-    `is_finished` and `has_settings` tell. Every reader raises UserError for a file that is missing or damaged.
+    A run that is still training has no scores yet, and a folder with nothing but a projector has no
+    settings either: `is_finished` and `has_settings` tell. Every reader raises UserError for a file
+    that is missing or damaged.
 
     Args:
         path: the run's folder.
@@ -65,7 +66,7 @@ class FinishedRun:
         return OmegaConf.create(self.config)
 
     def setting(self, name: str, default: Any = None) -> Any:
-        """The value of a setting such as "data.path"; the default if the run has no such setting, or no settings."""
+        """The value of a setting such as "data.path", or the default if the run has no such setting."""
         value: Any = self.config if self.has_settings else {}
         for key in name.split("."):
             if not isinstance(value, dict) or key not in value:
@@ -75,7 +76,10 @@ class FinishedRun:
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """meta.json: what the projector belongs to, and how it was tuned. Raises UserError if the run has no scores yet."""
+        """meta.json: what the projector belongs to, and how it was tuned.
+
+        Raises UserError if the run has no scores yet.
+        """
         from vzip.runs.projector import read_finished  # it imports torch
 
         return read_finished(self.path)
@@ -87,7 +91,7 @@ class FinishedRun:
 
     @cached_property
     def result(self) -> dict[str, Any]:
-        """result.json: the scores of each setting under "rows", the number of steps, the data's hash and the seed."""
+        """result.json: scores ("rows"), number of steps, hash of the data, seed."""
         return self._object("result.json")
 
     @property
@@ -97,7 +101,10 @@ class FinishedRun:
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
-        """One entry per step. A last line that is not complete, because the run is writing it or was killed, is left out."""
+        """One entry per step.
+
+        A last line that is not complete, because the run is writing it or was killed, is left out.
+        """
         lines = self._text("metrics.jsonl", "it was stopped before it trained").splitlines(keepends=True)
         return [self._parsed("metrics.jsonl", line) for line in lines if line.endswith("\n")]
 

@@ -1,8 +1,8 @@
 """The list of all settings of a run.
 
-Each setting has a type, a default and one line that says what it does; a setting with limits also has a function that checks
-them. A default of MISSING means that the YAML files in configs/ set it. Two groups are open, because their members have
-settings of their own: `reducer` and `deepspeed`.
+Each setting has a type, a default and one line that says what it does; a setting with limits also
+has a function that checks them. A default of MISSING means that the YAML files in configs/ set it.
+Two groups are open, because their members have settings of their own: `reducer` and `deepspeed`.
 """
 
 import math
@@ -154,9 +154,15 @@ class ReducerSettings:
     _target_: str = MISSING
     """Class of the reducer, in vzip/reducers."""
     budget: Any = None
-    """Visual tokens per image, tile or frame (LLaVA-NeXT: of 5 tiles together). A list tunes one projector for all of them."""
+    """Visual tokens per image, tile or frame (LLaVA-NeXT: of 5 tiles together).
+
+    A list tunes one projector for all of them.
+    """
     anyres: str = "released"
-    """Order of the tokens of several tiles: "released" (the authors' code), or "spatial" (no padding, row ends marked)."""
+    """Order of the tokens of several tiles.
+
+    "released" (the authors' code), or "spatial" (no padding, ends of rows marked).
+    """
 
 
 @dataclass
@@ -186,7 +192,10 @@ class DataSettings:
     image_folder: str = MISSING
     """Folder that the paths in the examples start from. May be read-only if nothing is missing."""
     pictures: dict[str, Any] = field(default_factory=dict)
-    """Where `make data` fetches missing pictures: for each source, the addresses, folders or zip files to try in turn."""
+    """Where `make data` fetches missing pictures.
+
+    For each source, the addresses, folders or zip files to try in turn.
+    """
     replace_unreachable: bool = False
     """Replace an example also if a server did not answer, and not only if its picture is gone."""
     held_out: str | None = None
@@ -269,9 +278,15 @@ class BatchSettings:
     tokens: int | None = checked(None, positive)
     """engine=fast: packed tokens per forward and rank; null: as many as the memory holds."""
     recompute: bool | None = None
-    """engine=fast: run the MLPs again in the backward pass, for half the memory per token; null: only if memory is short."""
+    """engine=fast: recompute the MLPs in the backward pass, for half the memory per token.
+
+    null: only if memory is short.
+    """
     micro: int = checked(16, positive)
-    """engine=reference: padded examples per forward and rank. Also the examples per forward of `make cache`."""
+    """engine=reference: padded examples per forward and rank.
+
+    Also the examples per forward of `make cache`.
+    """
 
 
 @dataclass
@@ -285,7 +300,7 @@ class EvaluateSettings:
     max_new_tokens: int = checked(8, positive)
     """Longest answer, in tokens."""
     baselines: bool = True
-    """Also evaluate the base projector before tuning: `full` (all tokens) and `free` (reduced, training-free)."""
+    """Also evaluate before tuning: `full` (all tokens) and `free` (reduced, training-free)."""
 
 
 @dataclass
@@ -306,11 +321,14 @@ class Config:
     memory_gb: float | None = checked(None, positive)
     """Memory of one GPU, in GB, which limits the tokens of a micro batch; null: what the GPU has."""
     quantize: Quantization | None = None
-    """Hold the frozen linear layers of the language model in 4 ("nf4") or 8 bits ("int8"). Gradients are no longer exact."""
+    """Hold the frozen linear layers of the language model in 4 ("nf4") or 8 bits ("int8").
+
+    Gradients are no longer exact.
+    """
     engine: GradientEngine = GradientEngine.fast
     """"fast", or "reference": padded batches and activation checkpoints, slow and plain, for comparison."""
     compile: bool | None = None
-    """engine=fast: compile norms and SwiGLU with torch.compile, which takes about 15 s once; null: on a GPU."""
+    """engine=fast: compile norms and SwiGLU (torch.compile), about 15 s once; null: on a GPU."""
     seed: int = 0
     """Seed of the subset, the order of the examples and all random draws."""
     weights: StartingWeights = StartingWeights.pretrained
@@ -320,10 +338,10 @@ class Config:
     runs: str = "runs"
     """Folder of all runs."""
     name: str | None = checked(None, folder_name)
-    """Folder of this run, below `runs`; null: a name made of the settings, so that the same command resumes."""
+    """Folder of this run, below `runs`; null: made of the settings, so that the same command resumes."""
     fresh: bool = False
     """Start over: delete what the run's folder holds."""
     dry_run: bool = False
     """Print the plan, and stop."""
     control: bool = False
-    """Also tune a projector for as many random tokens, the same way: the setting `random` in the results."""
+    """Also tune a projector for as many random tokens: the setting `random` in the results."""

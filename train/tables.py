@@ -1,8 +1,9 @@
 """The table of a run's scores, for terminals, and in Markdown for reports and model cards.
 
-A table has one line per setting: `full` (all visual tokens), `free` (reduced, training-free), `tuned` (reduced, with the
-tuned projector) and `random` (as many random tokens, tuned). Settings of a run with several budgets are named `free-64`,
-`tuned-64` and so on. The scores are those under "rows" in result.json.
+A table has one line per setting: `full` (all visual tokens), `free` (reduced, training-free),
+`tuned` (reduced, with the tuned projector) and `random` (as many random tokens, tuned). Settings of
+a run with several budgets are named `free-64`, `tuned-64` and so on. The scores are those under
+"rows" in result.json.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,10 +48,11 @@ def score_kinds(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def score_table(rows: Sequence[Mapping[str, Any]]) -> ScoreTable:
-    """The table of scores: for each kind of question the share of correct answers, and that share relative to `full`.
+    """The share of correct answers for each kind of question, and in brackets in per cent of `full`.
 
     Args:
-        rows: the settings in result.json, each with "name", "num_visual_tokens", "num_questions" and "metrics".
+        rows: the settings in result.json, each with "name", "num_visual_tokens", "num_questions"
+            and "metrics".
     """
     kinds = score_kinds(rows)
     full: Mapping[str, float] = {}

@@ -1,4 +1,4 @@
-"""The held-out questions of a finished run: their pictures, and answers behind reducers that the run did not use."""
+"""The held-out questions of a finished run: their pictures, and answers with other reducers."""
 
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,8 @@ def ask_training_free(
         the setting's scores, as in result.json
 
     Raises:
-        UserError: the run has no held-out questions, it was tuned with LoRA, its starting projector is gone, or the
-            reducer does not fit the model.
+        UserError: the run has no held-out questions, it was tuned with LoRA, its starting projector
+            is gone, or the reducer does not fit the model.
     """
     finished = FinishedRun(run)
     if (run / ADAPTER).is_dir():

@@ -1,4 +1,4 @@
-"""Write the model card (README.md) of an export: how to load the model, its scores, its data, its settings and the licences."""
+"""Write the model card (README.md) of an export: use, scores, data, settings and licences."""
 
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,10 @@ def _scores(run: FinishedRun) -> str:
 
 
 def _data(run: FinishedRun) -> str:
-    """What the run was tuned on. The path of the data is not shown, because it is a path on this machine."""
+    """What the run was tuned on.
+
+    The path of the data is not shown, because it is a path on this machine.
+    """
     data = run.meta.get("data")
     if data is None:
         return "Not recorded."

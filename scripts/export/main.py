@@ -1,4 +1,4 @@
-"""Export a finished run: the whole model for transformers, mm_projector.bin for LLaVA's own code, or an adapter for peft.
+"""Export a finished run for transformers (whole model), LLaVA's own code (mm_projector.bin) or peft.
 
 make export RUN=runs/my-run TO=hf        python -m scripts.export.main runs/my-run hf --out FOLDER
 """
@@ -23,7 +23,7 @@ FORMATS = ("hf", "llava", "peft")
 
 
 def check_target(target: Path, *, force: bool) -> None:
-    """Raises UserError for a place that has something already; an older export may be replaced."""
+    """Raise UserError if the target exists, unless it is an older export that may be replaced."""
     if not target.exists():
         return
     if not has_our_card(target):
@@ -36,81 +36,99 @@ def check_target(target: Path, *, force: bool) -> None:
         )
 
 
-def _give_usual_modes(folder: Path) -> None:
-    """Let others read, as far as this process' umask does: safetensors writes files for their owner alone.
+def _apply_umask(folder: Path) -> None:
+    """Give the files the permissions of ordinary new files.
 
-    Files of the base model that are linked here keep their modes.
+    safetensors writes files that only their owner can read. Files of the base model that are linked
+    here keep their permissions.
     """
+    # The umask can only be read by setting it.
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1:
+        is_own = path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
+        if is_own:
             path.chmod(0o666 & ~umask)
 
 
 @contextmanager
-def written_beside(target: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `target` once the block has ended; nothing stays if it fails.
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which replaces `target` when the block has ended.
 
-    What a killed process left is deleted by the next one.
+    If the block fails, `target` stays as it was. The next call deletes what a killed process left.
     """
-    new, old = (target.with_name(f".{target.name}.{state}") for state in ("new", "old"))
-    for left in (new, old):
-        shutil.rmtree(left, ignore_errors=True)
+    new = target.with_name(f".{target.name}.new")
+    old = target.with_name(f".{target.name}.old")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         yield new
-        _give_usual_modes(new)
+        _apply_umask(new)
         if target.exists():
             target.rename(old)
         new.rename(target)
     finally:
-        for left in (new, old):
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def export(args: argparse.Namespace) -> Path:
-    """Write the export, and return where it is. Raises UserError as `vzip.runs.export` does, and for what does not go together."""
-    run, target = args.run, args.out or args.run / "export" / args.to
+    """Write the export, and return its folder.
+
+    Raises:
+        UserError: options that do not go together, a run that can't be exported (see
+            `vzip.runs.export`), or a target that can't be written.
+    """
+    run = args.run
+    target = args.out or run / "export" / args.to
     if args.to not in FORMATS:
         raise UserError(f"TO={args.to} is unknown; choose one of: {', '.join(FORMATS)}")
     if args.to != "hf" and (args.copy or args.budget is not None):
         raise UserError(f"--copy and --budget are of TO=hf, not of TO={args.to}: leave them out")
     base = args.base or read_meta(run)["base"]["id"]
     check_target(target, force=args.force)
+
     try:
-        with written_beside(target) as folder:
+        with atomic_folder(target) as folder:
             if args.to == "hf":
                 write_hf(run, folder, base=args.base, budget=args.budget, copy=args.copy)
+            elif args.to == "llava":
+                write_llava(run, folder, base=args.base)
             else:
-                {"llava": write_llava, "peft": write_peft}[args.to](run, folder, base=args.base)
+                write_peft(run, folder, base=args.base)
             (folder / "README.md").write_text(model_card(run, folder, to=args.to, base=base))
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each of these, by who writes
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # A full disk raises any of these: it depends on the library that was writing.
         raise UserError(
             f"{target} can't be written: {error}\nFree some space, or choose another place with --out"
         ) from error
     return target
 
 
-@exit_on_user_error
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("to", metavar="|".join(FORMATS), help="format")
-    parser.add_argument("--out", type=Path, help="where to; by default RUN/export/FORMAT")
+    parser.add_argument("--out", type=Path, help="folder of the export, by default RUN/export/FORMAT")
+    parser.add_argument("--base", help="folder or hub id of the base model, if it has moved since the run")
     parser.add_argument(
-        "--base", help="folder or hub id of the base model, if it is not where the run found it"
-    )
-    parser.add_argument(
-        "--budget", type=count, help="hf: the budget that vzip.load takes by default, of a run with several"
+        "--budget",
+        type=count,
+        help="hf: the budget that vzip.load takes by default, for a run with several",
     )
     parser.add_argument(
         "--copy", action="store_true", help="hf: copy the base's files instead of linking them"
     )
-    parser.add_argument("--force", action="store_true", help="replace an export that is there already")
-    target = export(parser.parse_args())
+    parser.add_argument("--force", action="store_true", help="replace an older export")
+    return parser
+
+
+@exit_on_user_error
+def main() -> None:
+    target = export(_parser().parse_args())
     for file in sorted(target.iterdir()):
         print(f"{file.stat().st_size / 1e6:12,.3f} MB  {file.name}")
     print(target)

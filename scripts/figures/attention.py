@@ -1,7 +1,8 @@
-"""The attention of a vision tower in numbers: per patch, per layer, and what the softmax makes of its gradient.
+"""Measure the attention of a vision tower: per patch, per layer, and the gradient of the softmax.
 
-The tower stays on SDPA. Forward hooks give the queries and keys of all layers (`vzip.tap`), and only what is needed is computed
-from them, in chunks. Shapes: B pictures, N vision tokens, P patches, L layers, H heads.
+The tower stays on SDPA. Forward hooks give the queries and keys of all layers (`vzip.tap`), and
+only what is needed is computed from them, in chunks. Shapes: B pictures, N vision tokens, P
+patches, L layers, H heads.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +26,10 @@ ALL_LAYERS = VisionZip(dominant=1, contextual=0, layer=-1)
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """The attention of one layer: from CLS to the patches, or, in a tower without CLS, from all tokens to each other."""
+    """The attention of one layer.
+
+    It goes from CLS to the patches, or, in a tower without CLS, from all tokens to each other.
+    """
 
     queries: Tensor
     """float32[B, H, N, head_dim]."""
@@ -43,7 +47,7 @@ class LayerAttention:
         return saliency / saliency.sum(dim=1, keepdim=True)
 
     def rows(self, max_scores: int = MAX_SCORES) -> Iterator[Tensor]:
-        """The softmax rows that the shares are averages of: float32[rows, N], about `max_scores` numbers at once."""
+        """The softmax rows whose averages are the shares: float32[rows, N], `max_scores` numbers at once."""
         queries = self.queries[:, :, :1] if self.has_cls else self.queries
         scores_per_query = self.keys[:, :, :, 0].numel()
         step = max(1, max_scores // scores_per_query)
@@ -80,13 +84,19 @@ def _cumulated(shares: Tensor) -> Tensor:
 
 
 def top_shares(shares: Tensor, counts: Sequence[int]) -> list[float]:
-    """The attention on the k most attended patches, for each k in `counts`, averaged over pictures. `shares`: float[B, P]."""
+    """The attention on the k most attended patches, for each k in `counts`, averaged over pictures.
+
+    `shares`: float[B, P].
+    """
     attention = _cumulated(shares).mean(dim=0)
     return [float(attention[count - 1]) for count in counts]
 
 
 def num_holding(shares: Tensor, share: float) -> list[int]:
-    """The smallest number of patches with this share of the attention, in each picture. `shares`: float[B, P]."""
+    """The smallest number of patches with this share of the attention, in each picture.
+
+    `shares`: float[B, P].
+    """
     num_below = (_cumulated(shares) < share).sum(dim=1)
     return [int(count) + 1 for count in num_below]
 
@@ -97,8 +107,10 @@ def softmax_gradient(layers: Iterable[LayerAttention]) -> dict[str, Any]:
     Source: the appendix of arXiv 2412.04467, which explains with it why attention gathers in few tokens.
 
     Returns:
-        "bins": the number of weights, their mean weight and their mean gradient, for each size of weight that occurs.
-        "top_tenth": the share of the attention and of the gradient that the most attended tenth of the tokens gets.
+        "bins": the number of weights, their mean weight and their mean gradient, for each size of
+            weight that occurs.
+        "top_tenth": the share of the attention and of the gradient that the most attended tenth of
+            the tokens gets.
         "num_rows" and "num_tokens": how many softmax rows there were, and how long they are.
     """
     edges = torch.logspace(torch.tensor(SMALLEST).log10().item(), 0, NUM_BINS + 1)

@@ -1,7 +1,7 @@
 """Draw the figures about attention and kept tokens: numbers and pictures in, matplotlib figures out.
 
-The colours are those of Okabe and Ito, and viridis, which colour-blind readers can tell apart. Lines also differ in their
-markers.
+The colours are those of Okabe and Ito, and viridis, which colour-blind readers can tell apart.
+Lines also differ in their markers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -122,7 +122,7 @@ def draw_top_share(numbers: Mapping[str, Any]) -> Figure:
 
 
 def draw_softmax_gradient(numbers: Mapping[str, Any]) -> Figure:
-    """Draw the gradient against the attention weight, and below it how many weights of each size there are."""
+    """Draw the gradient against the attention weight, and below it the number of weights of each size."""
     top = numbers["top_tenth"]
     figure = new_figure(
         7,

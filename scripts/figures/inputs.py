@@ -51,7 +51,10 @@ class FigureInputs:
 
     @cached_property
     def reducer(self) -> VisionZip:
-        """The run's reducer. Without one, VisionZip with as many tokens as a random reducer, or a ninth of the patches."""
+        """The run's reducer.
+
+        Without one, VisionZip with as many tokens as a random reducer, or a ninth of the patches.
+        """
         reducers = list(self.comparison.reducers.values())
         if not reducers:
             return VisionZip(budget=max(2, self.family.num_patches // 9))
@@ -63,7 +66,7 @@ class FigureInputs:
 
     @cached_property
     def attention(self) -> list[tuple[Tensor, LayerAttention]]:
-        """For each picture: each patch's share of the attention in each layer, float32[L, P], and VisionZip's layer."""
+        """For each picture, the shares of the patches in each layer, float32[L, P], and VisionZip's layer."""
         attention = []
         for picture in self.pictures:
             tile = first_tile(self.family, self.image_processor, picture)
@@ -103,7 +106,7 @@ class FigureInputs:
 
     @property
     def shown_budgets(self) -> list[int]:
-        """The budgets that the user asked for, or half, once, twice and four times the run's, up to all tokens."""
+        """The budgets that the user asked for, or half, once, twice and four times the run's budget."""
         if self.budgets:
             return sorted(self.budgets)
         per_tile = self.reducer.dominant + self.reducer.contextual

@@ -1,14 +1,14 @@
-"""Draw the paper's analyses from a finished run, or from any supported model: PNG files, each with its numbers as JSON.
+"""Draw the paper's analyses of a finished run, or of any supported model, as PNG files and numbers (JSON).
 
 attention-maps    where the attention of VisionZip's layer goes, in pictures
 top-share         how much of the attention the most attended patches hold, by layer
 softmax-gradient  the gradient of the softmax against the attention weight, in VisionZip's layer
 kept-tokens       which tokens stay, at several budgets
-recovery          scores of full, training-free, tuned and random: over budgets, or bars if there is a single one
-without-dominant  scores with and without dominant tokens, of the ablations' runs, or training-free, asked here
+recovery          scores of full, training-free, tuned and random, over budgets or as bars
+without-dominant  scores with and without dominant tokens, of ablation runs or training-free
 
-The last two need a run with held-out questions. They also show runs like it, beside it or in --runs. Without --figures all
-figures are drawn that can be.
+The last two need a run with held-out questions. They also show runs like it, beside it or in
+--runs. Without --figures all figures are drawn that can be.
 
 make figures RUN=runs/my-run ARGS="--figures kept-tokens --pictures cat.jpg street.jpg"
 python -m scripts.figures.main llava-hf/llava-1.5-7b-hf --pictures cat.jpg street.jpg --out figures
@@ -124,7 +124,10 @@ def kept_at_budgets(inputs: FigureInputs) -> Drawing:
 
 
 def _scores_of_run(inputs: FigureInputs) -> list[Score]:
-    """The scores of the run and of runs like it. Raises UserError if there is no run, or it asked nothing."""
+    """The scores of the run and of runs like it.
+
+    Raises UserError if there is no run, or it asked nothing.
+    """
     if inputs.run is None:
         raise UserError("this figure shows scores, which only a finished run has; give its folder")
     scores = comparable_scores(inputs.run, inputs.others)

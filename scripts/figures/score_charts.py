@@ -27,11 +27,11 @@ BARS = {
 """Label and colour of each series in a figure of one budget, from left to right."""
 
 Points = Sequence[Mapping[str, Any]]
-"""Scores: each has "series", "num_visual_tokens", and "metrics" with a share of correct answers for each kind of question."""
+"""Scores with "series", "num_visual_tokens" and "metrics" (share of correct answers by kind)."""
 
 
 def draw_recovery(numbers: Mapping[str, Any]) -> Figure:
-    """Draw how much of the full score a reduced model keeps: over several budgets as lines, at a single one as bars."""
+    """Draw the scores of full and reduced models: over several budgets as lines, at one as bars."""
     budgets = {point["num_visual_tokens"] for point in numbers["points"] if point["series"] != "full"}
     return _draw_bars(numbers) if len(budgets) == 1 else _draw_curves(numbers)
 
@@ -137,7 +137,7 @@ def _draw_curves(numbers: Mapping[str, Any]) -> Figure:
 
 
 def draw_without_dominant(numbers: Mapping[str, Any]) -> Figure:
-    """Draw bars of training-free and tuned, with both kinds of tokens and without either; one panel per kind of question."""
+    """Draw bars of training-free and tuned, with both kinds of tokens and without either."""
     kinds, variants = numbers["kinds"], numbers["variants"]
     figure = new_figure(1 + 4.1 * len(kinds), 4.8, "Scores without dominant or contextual tokens")
     panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]

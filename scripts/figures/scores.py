@@ -35,7 +35,7 @@ class Score:
     """The scores of one setting of a run."""
 
     series: str
-    """"full", "free" (training-free), "tuned", "elastic" (tuned for several budgets) or "random" (tuned for random tokens)."""
+    """"full", "free" (training-free), "tuned", "elastic" (for several budgets), "random" (tokens)."""
     reducer: Reducer
     num_visual_tokens: float
     """Visual tokens of a question, on average."""
@@ -73,7 +73,7 @@ class ComparedRun:
     """What a comparison needs to know about a finished run."""
 
     measured_on: tuple[Any, ...]
-    """Two runs with comparable scores share this: base model, starting projector, order of tiles and questions."""
+    """Base model, starting projector, order of tiles and questions: equal if scores are comparable."""
     recipe: dict[str, Any]
     """How the run was tuned. It is the same for all runs of a figure over budgets, seeds or reducers."""
     scores: list[Score]
@@ -149,11 +149,13 @@ def read_compared(run: FinishedRun) -> ComparedRun:
 def comparable_scores(path: Path, others: Sequence[Path] = ()) -> list[Score]:
     """The scores of a run, of the runs beside it, and of `others`, each once.
 
-    A run beside it counts if it is finished, was measured on the same base model, starting projector and questions, and was
-    tuned in the same way. A run in `others` may be tuned in another way.
+    A run beside it counts if it is finished, was measured on the same base model, starting
+    projector and questions, and was tuned in the same way. A run in `others` may be tuned in
+    another way.
 
     Raises:
-        UserError: the run or one of `others` is not a finished run, or one of `others` was measured on something else.
+        UserError: the run or one of `others` is not a finished run, or one of `others` was measured
+            on something else.
     """
     run = read_compared(FinishedRun(path))
     scores = list(run.scores)
@@ -200,7 +202,7 @@ def same_but_budget(scores: Iterable[Score], reducer: Reducer) -> list[Score]:
 
 
 def without_a_part(reducer: VisionZip) -> dict[str, VisionZip]:
-    """Reducers to the same number of tokens: of both kinds, without dominant ones, and without contextual ones."""
+    """Reducers to the same number of tokens: of both kinds, of one kind, of the other."""
     total = reducer.dominant + reducer.contextual
     return {
         "dominant and contextual": reducer,

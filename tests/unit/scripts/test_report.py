@@ -9,41 +9,36 @@ from matplotlib import pyplot
 
 from scripts.dashboard import make_report, make_workspace, specification
 from scripts.report import BEGIN, CURVES, END, SPEED, block, draw_curves, main, read_runs, update
+from tests.helpers.errors import refused
 from vzip import UserError
 
 METRICS = [*CURVES, *SPEED]
 
 
-def save_run(folder, name, *, tuned=0.9, finished=True, **env):
-    """What train/tune.py leaves."""
+def save_run(folder, name, *, tuned=0.9, finished=True):
+    """Write what train/tune.py leaves, with a line of metrics that a kill has cut short."""
     path = folder / name
     path.mkdir(parents=True)
     config = {"model": {"name": "smol"}, "batch": {"size": 16}}
     (path / "config.yaml").write_text(yaml.safe_dump(config))
-    told = {
+    env = {
         "date": "2026-01-02",
         "commit": "0123456789",
         "modified_files": [],
         "command": ["/x/train/tune.py", "seed=3"],
-    }
-    told |= {
         "packages": {"torch": "2.13.0"},
         "hardware": {"device": "a card", "num_cpus": 2, "world_size": 1},
     }
-    (path / "env.json").write_text(json.dumps(told | env))
+    (path / "env.json").write_text(json.dumps(env))
     lines = [{"step": step, **dict.fromkeys(METRICS, 1.5 - step)} for step in range(2)]
-    (path / "metrics.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 2, "trai'
-    )
-    rows = [
-        {
-            "name": row,
-            "num_visual_tokens": tokens,
-            "num_questions": 1200,
-            "metrics": {"open": value, "all": 0.0},
-        }
-        for row, tokens, value in (("full", 576, 1.0), ("free", 64, 0.5), ("tuned", 64, tuned))
-    ]
+    whole = "".join(json.dumps(line) + "\n" for line in lines)
+    (path / "metrics.jsonl").write_text(whole + '{"step": 2, "trai')
+
+    rows = []
+    for setting, tokens, score in (("full", 576, 1.0), ("free", 64, 0.5), ("tuned", 64, tuned)):
+        metrics = {"open": score, "all": 0.0}
+        row = {"name": setting, "num_visual_tokens": tokens, "num_questions": 1200, "metrics": metrics}
+        rows.append(row)
     if finished:
         result = {"rows": rows, "num_steps": 2, "manifest": "abcdef0123456789", "seed": 3}
         (path / "result.json").write_text(json.dumps(result))
@@ -54,13 +49,14 @@ def blocks(folder):
     return {run.name: block(run) for run in read_runs(folder) if run.is_finished}
 
 
-def test_a_block_says_what_was_run_and_found(tmp_path):
+def test_a_block_says_what_was_run_and_its_scores(tmp_path):
     save_run(tmp_path, "one")
     assert blocks(tmp_path)["one"].splitlines() == [
         "### one",
         "",
-        "`train/tune.py seed=3`: smol, seed 3, 2 steps of 16 examples in 2 s, loss 1.500 to 0.500; data abcdef012345. "
-        "1,200 questions. 2026-01-02, commit 0123456, 1 rank(s) on a card, 2 cores, torch 2.13.0.",
+        "`train/tune.py seed=3`: smol, seed 3, 2 steps of 16 examples in 2 s, loss 1.500 to 0.500; "
+        "data abcdef012345. 1,200 questions. 2026-01-02, commit 0123456, 1 rank(s) on a card, 2 cores, "
+        "torch 2.13.0.",
         "",
         "| setting | visual tokens | questions | open | all |",
         "| --- | --: | --: | --: | --: |",
@@ -71,7 +67,7 @@ def test_a_block_says_what_was_run_and_found(tmp_path):
 
 
 def test_results_lose_nothing(tmp_path):
-    """What a person wrote stays, and so do the blocks of runs that are gone; those of today's runs are replaced."""
+    """Text of a person stays, and so do the blocks of runs that are gone. Those of today's runs are replaced."""
     save_run(tmp_path / "before", "gone")
     save_run(tmp_path / "before", "kept")
     first = update("# Results\n\nBy hand.\n", blocks(tmp_path / "before")) + "\n## Behind\n"
@@ -79,25 +75,19 @@ def test_results_lose_nothing(tmp_path):
     save_run(tmp_path / "now", "again")
     save_run(tmp_path / "now", "unfinished", finished=False)
     second = update(first, blocks(tmp_path / "now"))
-    assert second.startswith("# Results\n\nBy hand.\n\n## Runs\n") and second.endswith(
-        f"{END}\n\n## Behind\n"
-    )
-    assert [line for line in second.splitlines() if line.startswith("###")] == [
-        "### again",
-        "### gone",
-        "### kept",
-    ]
+
+    assert second.startswith("# Results\n\nBy hand.\n\n## Runs\n")
+    assert second.endswith(f"{END}\n\n## Behind\n")
+    headings = [line for line in second.splitlines() if line.startswith("###")]
+    assert headings == ["### again", "### gone", "### kept"]
     assert second.count("| tuned | 64 | 1,200 | .900") == 2
     assert second.count("| tuned | 64 | 1,200 | .800") == 1
     assert update(second, blocks(tmp_path / "now")) == second
 
-
-def test_a_damaged_results_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="but not"):
-        update(f"# Results\n{BEGIN}\n### one\n", {})
+    refused(update, f"# Results\n{BEGIN}\n### one\n", {}, words=["but not"])
 
 
-def test_folders_that_cannot_be_read_are_said_and_survived(tmp_path, capsys):
+def test_folders_that_can_not_be_read_are_left_out(tmp_path, capsys):
     save_run(tmp_path, "good")
     (save_run(tmp_path, "damaged") / "env.json").write_text("{")
     (save_run(tmp_path, "older") / "env.json").write_text("{}")
@@ -105,13 +95,11 @@ def test_folders_that_cannot_be_read_are_said_and_survived(tmp_path, capsys):
     (save_run(tmp_path, "empty") / "config.yaml").write_text("")
     (tmp_path / "something else").mkdir()
     assert [run.name for run in read_runs(tmp_path)] == ["good"]
-    shown = capsys.readouterr().out
-    assert (
-        all(f"{name} was left out" in shown for name in ("damaged", "older", "cut", "empty"))
-        and "4 of 5 folders" in shown
-    )
-    with pytest.raises(UserError, match="holds no run"):
-        read_runs(tmp_path / "something else")
+    printed = capsys.readouterr().out
+    for name in ("damaged", "older", "cut", "empty"):
+        assert f"{name} was left out" in printed
+    assert "4 of 5 folders" in printed
+    refused(read_runs, tmp_path / "something else", words=["holds no run"])
 
 
 def test_the_curves_are_drawn(tmp_path, monkeypatch):
@@ -124,43 +112,36 @@ def test_the_curves_are_drawn(tmp_path, monkeypatch):
     (figure,) = drawn
     monkeypatch.undo()
     pyplot.close(figure)
+
     assert [axis.get_title() for axis in figure.axes] == [*CURVES.values(), *SPEED.values()]
     for axis in figure.axes:
-        assert [(line.get_label(), line.get_xydata().tolist()) for line in axis.lines] == [
-            (name, [[0, 1.5], [1, 0.5]]) for name in ("one", "two")
-        ]
+        lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+        assert lines == {"one": [[0, 1.5], [1, 0.5]], "two": [[0, 1.5], [1, 0.5]]}
 
 
-def test_what_is_asked_for_is_written_whole_into_new_folders_or_refused(tmp_path, monkeypatch):
+def test_files_are_written_into_new_folders_or_refused(tmp_path, monkeypatch):
     save_run(tmp_path / "runs", "one")
     results = tmp_path / "new" / "RESULTS.md"
-    monkeypatch.setattr(
-        sys, "argv", ["report.py", "--runs", str(tmp_path / "runs"), "--results", str(results)]
-    )
+    command = ["report.py", "--runs", str(tmp_path / "runs"), "--results", str(results)]
+    monkeypatch.setattr(sys, "argv", command)
     main.__wrapped__()
-    assert "### one" in results.read_text() and (tmp_path / "runs" / "report.png").is_file()
+    assert "### one" in results.read_text()
+    assert (tmp_path / "runs" / "report.png").is_file()
     assert [path.name for path in results.parent.iterdir()] == ["RESULTS.md"]
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--curves", str(results / "report.png")])
+
+    monkeypatch.setattr(sys, "argv", [*command, "--curves", str(results / "report.png")])
     with pytest.raises(UserError, match=r"--curves=.*RESULTS.md/report.png can't be written: .*File exists"):
         main.__wrapped__()
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--results", str(results / "x")])
+    monkeypatch.setattr(sys, "argv", [*command, "--results", str(results / "x")])
     with pytest.raises(UserError, match=r"--results=.*RESULTS.md/x can't be written"):
         main.__wrapped__()
 
 
 def test_the_dashboard_is_specified_without_a_network():
-    made = specification(make_workspace("team", "vzip"), make_report("team", "vzip"))
-    assert json.loads(json.dumps(made)) == made
-    for text in map(json.dumps, made.values()):
-        assert all(f'"{name}"' in text for name in METRICS)
-        assert all(
-            name in text
-            for name in (
-                "eval/tuned_all",
-                "eval/free-4_all",
-                "eval/tuned-64_all",
-                "eval/scores",
-                "eval/answers",
-                "eval/kept_tokens",
-            )
-        )
+    content = specification(make_workspace("team", "vzip"), make_report("team", "vzip"))
+    assert json.loads(json.dumps(content)) == content
+    results = ("tuned_all", "free-4_all", "tuned-64_all", "scores", "answers", "kept_tokens")
+    for page in content.values():
+        text = json.dumps(page)
+        assert [name for name in METRICS if f'"{name}"' not in text] == []
+        assert [name for name in results if f"eval/{name}" not in text] == []

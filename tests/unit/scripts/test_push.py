@@ -1,0 +1,46 @@
+"""Sending an export to the hub, as far as that goes without a network."""
+
+import sys
+
+import pytest
+from huggingface_hub import constants
+
+from scripts import push
+from tests.helpers.errors import refused
+
+
+def test_a_dry_run_lists_the_files_that_links_lead_to(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "README.md").write_text("---\ntags: [vzip]\n---\n")
+    (tmp_path / "shard").write_bytes(bytes(5_000_000))
+    (folder / "model-1.safetensors").symlink_to(tmp_path / "shard")
+    monkeypatch.setattr(sys, "argv", ["push.py", str(folder), "--repo", "me/model", "--private", "--dry-run"])
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    push.main()
+    printed = capsys.readouterr().out
+    assert "model-1.safetensors" in printed
+    assert printed.count("5.000") == 2  # of the file, and of all
+    assert f"{folder} to me/model, private if it is new" in printed
+    assert "nothing was sent" in printed
+
+    (tmp_path / "shard").unlink()
+    words = ["model-1.safetensors link to files of the base model that are gone"]
+    refused(push.files_of, folder, words=words)
+    refused(push.files_of, tmp_path, words=["is not an export"])
+
+
+def test_without_a_token_nothing_is_sent(tmp_path, monkeypatch):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    refused(push.push, tmp_path, "me/model", private=True, words=["no token for the hub"])
+
+
+@pytest.mark.parametrize(
+    "fault", [("HF_HUB_OFFLINE", True), ("ENDPOINT", "http://127.0.0.1:9")], ids=["offline", "no network"]
+)
+def test_a_missing_network_is_a_user_error(fault, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    monkeypatch.setattr(constants, *fault)
+    refused(push.push, tmp_path, "me/model", private=True, words=["--repo me/model could not be sent"])
