@@ -1,4 +1,4 @@
-"""The recipe on every family, as users run it: mixed rows, ranks, ZeRO 3, loading what was tuned."""
+"""The recipe on every family, as users run it: mixed examples, ranks, ZeRO 3, loading what was tuned."""
 
 import json
 
@@ -22,7 +22,7 @@ MODELS = {
     "video": "video-llava-7b",
     "mini-gemini": "mini-gemini-7b",
 }
-LONGEST_ROW = {"next": 95, "onevision": 230, "video": 85, "mini-gemini": 50}
+LONGEST_EXAMPLE = {"next": 95, "onevision": 230, "video": 85, "mini-gemini": 50}
 """Packed tokens, with a few to spare."""
 
 
@@ -57,31 +57,28 @@ def assert_only_the_projector_differs(model, base):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_family_is_tuned_alike_on_one_rank_and_sharded_and_loads(tmp_path, kind):
-    """The smallest micro batches under ZeRO 3: at any time one rank has images, another a video, another nothing to run."""
+    """In the smallest micro batches under ZeRO 3, one rank has images, another a video, another nothing to run."""
     folder = tiny.save_llava(tmp_path / "model", kind)
     tiny.save_mixed_data(tmp_path, kind)
-    settings = settings_of(MODELS[kind], folder, tmp_path, tmp_path / "runs")
-    settings += (
-        ["reducer.anyres=spatial"] if kind == "next" else []
-    )  # with image_newline, which ZeRO 3 shards
+    runs = tmp_path / "runs"
+    settings = settings_of(MODELS[kind], folder, tmp_path, runs)
+    sharded = [f"batch.tokens={LONGEST_EXAMPLE[kind]}", "deepspeed=zero3"]
+    if kind == "next":
+        settings.append("reducer.anyres=spatial")  # with image_newline, which ZeRO 3 shards
+        sharded.append("evaluate.baselines=true")  # with all tokens
+
     tune([*settings, "engine=reference", "batch.micro=2", "name=plain"])
-    baselines = f"evaluate.baselines={'true' if kind == 'next' else 'false'}"  # with all tokens
-    tune(
-        [*settings, f"batch.tokens={LONGEST_ROW[kind]}", "name=zero3", "deepspeed=zero3", baselines], ranks=2
-    )
-    plain = tmp_path / "runs" / "plain"
-    assert_same_run(tmp_path / "runs" / "zero3", plain)
+    tune([*settings, *sharded, "name=zero3"], ranks=2)
+    assert_same_run(runs / "zero3", runs / "plain")
 
     base = families()[tiny.KINDS[kind][0]].load_model(str(folder), dtype=torch.float32)
-    model, processor = vzip.load(plain)
+    model, processor = vzip.load(runs / "plain")
     assert_only_the_projector_differs(model, base)
     texts = ["USER: <image>\nwhat? ASSISTANT:", "USER: <image>\nwhat is there? ASSISTANT:"]
     pictures = [[tiny.picture(0, 40, 90)], [tiny.picture(1)]]
     inputs = processor(images=pictures, text=texts, padding=True, padding_side="left", return_tensors="pt")
-    assert (
-        model.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape[1]
-        == inputs["input_ids"].shape[1] + 3
-    )
+    output = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3)
+    assert output.shape[1] == inputs["input_ids"].shape[1] + 3
 
 
 def test_a_folder_of_llavas_own_code_is_tuned_and_loads(tmp_path):

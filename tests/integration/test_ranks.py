@@ -1,14 +1,13 @@
-"""Ranks without the launcher's own starting of them: as srun starts them, and on several hosts of a hostfile."""
+"""Ranks that other programs start: as srun does, and the launcher on several hosts of a hostfile."""
 
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 
 from tests.conftest import ROOT
-from tests.helpers.commands import BIN, assert_same_metrics, environment, metrics, tune
+from tests.helpers.commands import BIN, assert_same_metrics, environment, free_port, metrics, tune
 
 pytestmark = pytest.mark.integration
 
@@ -32,18 +31,15 @@ def settings(overrides, runs):
 
 @pytest.fixture(scope="module")
 def plain(settings, runs):
-    """A run in an sbatch script that calls python: a world of one, whatever the job's size."""
-    batch = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_TASKS_PER_NODE": "1(x2)"}
+    """A run of an sbatch script that calls python: a single rank, whatever the size of the job."""
+    batch = {
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+        "SLURM_TASKS_PER_NODE": "1(x2)",
+    }
     tune([*settings, "name=plain"], **JOB, **batch)
     return runs / "plain"
-
-
-def finish(processes):
-    """Wait for all; each must succeed."""
-    outputs = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(
-        out[-3000:] for out in outputs
-    )
 
 
 def begin(command, **changes):
@@ -58,9 +54,16 @@ def begin(command, **changes):
     )
 
 
-def assert_same_losses(run, plain):
+def assert_all_succeed(processes):
+    outputs = [process.communicate()[0] for process in processes]
+    shown = "\n".join(output[-3000:] for output in outputs)
+    assert [process.returncode for process in processes] == [0] * len(processes), shown
+
+
+def assert_trained_as_one(run, plain):
     assert len(metrics(plain)) == 2
     assert_same_metrics(run, plain)
+    assert '"world_size": 2' in (run / "env.json").read_text()
 
 
 def test_two_tasks_of_srun_train_as_one(settings, runs, plain):
@@ -68,30 +71,25 @@ def test_two_tasks_of_srun_train_as_one(settings, runs, plain):
         "SLURM_STEP_ID": "0",
         "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_STEP_TASKS_PER_NODE": "2",
-        "SLURM_NODEID": "0",
-    }
-    step |= {
         "SLURM_STEP_NODELIST": "127.0.0.[1-2]",
-        "SLURM_LAUNCH_NODE_IPADDR": "192.0.2.1",
-    }  # the last: of nobody
-    command = [sys.executable, "train/tune.py", *settings, "name=srun"]
-    finish(
-        [begin(command, **JOB, **step, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)]
-    )
-    assert_same_losses(runs / "srun", plain)
-    assert '"world_size": 2' in (runs / "srun" / "env.json").read_text()
+        "SLURM_NODEID": "0",
+        "SLURM_LAUNCH_NODE_IPADDR": "192.0.2.1",  # a host that does not exist
+    }
+    tasks = []
+    for rank in ("0", "1"):
+        task = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+        command = [sys.executable, "train/tune.py", *settings, "name=srun"]
+        tasks.append(begin(command, **JOB, **step, **task))
+    assert_all_succeed(tasks)
+    assert_trained_as_one(runs / "srun", plain)
 
 
 def test_two_hosts_of_a_hostfile_train_as_one(settings, runs, plain, tmp_path):
     """Without ssh: the launcher is started on each host, as `--no_ssh` wants it."""
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     launcher = [str(BIN / "deepspeed"), "--hostfile", str(hostfile), "--no_ssh", "--log_level", "warning"]
-    launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    launcher += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     run = ["train/tune.py", *settings, "name=hostfile"]
-    finish([begin([*launcher, "--node_rank", str(rank), *run]) for rank in range(2)])
-    assert_same_losses(runs / "hostfile", plain)
-    assert '"world_size": 2' in (runs / "hostfile" / "env.json").read_text()
+    assert_all_succeed([begin([*launcher, "--node_rank", str(rank), *run]) for rank in range(2)])
+    assert_trained_as_one(runs / "hostfile", plain)
