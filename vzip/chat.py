@@ -1,10 +1,11 @@
-"""A conversation about one picture, its KV cache kept: a later turn runs the tokens that are new, and never the picture again.
+"""A conversation about one picture that keeps its KV cache.
 
-This is what a reducer that does not look at the question allows.
+A later turn runs only the tokens that are new, and never the picture again. This works because a
+reducer does not look at the question.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,20 +25,21 @@ class Answer:
 
     text: str
     num_visual_tokens: int
-    """Of the picture."""
+    """Tokens of the picture."""
     num_prompt_tokens: int
-    """Of the whole conversation up to the question, visual ones counted."""
+    """Tokens of the conversation up to the question, visual ones included."""
     num_cached_tokens: int
-    """Of these, those that the KV cache already had."""
+    """Tokens of these that the KV cache already held."""
     seconds_to_first_token: float
-    """From the question to the first token, with processor, and with the vision tower where the picture was encoded."""
+    """From the question to the first token, with the processor, and with the tower if it ran."""
     tokens_per_second: float | None
-    """Of the tokens behind the first one, the end token counted; None before there is one."""
+    """Speed after the first token, the end token included; None before there is a second one."""
     cache_bytes: int
     """Keys and values of the conversation so far."""
 
 
-def _common_prefix(first: list[int], second: list[int]) -> int:
+def _common_length(first: list[int], second: list[int]) -> int:
+    """Count the ids that both lists begin with."""
     for index, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:
             return index
@@ -49,138 +51,173 @@ def _message(role: str, text: str) -> dict[str, Any]:
 
 
 class Chat:
-    """Questions about a picture, answered greedily, one conversation at a time.
+    """Questions about a picture and their greedy answers, one conversation at a time.
 
-    Where several conversations share a model (`vzip.Comparison`), each has to find it, whenever it is asked, in the row that it
-    began with.
+    Several conversations may share a model (`vzip.Comparison`). Then each must find it in the
+    setting that it began with, whenever it asks.
 
     Args:
-        model: of a family that takes images, with a reducer attached or not.
-        processor: of the model, or of the handle of its reducer, with a chat template.
+        model: a model of a family that takes images, with or without a reducer attached.
+        processor: the model's, or that of the reducer's handle, with a chat template.
         picture: what the questions are about.
-        max_new_tokens: of an answer.
+        max_new_tokens: most tokens of an answer.
+
+    Attributes:
+        messages: the turns so far, as `processor.apply_chat_template` takes them.
 
     Raises:
-        UserError: a processor without a chat template.
+        UserError: the processor has no chat template.
     """
 
     def __init__(
-        self, model: Any, processor: Any, picture: Image.Image, *, max_new_tokens: int = 128
+        self,
+        model: Any,
+        processor: Any,
+        picture: Image.Image,
+        *,
+        max_new_tokens: int = 128,
     ) -> None:
         if processor.chat_template is None:
             raise UserError(
-                "this model's processor has no chat template, so that how to ask it is unknown; set processor.chat_template, "
-                "e.g. to vzip.templates.jinja.chat_template(vzip.templates.vicuna(), processor.tokenizer)"
+                "this model's processor has no chat template, so its prompt format is unknown; set "
+                "processor.chat_template, e.g. to "
+                "vzip.templates.jinja.chat_template(vzip.templates.vicuna(), processor.tokenizer)"
             )
-        self.model, self.processor, self.picture = model, processor, picture.convert("RGB")
+        self.model = model
+        self.processor = processor
+        self.picture = picture.convert("RGB")
         self.max_new_tokens = max_new_tokens
         self.messages: list[dict[str, Any]] = []
-        """The turns so far, as `processor.apply_chat_template` takes them."""
-        self._placeholder = family_of(model).placeholder_id("image")
-        self._forget()
+        self._placeholder_id = family_of(model).placeholder_id("image")
+        self._clear_cache()
 
-    def _forget(self) -> None:
-        self._cache, self._ids = (
-            DynamicCache(),
-            list[int](),
-        )  # the cache holds the keys and values of these ids
-
-    def _inputs(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
-        """The model's arguments for a whole conversation, the last turn of which is a question."""
-        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        inputs = self.processor(text=text, images=[self.picture], return_tensors="pt")
-        return dict(inputs.to(self.model.device, self.model.dtype))
+    def _clear_cache(self) -> None:
+        self._cache = DynamicCache()
+        # The ids whose keys and values the cache holds.
+        self._cached_ids: list[int] = []
 
     def _messages_with(self, question: str) -> list[dict[str, Any]]:
-        """Raises UserError for a question that no model can be asked."""
+        """The conversation with a new question. Raises UserError if the question is not text alone.
+        """
         if not question.strip():
             raise UserError("the question is empty; ask something about the picture")
         for kind in ("image", "video"):
             token = getattr(self.processor, f"{kind}_token", None)
             if token and token in question:
                 raise UserError(f"the question spells {token}, which stands for a picture; leave it out")
+
         message = _message("user", question.strip())
         if not self.messages:
             message["content"].insert(0, {"type": "image"})
         return [*self.messages, message]
 
-    def _keep_common(self, ids: list[int]) -> int:
-        """Crop the cache to what it shares with the conversation's ids, at least one of which is left to be run.
+    def _inputs(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        """The model's arguments for a complete conversation that ends with a question."""
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        inputs = self.processor(text=text, images=[self.picture], return_tensors="pt")
+        return dict(inputs.to(self.model.device, self.model.dtype))
 
-        It is emptied where not the whole picture is shared: the tokens of a picture are made together. Returns how many are
-        kept.
-        """
-        kept = min(_common_prefix(self._ids, ids), len(ids) - 1)
-        if self._placeholder in ids[kept:]:
-            self._forget()
-            return 0
-        if kept < len(self._ids):
-            self._cache.crop(kept - len(self._ids))  # negative: that many are removed
-            self._ids = self._ids[:kept]
-        return kept
-
-    def _run(self, ids: list[int], **media: Tensor) -> int:
-        """The token that follows after these ids, which stand behind those of the cache."""
-        input_ids = torch.tensor([ids], device=self.model.device)
-        settings = {"use_cache": True, "logits_to_keep": 1}
-        try:
-            output = self.model(input_ids=input_ids, past_key_values=self._cache, **settings, **media)
-        except BaseException:  # e.g. out of memory, where some layers have the new keys and others have not
-            self._forget()
-            raise
-        self._ids += ids
-        return int(output.logits[0, -1].argmax())
-
-    def _cache_bytes(self) -> int:
-        return sum(part.nbytes for layer in self._cache.layers for part in (layer.keys, layer.values))
-
-    def _refuse_too_long(self, num_tokens: int) -> None:
+    def _check_length(self, num_tokens: int) -> None:
+        """Raise UserError if the prompt and an answer are longer than the model takes."""
         limit = self.model.config.get_text_config().max_position_embeddings
         if num_tokens + self.max_new_tokens > limit:
             raise UserError(
-                f"the conversation has {num_tokens} tokens, and the model takes {limit} with an answer of up to "
-                f"max_new_tokens={self.max_new_tokens}; start a new conversation"
+                f"the conversation has {num_tokens} tokens, and the model takes {limit} with an answer "
+                f"of up to max_new_tokens={self.max_new_tokens}; start a new conversation"
             )
+
+    def _crop_cache(self, prompt: list[int]) -> int:
+        """Remove from the cache what is not part of the prompt, and return how many tokens stay.
+
+        At least one token is left to run. The cache is emptied unless it holds all tokens of the
+        picture, because these are computed together.
+        """
+        num_cached = min(_common_length(self._cached_ids, prompt), len(prompt) - 1)
+        if self._placeholder_id in prompt[num_cached:]:
+            self._clear_cache()
+            return 0
+
+        num_surplus = len(self._cached_ids) - num_cached
+        if num_surplus > 0:
+            # A negative number removes that many from the end.
+            self._cache.crop(-num_surplus)
+            self._cached_ids = self._cached_ids[:num_cached]
+        return num_cached
+
+    def _next_token(self, ids: list[int], **media: Tensor) -> int:
+        """Run the ids that follow those in the cache, and return the most likely next token."""
+        try:
+            output = self.model(
+                input_ids=torch.tensor([ids], device=self.model.device),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+                **media,
+            )
+        except BaseException:
+            # E.g. out of memory: some layers have the new keys and others do not.
+            self._clear_cache()
+            raise
+
+        self._cached_ids += ids
+        return int(output.logits[0, -1].argmax())
+
+    def _cache_bytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._cache.layers)
 
     @torch.no_grad()
     def ask(self, question: str) -> Iterator[Answer]:
-        """The answer as it grows, token by token; the last one is whole: `*_, answer = chat.ask("what is this?")`.
+        """Yield the answer as it grows, token by token; the last one is complete.
 
-        A turn counts once it was taken to its end: one that is broken off leaves the conversation as it was.
+        To take only the last one: `*_, answer = chat.ask("what is this?")`. A turn counts once it
+        was taken to its end. If it is broken off, the conversation stays as it was.
 
         Raises:
-            UserError: an empty question, one with a placeholder, or a conversation that is longer than the model takes.
+            UserError: the question is empty or holds a placeholder, or the conversation is longer
+                than the model takes.
         """
         start = time.perf_counter()
         messages = self._messages_with(question)
         inputs = self._inputs(messages)
         prompt: list[int] = inputs.pop("input_ids")[0].tolist()
-        self._refuse_too_long(len(prompt))
         inputs.pop("attention_mask")
-        kept = self._keep_common(prompt)
-        token = self._run(prompt[kept:], **({} if kept else inputs))
+        self._check_length(len(prompt))
+
+        # What is left of the inputs is the picture, which the cache holds already in later turns.
+        num_cached = self._crop_cache(prompt)
+        media = {} if num_cached else inputs
+        token = self._next_token(prompt[num_cached:], **media)
         answer = Answer(
             text="",
-            num_visual_tokens=prompt.count(self._placeholder),
+            num_visual_tokens=prompt.count(self._placeholder_id),
             num_prompt_tokens=len(prompt),
-            num_cached_tokens=kept,
+            num_cached_tokens=num_cached,
             seconds_to_first_token=time.perf_counter() - start,
             tokens_per_second=None,
             cache_bytes=0,
         )
-        ends, made, seconds = end_ids(self.model, self.processor), list[int](), 0.0
-        while token not in ends:
-            made.append(token)
-            text = self.processor.tokenizer.decode(made, skip_special_tokens=True).strip()
-            answer = replace(answer, text=text, cache_bytes=self._cache_bytes())
-            yield answer
-            if len(made) == self.max_new_tokens:
-                break
-            begun = (
-                time.perf_counter()
-            )  # not before the yield: what the caller does with a part is no time of the model's
-            token = self._run([token])
-            seconds += time.perf_counter() - begun
-            answer = replace(answer, tokens_per_second=len(made) / seconds)
+        answer = yield from self._continue(token, answer)
+
         self.messages = [*messages, _message("assistant", answer.text)]
         yield replace(answer, cache_bytes=self._cache_bytes())
+
+    def _continue(self, token: int, answer: Answer) -> Generator[Answer, None, Answer]:
+        """Yield `answer` with its text after each token, `token` being the first, and return it."""
+        ends = end_ids(self.model, self.processor)
+        ids: list[int] = []
+        seconds = 0.0
+        while token not in ends:
+            ids.append(token)
+            text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            answer = replace(answer, text=text, cache_bytes=self._cache_bytes())
+            yield answer
+            if len(ids) == self.max_new_tokens:
+                break
+
+            # The clock starts after the yield: what the caller does with a beginning does not
+            # count.
+            start = time.perf_counter()
+            token = self._next_token([token])
+            seconds += time.perf_counter() - start
+            answer = replace(answer, tokens_per_second=len(ids) / seconds)
+        return answer
