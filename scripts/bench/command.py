@@ -26,7 +26,7 @@ def bench_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def check_gpu(parser: argparse.ArgumentParser, shapes: Sequence[str]) -> None:
-    """Exit with a message if a shape needs a GPU and there is none."""
+    """Exit with a message if a shape needs a GPU, which this machine lacks."""
     large = [name for name in shapes if name != "tiny"]
     if large and not torch.cuda.is_available():
         parser.error(f"--shape {large[0]} needs a GPU, and there is none; `--shape tiny` is for a CPU")
