@@ -106,7 +106,7 @@ def random_family(shape: Shape, *, device: torch.device, dtype: torch.dtype) -> 
 
 
 def tunable_family(shape: Shape, *, device: torch.device, dtype: torch.dtype) -> Family:
-    """Make a shape's model as it is tuned: frozen, with a projector in float32 that learns."""
+    """Make a shape's model for tuning: frozen, with a projector in float32 that learns."""
     family = random_family(shape, device=device, dtype=dtype)
     sharpen_attention(family.tower)
     family.projector.float().requires_grad_(True)
