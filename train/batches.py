@@ -39,7 +39,7 @@ def make_batches(
 
     Args:
         cfg: the run's settings.
-        family: around the model.
+        family: the adapter around the model.
         trainable: the trainable parameters.
         collators: one per reducer.
         examples: the examples of the run.

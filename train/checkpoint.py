@@ -140,6 +140,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_disk(num_trainable)
 
+            # A later command finds the run by these settings, so they are written completely.
             with atomic_write(self.path / "config.yaml") as scratch:
                 scratch.write_text(OmegaConf.to_yaml(self.cfg, resolve=True))
             write_json(self.path / "env.json", environment_record(self.cfg, world_size=world_size))
@@ -175,6 +176,7 @@ class RunFolder:
         engine.save(str(self.state), tag=tag, state={"step": num_done})
         barrier()
 
+        # Only now, when every rank has written its part.
         if is_main():
             for folder in self.state.glob("step*"):
                 if folder.name != tag:
@@ -205,6 +207,7 @@ class RunFolder:
             template: the format of the conversations.
             manifest: what the training data consists of.
         """
+        # Under ZeRO 3 all ranks take part in gathering the weights.
         projector, adapter = engine.weights()
         if not is_main():
             return

@@ -39,6 +39,8 @@ def control_settings(cfg: DictConfig) -> DictConfig:
     # Replaced, not merged: Random does not have the other settings of VisionZip.
     settings = OmegaConf.to_container(cfg, resolve=True)
     settings["reducer"] = random_reducer
+
+    # The baselines are those of the run itself, and a feature cache holds VisionZip's tokens.
     changes = {
         "evaluate": {"baselines": False},
         "data": {"cache": False},

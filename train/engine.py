@@ -41,12 +41,12 @@ class Engine:
     """The model on this rank's device, with AdamW on its trainable parameters.
 
     Args:
-        loss: the loss of a micro batch, as a module around the model.
+        loss: computes the loss of a micro batch. It is a module that holds the model.
         trainable: the parameters for AdamW.
         cfg: the run's settings.
 
     Attributes:
-        family: around the model.
+        family: the adapter around the model.
         rank: number of this process.
         world_size: number of processes.
         device: where the model runs.
@@ -57,6 +57,8 @@ class Engine:
     def __init__(self, loss: ReferenceLoss | FastLoss, trainable: Trainable, cfg: DictConfig) -> None:
         self.family = loss.family
         self.trainable = trainable
+
+        # The frozen parameters are not among the optimizer's: they have no gradient.
         optimizer = torch.optim.AdamW(
             trainable.parameters.values(),
             lr=cfg.optim.lr,
@@ -78,7 +80,7 @@ class Engine:
         self.device = torch.device(self.deepspeed.device)
         self.is_sharded = self.deepspeed.zero_optimization_stage() == 3
 
-        # The model is on its device now.
+        # The model is on its device now, so the shared prefix can be run.
         if isinstance(loss, FastLoss):
             loss.run_prefix(self.device)
 
@@ -109,6 +111,7 @@ class Engine:
         Returns:
             the 2-norm of all gradients before clipping
         """
+        # The schedule is ours, not DeepSpeed's.
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
@@ -171,6 +174,8 @@ class Engine:
             is included even if only LoRA was tuned: it may differ from that of the base model.
         """
         family = self.family
+
+        # The projector may carry LoRA itself, so both are found by their names.
         tuned = {}
         for name, parameter in family.model.named_parameters():
             if name.startswith(family.projector_name) or "lora_" in name:

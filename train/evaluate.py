@@ -39,7 +39,7 @@ class Runner(Protocol):
     """The model on this rank's device. `train.engine.Engine` is one.
 
     Attributes:
-        family: around the model, which has no reducer attached.
+        family: the adapter around the model, which has no reducer attached.
         device: where inputs go.
         num_trainable: trainable parameters, whose gradients and moments take memory.
         is_sharded: whether the ranks share the weights between them (ZeRO 3).
@@ -61,7 +61,7 @@ class SingleDevice:
     """A `Runner` for a model that is not being trained.
 
     Args:
-        family: around the model, on its device.
+        family: the adapter around the model, on its device.
     """
 
     num_trainable = 0
@@ -81,7 +81,7 @@ class AnswerFiles:
     Rank 0 reads and writes.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -106,11 +106,12 @@ class Evaluator:
         cfg: the run's settings.
         runner: the model.
         answers: where answers are kept.
-        processor: of the model.
+        processor: the model's processor.
         template: the format that the model was trained with.
 
     Attributes:
-        questions: empty if the run asks none.
+        questions: the questions; empty if the run asks none.
+        examples: the same questions, ready for the model.
     """
 
     def __init__(
@@ -145,6 +146,8 @@ class Evaluator:
             return []
 
         full = self.ask("full", [Identity()])
+
+        # A run that keeps all tokens has no other setting before tuning.
         if isinstance(reducers[0], Identity):
             return full
         return full + self.ask("free", reducers)
@@ -153,8 +156,8 @@ class Evaluator:
         """Ask all questions with each reducer, or read the answers that an earlier run has left.
 
         Args:
-            name: of the setting. With several reducers it is NAME-BUDGET.
-            reducers: to attach to the model, one after the other.
+            name: the name of the setting. With several reducers it is NAME-BUDGET.
+            reducers: what to attach to the model, one after the other.
 
         Returns:
             the answers in each setting; empty without questions
@@ -168,6 +171,7 @@ class Evaluator:
             if len(reducers) > 1:
                 setting = f"{name}-{budget_of(self.runner.family, reducer)}"
 
+            # Generating is slow, so the answers are kept as soon as they are there.
             answers = self.answers.load(setting)
             if answers is None:
                 answers = self._generate_all(reducer, title=f"evaluate {setting}")
@@ -199,6 +203,7 @@ class Evaluator:
                     texts, num_visual_tokens = self._generate(collator, examples)
                 answers += zip(numbers, texts, num_visual_tokens, strict=True)
 
+        # Questions that were asked twice are graded once.
         graded = {}
         for number, text, num_visual_tokens in all_gather_list(answers):
             graded[number] = self.questions[number].graded(text, num_visual_tokens=num_visual_tokens)
@@ -216,6 +221,7 @@ class Evaluator:
         last = own[-1] if own else 0
         own += [last] * (num_per_rank - len(own))
 
+        # As many questions at a time as the memory holds.
         longest = max(self._num_tokens(collator, example) for example in self.examples)
         size = fitting_questions(
             self.cfg,
@@ -245,6 +251,8 @@ class Evaluator:
             (answers, visual tokens of each question)
         """
         family = self.runner.family
+
+        # Padded on the left, so that the answers begin at the same position.
         batch = collator(examples, left=True).to(self.runner.device)
         inputs: dict[str, Any] = {
             "input_ids": batch.input_ids,
@@ -270,6 +278,7 @@ class Evaluator:
         )
         texts = [answer.text for answer in answers]
 
+        # Each visual token has one placeholder in the prompt.
         placeholders = torch.tensor([family.placeholder_id(kind) for kind in batch.media])
         is_placeholder = torch.isin(batch.input_ids.cpu(), placeholders)
         return texts, is_placeholder.sum(dim=1).tolist()
@@ -286,13 +295,14 @@ class Evaluator:
 
         All ranks run the tower, because they may share its weights. Rank 0 writes.
         """
+        # Several questions may share a picture.
         pictures: list[Path] = []
         for example in self.examples:
             for path in example.media.get("image", ()):
                 if path not in pictures:
                     pictures.append(path)
 
-        # A random reducer draws its tokens.
+        # A random reducer draws the tokens that it keeps.
         torch.manual_seed(self.cfg.seed)
         image_processor = self.processor.image_processor
         files = []

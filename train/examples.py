@@ -37,6 +37,7 @@ def training_subset(cfg: DictConfig) -> Subset:
 
 def _report_left_out(subset: Subset) -> None:
     """Print which examples were left out. Raises UserError if the hosts hold different data."""
+    # Each host prepares its own copy of the data.
     manifest = subset.manifest
     hashes = all_gather_list([manifest["hash"] + manifest["media_hash"]])
     if len(set(hashes)) > 1:
@@ -44,6 +45,7 @@ def _report_left_out(subset: Subset) -> None:
             f"the hosts' copies of {manifest['data']['name']} or its pictures differ; make them the same"
         )
 
+    # The first ones by name, then how many there are.
     for line in subset.left_out:
         print_rank0(line)
 
@@ -67,6 +69,7 @@ def training_examples(cfg: DictConfig, subset: Subset, template: Template, token
     Raises:
         UserError: an example that the template or the tokenizer does not accept.
     """
+    # One rank of each host tokenizes and writes the file, which the others open.
     max_tokens = cfg.data.max_tokens
     examples = main_first(lambda: subset.examples(template, tokenizer, max_tokens=max_tokens))
 
@@ -98,8 +101,8 @@ def training_collators(
 
     Args:
         cfg: the run's settings.
-        processor: of the model.
-        family: around the model.
+        processor: the model's processor.
+        family: the adapter around the model.
         reducers: of the run.
         examples: of the run.
         base_fingerprint: fingerprint of the base model, which the features of a cache belong to.

@@ -33,8 +33,7 @@ from vzip.templates.encode import IGNORED
 def visual_tokens(family: Family, reducer: Reducer, batch: MicroBatch, kind: str) -> Tensor:
     """float[n, d_llm]: the projected tokens of all images, or all videos, of a micro batch.
 
-    A feature cache holds what the tower and the reducer made of them. Otherwise both run here,
-    without a gradient.
+    With a feature cache, the tower and the reducer have run before. Otherwise they run here.
     """
     media = batch.media[kind]
     if isinstance(media, VisualFeatures):
@@ -74,7 +73,7 @@ class ReferenceLoss(nn.Module):
     """Padded examples through the stock language model, and float32 logits of all tokens.
 
     Args:
-        family: around the model.
+        family: the adapter around the model.
         reducer: reduces the pictures.
         text_has_gradient: whether the trainable parameters also learn from examples without a
             picture, as LoRA in the language model does.
@@ -115,6 +114,7 @@ class ReferenceLoss(nn.Module):
         )
         loss_by_example = losses.view_as(targets).sum(dim=1)
 
+        # An example without a picture is counted, but gives a projector no gradient.
         placeholders = [self.family.placeholder_id(kind) for kind in batch.media]
         is_placeholder = torch.isin(batch.input_ids, torch.tensor(placeholders, device=losses.device))
         has_gradient = is_placeholder.any(dim=1) | self.text_has_gradient
@@ -127,7 +127,7 @@ class FastLoss(nn.Module):
     Call `run_prefix` before the first forward.
 
     Args:
-        family: around the model.
+        family: the adapter around the model.
         reducers: reduce the pictures. A micro batch says which of them is its own.
         prefix: ids that every example begins with, and that are not among the packed ones.
         settings: of `PackedLanguage`.
@@ -158,6 +158,8 @@ class FastLoss(nn.Module):
             (the sum, the same without a gradient). All packed examples are learned from.
         """
         embeddings = embed(self.family, self.reducers[batch.reducer], batch)
+
+        # Attention sees the prefix before each example, and no other example.
         segments = Segments(batch.lengths, self.prefix_by_layer)
         hidden = self.language(embeddings, segments, batch.at_labels)
         loss = cross_entropy(self.model.lm_head, hidden, batch.targets)

@@ -99,6 +99,7 @@ def card_of(cfg: DictConfig) -> Card:
         name = f"the {gpu.total_memory / 1e9:.1f} GB of {gpu.name} (memory_gb=null)"
         return Card(gpu.total_memory, name)
 
+    # On a CPU, half of the memory is left to other programs, and the ranks share the rest.
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     num_ranks = int(os.environ.get("LOCAL_SIZE", "1"))
     share = min([machine, *_cgroup_limits()]) // 2 // num_ranks
@@ -108,6 +109,7 @@ def card_of(cfg: DictConfig) -> Card:
 
 def _cgroup_limits() -> Iterator[int]:
     """The memory limits in bytes of this process' control groups, which containers set."""
+    # The line of version 2 of control groups begins with "0::".
     own_group = ""
     listing = Path("/proc/self/cgroup")
     if listing.is_file():
@@ -115,6 +117,7 @@ def _cgroup_limits() -> Iterator[int]:
             if line.startswith("0::/"):
                 own_group = line.removeprefix("0::/")
 
+    # A group is also bound by the limits of those around it.
     folder = CGROUPS / own_group
     while folder.is_relative_to(CGROUPS):
         limit = folder / "memory.max"
@@ -135,7 +138,7 @@ def resident_memory(cfg: DictConfig, family: Family, *, num_trainable: int, worl
 
     Args:
         cfg: the run's settings.
-        family: around the model.
+        family: the adapter around the model.
         num_trainable: trainable parameters.
         world_size: ranks, which share the weights under ZeRO 3.
     """
@@ -191,6 +194,7 @@ def micro_batch_memory(cfg: DictConfig, family: Family, packing: Packing, length
     if flash_runs(cfg, family):
         return memory
 
+    # Without FlashAttention, the scores of a block of examples take memory too.
     text = family.model.config.get_text_config()
     return memory + blocked_memory(text, longest=lengths.longest, num_prefix=lengths.prefix)
 
@@ -291,7 +295,7 @@ def choose_packing(
 
     Args:
         cfg: the run's settings.
-        family: around the model, with its trainable parameters in float32.
+        family: the adapter around the model, with its trainable parameters in float32.
         num_trainable: trainable parameters.
         lengths: lengths of the examples.
 
@@ -324,7 +328,7 @@ def fitting_questions(
 
     Args:
         cfg: the run's settings.
-        family: around the model.
+        family: the adapter around the model.
         longest: tokens of the longest question, with its answer.
         num_trainable: trainable parameters.
         world_size: ranks.
@@ -333,6 +337,7 @@ def fitting_questions(
     resident = resident_memory(cfg, family, num_trainable=num_trainable, world_size=world_size)
     room = card.usable - resident
 
+    # A single question is tried in any case.
     num_fitting = max(1, room // generation_memory(family, num_tokens=longest))
     if num_fitting < cfg.evaluate.batch:
         print_rank0(

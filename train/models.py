@@ -35,6 +35,7 @@ def load_family(cfg: DictConfig) -> tuple[Family, Any]:
     if cfg.quantize:
         check_package("bitsandbytes", extra="quantized", purpose=f"quantize={cfg.quantize}")
 
+    # The processor comes first: it loads at once, and shows whether the model is there.
     processor = load_unreduced_processor(cfg)
     cls = get_class(cfg.model["_target_"])
     if cfg.weights == "random":
@@ -43,11 +44,13 @@ def load_family(cfg: DictConfig) -> tuple[Family, Any]:
     else:
         model = _load_from_id(cls.load_model, cfg, dtype=getattr(torch, cfg.model.dtype))
 
+    # The starting projector: the base model's own, or one from a file, in float32 to be tuned.
     family: Family = cls(model, anyres=tile_order(cfg))
     family.projector.float()
     if cfg.model.projector and cfg.weights == "pretrained":
         load_weights(family, cfg.model.projector)
 
+    # A budget that does not fit this model should show before any other work.
     for reducer in build_reducers(cfg):
         family.check_reducer(reducer)
     return family, processor
@@ -98,7 +101,7 @@ def quantize_language_model(family: Family, quantize: str | None) -> None:
     was, and after LoRA was added, because LoRA weights stay in float32.
 
     Args:
-        family: around the model.
+        family: the adapter around the model.
         quantize: "nf4" for 4 bits, "int8" for 8 bits; None does nothing.
     """
     if quantize is None:

@@ -45,6 +45,7 @@ def print_plan(cfg: DictConfig, *, world_size: int) -> None:
     trainable = make_trainable(family, cfg.tune)
     print_trainable(family, trainable)
 
+    # Every estimate is for a typical example of the data.
     num_pictures, num_visual_tokens = _typical_example(family, cfg, reducer)
     cost = example_cost(
         family,
@@ -115,6 +116,7 @@ def _token_lines(family: Family, cfg: DictConfig, reducer: Reducer) -> dict[str,
         else:
             lines[f"image of {num_tiles} tiles"] = f"{counts} ({height} x {width} px)"
 
+    # For a family that cuts images into tiles, say how the budget is shared.
     if family.budget_tiles > 1 and cfg.reducer.get("budget") is not None:
         more = "; row ends come on top" if family.anyres == "spatial" else ""
         lines["budget"] = (
@@ -169,12 +171,13 @@ def _memory_lines(
 
     Args:
         cfg: the run's settings.
-        family: around the model.
+        family: the adapter around the model.
         num_trainable: trainable parameters.
         num_visual_tokens: visual tokens of a typical example.
         world_size: ranks.
     """
     expected = cfg.data.expected
+    # The memory that is taken at all times, and on top of it that of a micro batch.
     card = card_of(cfg)
     memory = resident_memory(cfg, family, num_trainable=num_trainable, world_size=world_size)
     if cfg.engine == "reference":

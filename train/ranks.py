@@ -73,6 +73,8 @@ def main_first(make: Callable[[], T]) -> T:
     `make` keeps its work on disk, where the other ranks of the host find it.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+
+    # Three rounds, and a barrier after each. A rank has its turn in one of them.
     turns = [is_main(), local_rank == 0 and not is_main(), local_rank > 0]
     for is_my_turn in turns:
         if is_my_turn:

@@ -92,11 +92,13 @@ class Tracker:
             return
         import wandb
 
+        # The scores, each under its own name in the run's summary.
         rows = [setting.row for setting in settings]
         for row in rows:
             for kind, share in row["metrics"].items():
                 self.wandb.summary[f"eval/{row['name']}_{kind}"] = share
 
+        # The same scores as a table, and a table of some answers.
         kinds = list(rows[0]["metrics"]) if rows else []
         scores = wandb.Table(columns=["row", "visual_tokens", "questions", *kinds])
         for row in rows:
@@ -112,6 +114,7 @@ class Tracker:
         images = [wandb.Image(str(path)) for path in pictures]
         self.wandb.log({"eval/scores": scores, "eval/answers": samples, "eval/kept_tokens": images})
 
+        # All that `vzip.load` needs.
         projector = wandb.Artifact(
             f"projector-{self.wandb.id}", type="model", metadata=read_meta(self.folder)
         )
@@ -153,6 +156,8 @@ def _start_wandb(folder: Path, cfg: DictConfig) -> Any:
         config=OmegaConf.to_container(cfg, resolve=True),
         settings=settings,
     )
+
+    # The user's own WANDB_MODE is respected.
     mode = os.environ.get("WANDB_MODE") or "online"
     try:
         # Without a key, wandb would prompt for one.

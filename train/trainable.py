@@ -38,7 +38,7 @@ def make_trainable(family: Family, tune: DictConfig, *, seed: int = 0) -> Traina
     """Freeze the model, then open the projector, LoRA weights, or both.
 
     Args:
-        family: around the model.
+        family: the adapter around the model.
         tune: the config group `tune`.
         seed: of LoRA's first weights.
     """
