@@ -56,7 +56,7 @@ def load_hf_processor(path: str) -> Any:
     """Load the processor of a folder or hub id.
 
     Raises:
-        OSError: there is none.
+        OSError: it has no processor.
         UserError: its files are broken.
     """
     with _explained(path):

@@ -74,7 +74,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Read `config.json` of a folder or hub id. Raises OSError if there is none."""
+    """Read `config.json` of a folder or hub id. Raises OSError if it is missing."""
     config: dict[str, Any] = PreTrainedConfig.get_config_dict(path)[0]
     if not config:
         raise OSError(f"{path} has no config.json")

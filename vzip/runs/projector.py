@@ -205,7 +205,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """Read meta.json of a run, or what an export has in its place.
 
     Raises:
-        UserError: the folder is neither, the run has not finished, or the file is broken.
+        UserError: the folder is neither, the run did not finish, or the file is broken.
     """
     exported = is_export(folder)
     path = folder / (CONFIG if exported else META)

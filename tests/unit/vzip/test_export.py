@@ -19,6 +19,8 @@ import vzip
 from tests.helpers import damage, tiny
 from tests.helpers.configs import composed
 from tests.helpers.errors import refused
+from tests.helpers.mini_gemini import build, save_public
+from tests.helpers.original import save_original
 from tests.helpers.runs import (
     attached,
     edit_meta,
@@ -37,7 +39,7 @@ from vzip.families import families
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
 from vzip.runs.export import _llava_loader_config, write_hf, write_llava, write_peft
-from vzip.runs.projector import ADAPTER, WEIGHTS, fingerprint
+from vzip.runs.projector import ADAPTER, WEIGHTS, fingerprint, read_meta
 
 IN_TRANSFORMERS = [kind for kind in tiny.KINDS if kind != "mini-gemini"]
 
@@ -354,6 +356,37 @@ def test_what_llavas_format_can_not_hold_is_refused(tmp_path, tiny_folder):
     run = save_run(tmp_path / "other", tune(attached(base)), base)
     words = ["this projector (relu, ", "is not LLaVA's mlp2x_gelu"]
     refused(write_llava, run, tmp_path / "llava", words=words)
+
+
+# Bases in the layouts of other code
+
+
+@pytest.fixture(scope="module")
+def original_run(tmp_path_factory):
+    """A run on a base in the layout of LLaVA's own code."""
+    folder = tmp_path_factory.mktemp("original")
+    tower = str(folder / "some" / "clip")
+    base = save_original(folder / "llava", tiny.llava(), mm_vision_tower=tower)
+    return save_run(folder / "run", tune(attached(base)), base)
+
+
+def test_a_base_in_llavas_layout_becomes_a_complete_model(original_run, tmp_path):
+    folder = write(write_hf, original_run, tmp_path / "export")
+    assert_same_model(folder, original_run)
+    assert_complete(folder)
+
+
+def test_llavas_loader_gets_the_config_of_the_base(original_run, tmp_path):
+    folder = write(write_llava, original_run, tmp_path / "export")
+    base = Path(read_meta(original_run)["base"]["id"])
+    expected = json.loads((base / "config.json").read_text())
+    assert json.loads((folder / "config.json").read_text()) == expected
+
+
+def test_a_public_mini_gemini_becomes_a_complete_model(tmp_path):
+    base = save_public(tmp_path, build(), towers=False)
+    run = save_run(tmp_path / "run", tune(attached(base, "mini-gemini")), base)
+    assert_same_model(write(write_hf, run, tmp_path / "export"), run)
 
 
 # What is refused

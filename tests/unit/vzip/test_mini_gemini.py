@@ -1,7 +1,6 @@
-"""Mini-Gemini against a transcription of its formulas in plain loops, and public checkpoints against the model they hold."""
+"""Mini-Gemini against a transcription of its formulas in plain loops."""
 
 import itertools
-import json
 import math
 import re
 
@@ -9,66 +8,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoProcessor, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
+from transformers import AutoProcessor
 
 from tests.helpers import tiny
+from tests.helpers.mini_gemini import SIDE, WIDTHS, WORDS, batch, build, config, timm_names
 from vzip import UserError
-from vzip.checkpoints.original.mini_gemini import convnext_weights, is_original, load_model, load_processor
+from vzip.checkpoints.original.mini_gemini import is_original
 from vzip.checkpoints.shards import read_config
 from vzip.models.mini_gemini import (
-    HighResolutionTower,
     MiniGeminiConfig,
     MiniGeminiForConditionalGeneration,
     make_processor,
 )
-
-SIDE = 64
-WIDTHS = [8, 12, 16, 20]
-WORDS, GROWN = 60, 64
-"""Ids of the public vocabulary, and of the model's: the next multiple of 64 that has room for <image>, the id 60."""
-TEXT = {
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-}
-
-
-def config(**changes):
-    arguments = tiny.architecture(layers=2) | {"image_token_index": WORDS}
-    arguments["text_config"] = {"model_type": "llama", "vocab_size": GROWN, **TEXT}
-    arguments["high_resolution_config"] = {"depths": [1, 1, 1, 1], "hidden_sizes": WIDTHS, "image_size": SIDE}
-    return MiniGeminiConfig(**arguments | changes)
-
-
-def build(dtype=torch.float32, seed=0):
-    """A model whose every parameter matters: no layer scale near 0, no LayerNorm that is the identity."""
-    torch.manual_seed(seed)
-    model = MiniGeminiForConditionalGeneration(config()).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-        for embedding in (model.model.language_model.embed_tokens.weight, model.lm_head.weight):
-            embedding[WORDS:] = embedding[:WORDS].mean(0)  # as rows that a loader adds
-    return model.to(dtype)
-
-
-def batch(dtype=torch.float32, seed=1):
-    """Two rows, 16 placeholders each at another place, and labels."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, WORDS, (2, 22), generator=generator)
-    ids[0, 1:17] = WORDS
-    ids[1, 3:19] = WORDS
-    labels = ids.masked_fill(ids == WORDS, -100)
-    return {
-        "input_ids": ids,
-        "pixel_values": torch.randn(2, 3, SIDE, SIDE, generator=generator, dtype=dtype),
-        "labels": labels,
-    }
-
 
 # A transcription of the published formulas, by timm's names for the ConvNeXt
 
@@ -162,23 +113,6 @@ def mine(low, high, p):
         )
         mined.append(patch + found / sum(weights))
     return torch.stack(mined)
-
-
-def timm_names(tensors):
-    """The high-resolution tower's tensors under timm's names."""
-    names = {
-        "embeddings.patch_embeddings": "stem.0",
-        "embeddings.layernorm": "stem.1",
-        "downsampling_layer": "downsample",
-        "layers": "blocks",
-        "dwconv": "conv_dw",
-        "layernorm": "norm",
-        "pwconv1": "mlp.fc1",
-        "pwconv2": "mlp.fc2",
-        "layer_scale_parameter": "gamma",
-    }
-    form = re.compile("|".join(re.escape(name) for name in names))
-    return {form.sub(lambda match: names[match[0]], name): tensor for name, tensor in tensors.items()}
 
 
 def plain_logits(model, rows):
@@ -296,17 +230,6 @@ def test_pictures_and_patches_that_do_not_fit_are_refused():
 # Processor
 
 
-def tokenizer():
-    words = ["<unk>", "<s>", "</s>", *(f"w{index}" for index in range(WORDS - 3))]
-    backend = Tokenizer(
-        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
-    )
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
-
-
 def plain_pixels(picture):
     """Padded with the mean colour, resized, normalised: float[3, SIDE, SIDE]."""
     mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
@@ -338,195 +261,3 @@ def test_the_processor_pads_and_gives_a_placeholder_for_each_small_patch(tmp_pat
     assert torch.equal(again["pixel_values"], rows["pixel_values"]) and torch.equal(
         again["input_ids"], rows["input_ids"]
     )
-
-
-# Public checkpoints
-
-
-def public_weights(model, *, towers):
-    """The model's tensors under MGM's names."""
-    inner = model.model
-    weights = {"lm_head.weight": model.lm_head.weight[:WORDS]}
-    for name, tensor in inner.language_model.state_dict().items():
-        weights[f"model.{name}"] = tensor[:WORDS] if name == "embed_tokens.weight" else tensor
-    for ours, theirs in (("linear_1", "0"), ("linear_2", "2")):
-        for kind in ("weight", "bias"):
-            weights[f"model.mm_projector.{theirs}.{kind}"] = getattr(
-                inner.multi_modal_projector, ours
-            ).state_dict()[kind]
-    for ours, theirs in (("query", "query"), ("key", "aux"), ("value", "val")):
-        for name, tensor in getattr(inner.mining, ours).state_dict().items():
-            weights[f"model.vlm_uni_{theirs}_projector.{name}"] = tensor
-    if towers:
-        for name, tensor in inner.vision_tower.state_dict().items():
-            weights[f"model.vision_tower.vision_tower.vision_model.{name}"] = tensor
-        weights["model.vision_tower.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(17)[
-            None
-        ]
-        for name, tensor in timm_names(inner.high_resolution_tower.state_dict()).items():
-            weights[f"model.vision_tower_aux.vision_{name}"] = tensor
-    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
-    return {name: tensor.detach().clone() for name, tensor in weights.items()}
-
-
-def save_public(folder, model, *, towers=True, change=lambda weights: None, **settings):
-    """Write a checkpoint as MGM does, its towers' folders beside it: the checkpoint's folder."""
-    zoo = folder / "zoo"
-    CLIPVisionConfig(**model.config.vision_config.to_dict()).save_pretrained(zoo / "clip")
-    if not towers:
-        CLIPVisionModel.from_pretrained(
-            None, config=model.config.vision_config, state_dict=model.model.vision_tower.state_dict()
-        ).save_pretrained(zoo / "clip")
-        (zoo / "openclip").mkdir()
-        trunk = {
-            f"visual.trunk.{name}": value
-            for name, value in timm_names(model.model.high_resolution_tower.state_dict()).items()
-        }
-        unused = (
-            "visual.trunk.head.norm.weight",
-            "visual.head.mlp.fc1.weight",
-            "token_embedding.weight",
-            "logit_scale",
-        )
-        torch.save(
-            trunk | dict.fromkeys(unused, torch.ones(1)), zoo / "openclip" / "open_clip_pytorch_model.bin"
-        )
-    path = folder / "checkpoint"
-    tokenizer().save_pretrained(path)
-    (path / "config.json").write_text(
-        json.dumps(
-            {
-                "model_type": "mini_gemini",
-                "vocab_size": WORDS,
-                **TEXT,
-                "mm_vision_tower": str(zoo / "clip"),
-                "mm_vision_tower_aux": str(zoo / "openclip"),
-                "mm_vision_select_layer": -2,
-                "mm_projector_type": "mlp2x_gelu",
-                "image_size_aux": SIDE,
-                "image_aspect_ratio": "pad",
-                "image_grid": 1,
-            }
-            | settings
-        )
-    )
-    weights = public_weights(model, towers=towers)
-    change(weights)
-    if towers:
-        save_file(weights, path / "model.safetensors")
-        return str(path)
-    names = sorted(weights)
-    files = {name: f"pytorch_model-0000{1 + index % 2}-of-00002.bin" for index, name in enumerate(names)}
-    for file in set(files.values()):
-        torch.save({name: weights[name] for name in names if files[name] == file}, path / file)
-    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
-    return str(path)
-
-
-@pytest.mark.parametrize("towers", [True, False], ids=["towers inside", "towers outside"])
-def test_a_public_checkpoint_gives_the_same_logits(tmp_path, towers):
-    model, rows = build(), batch()
-    path = save_public(tmp_path, model, towers=towers)
-    loaded = load_model(path, dtype=torch.float32)
-    assert is_original(read_config(path)) and not loaded.training
-    assert loaded.config.image_token_index == WORDS and loaded.config.image_seq_length == 16
-    assert loaded.config.high_resolution_config.hidden_sizes == WIDTHS
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(**rows).logits, model(**rows).logits, atol=1e-5, rtol=1e-5)
-
-
-def test_the_processor_of_a_public_checkpoint_fits_its_model(tmp_path):
-    path = save_public(tmp_path, build())
-    model, processor = load_model(path, dtype=torch.float32), load_processor(path)
-    picture = tiny.picture(0, 90).crop((0, 0, 90, 31))
-    rows = processor(images=[picture], text=["w1 <image> w2"], return_tensors="pt")
-    assert rows["input_ids"].tolist() == [[4, *[WORDS] * 16, 5]]
-    torch.testing.assert_close(rows["pixel_values"][0], plain_pixels(picture))
-    assert model(**rows).logits.shape == (1, 18, GROWN)
-
-
-def drop(name):
-    return lambda weights: weights.pop(name)
-
-
-def reshape(name):
-    return lambda weights: weights.update({name: torch.zeros(3, 5)})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (drop("model.vlm_uni_aux_projector.1.bias"), "missing are model.mining.key.1.bias"),
-        (
-            drop("model.vision_tower_aux.vision_stages.3.blocks.0.gamma"),
-            r"stages\.3\.layers\.0\.layer_scale_parameter",
-        ),
-        (
-            drop("model.vision_tower_aux.vision_stages.2.blocks.0.conv_dw.weight"),
-            r"stages\.2\.blocks\.\*\.conv_dw\.weight",
-        ),
-        (
-            drop("model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias"),
-            "model.vision_tower.pre_layrnorm.bias",
-        ),
-        (drop("model.layers.0.mlp.up_proj.weight"), "language_model.layers.0.mlp.up_proj.weight"),
-        (drop("model.mm_projector.2.weight"), "mm_projector"),
-        (reshape("model.vision_fpn.weight"), "not part of the model are model.vision_fpn.weight"),
-        (
-            reshape("model.vlm_uni_val_projector.1.weight"),
-            r"mining\.value\.1\.weight \(3, 5\), not \(32, 56\)",
-        ),
-        (reshape("model.vision_tower_aux.vision_stem.0.weight"), "embeddings.patch_embeddings.weight"),
-    ],
-)
-def test_weights_that_are_not_the_model_s_are_refused_by_name(tmp_path, change, message):
-    path = save_public(tmp_path, build(), change=change)
-    with pytest.raises(UserError, match=message):
-        load_model(path, dtype=torch.float32)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"image_grid": 2},
-        {"image_global": True},
-        {"mm_projector_type": "linear"},
-        {"model_type": "mgm_gemma"},
-        {"image_size_aux": None},
-        {"mm_vision_tower_aux": "openclip-convnext-xxlarge-laion2b-s34b-b82k-augreg-soup"},
-        {"mm_vision_select_feature": "cls_patch"},
-    ],
-    ids=lambda settings: next(iter(settings)),
-)
-def test_a_setting_of_another_model_is_refused(tmp_path, settings):
-    path = save_public(tmp_path, build(), **settings)
-    for load in (lambda: load_model(path, dtype=torch.float32), lambda: load_processor(path)):
-        with pytest.raises(UserError, match=f"config.json: {next(iter(settings))} "):
-            load()
-
-
-def test_towers_that_can_not_be_found_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    path = save_public(
-        tmp_path, build(), change=lambda weights: [weights.pop(n) for n in list(weights) if "_aux." in n]
-    )
-    with pytest.raises(UserError, match="mm_vision_tower_aux"):
-        load_model(path, dtype=torch.float32)
-    path = save_public(tmp_path, build(), mm_vision_tower="a/b/clip")
-    with pytest.raises(UserError, match="mm_vision_tower 'a/b/clip'"):
-        load_model(path, dtype=torch.float32)
-
-
-def test_tensors_of_no_known_use_in_openclip_s_file_are_refused(tmp_path):
-    path = save_public(tmp_path, build(), towers=False)
-    file = tmp_path / "zoo" / "openclip" / "open_clip_pytorch_model.bin"
-    torch.save(torch.load(file, weights_only=True) | {"visual.conv1.weight": torch.ones(1)}, file)
-    with pytest.raises(UserError, match=r"visual\.conv1\.weight"):
-        load_model(path, dtype=torch.float32)
-
-
-def test_the_renaming_covers_a_convnext_of_timm_s_names():
-    tower = HighResolutionTower(config().high_resolution_config).state_dict()
-    theirs = {f"visual.trunk.{name}": tensor for name, tensor in timm_names(tower).items()}
-    assert not any("layernorm" in name or "layers" in name for name in theirs)
-    assert convnext_weights(theirs).keys() == tower.keys()

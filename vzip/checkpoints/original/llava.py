@@ -155,7 +155,7 @@ def load_model(path: str, *, dtype: torch.dtype) -> Any:
 
 
 def _find_file(path: str, name: str) -> Path | None:
-    """Find a file of a folder or hub id on disk; None if there is none."""
+    """Find a file of a folder or hub id on disk; None if it is missing."""
     try:
         return Path(cached_file(path, name))
     except OSError:

@@ -163,7 +163,7 @@ def _find_open_clip(path: str, name: str) -> Path:
     """Find the file of OpenCLIP's tower: where `mm_vision_tower_aux` says, or on the hub.
 
     Raises:
-        UserError: there is none.
+        UserError: it is in neither place.
     """
     for folder in tower_locations(path, name):
         for file in _OPEN_CLIP_FILES:
