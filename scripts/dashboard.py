@@ -84,7 +84,8 @@ def make_report(entity: str, project: str) -> wr.Report:
         project=project,
         title=TITLE,
         description=(
-            "Settings: full, all visual tokens; free, reduced without training; tuned, reduced with a tuned projector."
+            "Settings: full, all visual tokens; free, reduced without training; "
+            "tuned, reduced with a tuned projector."
         ),
         blocks=[
             wr.TableOfContents(),

@@ -34,7 +34,8 @@ def files_of(folder: Path) -> list[Path]:
     gone = [path.name for path in files if not path.is_file()]
     if gone:
         raise UserError(
-            f"{folder}: {', '.join(gone)} link to files of the base model that are gone; export again with --copy"
+            f"{folder}: {', '.join(gone)} link to files of the base model that are gone; "
+            f"export again with --copy"
         )
     return files
 

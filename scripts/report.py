@@ -98,9 +98,9 @@ def _what_was_run(run: FinishedRun) -> str:
         questions = f"{run.scores[0]['num_questions']:,} questions."
 
     return (
-        f"`train/{command}`: {run.config['model']['name']}, seed {result['seed']}, {result['num_steps']} steps of "
-        f"{run.config['batch']['size']} examples in {seconds:,.0f} s{losses}; data {result['manifest'][:12]}. "
-        f"{questions}"
+        f"`train/{command}`: {run.config['model']['name']}, seed {result['seed']}, "
+        f"{result['num_steps']} steps of {run.config['batch']['size']} examples in {seconds:,.0f} s"
+        f"{losses}; data {result['manifest'][:12]}. {questions}"
     )
 
 
@@ -121,6 +121,7 @@ def update(text: str, blocks: Mapping[str, str]) -> str:
     Raises:
         UserError: the marked part has no end.
     """
+    # What stands before the marked part and behind it is kept as it is.
     before, begin, rest = text.partition(BEGIN)
     if not begin:  # the first report
         before = f"{text.rstrip()}\n\n## Runs\n\n"
@@ -131,11 +132,13 @@ def update(text: str, blocks: Mapping[str, str]) -> str:
             f"the results file has {BEGIN!r}, but not {END!r} behind it; put that line where the runs end"
         )
 
+    # The blocks of the last report, each from its heading on, then those of today's runs.
     merged = {}
     for part in re.split(r"^### ", inside, flags=re.MULTILINE)[1:]:
         name = part.split("\n", 1)[0]
         merged[name] = f"### {part.strip()}"
     merged |= blocks
+
     in_order = [merged[name] for name in sorted(merged)]
     return "\n\n".join([before + BEGIN, *in_order, END + after])
 

@@ -110,7 +110,8 @@ def _check_tune(cfg: DictConfig) -> None:
     if lora is None:
         if not cfg.tune.projector:
             raise UserError(
-                "tune.projector=false and tune.lora=null tune nothing; use tune=projector or tune=projector_lora"
+                "tune.projector=false and tune.lora=null tune nothing; "
+                "use tune=projector or tune=projector_lora"
             )
         return
     if not OmegaConf.is_dict(lora):
@@ -126,16 +127,18 @@ def _check_deepspeed(cfg: DictConfig) -> None:
     check_choice("deepspeed.zero_optimization.stage", stage, (0, 1, 2, 3))
     if cfg.quantize and stage == 3:
         raise UserError(
-            f"quantize={cfg.quantize} does not go with ZeRO 3, which can't share quantised weights: deepspeed=zero0"
+            f"quantize={cfg.quantize} does not go with ZeRO 3, which can't share quantised weights: "
+            f"set deepspeed=zero0"
         )
 
 
 def _check_budgets(cfg: DictConfig) -> None:
-    """Check a list of budgets, and that nothing is set beside it that only a single budget can have."""
+    """Check a list of budgets, and the settings that only go with a single budget."""
     budgets = budgets_of(cfg)
     if not OmegaConf.is_list(cfg.reducer.get("budget")):
         return
 
+    # Each conflicting setting, with the reason why it conflicts.
     conflicts = {}
     if cfg.engine == GradientEngine.reference:
         conflicts["engine=reference"] = "a budget is drawn for each packed micro batch: set engine=fast"

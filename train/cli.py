@@ -39,8 +39,8 @@ def _explain(error: BaseException) -> str | None:
     if isinstance(error, Exception) and _is_out_of_memory(error):
         reason = str(error).splitlines()[0]
         return (
-            f"the GPU's memory ran out ({reason}); make batch.tokens smaller, or evaluate.batch if it happened "
-            f"while questions were answered"
+            f"the GPU's memory ran out ({reason}); make batch.tokens smaller, or evaluate.batch if it "
+            f"happened while questions were answered"
         )
     return None
 

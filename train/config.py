@@ -163,12 +163,13 @@ def batch_plan(cfg: DictConfig, *, num_examples: int, world_size: int) -> BatchP
     if not num_examples:
         raise UserError(
             f"no example of data.path={cfg.data.path} has an answer to learn from within "
-            f"data.max_tokens={cfg.data.max_tokens}; give a LLaVA-format JSON file with some, or allow more tokens"
+            f"data.max_tokens={cfg.data.max_tokens}; give a LLaVA-format JSON file with some, or allow "
+            f"more tokens"
         )
     if cfg.batch.size > num_examples:
         raise UserError(
-            f"batch.size={cfg.batch.size} is more than the {num_examples} examples that there are; choose at most "
-            f"as many, or a larger data.fraction (now {cfg.data.fraction})"
+            f"batch.size={cfg.batch.size} is more than the {num_examples} examples that there are; "
+            f"choose at most as many, or a larger data.fraction (now {cfg.data.fraction})"
         )
     if cfg.engine == GradientEngine.reference:
         _check_micro(cfg, world_size)

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 LEGEND = (
-    "Share of held-out questions answered as expected. `full`: all visual tokens; `free`: reduced, training-free; "
-    "`tuned`: reduced, with the tuned projector; `random`: as many random tokens, with a projector tuned for them."
+    "Share of held-out questions answered as expected. `full`: all visual tokens; `free`: reduced, "
+    "training-free; `tuned`: reduced, with the tuned projector; `random`: as many random tokens, with "
+    "a projector tuned for them."
 )
 
 

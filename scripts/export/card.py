@@ -66,7 +66,8 @@ def _use_hf(meta: dict[str, Any]) -> str:
         "```python",
         "import vzip",
         "",
-        'model, processor = vzip.load("FOLDER")  # reduced, with the tuned projector in its training precision',
+        "# reduced, with the tuned projector in its training precision",
+        'model, processor = vzip.load("FOLDER")',
         "```",
         "",
     ]
@@ -75,7 +76,8 @@ def _use_hf(meta: dict[str, Any]) -> str:
         lines.append(note)
     else:
         lines += [
-            "Without `vzip` it is an ordinary model with all its visual tokens, which the projector was not tuned for:",
+            "Without `vzip` it is an ordinary model with all its visual tokens, which the projector was "
+            "not tuned for:",
             "",
             "```python",
             "from transformers import AutoModelForImageTextToText, AutoProcessor",
@@ -84,7 +86,8 @@ def _use_hf(meta: dict[str, Any]) -> str:
             'processor = AutoProcessor.from_pretrained("FOLDER")',
             "```",
             "",
-            f"`from_pretrained` rounds the projector from float32 to the model's precision ({meta['dtype']}).",
+            f"`from_pretrained` rounds the projector from float32 to the model's precision "
+            f"({meta['dtype']}).",
         ]
     if meta["adapter"]:
         lines += ["", "The LoRA weights of the run are merged into the model's weights."]
@@ -94,16 +97,19 @@ def _use_hf(meta: dict[str, Any]) -> str:
 def _use_llava(folder: Path) -> str:
     """How to load an export for LLaVA's own code."""
     if (folder / "config.json").is_file():
-        loader = "`load_pretrained_model(FOLDER, model_base=BASE, model_name=...)` with a name that contains `llava`"
+        loader = (
+            "`load_pretrained_model(FOLDER, model_base=BASE, model_name=...)` with a name that contains "
+            "`llava`"
+        )
     else:
         loader = (
-            "the same, after the base model's own `config.json` in LLaVA's layout, which is not known here, has been "
-            "put into FOLDER"
+            "the same, after the base model's own `config.json` in LLaVA's layout, which is not known "
+            "here, has been put into FOLDER"
         )
     return (
         f"LLaVA's own code reads `mm_projector.bin` (float32): {loader}, or `--pretrain_mm_mlp_adapter "
-        f"FOLDER/mm_projector.bin`. `model.projector=FOLDER/mm_projector.bin` starts another run of `vzip` from it. "
-        f"LLaVA's code alone does not reduce: add VisionZip with the reducer above."
+        f"FOLDER/mm_projector.bin`. `model.projector=FOLDER/mm_projector.bin` starts another run of `vzip` "
+        f"from it. LLaVA's code alone does not reduce: add VisionZip with the reducer above."
     )
 
 
@@ -150,8 +156,8 @@ def _data(run: FinishedRun) -> str:
     path = run.setting("data.path")
     file = f" of `{Path(path).name}`" if path else ""
     return (
-        f"{data['num_rows']:,} examples{file}: a share of {data['fraction']} of each source, drawn with seed {data['seed']}; "
-        f"manifest hash `{data['hash']}`."
+        f"{data['num_rows']:,} examples{file}: a share of {data['fraction']} of each source, drawn with "
+        f"seed {data['seed']}; manifest hash `{data['hash']}`."
     )
 
 
@@ -165,11 +171,14 @@ def _settings(run: FinishedRun) -> str:
 def _licences(base: str) -> str:
     licence = base_licence(base)
     weights = (
-        "The weights are those of the base model and under its licence, which is unknown here: its files name none. "
-        "Find out before you pass the weights on."
+        "The weights are those of the base model and under its licence, which is unknown here: its files "
+        "name none. Find out before you pass the weights on."
     )
     if licence:
-        weights = f"The weights are those of the base model and under its licence: {licence}, according to its card."
+        weights = (
+            f"The weights are those of the base model and under its licence: {licence}, according to its "
+            f"card."
+        )
     return f"{weights} The code that made them, `vzip`, is under {CODE_LICENCE}."
 
 

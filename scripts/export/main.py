@@ -28,7 +28,8 @@ def check_target(target: Path, *, force: bool) -> None:
         return
     if not has_our_card(target):
         raise UserError(
-            f"--out {target} is there already and is no export, so that it is not replaced; choose another place"
+            f"--out {target} is there already and is no export, so that it is not replaced; "
+            f"choose another place"
         )
     if not force:
         raise UserError(

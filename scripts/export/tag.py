@@ -11,7 +11,10 @@ TAG = "vzip"
 
 
 def card_metadata(card: str | Path) -> dict[str, Any]:
-    """Read the metadata at the top of a card; empty if it can't be parsed, because anybody may have written it."""
+    """Read the metadata at the top of a card, which anybody may have written.
+
+    It is empty if it can't be parsed.
+    """
     try:
         return metadata_load(card) or {}
     except (yaml.YAMLError, ValueError):

@@ -67,6 +67,7 @@ def attention_of_layers(family: Family, pixel_values: Tensor) -> list[LayerAtten
         modules[f"queries {index}"] = layer.get_submodule(layout.queries)
         modules[f"keys {index}"] = layer.get_submodule(layout.keys)
 
+    # Hooks keep what the projections to queries and keys return.
     with captured(modules) as outputs:
         family.vision_tokens(ALL_LAYERS, pixel_values)
 
@@ -126,12 +127,14 @@ def softmax_gradient(layers: Iterable[LayerAttention]) -> dict[str, Any]:
             sum_of_weights += _sum_by_bin(bins, rows)
             sum_of_gradients += _sum_by_bin(bins, gradient)
 
+            # The most attended tenth of each row.
             most = rows.topk(max(1, rows.shape[1] // 10), dim=1).indices
             sums = [values.gather(1, most).double().sum() for values in (rows, gradient)]
             top += torch.stack(sums).cpu()
             num_rows += len(rows)
             num_tokens = rows.shape[1]
 
+    # Bins without a weight have no mean.
     filled = []
     for index, count in enumerate(num_weights.tolist()):
         if count:

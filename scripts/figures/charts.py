@@ -90,6 +90,7 @@ def draw_top_share(numbers: Mapping[str, Any]) -> Figure:
     num_layers = numbers["num_layers"]
     layers = list(range(1, num_layers + 1))
 
+    # A line for each k, and a dotted one for equal attention on all patches.
     styles = zip((BLUE, ORANGE, GREEN, RED), ("o", "s", "^", "D"), strict=True)
     for line, (colour, marker) in zip(numbers["lines"], styles, strict=False):
         values = [100 * share for share in line["shares"]]
@@ -103,6 +104,7 @@ def draw_top_share(numbers: Mapping[str, Any]) -> Figure:
             annotation_clip=False,
         )
 
+    # The layer that VisionZip reads.
     axes.axvline(numbers["layer"], color=BLACK, linewidth=0.8)
     axes.annotate(
         "VisionZip's layer ",
@@ -128,11 +130,12 @@ def draw_softmax_gradient(numbers: Mapping[str, Any]) -> Figure:
         7,
         5.6,
         f"Gradient of the softmax, layer {numbers['layer']}\n"
-        f"the {top['tokens']} most attended of {numbers['num_tokens']} tokens hold {per_cent(top['attention'])} of the "
-        f"attention and get {per_cent(top['gradient'])} of the gradient",
+        f"the {top['tokens']} most attended of {numbers['num_tokens']} tokens hold "
+        f"{per_cent(top['attention'])} of the attention and get {per_cent(top['gradient'])} of the gradient",
     )
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
 
+    # Above: the gradient, and the line that it leaves where weights are large.
     bins = numbers["bins"]
     weights = [each["mean_weight"] for each in bins]
     above.plot(weights, [each["mean_gradient"] for each in bins], color=BLUE, marker="o", markersize=4)
@@ -148,6 +151,7 @@ def draw_softmax_gradient(numbers: Mapping[str, Any]) -> Figure:
     above.set_yscale("log")
     label_axes(above, y="gradient dp/dz of the softmax")
 
+    # Below: how many weights there are of each size.
     total = sum(each["weights"] for each in bins)
     for each in bins:
         below.bar(

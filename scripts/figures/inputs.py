@@ -143,7 +143,8 @@ def figure_inputs(arguments: argparse.Namespace) -> FigureInputs:
         _ = run.meta  # raises if the run has not finished
     elif not arguments.pictures or arguments.out is None:
         raise UserError(
-            f"{source} is not a run folder; for a model, give --pictures to look at, and --out for the figures"
+            f"{source} is not a run folder; for a model, give --pictures to look at, and --out for the "
+            f"figures"
         )
     return FigureInputs(
         pictures=_open_pictures(arguments.pictures or _held_out_pictures(source)),

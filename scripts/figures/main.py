@@ -104,6 +104,7 @@ def kept_at_budgets(inputs: FigureInputs) -> Drawing:
         family.check_reducer(reducer)
         attention = []
         for index, picture in enumerate(inputs.pictures):
+            # All pictures count in the mean, the first ones are shown.
             tile = look(family, reducer, inputs.image_processor, picture)
             dominant = tile.saliency.flatten()[tile.dominant]
             attention.append(float(dominant.sum() / tile.saliency.sum()))
@@ -159,19 +160,21 @@ def _about_questions(scores: Sequence[Score]) -> dict[str, Any]:
 def recovery(inputs: FigureInputs) -> Drawing:
     """The scores of full, training-free, tuned and random over budgets."""
     scores = same_but_budget(_scores_of_run(inputs), inputs.reducer)
+
+    # Budgets that no run was made for are asked now, training-free.
     for budget in inputs.budgets:
         reducer = inputs.with_budget(budget)
         if not any(score.series == "free" and score.reducer == reducer for score in scores):
             scores.append(_training_free(inputs, reducer))
     if not scores:
         raise UserError(
-            f"{inputs.run} has no score with VisionZip, with all tokens or with random ones; ask training-free at some "
-            f"budgets: --budgets 4 8 16"
+            f"{inputs.run} has no score with VisionZip, with all tokens or with random ones; "
+            f"ask training-free at some budgets: --budgets 4 8 16"
         )
     if len({score.num_visual_tokens for score in scores if score.series != "full"}) == 1:
         print(
-            "recovery: there is a single budget, shown as bars; for curves tune more (BUDGET=...), or ask training-free "
-            "at some: --budgets 4 8 16"
+            "recovery: there is a single budget, shown as bars; for curves tune more (BUDGET=...), "
+            "or ask training-free at some: --budgets 4 8 16"
         )
 
     points = []
@@ -203,6 +206,7 @@ def without_dominant(inputs: FigureInputs) -> Drawing:
     dominant, contextual = split_budget(inputs.reducer.dominant + inputs.reducer.contextual)
     split = replace(inputs.reducer, dominant=dominant, contextual=contextual)
 
+    # A variant that no run has scores of is asked now, training-free.
     variants = []
     for name, reducer in without_a_part(split).items():
         own = [score for score in scores if score.reducer == reducer]
@@ -284,6 +288,7 @@ def main() -> None:
             print(write_figure(inputs, name))
             num_drawn += 1
         except UserError as error:
+            # A figure that was asked for must be drawn. Without --figures, the others are drawn.
             if arguments.figures:
                 raise
             print(f"{name} is left out: {error}")

@@ -89,6 +89,7 @@ def _recipe(run: FinishedRun) -> dict[str, Any]:
         recipe |= {f"{name}.{part}": group[part] for part in group}
         if not group:
             recipe[name] = value
+    # "deepspeed" leaves out the whole group, "batch.micro" a single setting.
     for name in list(recipe):
         if name in WITHOUT_EFFECT or name.partition(".")[0] in WITHOUT_EFFECT:
             del recipe[name]
@@ -163,13 +164,14 @@ def comparable_scores(path: Path, others: Sequence[Path] = ()) -> list[Score]:
         other = read_compared(FinishedRun(other_path))
         if other.measured_on != run.measured_on:
             raise UserError(
-                f"--runs {other_path} can't be compared with {path}: base model, starting projector, order of tiles or "
-                f"questions differ"
+                f"--runs {other_path} can't be compared with {path}: base model, starting projector, "
+                f"order of tiles or questions differ"
             )
         scores += other.scores
 
     for beside in find_runs(path.parent):
-        if beside.path in (path, *others) or not (beside.is_finished and (beside.path / META).is_file()):
+        has_finished = beside.is_finished and (beside.path / META).is_file()
+        if beside.path in (path, *others) or not has_finished:
             continue
         try:
             neighbour = read_compared(beside)
@@ -179,6 +181,7 @@ def comparable_scores(path: Path, others: Sequence[Path] = ()) -> list[Score]:
         if (neighbour.measured_on, neighbour.recipe) == (run.measured_on, run.recipe):
             scores += neighbour.scores
 
+    # Two runs may have the same score of full, or of training-free: keep the first.
     unique: dict[tuple[Any, ...], Score] = {}
     for score in scores:
         unique.setdefault(score.key, score)

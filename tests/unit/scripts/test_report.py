@@ -67,7 +67,7 @@ def test_a_block_says_what_was_run_and_its_scores(tmp_path):
 
 
 def test_results_lose_nothing(tmp_path):
-    """Text of a person stays, and so do the blocks of runs that are gone. Those of today's runs are replaced."""
+    """Text of a person stays, and so do blocks of runs that are gone; others are replaced."""
     save_run(tmp_path / "before", "gone")
     save_run(tmp_path / "before", "kept")
     first = update("# Results\n\nBy hand.\n", blocks(tmp_path / "before")) + "\n## Behind\n"

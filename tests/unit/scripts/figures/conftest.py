@@ -50,7 +50,7 @@ def finished_run(tiny_folder):
 
 @pytest.fixture
 def runs(tmp_path, finished_run):
-    """The run `mine` of 6 tokens among others: another seed, 8 tokens, an ablation, random tokens, several budgets."""
+    """The run `mine` with 6 tokens, among others: another seed, other budgets, an ablation, random tokens."""
     folder = tmp_path / "runs"
     mine = VisionZip(budget=6)
     finished_run(folder / "mine", mine, rows=("full", "free", "tuned", "random"))
