@@ -25,7 +25,7 @@ from vzip.models.mini_gemini import (
 
 
 def layer_norm(x, weight, bias, eps):
-    """Over the last dimension."""
+    """Normalise the last dimension."""
     centred = x - x.mean(-1, keepdim=True)
     return centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight + bias
 
@@ -49,7 +49,7 @@ def bilinear(image, size):
     return torch.einsum("yh,chw,xw->cyx", weights(image.shape[1]), image, weights(image.shape[2]))
 
 
-def patches(x, weight, bias):
+def convolve_patches(x, weight, bias):
     """A convolution whose stride is its size."""
     size = weight.shape[-1]
     out = x.new_zeros(len(weight), x.shape[1] // size, x.shape[2] // size)
@@ -81,20 +81,22 @@ def block(x, p, name):
 
 
 def convnext(image, p):
-    """All stages' maps, brought to the first one's size, of one picture."""
-    x = norm_2d(patches(image, p["stem.0.weight"], p["stem.0.bias"]), p, "stem.1")
+    """The maps of all stages for one picture, resized to the first one's size."""
+    x = norm_2d(convolve_patches(image, p["stem.0.weight"], p["stem.0.bias"]), p, "stem.1")
     maps = []
     for stage in range(4):
         if stage:
             x = norm_2d(x, p, f"stages.{stage}.downsample.0")
-            x = patches(x, p[f"stages.{stage}.downsample.1.weight"], p[f"stages.{stage}.downsample.1.bias"])
+            x = convolve_patches(
+                x, p[f"stages.{stage}.downsample.1.weight"], p[f"stages.{stage}.downsample.1.bias"]
+            )
         x = block(x, p, f"stages.{stage}.blocks.0")
         maps.append(bilinear(x, maps[0].shape[1]) if stage else x)
     return torch.cat(maps)
 
 
 def mine(low, high, p):
-    """Patch by patch of one picture: low [N, d], high [c, S, S]."""
+    """Mine one picture patch by patch, from low [N, d] and high [c, S, S]."""
 
     def project(x, name):
         x = layer_norm(x, p[f"{name}.0.weight"], p[f"{name}.0.bias"], 1e-5)
@@ -108,43 +110,40 @@ def mine(low, high, p):
         query = project(patch, "query")
         scores = [query @ project(feature, "key") / math.sqrt(len(query)) for feature in region]
         weights = [math.e**score for score in scores]
-        found = sum(
-            weight * project(feature, "value") for weight, feature in zip(weights, region, strict=True)
-        )
-        mined.append(patch + found / sum(weights))
+        values = [project(feature, "value") for feature in region]
+        total = sum(weight * value for weight, value in zip(weights, values, strict=True))
+        mined.append(patch + total / sum(weights))
     return torch.stack(mined)
 
 
-def plain_logits(model, rows):
+def plain_logits(model, inputs):
     inner = model.model
     high = timm_names(dict(inner.high_resolution_tower.named_parameters()))
-    embeds = inner.language_model.embed_tokens(rows["input_ids"]).clone()
+    embeds = inner.language_model.embed_tokens(inputs["input_ids"]).clone()
     projector = inner.multi_modal_projector
-    for index, image in enumerate(rows["pixel_values"]):
-        low = inner.vision_tower(bilinear(image, tiny.SIDE)[None], output_hidden_states=True).hidden_states[
-            -2
-        ][0, 1:]
+    for index, image in enumerate(inputs["pixel_values"]):
+        small = bilinear(image, tiny.SIDE)[None]
+        low = inner.vision_tower(small, output_hidden_states=True).hidden_states[-2][0, 1:]
         mined = mine(low, convnext(image, high), dict(inner.mining.named_parameters()))
         hidden = gelu(mined @ projector.linear_1.weight.T + projector.linear_1.bias)
-        embeds[index, rows["input_ids"][index] == WORDS] = (
+        embeds[index, inputs["input_ids"][index] == WORDS] = (
             hidden @ projector.linear_2.weight.T + projector.linear_2.bias
         )
     return model.lm_head(inner.language_model(inputs_embeds=embeds).last_hidden_state)
 
 
 def test_logits_loss_and_gradients_are_those_of_the_formulas():
-    model, rows = build(torch.float64), batch(torch.float64)
+    model, inputs = build(torch.float64), batch(torch.float64)
     projector = list(model.model.multi_modal_projector.parameters())
-    output = model(**rows)
+    output = model(**inputs)
     gradients = torch.autograd.grad(output.loss, projector)
-    logits = plain_logits(model, rows)
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows["labels"][:, 1:].flatten())
+    logits = plain_logits(model, inputs)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
     torch.testing.assert_close(output.logits, logits, atol=1e-8, rtol=1e-8)
-    torch.testing.assert_close(
-        output.loss.double(), loss, atol=1e-6, rtol=1e-6
-    )  # transformers takes it in float32
-    for found, wanted in zip(gradients, torch.autograd.grad(loss, projector), strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
+    # transformers computes the loss in float32.
+    torch.testing.assert_close(output.loss.double(), loss, atol=1e-6, rtol=1e-6)
+    for gradient, expected in zip(gradients, torch.autograd.grad(loss, projector), strict=True):
+        torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_image_features_are_the_mined_ones_and_their_projections():
@@ -165,33 +164,33 @@ def test_image_features_are_the_mined_ones_and_their_projections():
     torch.testing.assert_close(model.model.mine(low, pixels), mined)
 
 
-def test_a_row_of_a_batch_is_what_it_is_alone_and_generate_works():
-    model, rows = build(), batch()
+def test_an_example_of_a_batch_is_as_if_alone_and_generate_works():
+    model, inputs = build(), batch()
     with torch.no_grad():
-        together = model(**rows).logits
-        alone = model(**{name: value[1:] for name, value in rows.items()}).logits
+        together = model(**inputs).logits
+        alone = model(**{name: value[1:] for name, value in inputs.items()}).logits
     torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=1e-5)
-    del rows["labels"]
-    ids = model.generate(**rows, max_new_tokens=2, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    del inputs["labels"]
+    ids = model.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=0, eos_token_id=-1)
     assert ids.shape == (2, 24)
     assert torch.equal(ids[:, 22], together[:, -1].argmax(-1))
 
 
 def test_half_precision_interpolates_in_float32():
     inner, pixels = build(torch.bfloat16).model, batch()["pixel_values"].bfloat16()
-    wanted = torch.nn.functional.interpolate(pixels.float(), size=(56, 56), mode="bilinear").bfloat16()
-    assert torch.equal(inner.low_resolution(pixels), wanted)
+    expected = torch.nn.functional.interpolate(pixels.float(), size=(56, 56), mode="bilinear").bfloat16()
+    assert torch.equal(inner.low_resolution(pixels), expected)
     assert inner.get_image_features(pixels).last_hidden_state.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_what_is_saved_is_loaded(tmp_path, attention):
-    model, rows = build(), batch()
+    model, inputs = build(), batch()
     model.save_pretrained(tmp_path)
     loaded = MiniGeminiForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=attention)
     assert not is_original(read_config(str(tmp_path)))
     with torch.no_grad():
-        torch.testing.assert_close(loaded(**rows).logits, model(**rows).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_the_public_models_are_of_the_default_size():
@@ -222,16 +221,16 @@ def test_pictures_and_patches_that_do_not_fit_are_refused():
         inner.get_image_features(torch.zeros(1, 3, 56, 56))
     with pytest.raises(UserError, match="'full'"):
         inner.get_image_features(torch.zeros(1, 3, SIDE, SIDE), vision_feature_select_strategy="full")
-    for patches_given, side in ((17, 16), (16, 18)):
-        with pytest.raises(UserError, match=f"{patches_given} patches can't share {side} x {side}"):
-            inner.mining(torch.zeros(1, patches_given, 32), torch.zeros(1, sum(WIDTHS), side, side))
+    for num_patches, side in ((17, 16), (16, 18)):
+        with pytest.raises(UserError, match=f"{num_patches} patches can't share {side} x {side}"):
+            inner.mining(torch.zeros(1, num_patches, 32), torch.zeros(1, sum(WIDTHS), side, side))
 
 
 # Processor
 
 
 def plain_pixels(picture):
-    """Padded with the mean colour, resized, normalised: float[3, SIDE, SIDE]."""
+    """float[3, SIDE, SIDE]: the picture padded with the mean colour, resized and normalised."""
     mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
     side = max(picture.size)
     square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
@@ -247,10 +246,10 @@ def test_the_processor_pads_and_gives_a_placeholder_for_each_small_patch(tmp_pat
         tiny.picture(1, 80).crop((0, 0, 27, 80)),
         tiny.picture(2, 64),
     ]
-    rows = processor(images=pictures, text=["<image> a"] * 3, return_tensors="pt", padding=True)
-    assert (rows["input_ids"] == tiny.SPECIAL.index("<image>")).sum(1).tolist() == [16, 16, 16]
+    inputs = processor(images=pictures, text=["<image> a"] * 3, return_tensors="pt", padding=True)
+    assert (inputs["input_ids"] == tiny.SPECIAL.index("<image>")).sum(1).tolist() == [16, 16, 16]
     torch.testing.assert_close(
-        rows["pixel_values"], torch.stack([plain_pixels(picture) for picture in pictures])
+        inputs["pixel_values"], torch.stack([plain_pixels(picture) for picture in pictures])
     )
     counts = processor._get_num_multimodal_tokens(image_sizes=[(31, 90)])
     assert list(counts.num_image_tokens) == [16]
@@ -258,6 +257,6 @@ def test_the_processor_pads_and_gives_a_placeholder_for_each_small_patch(tmp_pat
     again = AutoProcessor.from_pretrained(tmp_path)(
         images=pictures, text=["<image> a"] * 3, return_tensors="pt", padding=True
     )
-    assert torch.equal(again["pixel_values"], rows["pixel_values"]) and torch.equal(
-        again["input_ids"], rows["input_ids"]
+    assert torch.equal(again["pixel_values"], inputs["pixel_values"]) and torch.equal(
+        again["input_ids"], inputs["input_ids"]
     )
