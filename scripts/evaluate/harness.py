@@ -60,7 +60,7 @@ def run_cell(model: Vzip, cell: Cell, manager: TaskManager, *, limit: int | None
     path.parent.mkdir(parents=True, exist_ok=True)
 
     # The model is loaded once, and switches to the cell's setting.
-    model.answerer.take(cell.row, budget=cell.budget)
+    model.answerer.switch_to(cell.row, budget=cell.budget)
     comparison = model.answerer.comparison
     reducer = comparison.reducer(cell.row, budget=cell.budget)
 

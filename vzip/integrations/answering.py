@@ -172,7 +172,7 @@ class Answerer:
     """
 
     def __init__(self, settings: GenerationSettings) -> None:
-        """Load the model. Raises UserError as `Comparison.open` and `take` do."""
+        """Load the model. Raises UserError as `Comparison.open` and `switch_to` do."""
         self.settings = settings
         self.comparison = Comparison.open(
             settings.pretrained,
@@ -189,12 +189,12 @@ class Answerer:
 
         self._current = ExitStack()
         if settings.budget == FULL:
-            self.take(FULL)
+            self.switch_to(FULL)
         else:
             budget = None if settings.budget is None else int(settings.budget)
-            self.take(settings.row or self.comparison.rows[-1], budget=budget)
+            self.switch_to(settings.row or self.comparison.rows[-1], budget=budget)
 
-    def take(self, row: str, *, budget: int | None = None) -> None:
+    def switch_to(self, row: str, *, budget: int | None = None) -> None:
         """Switch to another setting. Raises UserError if the model lacks it, or the budget."""
         # Check first: a setting that fails must not leave the model without any.
         self.comparison.reducer(row, budget=budget)
