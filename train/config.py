@@ -17,6 +17,7 @@ from data.examples.prepare import Selection
 from data.paths import ROOT, data_dir
 from train.cli import exit_on_user_error
 from train.hardware import native_dtype
+from train.help import settings_help
 from train.settings import Config, GradientEngine, check_not_renamed
 from vzip import UserError
 from vzip.errors import check_choice
@@ -34,7 +35,7 @@ They say how the data gets here, and not what it is.
 
 @exit_on_user_error
 def register() -> None:
-    """Make the schema and the resolvers `${data_dir:}`, `${root:}` and `${native_dtype:}` known to Hydra.
+    """Make the schema and the resolvers known to Hydra, such as `${data_dir:}`.
 
     A renamed setting on the command line ends the command here: Hydra would refuse it without the new name.
     """
@@ -45,6 +46,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("data_dir", lambda: str(data_dir()), replace=True)
     OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
     OmegaConf.register_new_resolver("native_dtype", native_dtype, replace=True)
+    OmegaConf.register_new_resolver("settings_help", settings_help, replace=True)
 
 
 def compose_settings(*overrides: str) -> DictConfig:

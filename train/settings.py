@@ -309,10 +309,10 @@ class Config:
 
     model: ModelSettings = MISSING
     reducer: dict[str, Any] = MISSING
-    """`_target_` and `budget` (`ReducerSettings`), and the settings of the reducer's class."""
+    """The settings in `ReducerSettings`, and the parameters of the reducer's class."""
     data: DataSettings = MISSING
     deepspeed: dict[str, Any] = MISSING
-    """DeepSpeed's own settings, such as zero_optimization.stage (0, 2 or 3)."""
+    """DeepSpeed's own settings, such as zero_optimization.stage (0, 1, 2 or 3)."""
     tune: TuneSettings = MISSING
     track: TrackSettings = MISSING
     optim: OptimSettings = field(default_factory=OptimSettings)

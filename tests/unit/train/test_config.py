@@ -12,6 +12,7 @@ from data.batches.dataset import BatchPlan
 from tests.helpers.configs import composed
 from train import config
 from train.checks import check, setting_names
+from train.help import describe_settings, settings_help
 from train.settings import Config, check_not_renamed
 from vzip import UserError
 from vzip.reducers.identity import Identity
@@ -135,6 +136,15 @@ def test_a_dataclass_has_a_default_or_names_what_yaml_sets():
         assert set(group) == {field.name for field in fields(schema)}, prefix
 
     names_in(composed(), Config)
+
+
+def test_every_setting_is_described():
+    described = [setting.name for setting in describe_settings()]
+    assert set(setting_names()) <= set(described)
+    assert {"reducer.budget", "tune.lora.r"} <= set(described)
+    assert "optim.lr                      Peak learning rate.\n" in settings_help()
+    assert max(len(line) for line in settings_help().splitlines()) <= 100
+    assert "$" not in settings_help()  # Hydra would look for a name behind it
 
 
 @pytest.mark.parametrize(
