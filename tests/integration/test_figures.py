@@ -6,51 +6,76 @@ import sys
 
 import pytest
 
+from tests.helpers import tiny
 from tests.helpers.commands import start, tune
 
 pytestmark = pytest.mark.integration
 
+FIGURES = ("attention-maps", "top-share", "softmax-gradient", "kept-tokens", "recovery", "without-dominant")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, overrides):
-    """A finished run of one step, of 6 tokens."""
+    """A finished run of one step, with 6 tokens."""
     folder = tmp_path_factory.mktemp("runs")
     tune([*overrides, "optim.max_steps=1", f"runs={folder}", "name=mine"])
     return folder / "mine"
 
 
-def test_all_figures_are_drawn_from_a_run(run, tmp_path):
-    """In its result the row `free` is missing, so that it is asked again: with the run's own answers."""
-    copied = shutil.copytree(run, tmp_path / "copy")
-    result = json.loads((run / "result.json").read_text())
-    rows = {row["name"]: row for row in result["rows"]}
-    (copied / "result.json").write_text(json.dumps(result | {"rows": [rows["full"], rows["tuned"]]}))
-    done = start([sys.executable, "-m", "scripts.figures.main", str(copied), "--budgets", "6", "9"])
+def command(module, *arguments):
+    """Run a command, and return what it printed."""
+    done = start([sys.executable, "-m", module, *map(str, arguments)])
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "left out" not in done.stdout
-    names = ("attention-maps", "top-share", "softmax-gradient", "kept-tokens", "recovery", "without-dominant")
-    figures = copied / "figures"
-    assert all((figures / f"{name}.{end}").is_file() for name in names for end in ("png", "json"))
-    maps = json.loads((figures / "attention-maps.json").read_text())
-    assert maps["has_cls"] and maps["num_pictures"] == 8  # those of the held-out questions
+    return done.stdout
 
-    asked = {
-        path.stem.removeprefix("answers_"): json.loads(path.read_text())
-        for path in figures.glob("answers_*.json")
-    }
-    assert set(asked) == {"free-5-1", "free-8-1", "free-0-6", "free-6-0"}
-    assert asked["free-5-1"] == json.loads((run / "answers_free.json").read_text())
-    assert {given["num_visual_tokens"] for given in asked["free-8-1"]} == {9}
-    points = json.loads((figures / "recovery.json").read_text())["points"]
-    found = {(point["series"], point["num_visual_tokens"]): point["metrics"] for point in points}
-    assert set(found) == {("full", 16), ("free", 6), ("tuned", 6), ("free", 9)}
-    assert all(found[name, 6] == rows[name]["metrics"] for name in ("free", "tuned"))
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_all_figures_are_drawn_from_a_run(run, tmp_path):
+    """The setting `free` is removed from its scores, so it is asked again: with the same answers."""
+    copied = shutil.copytree(run, tmp_path / "copy")
+    result = read(run / "result.json")
+    scores = {row["name"]: row for row in result["rows"]}
+    result["rows"] = [scores["full"], scores["tuned"]]
+    (copied / "result.json").write_text(json.dumps(result))
+
+    assert "left out" not in command("scripts.figures.main", copied, "--budgets", 6, 9)
+    figures = copied / "figures"
+    for name in FIGURES:
+        assert (figures / f"{name}.png").is_file() and (figures / f"{name}.json").is_file()
+    maps = read(figures / "attention-maps.json")
+    assert maps["has_cls"]
+    assert maps["num_pictures"] == 8  # those of the held-out questions
+
+    names = {path.stem for path in figures.glob("answers_*.json")}
+    assert names == {"answers_free-5-1", "answers_free-8-1", "answers_free-0-6", "answers_free-6-0"}
+    assert read(figures / "answers_free-5-1.json") == read(run / "answers_free.json")
+    counts = {answer["num_visual_tokens"] for answer in read(figures / "answers_free-8-1.json")}
+    assert counts == {9}
+
+    points = read(figures / "recovery.json")["points"]
+    metrics = {(point["series"], point["num_visual_tokens"]): point["metrics"] for point in points}
+    assert set(metrics) == {("full", 16), ("free", 6), ("tuned", 6), ("free", 9)}
+    assert metrics["free", 6] == scores["free"]["metrics"]
+    assert metrics["tuned", 6] == scores["tuned"]["metrics"]
+
+
+def test_figures_of_a_run_are_drawn_from_photographs(run, tmp_path):
+    pictures = [tmp_path / "one.jpg", tmp_path / "two.jpg"]
+    for number, path in enumerate(pictures):
+        tiny.picture(number, 150, 200).save(path)
+    out = tmp_path / "out"
+    arguments = ["--figures", "kept-tokens", "recovery", "--out", out, "--pictures", *pictures]
+    printed = command("scripts.figures.main", run, *arguments)
+    assert f"{out}/kept-tokens.png\n" in printed and f"{out}/recovery.png\n" in printed
+    assert [budget["budget"] for budget in read(out / "kept-tokens.json")["budgets"]] == [3, 6, 12]
 
 
 def test_the_efficiency_of_a_run_is_measured_on_its_questions(run):
-    done = start([sys.executable, "-m", "scripts.efficiency.main", str(run), "--questions", "3", "--rounds", "1"])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "the run's held-out questions" in done.stdout and "time to first token" in done.stdout
-    found = json.loads((run / "efficiency.json").read_text())
-    assert not found["made_up_questions"] and found["num_questions"] == 3
-    assert [row["num_visual_tokens"] for row in found["rows"].values()] == [16, 6]
+    printed = command("scripts.efficiency.main", run, "--questions", 3, "--rounds", 1)
+    assert "the run's held-out questions" in printed and "time to first token" in printed
+    report = read(run / "efficiency.json")
+    assert not report["made_up_questions"] and report["num_questions"] == 3
+    assert [row["num_visual_tokens"] for row in report["rows"].values()] == [16, 6]
