@@ -25,7 +25,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 MAX_NEW_TOKENS = 1024
 """Most tokens of an answer whose question sets no limit, as in lmms-eval's own LLaVA."""
 
-Conversation = list[dict[str, Any]]
+Messages = list[dict[str, Any]]
 """Messages, as described above."""
 
 
@@ -142,7 +142,7 @@ def cut(text: str, until: str | Sequence[str] | None) -> str:
     return text.strip()
 
 
-def _media_parts(conversation: Conversation) -> Iterator[dict[str, Any]]:
+def _media_parts(conversation: Messages) -> Iterator[dict[str, Any]]:
     """Yield the parts of a conversation that are not text."""
     for message in conversation:
         for part in message["content"]:
@@ -202,14 +202,14 @@ class Answerer:
         model, self.processor = self._current.enter_context(self.comparison.row(row, budget=budget))
         self._ends = end_ids(model, self.processor)
 
-    def prompt(self, conversation: Conversation) -> str:
+    def prompt(self, conversation: Messages) -> str:
         """The text that the model of the current setting gets for a conversation."""
         text: str = self.processor.apply_chat_template(
             conversation, tokenize=False, add_generation_prompt=True
         )
         return text
 
-    def _media(self, conversations: Sequence[Conversation]) -> dict[str, list[Any]]:
+    def _media(self, conversations: Sequence[Messages]) -> dict[str, list[Any]]:
         """Read the media: `images`, one list for each conversation that has any, and `videos`.
 
         Raises:
@@ -238,7 +238,7 @@ class Answerer:
         return {name: items for name, items in media.items() if items}
 
     @torch.inference_mode()
-    def answers(self, conversations: Sequence[Conversation], asked: Mapping[str, Any]) -> list[Generated]:
+    def answers(self, conversations: Sequence[Messages], asked: Mapping[str, Any]) -> list[Generated]:
         """Answer one batch of conversations.
 
         Args:

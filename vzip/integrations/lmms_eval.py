@@ -22,7 +22,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
 from vzip.errors import UserError
-from vzip.integrations.answering import Answerer, Conversation, Generated, GenerationSettings
+from vzip.integrations.answering import Answerer, Generated, GenerationSettings, Messages
 
 NAME = "vzip"
 
@@ -129,7 +129,7 @@ class Vzip(lmms):  # type: ignore[misc]
     def _rounds(self, request: Any) -> list[str]:
         _, messages_of, asked, number, task, split = request.args
         document = self._document(task, split, number)
-        messages: Conversation = messages_of(document)
+        messages: Messages = messages_of(document)
         answers: list[str] = []
         info = None
         while True:
