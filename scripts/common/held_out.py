@@ -9,7 +9,6 @@ from data.conversations import Conversation
 from train.config import asks_questions
 from train.evaluate import AnswerFiles, Evaluator, SingleDevice
 from train.examples import held_out_conversations
-from train.ranks import init_distributed
 from train.runs import FinishedRun
 from vzip import Comparison, UserError
 from vzip.reducers import Reducer
@@ -19,7 +18,6 @@ from vzip.templates.encode import Template
 
 def _pictures(cfg: DictConfig) -> list[tuple[Conversation, Path]]:
     """The held-out conversations that have a picture, each with the path of its first one."""
-    init_distributed()
     folder = Path(cfg.data.image_folder).expanduser()
     pictures = []
     for conversation in held_out_conversations(cfg):
@@ -81,7 +79,6 @@ def ask_training_free(
         raise UserError(
             f"{run} was tuned with LoRA, so its base model can't be asked; give other finished runs as --runs"
         )
-    init_distributed()
     comparison.attach("full").detach()  # this leaves the starting projector in the model
     evaluator = Evaluator(
         finished.settings,
