@@ -9,42 +9,25 @@ from tests.helpers import tiny
 
 
 def messages(*texts):
+    """Questions and answers in turn."""
     return [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
 
 
 def good(number=0):
     """An example with an image, as an entry of a data file."""
-    return {
-        "id": f"row-{number}",
-        "image": f"coco/{number}.jpg",
-        "conversations": messages("<image>\nwhat?", "a cat"),
-    }
+    talk = messages("<image>\nwhat?", "a cat")
+    return {"id": f"row-{number}", "image": f"coco/{number}.jpg", "conversations": talk}
 
 
 def good_video(number=0):
     """An example with a video."""
-    return {
-        "id": f"row-{number}",
-        "video": f"valley/{number}.mp4",
-        "conversations": messages("<video>\nwhat?", "a cat"),
-    }
+    talk = messages("<video>\nwhat?", "a cat")
+    return {"id": f"row-{number}", "video": f"valley/{number}.mp4", "conversations": talk}
 
 
 SURROGATE = "\ud800"
-TEXTS = st.sampled_from(
-    [
-        "",
-        " ",
-        "<image>",
-        "<image><image>\n",
-        "<video>",
-        "a",
-        "\0",
-        SURROGATE,
-        "e\u0301\u202e\U0001f600",
-        "\ufeff",
-    ]
-)
+PLACEHOLDERS = ["<image>", "<image><image>\n", "<video>"]
+TEXTS = st.sampled_from(["", " ", "a", "\0", SURROGATE, "e\u0301\u202e\U0001f600", "\ufeff", *PLACEHOLDERS])
 PATHS = st.sampled_from(
     ["", ".", "./", "..", "/", "/a.jpg", "a/../b.jpg", "~", "a.jpg", "\0", SURROGATE, "ö/1.jpg", "C:\\a.jpg"]
 )
@@ -54,9 +37,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=2),
 )
 KEYS = st.sampled_from(["id", "image", "video", "conversations", "source", "type", "extra"])
-MISTAKES = st.sampled_from(
-    ["drop", "replace", "image", "video", "message", "value", "speaker", "repeat"],
-)
+MISTAKES = st.sampled_from(["drop", "replace", "image", "video", "message", "value", "speaker", "repeat"])
 
 
 @st.composite

@@ -8,50 +8,44 @@ from pathlib import Path
 
 from PIL import Image
 
+from tests.helpers.broken import messages
+
 COUNTS = {"coco": 364_100, "vg": 86_417, "ocr_vqa": 80_000, "gqa": 72_140, "textvqa": 21_953, "text": 40_688}
 """Examples of the real mix by source; "text" are those without a picture."""
 ZIP_FILES = {"gqa": "gqa/images.zip", "textvqa": "textvqa/train_val_images.zip", "ocr_vqa": "ocr_vqa.zip"}
-TEXT = "the a red car left right two people street sign says small dog near tree what where which is on of in"
-WORDS = TEXT.split()
+WORDS = (
+    "the a red car left right two people street sign says small dog near tree what where which is on of in"
+)
 SHORT = "\nAnswer the question using a single word or phrase."
+PATHS = {
+    "coco": "coco/train2017/{0:012}.jpg",
+    "vg": "vg/VG_100K{1}/{0}.jpg",
+    "ocr_vqa": "ocr_vqa/images/{0:010}.jpg",
+    "gqa": "gqa/images/{0}.jpg",
+    "textvqa": "textvqa/train_images/{0:016x}.jpg",
+}
 
 
 def _text(draw, low, high):
-    return " ".join(draw.choices(WORDS, k=draw.randint(low, high)))
-
-
-def _path(draw, source, number):
-    """The path of a picture, as the source names its files."""
-    if source == "coco":
-        return f"coco/train2017/{number:012}.jpg"
-    if source == "vg":
-        return f"vg/VG_100K{draw.choice(['', '_2'])}/{2_300_000 + number}.jpg"
-    if source == "ocr_vqa":
-        return f"ocr_vqa/images/{number:010}.jpg"
-    if source == "gqa":
-        return f"gqa/images/{2_400_000 + number}.jpg"
-    return f"textvqa/train_images/{draw.getrandbits(64):016x}.jpg"
+    return " ".join(draw.choices(WORDS.split(), k=draw.randint(low, high)))
 
 
 def _messages(turns):
-    messages = []
-    for question, answer in turns:
-        messages += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return messages
+    return messages(*(text for turn in turns for text in turn))
 
 
 def _text_example(draw, number):
     """A talk of ShareGPT, some of which start with an answer."""
     turns = [(_text(draw, 5, 40), _text(draw, 20, 120)) for _ in range(draw.randint(1, 5))]
-    messages = _messages(turns)
+    talk = _messages(turns)
     if number % 7 == 0:
-        messages.insert(0, {"from": "gpt", "value": "the end of an answer"})
-    return {"id": f"{draw.getrandbits(40):x}_{number % 3}", "model": "", "conversations": messages}
+        talk.insert(0, {"from": "gpt", "value": "the end of an answer"})
+    return {"id": f"{draw.getrandbits(40):x}_{number % 3}", "model": "", "conversations": talk}
 
 
 def _picture_example(draw, source, number):
     """Short questions about a picture, or a long talk, with the picture before or behind the first question."""
-    path = _path(draw, source, number)
+    path = PATHS[source].format(number, draw.choice(["", "_2"]))
     is_long = source == "coco" and number % 2
     turns = []
     for _ in range(draw.randint(1, 4)):
@@ -63,8 +57,8 @@ def _picture_example(draw, source, number):
 
     question, answer = turns[0]
     question = f"{question}\n<image>" if number % 5 == 0 else f"<image>\n{question}"
-    turns[0] = (question, answer)
-    return {"id": Path(path).stem, "image": path, "conversations": _messages(turns)}
+    talk = _messages([(question, answer), *turns[1:]])
+    return {"id": Path(path).stem, "image": path, "conversations": talk}
 
 
 def _jpeg(draw):

@@ -63,12 +63,6 @@ class Server:
         delay_s: wait before each answer.
         retry_after: header of answers with status 429 and 503.
         trickle_s: wait between two bytes of "trickle".
-
-    Attributes:
-        requests, sent: number of GET requests and of bytes sent, by path.
-        ranges: (first, last) byte of each file sent.
-        max_concurrent, num_connections: how busy it was.
-        tokens: what HEAD requests were authorized with.
     """
 
     def __init__(self, folder, plan=None, *, delay_s=0.0, retry_after="0", trickle_s=0.05):
@@ -78,10 +72,10 @@ class Server:
         self.retry_after = retry_after
         self.trickle_s = trickle_s
 
-        self.requests = Counter()
-        self.sent = Counter()
-        self.ranges = []
-        self.tokens = []
+        self.requests = Counter()  # GET requests by path
+        self.sent = Counter()  # bytes by path
+        self.ranges = []  # (first, last) byte of each file that was sent
+        self.tokens = []  # what HEAD requests were authorized with
         self.max_concurrent = 0
         self.num_connections = 0
         self.lock = threading.Lock()

@@ -1,6 +1,5 @@
 """The order of examples, the micro batches of all ranks, resuming, and data workers."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -24,7 +23,6 @@ from data.batches.dataset import (
     usable_workers,
 )
 from data.batches.packing import shared_prefix
-from data.conversations import parse_conversation
 from data.examples.tokens import Example, Examples
 from tests.helpers import tiny
 from tests.helpers.examples import (
@@ -35,14 +33,13 @@ from tests.helpers.examples import (
     micro_batches_of,
     padded_batches,
     shared_family,
-    tokenize,
 )
 from tests.helpers.strategies import bodies, examples_from, ready_collator
 from vzip import UserError
 from vzip.families.features import VisualFeatures
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
-from vzip.templates.encode import IGNORED, vicuna
+from vzip.templates.encode import IGNORED
 
 PROCESSOR = tiny.processor()
 SPLITS = [
@@ -175,21 +172,6 @@ def test_no_rank_has_the_longest_examples_of_every_round():
     assert max(totals) / min(totals) < 1.05 < max(without_turns) / min(without_turns)
 
 
-def test_examples_of_similar_length_need_little_padding():
-    def padding_share(batches):
-        num_tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-        return 1 - num_tokens / sum(batch.attention_mask.numel() for batch in batches)
-
-    examples = text_examples(mixed_lengths(256))
-    (batches,) = all_ranks(examples, (4, 32, 1), num_steps=2)
-    in_file_order = []
-    for first in range(0, 256, 4):
-        in_file_order.append(collator()([examples[index] for index in range(first, first + 4)]))
-
-    assert padding_share([batches[index] for index in range(len(batches))]) < 0.1
-    assert padding_share(in_file_order) > 0.2
-
-
 # Packed steps
 
 
@@ -297,25 +279,6 @@ def test_a_micro_batch_has_the_tokens_of_its_budget():
 # Workers
 
 
-@pytest.fixture(scope="module")
-def noise_examples(data_folder):
-    conversations = [
-        parse_conversation(entry) for entry in json.loads((data_folder / "train.json").read_text())
-    ]
-    return tokenize(conversations, vicuna(), data_folder / "images")
-
-
-def test_a_worker_process_builds_the_same_batches(noise_examples):
-    batches = padded_batches(noise_examples, collator(), micro=3, accumulation=2, num_steps=3)
-    whole = list(loader(batches, first=0, num_workers=0))
-    rest = list(loader(batches, first=1, num_workers=1))
-    assert len(whole) == 6
-    assert len(rest) == 4
-    assert all(map(are_equal, whole[2:], rest))
-    assert not are_equal(whole[0], whole[1])
-    assert list(loader(batches, first=3, num_workers=0)) == []
-
-
 class CountingMedia(ReadyMedia):
     """Tells the number of the worker's threads, and of workers."""
 
@@ -389,4 +352,7 @@ def test_a_run_resumes_where_a_picture_vanished(tmp_path, num_workers):
 
     elsewhere.rename(path)
     seen += loader(batches, first=3, num_workers=num_workers)
+    assert len(seen) == len(whole) == 6
     assert all(map(are_equal, whole, seen))
+    assert not are_equal(whole[0], whole[1])
+    assert list(loader(batches, first=6, num_workers=num_workers)) == []

@@ -18,11 +18,6 @@ datasets = pytest.importorskip("datasets")
 ONE_PICTURE = messages("<image>\nwhat?", "a colour")
 
 
-@pytest.fixture(autouse=True)
-def _own_data_dir(tmp_path, monkeypatch):
-    monkeypatch.setenv("VZIP_DATA", str(tmp_path / "vzip"))
-
-
 def select(folder):
     return Selection(path=str(folder), image_folder=str(folder.parent / "images"))
 
@@ -93,7 +88,7 @@ def test_pictures_of_folders_of_the_same_name_are_kept_apart(tmp_path):
     assert len({subset.manifest["hash"] for subset in subsets.values()}) == 3
 
 
-def test_a_read_only_folder_with_columns_of_its_own_is_enough(tmp_path):
+def test_a_folder_with_columns_of_its_own_is_left_unchanged(tmp_path):
     selection = save_colours(tmp_path / "a", ["red", "blue"], made=datetime(2026, 1, 1), score=float("nan"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*")}
     assert prepare(selection).manifest["num_rows"] == 2
@@ -103,7 +98,7 @@ def test_a_read_only_folder_with_columns_of_its_own_is_enough(tmp_path):
 def test_paths_are_files_in_the_folder_or_refused(tmp_path):
     data = datasets.Dataset.from_dict({"image": ["red.png"] * 2, "conversations": [ONE_PICTURE] * 2})
     data.save_to_disk(tmp_path / "mine")
-    with pytest.raises(UserError, match="of mine only 0 of 2 examples can be used"):
+    with pytest.raises(UserError, match="only 0 of 2 examples of mine can be used"):
         prepare(select(tmp_path / "mine"))
 
     Image.new("RGB", (8, 8), "red").save(tmp_path / "mine" / "red.png")

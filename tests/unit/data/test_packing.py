@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from data.batches.packing import num_tail_tokens, pack, shared_prefix
 from tests.helpers.examples import IMAGE_ID
-from tests.helpers.strategies import drawn_examples, examples_from
+from tests.helpers.strategies import drawn_examples
 from vzip.templates.encode import IGNORED
 
 # Which tokens are run
@@ -40,23 +40,6 @@ def test_tail_and_prefix_are_those_found_token_by_token(examples):
     tails = num_tail_tokens(examples.flat_tokens(), [IMAGE_ID])
     assert tails.tolist() == [slow_num_tail_tokens(example) for example in examples]
     assert shared_prefix(examples, [IMAGE_ID]) == slow_shared_prefix(examples)
-
-
-def test_the_shared_prefix_ends_before_labels_images_and_differences():
-    def prefix(*pairs):
-        return shared_prefix(examples_from(pairs), [IMAGE_ID])
-
-    whole = ([1, 10, 11, 12, IMAGE_ID, 13, 14], [*[IGNORED] * 6, 14])
-    assert prefix(whole) == prefix(whole, whole) == [1, 10, 11, 12]
-    assert prefix(whole, ([1, 10, 99, 12, IMAGE_ID, 14], [*[IGNORED] * 5, 14])) == [1, 10]
-    assert prefix(whole, ([1, 10, IMAGE_ID, 12, 13, 14], [*[IGNORED] * 5, 14])) == [1, 10]
-
-    # A label follows 11, so its output is needed.
-    assert prefix(whole, ([1, 10, 11, 12, IMAGE_ID, 14], [*[IGNORED] * 3, 12, IGNORED, 14])) == [1, 10]
-
-    # Text alone need not begin like the examples with images.
-    assert prefix(whole, ([99, 99, 14], [IGNORED, IGNORED, 14])) == [1, 10, 11, 12]
-    assert prefix(([1, 10, 14], [IGNORED, IGNORED, 14])) == []
 
 
 # Which examples share a micro batch

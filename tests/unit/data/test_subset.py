@@ -62,7 +62,7 @@ def test_the_order_of_the_data_does_not_matter_and_the_seed_does(draw):
     random.Random(1).shuffle(shuffled)
 
     assert draw(shuffled, fraction=0.3) == drawn
-    assert draw(ENTRIES[::-1], fraction=0.3) == drawn
+    assert draw([*ENTRIES[::-1], {"id": "coco-99", "source": "coco"}], fraction=0.3) == drawn  # a bad one
     assert set(draw(ENTRIES, fraction=0.3, seed=1)) != set(drawn)
 
 
@@ -138,12 +138,9 @@ def test_examples_of_text_alone_can_be_left_out(draw):
         draw(ENTRIES, text_examples=False)
 
 
-def test_examples_with_a_fault_are_never_drawn(draw):
-    assert draw([*entries(coco=3), {"id": "coco-9", "source": "coco"}]) == draw(entries(coco=3))
-
-
 @pytest.mark.integration
-def test_the_subset_is_the_same_in_another_process(tmp_path, monkeypatch):
+def test_the_subset_is_the_same_in_another_process(tmp_path):
+    """Hashes of texts differ between processes."""
     path = tmp_path / "examples.json"
     path.write_text(json.dumps(entries(coco=30, gqa=30, ocr=30)))
     code = (
@@ -152,11 +149,9 @@ def test_the_subset_is_the_same_in_another_process(tmp_path, monkeypatch):
         "from data.examples.table import open_table\n"
         "print(draw_subset(open_table(sys.argv[1]), fraction=0.3, seed=5).positions)\n"
     )
-    env = os.environ | {"VZIP_DATA": str(tmp_path / "vzip"), "PYTHONHASHSEED": "12"}
+    env = os.environ | {"VZIP_DATA": str(tmp_path / "other"), "PYTHONHASHSEED": "12"}
     command = [sys.executable, "-c", code, str(path)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-
-    monkeypatch.setenv("VZIP_DATA", str(tmp_path / "mine"))
     positions = draw_subset(open_table(path), fraction=0.3, seed=5).positions
     assert json.loads(done.stdout) == positions
     assert len(positions) == 27
