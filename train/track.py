@@ -62,15 +62,15 @@ class Tracker:
         if not self.is_main or not self.path.is_file():
             return
 
-        kept = []
+        valid = []
         for line in self.path.read_text().splitlines(keepends=True):
             # A kill may have cut the last line short.
             is_complete = line.endswith("\n")
             if is_complete and json.loads(line)["step"] < step:
-                kept.append(line)
+                valid.append(line)
 
         with atomic_write(self.path) as scratch:
-            scratch.write_text("".join(kept))
+            scratch.write_text("".join(valid))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Add the metrics of a step."""

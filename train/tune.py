@@ -61,7 +61,7 @@ def tune(cfg: DictConfig) -> list[dict]:
     trainable = make_trainable(family, cfg.tune, seed=cfg.seed)
     print_rank0(print_trainable, family, trainable)
 
-    # With quantize=..., hold the frozen part of the language model in 4 or 8 bits.
+    # With quantize=..., hold the language model in 4 or 8 bits: after fingerprint and LoRA.
     quantize_language_model(family, cfg.quantize)
 
     # Tokenize the examples, plan the steps, and cut them into micro batches that fit into memory.
