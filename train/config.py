@@ -1,8 +1,13 @@
-"""What is built from a run's settings: reducers, choice of data, plan of the steps, name."""
+"""Settings from the command line, and what is built from them: reducers, data, steps, names."""
 
+import ast
 import hashlib
+import inspect
 import json
 import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +22,7 @@ from data.examples.prepare import Selection
 from data.paths import ROOT, data_dir
 from train.cli import exit_on_user_error
 from train.hardware import native_dtype
-from train.help import settings_help
-from train.settings import Config, GradientEngine, check_not_renamed
+from train.settings import Config, GradientEngine, LoraSettings, ReducerSettings, check_not_renamed
 from vzip import UserError
 from vzip.errors import check_choice
 from vzip.families.anyres import ANYRES
@@ -32,12 +36,20 @@ NOT_PART_OF_DATA = ("address", "pictures", "replace_unreachable", "num_workers")
 They say how the data gets here, and not what it is.
 """
 
+HELP_WIDTH = 100
+"""Columns of the help text."""
+HELP_INDENT = 30
+"""Columns of the names in the help text, in front of the descriptions."""
+NESTED = {"reducer": ReducerSettings, "tune.lora": LoraSettings}
+"""Settings that are groups, though the schema leaves them open."""
+
 
 @exit_on_user_error
 def register() -> None:
     """Make the schema and the resolvers known to Hydra, such as `${data_dir:}`.
 
-    A renamed setting on the command line ends the command here: Hydra would refuse it without the new name.
+    A renamed setting on the command line ends the command here, because Hydra would refuse it without
+    the new name.
     """
     for argument in sys.argv[1:]:
         name, _, _ = argument.lstrip("+~").partition("=")
@@ -54,6 +66,46 @@ def compose_settings(*overrides: str) -> DictConfig:
     register()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         return compose("tune", overrides=list(overrides))
+
+
+def _field_texts(schema: type) -> dict[str, str]:
+    """The descriptions of a dataclass's fields, by their names.
+
+    They are the strings below the fields. Python does not keep them, so they are read from the source.
+    """
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(schema))).body
+    assert isinstance(body, ast.ClassDef)
+    texts: dict[str, str] = {}
+    name = ""
+    for statement in body.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            name = statement.target.id
+        elif name and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            texts[name] = " ".join(str(statement.value.value).split())
+    return texts
+
+
+def describe_settings(schema: Any = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The name of each setting, such as "optim.lr", and what it does, in the order of the schema."""
+    texts = _field_texts(schema)
+    for field in fields(schema):
+        name = f"{prefix}{field.name}"
+        group = field.type if is_dataclass(field.type) else NESTED.get(name)
+        if group is None or name in NESTED:
+            yield name, texts[field.name]
+        if group is not None:
+            yield from describe_settings(group, f"{name}.")
+
+
+def settings_help() -> str:
+    """The settings as a text of two columns."""
+    indent = " " * HELP_INDENT
+    lines = []
+    for name, description in describe_settings():
+        text = textwrap.fill(description, HELP_WIDTH, initial_indent=indent, subsequent_indent=indent)
+        # The name takes the place of the first line's indentation.
+        lines.append(f"{name} ".ljust(HELP_INDENT) + text[HELP_INDENT:])
+    return "\n".join(lines)
 
 
 def instantiate_target(node: DictConfig, **more: Any) -> Any:

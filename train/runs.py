@@ -96,7 +96,7 @@ class FinishedRun:
 
     @property
     def scores(self) -> list[dict[str, Any]]:
-        """The scores of each setting. Empty if no questions were asked, or the run has not finished."""
+        """The scores of each setting. Empty if no questions were asked, or the run is still training."""
         return list(self.result["rows"]) if self.is_finished else []
 
     @cached_property

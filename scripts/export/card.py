@@ -139,7 +139,7 @@ def _use(meta: dict[str, Any], folder: Path, *, to: str, name: str) -> str:
     return _use_peft(meta, name)
 
 
-def _scores(run: FinishedRun) -> str:
+def _score_section(run: FinishedRun) -> str:
     if not run.scores:
         return "The run was not evaluated."
     return f"{score_table(run.scores).markdown()}\n\n{LEGEND}"
@@ -204,7 +204,7 @@ def model_card(path: Path, folder: Path, *, to: str, base: str) -> str:
         f"{_front_matter(run, base, to)}# {name}, tuned behind a token reducer",
         f"The tuned weights belong to the base model `{name}` and to the reducer {'; '.join(reducers)}.",
         f"## Use\n\n{_use(run.meta, folder, to=to, name=name)}",
-        f"## Scores\n\n{_scores(run)}",
+        f"## Scores\n\n{_score_section(run)}",
         f"## Data\n\n{_data(run)}",
         f"## Settings\n\n{_settings(run)}",
         f"## Licences\n\n{_licences(base)}\n",

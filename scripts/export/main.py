@@ -107,7 +107,7 @@ def export(args: argparse.Namespace) -> Path:
     return target
 
 
-def _parser() -> argparse.ArgumentParser:
+def _export_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @exit_on_user_error
 def main() -> None:
-    target = export(_parser().parse_args())
+    target = export(_export_parser().parse_args())
     for file in sorted(target.iterdir()):
         print(f"{file.stat().st_size / 1e6:12,.3f} MB  {file.name}")
     print(target)

@@ -194,10 +194,12 @@ def recovery(inputs: FigureInputs) -> Drawing:
 
 def _mean_over_seeds(scores: Sequence[Score], series: str) -> dict[str, float] | None:
     """The mean of each metric of a series; None if there is no score."""
-    metrics = [score.metrics for score in scores if score.series == series]
-    if not metrics:
-        return None
-    return {kind: statistics.mean(each[kind] for each in metrics) for kind in metrics[0]}
+    by_kind: dict[str, list[float]] = {}
+    for score in scores:
+        if score.series == series:
+            for kind, share in score.metrics.items():
+                by_kind.setdefault(kind, []).append(share)
+    return {kind: statistics.mean(shares) for kind, shares in by_kind.items()} or None
 
 
 def without_dominant(inputs: FigureInputs) -> Drawing:
@@ -250,7 +252,7 @@ def write_figure(inputs: FigureInputs, name: str) -> Path:
     return path
 
 
-def _parser() -> argparse.ArgumentParser:
+def _figures_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -276,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
 @exit_on_user_error
 def main() -> None:
     """Draw the figures that are named, or all that can be drawn."""
-    arguments = _parser().parse_args()
+    arguments = _figures_parser().parse_args()
     for name in arguments.figures:
         if name not in FIGURES:
             raise UserError(f"--figures {name} does not exist; choose among: {', '.join(FIGURES)}")

@@ -12,7 +12,6 @@ from data.batches.dataset import BatchPlan
 from tests.helpers.configs import composed
 from train import config
 from train.checks import check, setting_names
-from train.help import describe_settings, settings_help
 from train.settings import Config, check_not_renamed
 from vzip import UserError
 from vzip.reducers.identity import Identity
@@ -139,12 +138,13 @@ def test_a_dataclass_has_a_default_or_names_what_yaml_sets():
 
 
 def test_every_setting_is_described():
-    described = [setting.name for setting in describe_settings()]
+    described = dict(config.describe_settings())
     assert set(setting_names()) <= set(described)
+    assert all(described.values())
     assert {"reducer.budget", "tune.lora.r"} <= set(described)
-    assert "optim.lr                      Peak learning rate.\n" in settings_help()
-    assert max(len(line) for line in settings_help().splitlines()) <= 100
-    assert "$" not in settings_help()  # Hydra would look for a name behind it
+    assert "optim.lr                      Peak learning rate.\n" in config.settings_help()
+    assert max(len(line) for line in config.settings_help().splitlines()) <= 100
+    assert "$" not in config.settings_help()  # Hydra would look for a name behind it
 
 
 @pytest.mark.parametrize(
