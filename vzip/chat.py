@@ -97,8 +97,7 @@ class Chat:
         self._cached_ids: list[int] = []
 
     def _messages_with(self, question: str) -> list[dict[str, Any]]:
-        """The conversation with a new question. Raises UserError if the question is not text alone.
-        """
+        """The conversation with a new question. Raises UserError if the question is not text alone."""
         if not question.strip():
             raise UserError("the question is empty; ask something about the picture")
         for kind in ("image", "video"):
@@ -106,6 +105,7 @@ class Chat:
             if token and token in question:
                 raise UserError(f"the question spells {token}, which stands for a picture; leave it out")
 
+        # The picture is part of the first question.
         message = _message("user", question.strip())
         if not self.messages:
             message["content"].insert(0, {"type": "image"})
@@ -132,6 +132,7 @@ class Chat:
         At least one token is left to run. The cache is emptied unless it holds all tokens of the
         picture, because these are computed together.
         """
+        # The last token is run even if it is cached: its output gives the first token of the answer.
         num_cached = min(_common_length(self._cached_ids, prompt), len(prompt) - 1)
         if self._placeholder_id in prompt[num_cached:]:
             self._clear_cache()
@@ -198,6 +199,7 @@ class Chat:
         )
         answer = yield from self._continue(token, answer)
 
+        # Only now does the turn count.
         self.messages = [*messages, _message("assistant", answer.text)]
         yield replace(answer, cache_bytes=self._cache_bytes())
 
@@ -208,6 +210,7 @@ class Chat:
         seconds = 0.0
         while token not in ends:
             ids.append(token)
+            # All tokens are decoded together, because a character may consist of several.
             text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
             answer = replace(answer, text=text, cache_bytes=self._cache_bytes())
             yield answer

@@ -35,6 +35,7 @@ def end_ids(model: Any, processor: Any) -> set[int]:
     """
     tokenizer = processor.tokenizer
     configured = model.generation_config.eos_token_id
+    # A config may have one id, several, or None.
     ends = {tokenizer.eos_token_id}
     ends |= set(configured) if isinstance(configured, list) else {configured}
 
@@ -67,6 +68,8 @@ def generate_answers(
         ends: tokens that end an answer.
         settings: further arguments of the model's `generate`, e.g. `max_new_tokens`.
     """
+    # `generate` returns the prompts with the answers behind them. It needs the tokenizer for
+    # `stop_strings` alone.
     output = model.generate(
         **inputs,
         **settings,

@@ -126,6 +126,7 @@ def look(family: Family, reducer: Reducer, image_processor: Any, picture: Image.
     num_dominant = output.dominant.shape[1]
     members = output.slots[0, num_cls:].cpu() - num_dominant
 
+    # The picture is shown as the tower sees it, but with its own colours.
     side = int(tokens.saliency.shape[1] ** 0.5)
     values = _tile_pixels(image_processor, picture, do_rescale=False, do_normalize=False)
     shown = values[0].to(torch.uint8).permute(1, 2, 0).contiguous()
@@ -144,6 +145,7 @@ class _Canvas:
 
     def __init__(self, tile: TileTokens, side: int) -> None:
         rows, self.columns = tile.grid
+        # Whole pixels for each patch, so that frames are sharp.
         self.cell = max(1, side // self.columns)
         self.bright = tile.picture.resize((self.cell * self.columns, self.cell * rows))
         self.image = self.bright.copy()
@@ -224,6 +226,7 @@ def merged_tokens(tile: TileTokens, *, side: int = SIDE) -> Image.Image:
             canvas.tint(patch, GROUPS[group % len(GROUPS)], 0.65 if is_target else 0.5)
             canvas.write(patch, str(group + 1), large=is_target)
 
+    # Frames come after all colours, which would cover them.
     for patch in targets:
         canvas.frame(patch, WHITE)
     for patch in tile.dominant.tolist():
@@ -238,12 +241,14 @@ def attention_map(tile: TileTokens, *, side: int = SIDE) -> Image.Image:
     The scale is of square roots. A few patches hold so much attention that one would see nothing of
     the others on an even scale.
     """
+    # Grey, so that the colours show attention alone.
     grey = tile.picture.convert("L").convert("RGB")
     canvas = _Canvas(replace(tile, picture=grey), side)
 
     shares = tile.saliency / tile.saliency.max().clamp(min=1e-12)
     heights = shares.sqrt().flatten().numpy()
     steps = np.linspace(0, 1, len(RAMP))
+    # Interpolate each colour channel between the steps of the ramp.
     channels = [np.interp(heights, steps, values) for values in zip(*RAMP, strict=True)]
     colours = np.stack(channels, axis=1).round().astype(int)
     for patch, colour in enumerate(colours.tolist()):

@@ -43,6 +43,7 @@ def load_hf_model(model_class: Any, path: str, *, dtype: torch.dtype) -> Any:
         UserError: files are broken or do not fit each other, or weights are missing. `transformers`
             only warns about missing weights, and leaves them random.
     """
+    # transformers reports missing weights only if it is asked to.
     with _explained(path):
         model, info = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
 

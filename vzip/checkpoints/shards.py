@@ -58,6 +58,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         UserError: there is no such file, it is broken, or it holds anything but tensors by name.
             Code in it is never executed.
     """
+    # Training scripts also save nested dicts, lists and bare tensors, which are not weights.
     content = _read_file(file)
     items = content.items() if isinstance(content, dict) else [(None, content)]
 
@@ -75,6 +76,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def read_config(path: str) -> dict[str, Any]:
     """Read `config.json` of a folder or hub id. Raises OSError if it is missing."""
+    # transformers returns an empty dict for a folder or hub id without the file.
     config: dict[str, Any] = PreTrainedConfig.get_config_dict(path)[0]
     if not config:
         raise OSError(f"{path} has no config.json")
@@ -82,8 +84,7 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def _download(path: str, pattern: str) -> Path:
-    """The folder `path`, or a snapshot of the hub id `path` with the pattern's files and the index.
-    """
+    """The folder `path`, or a snapshot of the hub id `path` with the pattern's files and the index."""
     if Path(path).is_dir():
         return Path(path)
 
@@ -115,6 +116,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
         OSError: there is no such folder or hub id.
         UserError: there are no weights, a shard is missing, or a file is broken.
     """
+    # Of a hub id, only the files of one format are downloaded at a time.
     for single, pattern in _FORMATS.items():
         folder = _download(path, pattern)
         if (folder / single).is_file():

@@ -62,6 +62,7 @@ def _block_inputs(
     queries: Tensor, keys: Tensor, values: Tensor, prefix: Prefix, block: Block
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries float[K, G, groups * L, c], keys and values float[K, G, P + L, c] of one block."""
+    # Heads that share a key head become rows of one matrix.
     num_groups = queries.shape[0] // keys.shape[0]
     prefix_keys, prefix_values = prefix
     query = _pad(queries, block, num_groups)
@@ -206,6 +207,7 @@ def _flash(queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, sc
     Returns:
         float[T, H, c].
     """
+    # Where queries and keys of each example begin, and the lengths of the longest example.
     longest = max(segments.lengths)
     bounds = (
         segments.query_bounds,

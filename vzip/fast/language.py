@@ -97,6 +97,7 @@ class PackedLanguage:
             cache = self.model(input_ids=input_ids, use_cache=True).past_key_values
             return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
+        # Without a prefix, each layer has keys and values of no tokens.
         config = self.model.config
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         empty = torch.zeros(config.num_key_value_heads, 0, width, dtype=self.model.dtype, device=device)

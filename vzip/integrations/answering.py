@@ -77,6 +77,7 @@ class GenerationSettings:
                 "pretrained=... is missing: give a run folder, or the folder or hub id of a base model"
             )
 
+        # A command line gives numbers as text.
         values = dict(arguments)
         for name in ("batch_size", "num_frames", "budget"):
             if values.get(name) not in (None, FULL):
@@ -91,6 +92,7 @@ class GenerationSettings:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype} must be one of: {', '.join(DTYPES)}")
 
+        # The setting "full" keeps all tokens. Its budget is "full", which no other setting has.
         both_given = self.row is not None and self.budget is not None
         if both_given and (self.row == FULL) != (self.budget == FULL):
             raise UserError(
@@ -121,6 +123,7 @@ def _generation_arguments(asked: Mapping[str, Any]) -> dict[str, Any]:
     Decoding is greedy unless a temperature is given. Arguments that are meant for other models are
     ignored.
     """
+    # Tasks give a temperature of 0, or do_sample=False beside one, for greedy decoding.
     temperature = float(asked.get("temperature") or 0)
     is_sampled = bool(asked.get("do_sample", True)) and temperature > 0
     return {
@@ -129,6 +132,7 @@ def _generation_arguments(asked: Mapping[str, Any]) -> dict[str, Any]:
         "do_sample": is_sampled,
         "temperature": temperature if is_sampled else None,
         "top_p": asked.get("top_p") if is_sampled else None,
+        # transformers samples from the 50 most likely tokens unless told otherwise.
         "top_k": None,
     }
 
@@ -187,6 +191,7 @@ class Answerer:
             )
         self.device: torch.device = self.comparison.family.model.device
 
+        # Holds the block of the current setting open, until another one is chosen.
         self._current = ExitStack()
         if settings.budget == FULL:
             self.switch_to(FULL)
@@ -226,6 +231,8 @@ class Answerer:
                         f"a question holds a part of type {part['type']!r}, "
                         f"which a {family.model_type!r} model does not take"
                     )
+
+                # Processors want images by conversation, and videos in one list.
                 if part["type"] == "image":
                     own_images.append(_picture(part["url"]))
                 else:
@@ -250,6 +257,7 @@ class Answerer:
         Raises:
             UserError: the model does not take a kind of media.
         """
+        # Prompts are padded on the left, so that all answers begin at the same position.
         model = self.comparison.family.model
         inputs = self.processor(
             text=[self.prompt(conversation) for conversation in conversations],
@@ -266,6 +274,7 @@ class Answerer:
             **_generation_arguments(asked),
         )
 
+        # The mask is 1 on the prompt's own tokens, and 0 on padding.
         prompt_lengths = inputs["attention_mask"].sum(dim=1).tolist()
         generated = []
         for answer, prompt_length in zip(answers, prompt_lengths, strict=True):

@@ -50,6 +50,7 @@ class Vzip(lmms):  # type: ignore[misc]
         UserError: an argument is wrong, or the model can't be loaded.
     """
 
+    # lmms-eval gives messages to such models, and text with pictures to simple ones.
     is_simple = False
 
     def __init__(self, **arguments: Any) -> None:
@@ -81,6 +82,7 @@ class Vzip(lmms):  # type: ignore[misc]
         """Yield the numbers of the requests in batches; those of one have equal generation
         arguments.
         """
+        # Requests with different arguments, such as the longest answer, can't share a call.
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             generation_arguments = json.dumps(request.args[2], sort_keys=True, default=str)
@@ -110,6 +112,7 @@ class Vzip(lmms):  # type: ignore[misc]
 
     def _answer(self, requests: Sequence[Any]) -> list[Generated]:
         """Answer one batch of requests."""
+        # A request holds a function that makes its messages from a document of the data set.
         conversations = []
         for request in requests:
             _, messages_of, _, number, task, split = request.args

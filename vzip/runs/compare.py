@@ -81,6 +81,7 @@ def _load_base(
     except (OSError, UserError) as error:
         raise UserError(f"the base model {source} can't be loaded: {error}\n{advice}") from error
 
+    # The projector is tuned, and saved, in float32.
     family = family_class(model.eval().requires_grad_(False), anyres=anyres)
     family.projector.float()
     return family, processor
@@ -230,6 +231,7 @@ class Comparison:
             UserError: it is neither a finished run nor a model, the base model can't be found, or
                 it is not the run's.
         """
+        # The weights are read on the CPU, and moved once all of them are in place.
         folder = locate(source)
         if folder is None:
             comparison = cls._of_base(str(source), dtype=dtype or torch.bfloat16)
@@ -263,6 +265,7 @@ class Comparison:
             _cast(family, dtype)
 
         template = _template_of(folder, meta)
+        # Captions are not a conversation, so that format has no chat template.
         if not template.captions:
             processor.chat_template = chat_template(template, processor.tokenizer)
 
@@ -302,6 +305,7 @@ class Comparison:
                 raise UserError("a base model needs a budget: give budget=..., e.g. budget=64")
             return VisionZip(budget=budget, tiles=self.family.budget_tiles)
 
+        # Training-free needs no projector of its own, so it can have any budget.
         if row == "tuned":
             check_tuned_budget(budget, self.reducers)
         first = next(iter(self.reducers.values()))
@@ -327,6 +331,7 @@ class Comparison:
         reducer = self.reducer(row, budget=budget)
         handle = Handle(self.family.model, reducer, anyres=self.family.anyres)
 
+        # A base model has only its own projector, which is in place already.
         projectors = self._projectors
         if projectors is not None:
             weights = projectors.tuned if row == "tuned" else projectors.base

@@ -62,6 +62,7 @@ def _open(run: Path, base: str | None) -> tuple[Comparison, str]:
     """Open a finished run on the CPU; returns it with the folder or hub id of its base."""
     if is_export(run):
         raise UserError(f"{run} is an export itself; give the folder of the run that it was made from")
+    # A run that was stopped before its results is refused before its model is loaded.
     read_finished(run)
     comparison = Comparison.open(run, base=base, device="cpu")
     return comparison, base or comparison.meta["base"]["id"]
@@ -100,6 +101,7 @@ def base_name(base: str) -> str:
 
 def _base_shards(base: str, family_class: type[Family]) -> list[Path]:
     """The safetensors files of a base in the layout of `transformers`; empty for other layouts."""
+    # The names of other layouts would have to be changed, so their shards can't be linked.
     original = family_class.original
     if original is not None and original.is_original(read_config(base)):
         return []
@@ -151,6 +153,7 @@ def _save_model(family: Family, folder: Path) -> None:
     """Write all weights but the projector's, in the shards that `transformers` makes."""
     weights = {}
     for name, tensor in family.model.state_dict().items():
+        # The projector gets a shard of its own, in float32.
         if not name.startswith(family.projector_name):
             weights[name] = tensor
     family.model.save_pretrained(folder, state_dict=weights)
@@ -159,8 +162,7 @@ def _save_model(family: Family, folder: Path) -> None:
 
 
 def _write_index(folder: Path) -> None:
-    """Write the index of all shards. Each tensor is in only one, so that no reader has to choose.
-    """
+    """Write the index of all shards. Each tensor is in only one, so that no reader has to choose."""
     weight_map: dict[str, str] = {}
     total_size = 0
     for shard in folder.glob("*.safetensors"):
@@ -212,6 +214,7 @@ def write_hf(
     has_lora = comparison.adapter is not None
     family = _merge(comparison)
 
+    # Merged LoRA changes the base's weights, so its shards can't be used.
     shards = [] if has_lora else _base_shards(base, type(family))
     for shard in shards:
         _add_shard(shard, folder, family.projector_name, copy=copy)
@@ -252,6 +255,7 @@ def llava_tensors(family: Family) -> dict[str, Tensor]:
     Raises:
         UserError: the projector is not LLaVA's `mlp2x_gelu`.
     """
+    # Other projectors have other layers, or another activation between them.
     tensors = _projector_copies(family)
     names = {f"{family.projector_name}.{ours}": theirs for ours, theirs in _LLAVA_NAMES.items()}
     activation = family.model.config.projector_hidden_act
@@ -332,6 +336,8 @@ def write_peft(run: Path, folder: Path, *, base: str | None = None) -> None:
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
     comparison, base = _open(run, base)
+    # peft loads LoRA of the language model as it is. LoRA of the projector can't stand in a module
+    # that is saved completely, so it is merged.
     if _has_language_lora(comparison):
         comparison.attach("tuned").detach()
         family = comparison.family

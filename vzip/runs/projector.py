@@ -67,6 +67,7 @@ def fingerprint(family: Family) -> str:
         if name.startswith(family.projector_name):
             continue
 
+        # A few values of each tensor are enough to tell two models apart, and take no time.
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         if not tensor.is_meta:
             values = tensor.detach().flatten()
@@ -105,6 +106,7 @@ def projector_meta(
         base_fingerprint: its `fingerprint`.
         projector: the file of the projector that training starts from, if it is not the base's own.
     """
+    # Two reducers with one budget could not be told apart in meta.json.
     budgets = [budget_of(family, reducer) for reducer in reducers]
     assert len(set(budgets)) == len(budgets), f"two of the reducers {reducers} have the same budget"
 
@@ -137,6 +139,7 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[s
     save_file(on_cpu, new_weights)
     new_meta.write_text(json.dumps(meta, indent=2))
 
+    # Each replacement is atomic.
     new_weights.replace(folder / WEIGHTS)
     new_meta.replace(folder / META)
 
@@ -171,6 +174,7 @@ def locate(source: str | Path) -> Path | None:
     if folder.is_dir() and not (folder / CONFIG).is_file():
         return folder
 
+    # A model, here or on the hub. Its config.json tells whether it is an export.
     try:
         if EXPORT not in read_config(str(source)):
             return None
@@ -216,6 +220,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
             f"{folder} {state}: it has no {META}; give the folder of a finished run, e.g. runs/my-run"
         )
 
+    # The format is checked first: the entries of an unknown one may have other names.
     content = _read_json(path)
     meta: dict[str, Any] = content[EXPORT] if exported else content
     form = meta.get("format") if isinstance(meta, dict) else meta
@@ -267,6 +272,7 @@ def reducers_of(meta: Mapping[str, Any]) -> dict[int, Reducer]:
 
     reducers = {}
     for budget, description in descriptions.items():
+        # The order of tiles is a setting of the family, not of the reducer.
         settings = dict(description)
         name = settings.pop("name")
         settings.pop("anyres", None)
@@ -295,6 +301,7 @@ def check_fits(meta: Mapping[str, Any], family: Family, reducer: Reducer) -> Non
             "the frozen weights differ; load that base"
         )
 
+    # All settings of the reducer have to be equal, because the projector has adapted to them.
     trained = list(reducers_of(meta).values())
     settings = [(each.name, each.settings()) for each in trained]
     if (reducer.name, reducer.settings()) not in settings:
@@ -320,6 +327,7 @@ def load_weights(family: Family, path: str | Path) -> None:
     Raises:
         UserError: the file can't be read, or its names or shapes are not the projector's.
     """
+    # Everything is compared before anything is copied: a refusal leaves the model as it was.
     tensors = read_projector(Path(path))
     parameters = projector_parameters(family)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}

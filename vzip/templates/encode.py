@@ -71,6 +71,7 @@ def _ids_after(tokenizer: Any, anchor: str, text: str) -> list[int]:
     if not anchor:
         return _ids(tokenizer, text)
 
+    # Tokenize both together, and take away the anchor's own ids.
     anchor_ids = _ids(tokenizer, anchor)
     ids = _ids(tokenizer, anchor + text)
     if ids[: len(anchor_ids)] != anchor_ids:
@@ -87,12 +88,14 @@ def _anchor_after(tokenizer: Any, control: str) -> str:
     tokenizer that is not "legacy" puts no space before it. It does not put one after a newline
     either, which is a token of its own and never joins with what follows.
     """
+    # The first id is the control token's.
     ids: list[int] = tokenizer.encode(control + "a", add_special_tokens=False)[1:]
     return "" if ids == _ids(tokenizer, "a") else "\n"
 
 
 def _token_id(tokenizer: Any, token: str, error: str) -> int:
     """Look up a token. Raises UserError with the message `error` if the tokenizer lacks it."""
+    # Tokenizers return None or the id of the unknown token.
     token_id: int | None = tokenizer.convert_tokens_to_ids(token)
     if token_id is None or token_id == getattr(tokenizer, "unk_token_id", None):
         raise UserError(error)
@@ -112,6 +115,7 @@ def _split(text: str, tokens: Sequence[str]) -> tuple[str, Iterator[tuple[str, s
     if not tokens:
         return text, iter(())
 
+    # re.split keeps what a group matches: text, token, text, token, ..., text.
     pattern = "|".join(re.escape(token) for token in tokens)
     first, *rest = re.split(f"({pattern})", text)
     return first, zip(rest[::2], rest[1::2], strict=True)
@@ -201,6 +205,7 @@ def _prompt_ids(
         controls.append(control)
         texts.append(text)
 
+    # Control tokens get their ids; all text between them stays text.
     ids = _text_ids(tokenizer, texts[0], anchor)
     for control, text in zip(controls, texts[1:], strict=True):
         ids.append(_control_id(template, tokenizer, control))
@@ -276,6 +281,7 @@ def encode(
         )
         ids += prompt_ids
         labels += [IGNORED] * len(prompt_ids)
+        # Generation starts here.
         if answer is None:
             return ids, labels
 
@@ -285,6 +291,7 @@ def encode(
         before = template.separator
         anchor = control_anchor
 
+    # The last answer has a separator behind it too, as in training of these models.
     separator_ids = _text_ids(tokenizer, template.separator, control_anchor)
     return ids + separator_ids, labels + [IGNORED] * len(separator_ids)
 

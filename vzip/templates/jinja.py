@@ -47,6 +47,7 @@ def _space_after_token(tokenizer: Any) -> str:
 
     It is empty unless the tokenizer puts a space before the start of a text alone.
     """
+    # Compare text after a token with the same text by itself.
     token: str = tokenizer.bos_token or tokenizer.eos_token
     ids: list[int] = tokenizer.encode(token + "a", add_special_tokens=False)[1:]
     return "" if ids == tokenizer.encode("a", add_special_tokens=False) else " "
@@ -70,6 +71,7 @@ def chat_template(template: Template, tokenizer: Any) -> str:
             "choose a model.template for conversations"
         )
 
+    # In training, text after a placeholder is tokenized by itself.
     space = _space_after_token(tokenizer)
 
     # The template writes the BOS token if the tokenizer does not add it to a text.

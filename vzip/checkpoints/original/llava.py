@@ -76,6 +76,7 @@ def _llava_next_error(path: str, reason: str) -> UserError:
 
 def _check_config(path: str, config: Mapping[str, Any]) -> None:
     """Raise UserError for a setting that the model built here would not have."""
+    # LLaVA-1.6 has the same model_type, so it is recognised by its tiles.
     aspect_ratio = config.get("image_aspect_ratio")
     if str(aspect_ratio).startswith("anyres"):
         raise _llava_next_error(path, f"image_aspect_ratio is {aspect_ratio!r}")
@@ -91,6 +92,7 @@ def _check_config(path: str, config: Mapping[str, Any]) -> None:
 
 def _llava_config(config: Mapping[str, Any], vision: Any) -> Any:
     """Make the LlavaConfig of a checked config.json and a CLIPVisionConfig."""
+    # With "cls_patch" the tower's CLS token is kept too.
     text = text_config(config)
     strategy = _STRATEGIES[config.get("mm_vision_select_feature", "patch")]
     num_patches = (vision.image_size // vision.patch_size) ** 2
@@ -165,6 +167,7 @@ def _find_file(path: str, name: str) -> Path | None:
 def _read_tokenizer(path: str, config: Mapping[str, Any]) -> Any:
     """Load the tokenizer as it was saved. Raises UserError if it can't be loaded."""
     try:
+        # transformers would convert tokenizer.model itself, but with other ids for white space.
         pieces = _find_file(path, "tokenizer.model")
         if pieces is not None and _find_file(path, "tokenizer.json") is None:
             return sentencepieces.load_sentencepiece_tokenizer(path, pieces)
@@ -201,6 +204,7 @@ def load_tokenizer(path: str) -> Any:
             tokenizer.add_tokens(unused, special_tokens=True)
         tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
 
+    # The model's embedding has the row of `<image>` behind the original vocabulary.
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     if image_id != size:
         raise UserError(

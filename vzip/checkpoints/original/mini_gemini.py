@@ -136,6 +136,7 @@ def _convnext_config(path: str, tensors: Mapping[str, Tensor], image_size: int) 
                 "get the complete tower"
             )
 
+        # All layers of a stage have the same width.
         last = max(layers)
         widths.append(layers[last].shape[0])
         depths.append(last + 1)
@@ -170,6 +171,7 @@ def _find_open_clip(path: str, name: str) -> Path:
             if (folder / file).is_file():
                 return folder / file
 
+    # It is not on this machine.
     hub_id = HUB_TOWERS.get(Path(name).name, name)
     try:
         return Path(hf_hub_download(hub_id, _OPEN_CLIP_FILES[-1]))
@@ -264,6 +266,7 @@ def load_model(path: str, *, dtype: torch.dtype) -> MiniGeminiForConditionalGene
     if not any(name.startswith("model.vision_tower.") for name in tensors):
         tensors |= clip_weights(path, tower, dtype)
 
+    # config.json does not describe this tower, but its tensors do.
     high_config = _convnext_config(path, high, config["image_size_aux"])
     model_config = _mini_gemini_config(config, vision, high_config)
     model: MiniGeminiForConditionalGeneration = build_model(
@@ -282,6 +285,7 @@ def load_processor(path: str) -> LlavaProcessor:
     config = read_config(path)
     _check_config(path, config)
     _, vision = find_clip(path, config["mm_vision_tower"], HUB_TOWERS)
+    # The processor needs the size of the pictures alone.
     high = ConvNextConfig(image_size=config["image_size_aux"])
 
     tokenizer = load_tokenizer(path)

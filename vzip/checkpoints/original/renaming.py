@@ -69,6 +69,7 @@ def text_config(config: Mapping[str, Any]) -> Any:
     Raises:
         UserError: there is no vocab_size, or LlamaConfig refuses a value.
     """
+    # The file holds settings of other parts too, which LlamaConfig would keep as its own.
     known = inspect.get_annotations(LlamaConfig).keys() | {"rope_theta", "rope_scaling"}
     settings = {key: value for key, value in config.items() if key in known}
     settings["vocab_size"] = (vocab_size(config) // VOCABULARY_MULTIPLE + 1) * VOCABULARY_MULTIPLE
@@ -90,6 +91,7 @@ def _grow(name: str, old: Tensor, config: Mapping[str, Any]) -> Tensor:
             "they must agree"
         )
 
+    # The mean is taken in float32, because half precision would round the sum.
     num_new = text_config(config).vocab_size - size
     mean = old.float().mean(0, keepdim=True).to(old.dtype)
     return torch.cat([old, mean.expand(num_new, -1)])
@@ -114,6 +116,7 @@ def language_weights(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -
         else:
             renamed[f"model.language_model.{name.removeprefix('model.')}"] = value
 
+    # A tied head is not saved.
     if config.get("tie_word_embeddings") and _EMBEDDING in weights:
         renamed.setdefault(_HEAD, renamed["model.language_model.embed_tokens.weight"])
     return renamed
@@ -147,6 +150,7 @@ def projector_weights(weights: Mapping[str, Tensor], source: str = "the checkpoi
             f"{sorted(_PROJECTOR_NAMES)}, can be loaded (not linear, nor another depth)"
         )
 
+    # ZeRO-3 leaves an empty tensor on each rank unless the parts are gathered.
     empty = sorted(name for name, tensor in tensors.items() if tensor.numel() == 0)
     if empty:
         raise UserError(
@@ -173,6 +177,7 @@ def read_projector(path: Path) -> dict[str, Tensor]:
     except UserError as error:
         raise UserError(f"projector {error}") from error
 
+    # Ours has the names of transformers already.
     is_llavas = any("mm_projector" in name for name in tensors)
     if not is_llavas:
         return tensors
@@ -271,6 +276,7 @@ def build_model(
     Raises:
         UserError: the tensors are not exactly those of the model.
     """
+    # On the meta device the model has shapes, but takes no memory.
     with torch.device("meta"):
         check_tensors(path, tensors, model_class(config).state_dict())
 

@@ -42,6 +42,7 @@ def find_clip(path: str, name: str, hub_ids: Mapping[str, str] | None = None) ->
     Raises:
         UserError: the tower can't be found, or is not a CLIP.
     """
+    # The hub id, unless there is a folder of this name.
     tower = (hub_ids or {}).get(Path(name).name, name)
     for folder in tower_locations(path, name):
         if (folder / "config.json").is_file():
