@@ -117,15 +117,15 @@ class Segments:
         lengths = torch.tensor(self.lengths[first:last])
 
         # Places beyond an example's end take its last token, so that all indices exist.
-        place = torch.arange(int(lengths.max()))
-        to_padded = starts[:, None] + torch.minimum(place, lengths[:, None] - 1)
-        from_padded = (place < lengths[:, None]).flatten().nonzero().flatten()
+        offset = torch.arange(int(lengths.max()))
+        to_padded = starts[:, None] + torch.minimum(offset, lengths[:, None] - 1)
+        from_padded = (offset < lengths[:, None]).flatten().nonzero().flatten()
 
         return Block(
             start=start,
             stop=self.starts[last],
             num_examples=last - first,
-            length=len(place),
+            length=len(offset),
             to_padded=to_padded.flatten().to(self.device),
             from_padded=from_padded.to(self.device),
         )
