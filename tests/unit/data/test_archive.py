@@ -231,12 +231,3 @@ def test_a_server_that_is_down_is_asked_once_for_all_threads(tmp_path):
             with pytest.raises(TransientError):
                 read.result()
         assert server.requests["/a.zip"] == QUICK.attempts
-
-
-@pytest.mark.slow
-def test_faults_on_the_way_are_survived(tmp_path):
-    contents = save_zip(tmp_path, [f"images/{number}.jpg" for number in range(40)])
-    faults = ["503", "drop", None, "truncate", None, "429", None, None, "drop", "stall"] * 3
-    with Server(tmp_path, {"/a.zip": faults}) as server:
-        source = parse_source(f"{server.url}/a.zip", client(attempts=8, read_s=1.0))
-        assert read_all(source, contents) == contents

@@ -108,20 +108,17 @@ def test_an_interrupted_command_resumes_at_its_shard_and_makes_the_same(tmp_path
     with pytest.raises(UserError, match=r"ended holds 3 of 8 examples; run `make cache` again"):
         CachedMedia(tmp_path / "ended", usual_settings(reducer=reducer))
 
+    # A picture that is gone is named, and the shards before it stay.
     torch.rand(7)
-    assert write(tmp_path / "ended", examples, reducer=reducer) == [3, 4, 6, 7]
-    assert contents(tmp_path / "ended") == contents(tmp_path / "whole")
-    assert write(tmp_path / "ended", examples, reducer=reducer) == []
-
-
-def test_a_picture_that_is_gone_is_named_and_finished_shards_stay(tmp_path):
-    examples = examples_of(TEXTS, tmp_path)
     (gone,) = examples[6].media["image"]
     gone.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=gone.name):
-        write(tmp_path / "cache", examples)
+        write(tmp_path / "ended", examples, reducer=reducer)
     (tmp_path / "elsewhere").rename(gone)
-    assert write(tmp_path / "cache", examples) == [6, 7]
+
+    assert write(tmp_path / "ended", examples, reducer=reducer) == [6, 7]
+    assert contents(tmp_path / "ended") == contents(tmp_path / "whole")
+    assert write(tmp_path / "ended", examples, reducer=reducer) == []
 
 
 def shard_of_other_settings(folder, examples):

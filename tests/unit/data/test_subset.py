@@ -70,26 +70,16 @@ def test_each_source_gives_its_fraction_rounded_up(draw):
     drawn = draw(ENTRIES, fraction=0.25)
     assert counts(drawn) == {"coco": 10, "gqa": 7, "text": 2}
     assert len(set(drawn)) == len(drawn)
+    assert set(drawn) < set(draw(ENTRIES, fraction=0.5))
     assert counts(draw(entries(big=1000, tiny=1), fraction=0.01)) == {"big": 10, "tiny": 1}
 
-
-def test_the_order_mixes_sources(draw):
     sources = [name.split("-")[0] for name in draw(ENTRIES)]
     assert len(sources) == len(ENTRIES)
     assert sources != sorted(sources)
 
-
-@pytest.mark.parametrize(
-    ("fraction", "count", "expected"),
-    [(0.07, 100, 7), (0.55, 100, 55), (0.1, 30, 3), (0.1, 31, 4)],
-)
-def test_a_fraction_is_the_decimal_number_that_was_written(draw, fraction, count, expected):
-    # 0.07 * 100 is 7.000000000000001 in floating point.
-    assert len(draw(entries(coco=count), fraction=fraction)) == expected
-
-
-def test_a_larger_fraction_holds_the_smaller_one(draw):
-    assert set(draw(ENTRIES, fraction=0.2)) < set(draw(ENTRIES, fraction=0.5))
+    # The fraction is the number that was written: 0.07 * 100 is 7.000000000000001 in floating point.
+    for fraction, count, expected in [(0.07, 100, 7), (0.55, 100, 55), (0.1, 30, 3), (0.1, 31, 4)]:
+        assert len(draw(entries(coco=count), fraction=fraction)) == expected
 
 
 @given(
@@ -112,19 +102,16 @@ def test_removing_an_example_moves_at_most_one_other_in(draw, removed, fraction,
     }
 
 
-@pytest.mark.parametrize("fraction", [0, -0.1, 1.01, 10, math.nan])
-def test_a_fraction_outside_of_0_to_1_is_refused_by_name(draw, fraction):
-    with pytest.raises(UserError, match=r"data\.fraction"):
-        draw(ENTRIES, fraction=fraction)
-
-
-def test_sources_are_chosen_and_unknown_ones_refused(draw):
+def test_sources_are_chosen_and_unknown_ones_and_fractions_refused(draw):
     assert counts(draw(ENTRIES, sources=["gqa", "text"])) == {"gqa": 25, "text": 7}
 
     of_gqa = [name for name in draw(ENTRIES, fraction=0.3) if name.startswith("gqa")]
     assert draw(ENTRIES, sources=["gqa"], fraction=0.3) == of_gqa
     with pytest.raises(UserError, match=r"data\.sources.*no \['vg'\]; it has \['coco', 'gqa', 'text'\]"):
         draw(ENTRIES, sources=["gqa", "vg"])
+    for fraction in (0, -0.1, 1.01, 10, math.nan):
+        with pytest.raises(UserError, match=r"data\.fraction"):
+            draw(ENTRIES, fraction=fraction)
 
 
 def test_examples_of_text_alone_can_be_left_out(draw):
