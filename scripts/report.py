@@ -19,8 +19,8 @@ from matplotlib import pyplot
 
 from data.paths import ROOT, atomic_write
 from train.cli import exit_on_user_error, output
+from train.evaluation.tables import score_table
 from train.runs import FinishedRun, find_runs
-from train.tables import score_table
 from vzip.errors import UserError
 
 CURVES = {
@@ -42,7 +42,7 @@ STYLES = ("-", "--", ":", "-.")
 
 
 def read_runs(folder: Path) -> list[FinishedRun]:
-    """The runs in a folder, by name. Prints which folders can't be read, and why.
+    """Return the runs in a folder, by name. Prints which folders can't be read, and why.
 
     Raises:
         UserError: no such folder, or no run in it.
@@ -75,7 +75,7 @@ def _read_all(run: FinishedRun) -> None:
 
 
 def block(run: FinishedRun) -> str:
-    """The part of RESULTS.md about a finished run."""
+    """Return the part of RESULTS.md about a finished run."""
     lines = [f"### {run.name}", "", f"{_what_was_run(run)} {_where_it_ran(run)}"]
     if run.scores:
         lines += ["", score_table(run.scores).markdown()]
@@ -83,7 +83,7 @@ def block(run: FinishedRun) -> str:
 
 
 def _what_was_run(run: FinishedRun) -> str:
-    """The command, and what it did: model, seed, steps, time, losses, data and questions."""
+    """Return the command, and what it did: model, seed, steps, time, losses, data and questions."""
     program, *arguments = run.env["command"]
     command = " ".join([Path(program).name, *arguments])
     result = run.result

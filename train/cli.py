@@ -23,13 +23,13 @@ INTERRUPTED = 130
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether the error says that the GPU's memory ran out. Only a loaded torch can have raised it."""
+    """Return whether the error says that the GPU's memory ran out. Only a loaded torch can have raised it."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def _explain(error: BaseException) -> str | None:
-    """The message for an error that the user can fix; None for any other error."""
+    """Return the message for an error that the user can fix; None for any other error."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):

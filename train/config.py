@@ -62,14 +62,14 @@ def register() -> None:
 
 
 def compose_settings(*overrides: str) -> DictConfig:
-    """The settings that `python train/tune.py OVERRIDES` runs with."""
+    """Return the settings that `python train/tune.py OVERRIDES` runs with."""
     register()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         return compose("tune", overrides=list(overrides))
 
 
 def _field_texts(schema: type) -> dict[str, str]:
-    """The descriptions of a dataclass's fields, by their names.
+    """Return the descriptions of a dataclass's fields, by their names.
 
     They are the strings below the fields. Python does not keep them, so they are read from the source.
     """
@@ -86,7 +86,7 @@ def _field_texts(schema: type) -> dict[str, str]:
 
 
 def describe_settings(schema: Any = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The name of each setting, such as "optim.lr", and what it does, in the order of the schema."""
+    """Return the name of each setting, such as "optim.lr", and what it does, in the order of the schema."""
     texts = _field_texts(schema)
     for field in fields(schema):
         name = f"{prefix}{field.name}"
@@ -98,7 +98,7 @@ def describe_settings(schema: Any = Config, prefix: str = "") -> Iterator[tuple[
 
 
 def settings_help() -> str:
-    """The settings as a text of two columns."""
+    """Return the settings as a text of two columns."""
     indent = " " * HELP_INDENT
     lines = []
     for name, description in describe_settings():
@@ -124,7 +124,7 @@ def instantiate_target(node: DictConfig, **more: Any) -> Any:
 
 
 def budgets_of(cfg: DictConfig) -> list[Any]:
-    """The run's budgets, in their order: those of the list, or the only one, which may be None.
+    """Return the run's budgets, in their order: those of the list, or the only one, which may be None.
 
     Raises:
         UserError: the list is empty, or holds anything but different whole numbers.
@@ -153,7 +153,7 @@ def build_reducers(cfg: DictConfig) -> list[Reducer]:
 
 
 def tile_order(cfg: DictConfig) -> str:
-    """The order of the tokens of several tiles, `reducer.anyres`, which the model's family applies.
+    """Return the order of the tokens of several tiles, `reducer.anyres`, which the model's family applies.
 
     Raises:
         UserError: an order that does not exist.
@@ -170,7 +170,7 @@ def build_reducer(cfg: DictConfig) -> Reducer:
 
 
 def selection(cfg: DictConfig) -> Selection:
-    """The choice of training examples."""
+    """Return the choice of training examples."""
     data = cfg.data
     return Selection(
         path=str(Path(data.path).expanduser()),
@@ -183,7 +183,7 @@ def selection(cfg: DictConfig) -> Selection:
 
 
 def held_out(cfg: DictConfig) -> Selection:
-    """The choice of held-out examples, the same in every run."""
+    """Return the choice of held-out examples, the same in every run."""
     return Selection(
         path=str(Path(cfg.data.held_out).expanduser()),
         image_folder=str(Path(cfg.data.image_folder).expanduser()),
@@ -191,7 +191,7 @@ def held_out(cfg: DictConfig) -> Selection:
 
 
 def asks_questions(cfg: DictConfig) -> bool:
-    """Whether the run is evaluated."""
+    """Return whether the run is evaluated."""
     return bool(cfg.evaluate.questions and cfg.data.held_out)
 
 
@@ -210,7 +210,7 @@ def _check_micro(cfg: DictConfig, world_size: int) -> None:
 
 
 def batch_plan(cfg: DictConfig, *, num_examples: int, world_size: int) -> BatchPlan:
-    """The number of steps, and how each global batch is cut.
+    """Return the number of steps, and how each global batch is cut.
 
     Raises UserError if it can't be cut that way.
     """
@@ -238,7 +238,7 @@ def batch_plan(cfg: DictConfig, *, num_examples: int, world_size: int) -> BatchP
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
-    """The settings that make a run what it is: two runs with the same ones are the same run."""
+    """Return the settings that make a run what it is: two runs with the same ones are the same run."""
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
     own = {str(name): value for name, value in settings.items() if name not in NOT_PART_OF_A_RUN}

@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data.paths import atomic_write
-from train.questions import SettingAnswers
+from train.evaluation.questions import SettingAnswers
 from vzip.runs.projector import META, WEIGHTS, read_meta
 
 # Seconds that wandb may take to start a run.

@@ -22,16 +22,16 @@ from train.batches import make_batches
 from train.checkpoint import RunFolder
 from train.checks import check
 from train.cli import exit_on_user_error
-from train.control import add_control, control_settings, has_control
 from train.engine import Engine
-from train.evaluate import AnswerFiles, Evaluator
+from train.evaluation.control import add_control, control_settings, has_control
+from train.evaluation.evaluator import AnswerFiles, Evaluator
+from train.evaluation.tables import print_results
 from train.examples import training_collators, training_examples, training_subset
 from train.hardware import device_name
 from train.loop import fit
 from train.models import load_family, quantize_language_model
 from train.plan import print_plan
 from train.ranks import get_world_size, init_distributed, leave_distributed, print_rank0
-from train.tables import print_results
 from train.track import Tracker
 from train.trainable import make_trainable, print_trainable
 from vzip.runs.projector import fingerprint, projector_meta

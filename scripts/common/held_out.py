@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from data.conversations import Conversation
 from train.config import asks_questions
-from train.evaluate import AnswerFiles, Evaluator, SingleDevice
+from train.evaluation.evaluator import AnswerFiles, Evaluator, SingleDevice
 from train.examples import held_out_conversations
 from train.runs import FinishedRun
 from vzip import Comparison, UserError
@@ -17,7 +17,7 @@ from vzip.templates.encode import Template
 
 
 def _pictures(cfg: DictConfig) -> list[tuple[Conversation, Path]]:
-    """The held-out conversations that have a picture, each with the path of its first one."""
+    """Return the held-out conversations that have a picture, each with the path of its first one."""
     folder = Path(cfg.data.image_folder).expanduser()
     pictures = []
     for conversation in held_out_conversations(cfg):
@@ -27,7 +27,7 @@ def _pictures(cfg: DictConfig) -> list[tuple[Conversation, Path]]:
 
 
 def with_pictures(run: Path) -> list[tuple[Conversation, Path]]:
-    """The held-out conversations of a run that have a picture, each with the path of its first one.
+    """Return the held-out conversations of a run that have a picture, each with the path of its first one.
 
     The list is empty for a run that asks no questions.
 
@@ -39,7 +39,7 @@ def with_pictures(run: Path) -> list[tuple[Conversation, Path]]:
 
 
 def held_out_with_pictures(run: Path) -> list[tuple[Conversation, Path]]:
-    """The same as `with_pictures`, but never an empty list.
+    """Return the same as `with_pictures`, but never an empty list.
 
     Raises:
         UserError: the run asks no questions, none of them has a picture, or the run's data is gone.

@@ -13,8 +13,8 @@ from omegaconf import DictConfig
 from data.paths import atomic_write, data_dir, write_json
 from scripts.evaluate.tasks import HELD_OUT
 from train import config
+from train.evaluation.questions import HeldOutQuestion, held_out_questions
 from train.examples import held_out_conversations
-from train.questions import HeldOutQuestion, held_out_questions
 from train.runs import FinishedRun
 from vzip import UserError
 from vzip.videos import read_frames

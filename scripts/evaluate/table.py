@@ -10,7 +10,7 @@ from rich.console import Console
 
 from scripts.evaluate.cells import Cell
 from scripts.evaluate.tasks import PAPER, scores_of
-from train.tables import ScoreTable
+from train.evaluation.tables import ScoreTable
 
 FinishedCell = tuple[Cell, Mapping[str, Any]]
 """A cell, and the content of the file that the harness wrote for it."""

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from train.questions import is_correct
+from train.evaluation.questions import is_correct
 from vzip.templates.encode import IMAGE, VIDEO
 
 

@@ -28,7 +28,7 @@ class ScoreTable:
     lines: list[list[str]]
 
     def rich(self, title: str | None = None) -> Table:
-        """The table for a terminal."""
+        """Return the table for a terminal."""
         table = Table(title=title, title_justify="left")
         for index, name in enumerate(self.header):
             table.add_column(name, justify="right" if index else "left")
@@ -37,19 +37,19 @@ class ScoreTable:
         return table
 
     def markdown(self) -> str:
-        """The table in Markdown, without a line end behind it."""
+        """Return the table in Markdown, without a line end behind it."""
         ruler = ["---"] + ["--:"] * (len(self.header) - 1)
         lines = [self.header, ruler, *self.lines]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def score_kinds(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The kinds of questions that were asked, "all" last."""
+    """Return the kinds of questions that were asked, "all" last."""
     return list(rows[0]["metrics"]) if rows else []
 
 
 def score_table(rows: Sequence[Mapping[str, Any]]) -> ScoreTable:
-    """The share of correct answers for each kind of question, and in brackets in per cent of `full`.
+    """Return the share of correct answers for each kind of question, and in brackets in per cent of `full`.
 
     Args:
         rows: the settings in result.json, each with "name", "num_visual_tokens", "num_questions"
@@ -75,12 +75,12 @@ def score_table(rows: Sequence[Mapping[str, Any]]) -> ScoreTable:
 
 
 def format_share(share: float) -> str:
-    """A share with three digits and no leading zero: .935, 1.000."""
+    """Return a share with three digits and no leading zero: .935, 1.000."""
     return f"{share:.3f}".removeprefix("0")
 
 
 def gap_closed(rows: Sequence[Mapping[str, Any]], kind: str, *, suffix: str = "") -> float | None:
-    """The share of the gap between `free` and `full` that `tuned` closes; None if there is no gap.
+    """Return the share of the gap between `free` and `full` that `tuned` closes; None if there is no gap.
 
     Args:
         rows: the settings in result.json.

@@ -8,7 +8,7 @@ from tests.helpers.configs import composed, counted
 from train.checkpoint import RunFolder
 from train.checks import check
 from train.config import build_reducer, run_name
-from train.control import add_control, control_settings, has_control
+from train.evaluation.control import add_control, control_settings, has_control
 from vzip import UserError
 
 

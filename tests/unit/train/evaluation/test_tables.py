@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.tables import gap_closed, print_results
+from train.evaluation.tables import gap_closed, print_results
 
 
 def row(name, value, num_visual_tokens=8):

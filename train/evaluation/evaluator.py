@@ -17,9 +17,9 @@ from data.examples.tokens import Example, example_of, kinds_of
 from data.paths import write_json
 from data.progress import progress
 from train.config import asks_questions
+from train.evaluation.questions import HeldOutQuestion, SettingAnswers, held_out_questions
 from train.examples import held_out_conversations
 from train.memory import fitting_questions
-from train.questions import HeldOutQuestion, SettingAnswers, held_out_questions
 from train.ranks import all_gather_list, broadcast_from_rank0, get_rank, get_world_size, is_main, print_rank0
 from vzip import attach
 from vzip.families import Family

@@ -3,7 +3,7 @@
 import pytest
 
 from data.conversations import Conversation
-from train.questions import HeldOutQuestion, SettingAnswers, held_out_questions, is_correct, score
+from train.evaluation.questions import HeldOutQuestion, SettingAnswers, held_out_questions, is_correct, score
 
 TALK = Conversation(
     id="a",
