@@ -1,1 +1,1 @@
-"""Data sets in LLaVA's conversation format: reading, drawing a subset, checking pictures, batching."""
+"""Data sets in LLaVA's conversation format: read, draw a subset, check pictures, build batches."""

@@ -21,7 +21,7 @@ class Conversation:
     """One training example: questions and answers about images and videos.
 
     Attributes:
-        id: for messages; it need not be unique.
+        id: a name for messages, which need not be unique.
         images: paths below the image folder, one for each `<image>` in the questions.
         videos: paths below the same folder, of files or of folders of frames, one for each
             `<video>` in the questions.
@@ -56,14 +56,20 @@ class BadExample:
 
 
 def _speaker(message: Any) -> Any:
+    # A message of another type has no speaker, so the checks below report it with its position.
     return message.get("from") if isinstance(message, dict) else None
 
 
 def _texts(messages: Any) -> list[str]:
-    """The texts of messages in which human and gpt alternate. Raises ValueError for any others."""
-    # ShareGPT's pieces of long talks start with an answer, which LLaVA skips too.
+    """Return the texts of messages in which human and gpt alternate.
+
+    Raises ValueError if they do not alternate.
+    """
+    # ShareGPT cuts long talks into pieces, and a piece may start with an answer. LLaVA skips it too.
     if isinstance(messages, list) and messages and _speaker(messages[0]) == "gpt":
         messages = messages[1:]
+
+    # An odd number of messages would leave a question without an answer.
     if not isinstance(messages, list) or not messages or len(messages) % 2:
         raise ValueError("conversations is not a list of question-answer pairs")
 
@@ -79,7 +85,10 @@ def _texts(messages: Any) -> list[str]:
 
 
 def _turns(messages: Any) -> tuple[tuple[str, str], ...]:
-    """(question, answer) pairs. Raises ValueError if an answer is empty or holds a placeholder."""
+    """Return (question, answer) pairs.
+
+    Raises ValueError if an answer is empty or holds a placeholder.
+    """
     texts = _texts(messages)
     questions = texts[::2]
     answers = texts[1::2]
@@ -88,13 +97,15 @@ def _turns(messages: Any) -> tuple[tuple[str, str], ...]:
         for placeholder in (IMAGE, VIDEO):
             if placeholder in answer:
                 raise ValueError(f"an answer contains {placeholder}")
+
+        # An empty answer would teach the model to say nothing.
         if not answer.strip():
             raise ValueError("an answer is empty")
     return tuple(zip(questions, answers, strict=True))
 
 
 def _paths(entry: dict[str, Any], key: str, num_placeholders: int) -> tuple[str, ...]:
-    """The example's "image" or "video" paths.
+    """Return the example's "image" or "video" paths.
 
     Raises ValueError unless there is one for each placeholder.
     """
@@ -107,20 +118,21 @@ def _paths(entry: dict[str, Any], key: str, num_placeholders: int) -> tuple[str,
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         raise ValueError(f"{key} is neither a path nor a list of paths")
 
-    # Data from elsewhere must neither read nor write outside the image folder.
+    # Data may come from anywhere, so its paths must not read or write outside the image folder.
     for path in map(Path, paths):
         if not path.name:
             raise ValueError(f"a path of {key} names no file")
         if path.is_absolute() or ".." in path.parts:
             raise ValueError(f"a path of {key} leaves the image folder")
 
+    # The model puts each image or video where its placeholder is, so neither may be left over.
     if len(paths) != num_placeholders:
         raise ValueError(f"{num_placeholders} <{key}> in the questions, but {len(paths)} {key}s")
     return tuple(str(PurePosixPath(path)) for path in paths)  # "./a.jpg" is "a.jpg"
 
 
 def _source(paths: tuple[str, ...]) -> str:
-    """The folder that the first path is in; "files" if it is in no folder, "text" without paths."""
+    """Return the first folder of the first path, "files" without folder, "text" without paths."""
     if not paths:
         return "text"
     folder, *below = PurePosixPath(paths[0]).parts
@@ -128,19 +140,21 @@ def _source(paths: tuple[str, ...]) -> str:
 
 
 def _digest(entry: dict[str, Any]) -> str:
-    # Raises ValueError for half a surrogate pair, which no tokenizer takes and no file can hold.
+    # Sorted keys: an example has the same hash in whatever order its keys are written.
+    # `encode` raises ValueError for half a surrogate pair, which no tokenizer takes.
     content = json.dumps(entry, sort_keys=True, ensure_ascii=False).encode()
     return hashlib.sha256(content).hexdigest()
 
 
 def parse_conversation(entry: Any) -> Conversation:
-    """The example that a JSON object holds.
+    """Parse the example that a JSON object holds.
 
     Raises ValueError, with the reason, if it is not in LLaVA's form.
     """
     if not isinstance(entry, dict):
         raise ValueError("the example is not an object")
 
+    # Paths belong to the whole example, so placeholders are counted in all questions together.
     turns = _turns(entry.get("conversations"))
     questions = "\n".join(question for question, _ in turns)
     images = _paths(entry, "image", questions.count(IMAGE))

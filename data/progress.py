@@ -24,13 +24,14 @@ def progress(
     """Iterate over `items` with a bar of done / total, rate and remaining time on stderr.
 
     Args:
-        items: what to iterate over. None: the caller moves the bar by its `update`.
-        total: number of items, `start` included.
-        title: stands in front of the bar.
-        unit: of the items; "B" (bytes) is scaled to kB, MB, ...
-        start: items that were done before.
-        shown: False iterates without a bar.
+        items: the items to iterate over. None if the caller moves the bar with its `update`.
+        total: number of items, including `start`.
+        title: text in front of the bar.
+        unit: unit of the items. "B" (bytes) is scaled to kB, MB, ...
+        start: number of items that were done before.
+        shown: whether there is a bar at all.
     """
+    # A terminal redraws one line. In a log file every update is a new line, so they are rare.
     is_terminal = sys.stderr.isatty()
     return tqdm(
         items,

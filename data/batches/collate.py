@@ -24,7 +24,7 @@ from vzip.templates.encode import IGNORED
 Ids = tuple[list[int], list[int]]
 """Token ids and labels of an example."""
 Sizes = tuple[tuple[int, int] | None, ...]
-"""(height, width) of an example's images in pixels. None if it is not known."""
+"""(height, width) in pixels of each image of an example. None if a size is not known."""
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,11 @@ class Collator:
         self.reducer = reducer
         self.kinds = kinds
         self.num_frames = num_frames
-        self.family = family.without_weights()  # data workers get a copy
+        # Each data worker gets a copy of the collator, which must not hold the model's weights.
+        self.family = family.without_weights()
         self.media = media or ProcessedMedia(processor, self.family, reducer, num_frames=num_frames)
 
-        # What pads does not matter, as the attention mask leaves it out.
+        # Some tokenizers have no padding token. Any token will do: the attention mask hides it.
         tokenizer = processor.tokenizer
         self.pad_id = tokenizer.pad_token_id
         if self.pad_id is None:
@@ -159,18 +160,19 @@ class Collator:
                 num_tokens += num_videos * self.family.num_video_tokens(self.reducer, self.num_frames)
             return num_tokens
 
-        # Each placeholder gives way to its visual tokens.
+        # Each placeholder is replaced by visual tokens, so it is not counted itself.
         num_visual = [num_visual_tokens(*shape) for shape in _visual_shapes(examples)]
         num_placeholders = examples.column("num_images") + examples.column("num_videos")
         num_text = examples.column("num_tokens").astype(np.int64) - num_placeholders
         return torch.from_numpy(num_text) + torch.tensor(num_visual, dtype=torch.int64)
 
     def expand(self, examples: Sequence[Example]) -> Expanded:
-        """Load images and videos, and repeat each placeholder once per token of its image or video."""
+        """Load images and videos, and repeat each placeholder once per visual token."""
         media: dict[str, ModelMedia] = {}
         counts: dict[str, list[int]] = {}
         for kind in self.kinds:
-            # Media without any example are blank, and their tokens have no position.
+            # If no example has any, a blank one keeps all ranks at the same modules. It has no
+            # placeholder, so its visual tokens go nowhere.
             if any(kind in example.media for example in examples):
                 media[kind] = self.media.load(kind, examples)
                 counts[kind] = self.media.counts(kind, media[kind])
@@ -178,7 +180,7 @@ class Collator:
                 media[kind] = self.media.blank(kind)
                 counts[kind] = []
 
-        # The media of all examples lie one behind the other, so one iterator per kind serves all.
+        # The media of all examples are in one list per kind, so all examples share its iterator.
         remaining = {kind: iter(numbers) for kind, numbers in counts.items()}
         ids = [self._repeat_placeholders(example, remaining) for example in examples]
 
@@ -202,6 +204,7 @@ class Collator:
         expanded = self.expand(examples)
         length = max(len(ids) for ids, _ in expanded.ids)
 
+        # For generation the padding is on the left: new tokens continue the end of each example.
         def pad(values: list[int], value: int) -> list[int]:
             padding = [value] * (length - len(values))
             return padding + values if left else values + padding
@@ -233,20 +236,21 @@ def _visual_shapes(examples: Examples) -> Iterator[tuple[Sizes, int]]:
         strict=True,
     )
     for num_images, num_videos, sides in columns:
+        # Without recorded sizes, only the number of images is known.
         sizes = pairs_of_sides(sides)
         yield sizes or (None,) * num_images, num_videos
 
 
 class Packer:
-    """Lays examples one behind the other, without the tokens that need not be run.
+    """Joins examples to one sequence, without the tokens that need not be run.
 
-    Those are the prefix that all examples share, and each example's tail, whose output is not
-    needed: see `data.batches.packing`.
+    These tokens are the prefix that all examples share, and each example's tail, whose output no
+    loss needs: see `data.batches.packing`.
 
     Args:
         collator: expands the examples.
-        num_prefix: tokens that every example begins with, and that are left out.
-        reducer: number of the collator's reducer among those of the run.
+        num_prefix: number of tokens at the beginning of every example that are left out.
+        reducer: number of the collator's reducer among the run's reducers.
     """
 
     def __init__(self, collator: Collator, *, num_prefix: int, reducer: int = 0) -> None:
@@ -275,7 +279,7 @@ class Packer:
         for (ids, labels), tail in zip(expanded.ids, tails, strict=True):
             stop = len(ids) - tail
 
-            # A token predicts the next one, so its label is one position further on.
+            # A token predicts the next one, so its label is one position further.
             next_labels = labels[self.num_prefix + 1 : stop + 1]
             for position, label in enumerate(next_labels, start=len(input_ids)):
                 if label != IGNORED:
@@ -285,7 +289,7 @@ class Packer:
             input_ids += ids[self.num_prefix : stop]
             lengths.append(stop - self.num_prefix)
 
-        # Ranks without examples must run the same modules as the others.
+        # A rank without examples must run the same modules as the others, or they wait for ever.
         if not expanded.ids:
             input_ids = targets = [self.collator.pad_id]
             lengths = [1]
@@ -307,6 +311,6 @@ class Packer:
         if not ids:
             return []
 
-        # No placeholder is among these tokens, so there are as many as before the expansion.
+        # A tail holds no placeholder, so it is as long after the expansion as before.
         tails: list[int] = num_tail_tokens(FlatTokens.of(ids), self.placeholders).tolist()
         return tails

@@ -1,4 +1,4 @@
-"""From the examples of a run to micro batches, in an order that depends on seed and step alone."""
+"""Micro batches of a run's examples, in an order that depends on seed and step alone."""
 
 import os
 import traceback
@@ -27,7 +27,7 @@ def has_media(examples: Examples) -> Tensor:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The steps of a run. Which examples a step takes does not depend on how it is cut."""
+    """The steps of a run. The examples of a step do not depend on how it is cut."""
 
     size: int
     """Examples of a step, on all ranks together."""
@@ -60,8 +60,8 @@ class Batcher(Protocol):
 class PaddedBatcher:
     """Micro batches of examples of similar length, padded to the longest one.
 
-    The longest examples of a step come first, so that the largest need of memory is that of its
-    first micro batch. The loss is a sum over the examples of the step, whatever their order.
+    The longest examples of a step come first, so its first micro batch needs the most memory. The
+    loss is a sum over the examples of the step, so their order does not change it.
 
     Args:
         collator: expands and pads.
@@ -79,7 +79,7 @@ class PaddedBatcher:
 
     def cut(self, step: int, examples: Sequence[int]) -> list[MicroBatchSpec]:
         """Cut a step into micro batches of `micro` examples, the longest examples first."""
-        # Stable, so that examples of equal length stay in the drawn order.
+        # A stable sort leaves examples of equal length in the drawn order.
         lengths = self.lengths[0, torch.tensor(examples)]
         longest_first = lengths.argsort(descending=True, stable=True)
         ordered = [examples[position] for position in longest_first.tolist()]
@@ -88,9 +88,8 @@ class PaddedBatcher:
         for start in range(0, len(ordered), self.micro):
             specs.append(MicroBatchSpec(ordered[start : start + self.micro]))
 
-        # The ranks run one micro batch each at the same time. They take turns in having the longer
-        # examples, so that no rank has the longest ones every time.
-        # Batch number i belongs to rank i % world_size.
+        # The ranks run one micro batch each at the same time, and number i belongs to rank
+        # i % world_size. Every second round is reversed, so that no rank always has the longest.
         in_turns: list[MicroBatchSpec] = []
         for number, start in enumerate(range(0, len(specs), self.plan.world_size)):
             of_ranks = specs[start : start + self.plan.world_size]
@@ -115,8 +114,8 @@ class PackedBatcher:
         plan: its steps.
         tokens: tokens of a micro batch.
         num_run: int64[reducers, examples], tokens of each example that are run.
-        has_gradient: bool[examples], whether the trainable parts learn from an example. Only those
-            are run.
+        has_gradient: bool[examples], whether the trainable parts learn from an example. Only such
+            examples are run.
     """
 
     def __init__(
@@ -139,7 +138,7 @@ class PackedBatcher:
 
     def cut(self, step: int, examples: Sequence[int]) -> list[MicroBatchSpec]:
         """Pack the examples of a step that have a gradient."""
-        # An example without a gradient is counted in the loss's denominator, but need not be run.
+        # An example without a gradient counts in the loss's denominator, but need not be run.
         run = [example for example in examples if self.has_gradient[example]]
         return pack(
             run,
@@ -184,6 +183,7 @@ class MicroBatches(Dataset[MicroBatch]):
         num_per_rank = [len(specs) // plan.world_size for specs in specs_by_step]
         self._first_indices = list(accumulate(num_per_rank, initial=0))
 
+        # The loss is divided by the labels of the whole step, but a rank sees only its own share.
         num_labels = batcher.examples.column("num_labels").astype(np.int64)
         self._num_labels = torch.from_numpy(num_labels)
         self._num_tokens = _count_tokens(batcher.lengths, self.examples_by_step, specs_by_step)
@@ -224,12 +224,14 @@ def _draw_order(num_examples: int, plan: BatchPlan) -> Tensor:
     Each epoch is a permutation drawn from the seed and its number, so that the stream depends on
     nothing else.
     """
+    # Rounded up: the last epoch is cut where the run ends.
     num_drawn = plan.num_steps * plan.size
     num_epochs = -(-num_drawn // num_examples)
 
     epochs = []
     for epoch in range(num_epochs):
-        # A generator of its own: torch's global one is also drawn from by others.
+        # A generator of its own, because other code draws from torch's global one too. The factor
+        # keeps the epochs of one seed apart from those of the next.
         generator = torch.Generator().manual_seed(plan.seed * 100_003 + epoch)
         epochs.append(torch.randperm(num_examples, generator=generator))
 
@@ -257,7 +259,7 @@ def _count_tokens(
     """Count the tokens of each step on all ranks, expanded by each micro batch's reducer."""
     totals = []
     for examples, specs in zip(examples_by_step, specs_by_step, strict=True):
-        # Count all examples with the first reducer, also those that are in no micro batch.
+        # Count all examples with the first reducer, even those that are in no micro batch.
         total = int(lengths[0, examples].sum())
 
         # Then correct the micro batches of the other reducers.
@@ -280,7 +282,7 @@ def explain_workers() -> Iterator[None]:
         yield
     except (UserError, RuntimeError) as error:
         if isinstance(error, UserError):
-            # The message of an error from a worker holds the worker's traceback.
+            # The message of a worker's error begins with the worker's traceback.
             message = str(error).rsplit("UserError: ", 1)[-1].strip()
         elif "DataLoader worker" in str(error):
             message = (
@@ -291,7 +293,7 @@ def explain_workers() -> Iterator[None]:
         else:
             raise
 
-        # The frames hold torch's loader. Once it is freed, its workers end.
+        # The traceback's frames hold torch's loader. Its other workers end only when it is freed.
         traceback.clear_frames(error.__traceback__)
         raise UserError(message) from None
 
@@ -318,6 +320,7 @@ def loader(batches: MicroBatches, *, first: int, num_workers: int) -> Iterator[M
     Raises:
         UserError: an image or video can't be read any more, or the system has ended a worker.
     """
+    # batch_size=None: an item is a whole micro batch already.
     with explain_workers():
         yield from DataLoader(
             batches,

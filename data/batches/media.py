@@ -16,7 +16,7 @@ from vzip.reducers import Reducer
 from vzip.videos import read_frames
 
 ModelMedia = MediaInputs | VisualFeatures
-"""All images, or all videos, of a micro batch: pixels for the tower, or features for the projector."""
+"""All images, or all videos, of a micro batch: the tower's pixels, or the projector's features."""
 
 BLANK_SIDE = 32
 """Side in pixels of a blank image. The processor resizes it like any other."""
@@ -66,6 +66,7 @@ class ProcessedMedia:
 
     def load(self, kind: str, examples: Sequence[Example]) -> MediaInputs:
         """Open and process the files of the examples that have some."""
+        # One list for each example: `_process` needs to know which images belong together.
         opened = []
         for example in examples:
             if kind in example.media:
@@ -89,7 +90,7 @@ class ProcessedMedia:
         try:
             return open_picture(path) if kind == "image" else read_frames(path, self.num_frames)
         except UserError:
-            # It names the file already, or says that PyAV is missing.
+            # The message names the file already, or says that PyAV is missing.
             raise
         except (OSError, ValueError) as error:
             raise UserError(
@@ -99,12 +100,13 @@ class ProcessedMedia:
 
     def _process(self, kind: str, opened: list[list[Any]]) -> MediaInputs:
         """Process the opened images, or videos, of each example that has some."""
-        # Images go in by example, as LLaVA-OneVision cuts only an image that is alone into tiles.
-        # Video processors take one list of all videos.
+        # Images stay grouped by example, because LLaVA-OneVision cuts an image into tiles only if
+        # it is its example's only one. Video processors take one list of all videos.
         media = opened
         if kind == "video":
             media = [video for videos in opened for video in videos]
 
+        # Without rescaling and normalizing, the pixels stay uint8.
         process = self.processors[kind]
         processed = process(media, return_tensors="pt", do_rescale=False, do_normalize=False)
         return MediaInputs.from_processed(kind, processed, lookup=self.lookup[kind])

@@ -1,4 +1,4 @@
-"""Which tokens of an example have to be run, and which examples share a packed micro batch."""
+"""Decide which tokens of an example are run, and which examples share a packed micro batch."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,16 +10,17 @@ from vzip.templates.encode import IGNORED
 
 
 def num_tail_tokens(tokens: FlatTokens, placeholders: Sequence[int]) -> np.ndarray:
-    """int64[examples]: tokens at the end of each example whose output no loss needs.
+    """int64[examples]: count the tokens at the end of each example whose output no loss needs.
 
-    These are the last label, which nothing is predicted from, and everything behind it. Tokens of
+    They are the last label, from which nothing is predicted, and everything behind it. Tokens of
     images and videos are always run, so the tail begins behind the last of them.
 
     Args:
         tokens: the examples.
         placeholders: ids of the tokens that stand for images and videos.
     """
-    # The later one decides. Without a label, or without any image, there is a number below zero.
+    # The tail begins at the later of the two. Without media the second one is 0 or less, so the
+    # last label decides.
     last_label = tokens.last(tokens.labels != IGNORED)
     behind_last_medium = tokens.last(np.isin(tokens.ids, placeholders)) + 1
     tails: np.ndarray = tokens.lengths - np.maximum(last_label, behind_last_medium)
@@ -27,7 +28,7 @@ def num_tail_tokens(tokens: FlatTokens, placeholders: Sequence[int]) -> np.ndarr
 
 
 def shared_prefix(examples: Examples, placeholders: Sequence[int]) -> list[int]:
-    """The ids that all examples with images or videos begin with, up to the first placeholder.
+    """Return the ids that all examples with media begin with, up to the first placeholder.
 
     Neither a token of the prefix nor the one behind it is a label, so no loss needs the output of
     the prefix.
@@ -40,13 +41,15 @@ def shared_prefix(examples: Examples, placeholders: Sequence[int]) -> list[int]:
     first_medium = tokens.first(np.isin(tokens.ids, placeholders))
     first_label = tokens.first(tokens.labels != IGNORED)
 
-    # Text alone has no say: with a projector that learns, it is not run.
+    # Examples of text alone do not count: a projector learns nothing from them, so they are not run.
     has_media = first_medium < tokens.lengths
     if not has_media.any():
         return []
 
-    # The output of the prefix's last token must not be needed: no label may follow it.
+    # No label may follow the prefix's last token, because the output of that token is dropped.
     limit = int(np.minimum(first_medium, first_label - 1)[has_media].min())
+
+    # Compare all examples at one position after the other, until two differ.
     starts = tokens.starts[has_media]
     prefix: list[int] = []
     for position in range(limit):
@@ -64,7 +67,7 @@ class MicroBatchSpec(NamedTuple):
     examples: list[int]
     """Numbers of the examples."""
     reducer: int = 0
-    """Number of the reducer that their images and videos go through, where a run has several."""
+    """Number of the reducer that their images and videos go through."""
 
 
 def pack(
@@ -77,9 +80,9 @@ def pack(
 ) -> list[MicroBatchSpec]:
     """Share examples out among micro batches, as few as possible and of similar size.
 
-    Every rank gets the same number of them. The longest example comes first, and each one goes into
-    the micro batch that then has the fewest tokens. An example of more than `tokens` tokens has a
-    micro batch of its own.
+    Every rank gets the same number of micro batches. Examples are placed from the longest to the
+    shortest, each into the micro batch that then has the fewest tokens. An example of more than
+    `tokens` tokens gets a micro batch of its own.
 
     Args:
         examples: numbers of the examples to pack.
@@ -87,11 +90,12 @@ def pack(
             are several reducers, one is drawn for each micro batch.
         tokens: tokens that a micro batch may have.
         world_size: number of ranks, which take micro batches in turn.
-        seed: integers that the reducers are drawn from.
+        seed: integers that seed the draw of the reducers.
     """
+    # Ties are broken by number, so the result does not depend on the order of the examples.
     longest_first = sorted(examples, key=lambda example: (-lengths[:, example].max(), example))
 
-    # No packing needs fewer rounds than the tokens fill, whichever reducers are drawn.
+    # Start with the fewest rounds that could hold the tokens, whichever reducers are drawn.
     fewest_tokens = int(lengths[:, examples].min(axis=0).clip(max=tokens).sum())
     num_rounds = max(1, -(-fewest_tokens // (tokens * world_size)))
 
@@ -105,7 +109,7 @@ def pack(
         if np.all((num_tokens <= tokens) | is_alone):
             return specs
 
-        # Examples can't be cut, so each rank may need one more than the tokens would fill.
+        # Examples can't be cut, so they may not fit. Then each rank gets one more micro batch.
         num_rounds += 1
 
 
@@ -121,7 +125,7 @@ def _fill(
     num_tokens = np.zeros(len(specs), dtype=np.int64)
 
     for example in examples:
-        # A micro batch's reducer decides how many tokens the example would add to it.
+        # The reducer of a micro batch decides how many tokens the example would add to it.
         after = num_tokens + lengths[reducers, example]
         emptiest = int(after.argmin())
         num_tokens[emptiest] = after[emptiest]

@@ -1,12 +1,12 @@
-"""The reducer's output of a whole subset, in files.
+"""The reducer's output for a whole subset, in files.
 
-Training from it opens no image and needs no vision tower.
+Training from these files opens no image and needs no vision tower.
 
 A folder `cache-KEY/` holds `cache.json`, with everything that the features depend on, and shards of
 a fixed number of examples. A shard is a safetensors file. For each kind of media it has the fields
 of a `VisualFeatures` of all its examples, and `starts`, int64[examples + 1, 3]: where the images
-(or videos), positions and tokens of each example begin in them. `make_features.py` writes the
-files, this module reads them.
+(or videos), positions and tokens of each example begin in these fields. `make_features.py` writes
+the files, this module reads them.
 """
 
 import hashlib
@@ -29,6 +29,7 @@ from vzip.families.features import VisualFeatures
 from vzip.reducers import Reducer
 
 FORMAT = 1
+"""Version of the files. Raise it when they change, so that older caches are refused."""
 META = "cache.json"
 
 
@@ -45,7 +46,7 @@ def cache_settings(
 
     Args:
         family: the model's family.
-        reducer: the reducer whose output is kept.
+        reducer: the reducer whose output is cached.
         processor: the model's processor, unreduced.
         base_fingerprint: `vzip.runs.projector.fingerprint` of the model as it was loaded.
         examples_name: `name_of_examples` of the examples.
@@ -54,6 +55,7 @@ def cache_settings(
     Raises:
         UserError: this reducer's output can't be cached for this model.
     """
+    # Another processor may resize or crop differently, and so give other features.
     family.check_cacheable(reducer)
     processors = {}
     for kind in family.kinds:
@@ -65,23 +67,24 @@ def cache_settings(
         "config": family.feature_settings(),
         "reducer": family.describe_reduction(reducer),
         "processors": processors,
-        # What shape and type the features have, also where there is no image to tell.
+        # Type and width of the features: a blank image has to be made without reading any.
         "dtype": str(next(family.tower.parameters()).dtype).removeprefix("torch."),
         "width": family.model.config.vision_config.hidden_size,
-        # Images do not depend on it.
+        # Only the features of videos depend on the number of frames.
         "num_frames": num_frames if "video" in family.kinds else None,
         "rows": examples_name,
-        # Other versions may process or compute something else.
+        # Another version may process or compute differently.
         "transformers": transformers.__version__,
     }
 
-    # Through JSON and back, so that tuples are lists, as in the settings of a cache that was read.
+    # Through JSON and back, so that they can be compared with settings that were read from a file:
+    # there, tuples are lists.
     as_read: dict[str, Any] = json.loads(json.dumps(settings))
     return as_read
 
 
 def name_of_examples(examples: Examples) -> str:
-    """Name the subset and the token file, which tell examples, their order and media from others."""
+    """Name the subset and the token file, which stand for the examples, their order and media."""
     assert examples.path is not None, "examples in memory have no name"
     return f"{examples.path.parent.name}/{examples.path.stem}"
 
@@ -100,7 +103,7 @@ def differences(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
     in_cache = dict(_flatten(cached))
     in_run = dict(_flatten(wanted))
 
-    # In the order of the run's settings, then those that only the cache has.
+    # The run's settings come first, then those that only the cache has.
     lines = []
     for name in {**in_run, **in_cache}:
         if in_cache.get(name) != in_run.get(name):
@@ -160,14 +163,15 @@ class CacheLayout:
         return range(first, min(first + self.examples_per_shard, self.num_examples))
 
     def metadata(self, shard: int) -> dict[str, str]:
-        """Describe a shard, so that it can be told from one of other settings or examples."""
-        # A single entry: safetensors writes several in any order, and equal shards should be equal
-        # files.
+        """Describe a shard, so that one of other settings or examples is not mistaken for it."""
+        # A single entry: safetensors writes several in any order, but the files of equal shards
+        # should be equal.
         examples = self.examples_in(shard)
         return {"of": f"{self.key}, rows {examples.start} to {examples.stop}"}
 
     def open_shard(self, folder: Path, shard: int) -> Any:
-        """Open a shard; None if it is missing, cut off, or of other settings or examples."""
+        """Open a shard. None if it is missing, cut off, or of other settings or examples."""
+        # Opening reads only the header. It says how long the file must be.
         try:
             opened = safe_open(shard_path(folder, shard), framework="pt")
         except (FileNotFoundError, SafetensorError):
@@ -190,9 +194,9 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 class CachedMedia:
-    """Features from a cache, which a collator brings to the model instead of pixels.
+    """Features from a cache. A collator gives them to the model instead of pixels.
 
-    It is a `data.batches.media.Media`. Each process maps a shard when it first reads from it.
+    This is a `data.batches.media.Media`. Each process maps a shard when it first reads from it.
 
     Args:
         folder: the folder of the cache.
@@ -207,11 +211,12 @@ class CachedMedia:
         self.layout = CacheLayout.read(folder)
         self._check_settings(settings)
 
+        # Look for all shards now, so that a missing one is not found out in the middle of a run.
         numbers = range(self.layout.num_shards)
         shards = [self.layout.open_shard(folder, number) for number in numbers]
         self._check_complete(shards)
 
-        # Small, and needed for every example, so they are read at once.
+        # The starts are small and needed for every example, so read them now.
         self.starts = []
         for shard in shards:
             starts = {kind: shard.get_tensor(f"{kind}.starts") for kind in settings["processors"]}
@@ -221,7 +226,7 @@ class CachedMedia:
         self._opened: dict[int, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A process that gets a copy maps the files itself.
+        # Open files can't be copied to a data worker. It maps them itself.
         return {**vars(self), "_opened": {}}
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
@@ -271,7 +276,7 @@ class CachedMedia:
         order = shard.get_slice(f"{kind}.order")[begin[1] : end[1]]
         features = shard.get_slice(f"{kind}.features")[begin[2] : end[2]]
 
-        # In the shard, `order` counts from the shard's first token. -1 is a row end and stays.
+        # In the shard, `order` counts from the shard's first token. -1 is `image_newline` and stays.
         order = torch.where(order < 0, order, order - begin[2])
         return VisualFeatures(features, order, counts)
 
@@ -285,12 +290,13 @@ class CachedMedia:
 
     def blank(self, kind: str) -> VisualFeatures:
         """Make a single token of zeros."""
+        # It must have the type of the other features, or the model would compute in another one.
         dtype = getattr(torch, self.layout.settings["dtype"])
         zeros = torch.zeros(1, self.layout.settings["width"], dtype=dtype)
         return VisualFeatures.in_order(zeros, num_media=1)
 
     def counts(self, kind: str, inputs: VisualFeatures) -> list[int]:
-        """Read the placeholders off the features."""
+        """Count the placeholders of each image or video, which the features record."""
         counts: list[int] = inputs.counts.tolist()
         return counts
 
@@ -299,11 +305,11 @@ def open_cache(parent: Path, settings: Mapping[str, Any]) -> CachedMedia:
     """Open the cache of these settings in a subset's folder.
 
     Raises:
-        UserError: it does not exist. The message says in what the newest cache differs.
+        UserError: it does not exist. The message lists how the newest cache differs.
     """
     folder = folder_of(parent, settings)
 
-    # If it does not exist, the newest cache shows what differs.
+    # If it does not exist, try the newest cache: the error lists the settings that differ.
     if not folder.is_dir():
         caches = sorted(parent.glob("cache-*"), key=lambda other: other.stat().st_mtime)
         folder = caches[-1] if caches else folder

@@ -40,7 +40,7 @@ class LoadedBatch:
     num_media: dict[str, list[int]]
     """Number of images, or videos, of each example."""
     inputs: dict[str, MediaInputs]
-    """All of them, ready for the vision tower. A kind that does not occur has no entry."""
+    """All of them, ready for the vision tower. A kind without any has no entry."""
 
 
 class _MediaBatches(Dataset[LoadedBatch]):
@@ -74,11 +74,11 @@ class _MediaBatches(Dataset[LoadedBatch]):
 
 
 class FeatureMaker:
-    """Computes what a reducer leaves of images and videos.
+    """Computes a reducer's output for images and videos.
 
     Args:
         family: the model's family, with the model on its device. No reducer needs to be attached.
-        reducer: the reducer. If it draws at random, it does so once, for good.
+        reducer: the reducer. If it draws tokens at random, the cache keeps that one draw.
         media: opens and processes images and videos, in data workers.
     """
 
@@ -87,7 +87,7 @@ class FeatureMaker:
         self.reducer = reducer
         self.media = media
 
-        # The tower's, which need not be those of the projector: it may be tuned in float32.
+        # The type of the tower, not of the projector, which may be tuned in float32.
         parameter = next(family.tower.parameters())
         self.dtype = parameter.dtype
         self.device = parameter.device
@@ -95,12 +95,13 @@ class FeatureMaker:
     @torch.no_grad()
     def compute(self, kind: str, inputs: MediaInputs) -> VisualFeatures:
         """Run tower and reducer on the model's device, and return the features on the CPU."""
+        # The pixels travel as uint8, a quarter of float32, and are normalized on the device.
         on_device = inputs.map(lambda values: values.to(self.device))
         features = self.family.visual_features(kind, on_device.normalized(self.dtype), self.reducer)
         return features.map(Tensor.cpu)
 
     def no_features(self) -> VisualFeatures:
-        """Features of no image. They give a shard without any image its dtype and width."""
+        """Return features of no image. They give a shard without images its dtype and width."""
         width = self.family.model.config.vision_config.hidden_size
         none = torch.empty(0, dtype=torch.int64)
         return VisualFeatures(torch.empty(0, width, dtype=self.dtype), none, none)
@@ -127,7 +128,7 @@ def make_cache(
     batch: int,
     num_workers: int,
 ) -> Path:
-    """Compute the cache of these settings, or what is missing of it, and return its folder.
+    """Compute the missing shards of the cache of these settings, and return its folder.
 
     Args:
         parent: the subset's folder.
@@ -141,6 +142,7 @@ def make_cache(
         UserError: an image or video can't be read, or the system has ended a worker.
         OSError: the disk is full.
     """
+    # Each combination of settings has a folder of its own, so caches do not overwrite each other.
     folder = folder_of(parent, settings)
     shard_size = examples_per_shard(maker.family, maker.reducer, settings)
     layout = CacheLayout(dict(settings), len(examples), shard_size)
@@ -174,7 +176,8 @@ def write_features(
         OSError: the disk is full.
     """
     assert len(examples) == layout.num_examples
-    # Before the shards: it is the same whenever it is written.
+
+    # cache.json comes first, so that a run can already tell how many shards are missing.
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / META, layout.to_json())
 
@@ -184,6 +187,7 @@ def write_features(
     dataset = _MediaBatches(examples, maker.media, maker.family.kinds, batches)
     loaded = iter(DataLoader(dataset, batch_size=None, num_workers=usable_workers(num_workers)))
 
+    # The bar starts behind the examples of shards that exist.
     num_missing = sum(map(len, batches))
     bar = progress(
         None,
@@ -194,6 +198,7 @@ def write_features(
     )
     with explain_workers(), bar:
         for shard, of_shard in batches_by_shard.items():
+            # A shard is written whole or not at all, so the next command need not look inside.
             tensors = _compute_shard(of_shard, loaded, maker, bar)
             content = save(tensors, metadata=layout.metadata(shard))
             with atomic_write(shard_path(folder, shard)) as scratch:
@@ -204,7 +209,7 @@ def _missing_batches(folder: Path, layout: CacheLayout, batch: int) -> dict[int,
     """Cut the shards that are missing into batches of example numbers, by shard."""
     batches: dict[int, list[range]] = {}
     for shard in range(layout.num_shards):
-        # A shard of an earlier command, whole and of these settings, is not computed again.
+        # An earlier command has written this shard.
         if layout.open_shard(folder, shard) is not None:
             continue
 
@@ -218,6 +223,7 @@ def _compute_shard(
     batches: Sequence[range], loaded: Iterator[LoadedBatch], maker: FeatureMaker, bar: "tqdm[Any]"
 ) -> dict[str, Tensor]:
     """Take a shard's batches from the loader, and compute its tensors."""
+    # Start with no features, so that a kind without any media can be joined too.
     num_media: dict[str, list[int]] = {}
     features: dict[str, list[VisualFeatures]] = {}
     for kind in maker.family.kinds:
@@ -227,7 +233,7 @@ def _compute_shard(
     for numbers in batches:
         loaded_batch = next(loaded)
 
-        # A random reducer draws the same in a command that resumes.
+        # Seed each batch by its examples: after an interruption a random reducer draws the same.
         torch.manual_seed(numbers.start)
         for kind, inputs in loaded_batch.inputs.items():
             features[kind].append(maker.compute(kind, inputs))
@@ -241,7 +247,7 @@ def _compute_shard(
 def _shard_tensors(
     num_media: Mapping[str, Sequence[int]], features: Mapping[str, Sequence[VisualFeatures]]
 ) -> dict[str, Tensor]:
-    """Join what was computed for the examples of a shard into the tensors of its file."""
+    """Join the features of a shard's examples into the tensors of its file."""
     tensors = {}
     for kind, parts in features.items():
         joined = VisualFeatures.join(parts)
@@ -257,10 +263,11 @@ def _starts(num_media: Sequence[int], features: VisualFeatures) -> Tensor:
 
     The last row holds the ends of the last example.
     """
+    # Each count leads to the next: media of an example, positions of its media, tokens among them.
     first_medium = _cumulative(torch.tensor(num_media))
     first_position = _cumulative(features.counts)[first_medium]
 
-    # Row ends take a position, but are no tokens.
+    # `image_newline` (-1) takes a position, but is no token of the features.
     is_token = (features.order >= 0).long()
     first_token = _cumulative(is_token)[first_position]
 

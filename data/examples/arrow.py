@@ -16,6 +16,7 @@ BATCH = 1000
 
 def write_arrow(records: Iterable[dict[str, Any]], schema: pa.Schema, target: Path) -> None:
     """Write the records, whole or not at all."""
+    # Batches, because the records of a whole data set would take gigabytes as Python objects.
     batch: list[dict[str, Any]] = []
     with (
         atomic_write(target) as scratch,
@@ -28,6 +29,7 @@ def write_arrow(records: Iterable[dict[str, Any]], schema: pa.Schema, target: Pa
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
                 batch.clear()
 
+        # The records behind the last full batch.
         writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
 
 
@@ -37,5 +39,5 @@ def read_arrow(path: Path) -> pa.Table:
         return ipc.open_file(pa.memory_map(str(path))).read_all()
     except pa.ArrowInvalid as error:
         raise UserError(
-            f"{path} is damaged ({error}); delete it, and the same command makes it anew"
+            f"{path} is damaged ({error}); delete it, and run the same command again, which makes it"
         ) from error

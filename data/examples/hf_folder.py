@@ -1,8 +1,8 @@
 """Folders of Hugging Face `datasets` with the pictures inside, as data in LLaVA's form.
 
-A folder is what `save_to_disk` writes, or one that `load_dataset` reads (parquet, Arrow, JSON). Its
-columns: `conversations` as in LLaVA's JSON, `image` or `images` with pictures, and optionally `id`,
-`source` and `type`.
+`save_to_disk` writes such a folder, and `load_dataset` reads others (parquet, Arrow, JSON). The
+columns are `conversations` as in LLaVA's JSON, `image` or `images` with pictures, and optionally
+`id`, `source` and `type`.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ PICTURE_COLUMNS = ("image", "images")
 OTHER_COLUMNS = ("id", "source", "type", "conversations")
 """The other columns that are read."""
 SAVED = ("state.json", "dataset_dict.json")
-"""Files of which `save_to_disk` writes one."""
+"""`save_to_disk` writes one of these files: the first for one split, the second for several."""
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -29,23 +29,30 @@ def is_hf_folder(path: Path) -> bool:
         return False
     if any((path / name).is_file() for name in SAVED):
         return True
+
+    # The first file of each form is enough: a folder may hold thousands.
     return any(next(path.rglob(f"*.{suffix}"), None) for suffix in ("parquet", "arrow", "jsonl"))
 
 
 def _stored_pictures(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The pictures in a row of the dataset, each as {"bytes"} or {"path"}."""
+    """Return the pictures in a row of the dataset, each as {"bytes"} or {"path"}."""
     pictures = []
     for name in PICTURE_COLUMNS:
-        value = row.get(name) or []
-        for picture in value if isinstance(value, list) else [value]:
+        # A picture, a list of pictures, or nothing: all become a list.
+        stored = row.get(name) or []
+        if not isinstance(stored, list):
+            stored = [stored]
+
+        # A column of strings holds paths.
+        for picture in stored:
             pictures.append({"path": picture} if isinstance(picture, str) else picture)
     return pictures
 
 
 class HfFolder:
-    """The data set in a folder, its split "train" if it has several.
+    """The data set in a folder. If it has several splits, the one called "train".
 
-    A source of its pictures, see `Source`.
+    It is also the source of its pictures, see `Source`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -57,8 +64,8 @@ class HfFolder:
     def entries(self) -> Iterator[dict[str, Any]]:
         """Yield the examples in LLaVA's form.
 
-        The path of a picture holds where it is in the folder (row and number there), and a hash of
-        its bytes. Raises UserError as `dataset` does.
+        The path of a picture says where it is in the folder (row, and number in the row), and ends
+        in a hash of its bytes. Raises UserError as `dataset` does.
         """
         for position in range(len(self.dataset)):
             row = self._row(position)
@@ -76,8 +83,8 @@ class HfFolder:
             yield entry
 
     def read(self, path: str) -> bytes:
-        """The bytes of the picture whose path `entries` gave."""
-        # The inverse of the name that `entries` makes.
+        """Return the bytes of the picture with a path that `entries` made."""
+        # The name is NUMBER OF THE ROW-NUMBER OF THE PICTURE-HASH.
         position, number, _ = Path(path).name.split("-")
         pictures = _stored_pictures(self._row(int(position)))
         return self._bytes(pictures[int(number)])
@@ -92,7 +99,7 @@ class HfFolder:
         check_package("datasets", extra="datasets", purpose=f"reading {self.path}")
         import datasets
 
-        # The two forms have a loader each; only the second one needs a place for converted files.
+        # Each form has its own loader. The second one converts the files, into our own folder.
         try:
             if any((self.path / name).is_file() for name in SAVED):
                 dataset = datasets.load_from_disk(str(self.path))
@@ -102,7 +109,7 @@ class HfFolder:
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise UserError(f"data.path={self.path}: `datasets` can't read this folder: {error}") from error
 
-        # A dict holds several splits, of which one is for training.
+        # Several splits come as a dict.
         if isinstance(dataset, dict):
             if "train" not in dataset:
                 splits = ", ".join(dataset)
@@ -111,15 +118,17 @@ class HfFolder:
                 )
             dataset = dataset["train"]
 
+        # The other columns may be missing, but without this one there is nothing to learn.
         if "conversations" not in dataset.column_names:
             columns = ", ".join(dataset.column_names)
             raise UserError(f"data.path={self.path} has no column 'conversations', only {columns}")
 
+        # As Arrow, pictures come as they are stored. Otherwise `datasets` would decode each of them.
         names = [name for name in PICTURE_COLUMNS + OTHER_COLUMNS if name in dataset.column_names]
-        # Pictures stay as they are stored: nobody asks `datasets` to decode them.
         return dataset.select_columns(names).with_format("arrow")
 
     def _row(self, position: int) -> dict[str, Any]:
+        # In Arrow form, a slice of the dataset is a table, here of one row.
         row: dict[str, Any] = self.dataset[position : position + 1].to_pylist()[0]
         return row
 
@@ -127,6 +136,7 @@ class HfFolder:
         try:
             return hashlib.sha256(self._bytes(picture)).hexdigest()[:12]
         except NotFoundError:
+            # The example is still listed: `read` fails later, and its reason is shown to the user.
             return "gone"
 
     def _bytes(self, picture: dict[str, Any]) -> bytes:

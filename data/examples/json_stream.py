@@ -1,8 +1,8 @@
 """Read a JSON list entry by entry, as `json.load` would, with a small part of the file in memory.
 
-Why not `ijson`: it reads other values than `json.load`, which the rest of this project and LLaVA
-itself use. It refuses NaN and half a surrogate pair, so one odd example would cost the whole file;
-it fails on, or rounds, whole numbers beyond 2^63; and its errors name no line. The parser below
+Why not `ijson`: it does not always read what `json.load` reads, which LLaVA and the rest of this
+project use. It refuses NaN and half a surrogate pair, so one odd example would cost the whole file.
+It rounds whole numbers beyond 2^63, or fails on them. Its errors name no line. The parser below
 only finds where an entry ends, and leaves the rest to `json`.
 """
 
@@ -20,7 +20,8 @@ CHUNK = 2**20
 MAX_ENTRY = 2**26
 """Longest entry, in characters.
 
-A mistake in the middle of a file is found this soon, and not at the file's end.
+After a mistake in the middle of a file, an entry seems to have no end. With this limit the mistake
+is reported before the whole file is in memory.
 """
 NUMBER_CHARACTERS = "0123456789+-.eE"
 SPACE = re.compile(r"[ \t\n\r]*")
@@ -31,7 +32,7 @@ class _TextWindow:
 
     Attributes:
         text: that part.
-        position: where the reader stands in `text`.
+        position: index in `text` of the next character.
         line: number of the line in the file that `text` starts in.
     """
 
@@ -44,9 +45,9 @@ class _TextWindow:
         self.line = 1
 
     def read_more(self) -> bool:
-        """Drop what was read, and read on. Returns False at the end of the file."""
-        # As much as is left, at least: an entry that is longer than a chunk is parsed anew
-        # each time, and the window must grow fast.
+        """Drop what was parsed, and read on. Returns False at the end of the file."""
+        # Read at least as much as is left, so that the window doubles: an entry that is longer
+        # than a chunk is parsed from its start each time.
         num_left = len(self.text) - self.position
         try:
             chunk = self.file.read(max(CHUNK, num_left))
@@ -56,18 +57,20 @@ class _TextWindow:
         if not chunk:
             return False
 
-        # Lines are counted as they leave the window, for error messages.
+        # Count lines when they leave the window. Errors name a line of the file.
         self.line += self.text.count("\n", 0, self.position)
         self.text = self.text[self.position :] + chunk
         self.position = 0
         return True
 
     def peek(self) -> str:
-        """The next character that is not white space; "" at the end."""
+        """Return the next character that is not white space; "" at the end of the file."""
         while True:
             space = SPACE.match(self.text, self.position)
-            assert space is not None  # it matches no space, too
+            assert space is not None  # the pattern also matches the empty string
             self.position = space.end()
+
+            # White space may go on behind the window.
             if self.position < len(self.text) or not self.read_more():
                 return self.text[self.position : self.position + 1]
 
@@ -88,25 +91,28 @@ class _TextWindow:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.position)
             except JSONDecodeError as error:
-                # The entry is wrong, or the window ends in it.
+                # The entry is wrong, or the window ends in it. Only more text can tell.
                 if is_too_long or not self.read_more():
                     self.fail(error)
                 continue
             except (ValueError, RecursionError) as error:
-                # Numbers of thousands of digits; lists in lists in lists.
+                # A number has thousands of digits, or lists are nested a thousand deep.
                 self.fail_here(str(error))
 
-            # A number may go on behind the window: "" is in every string.
+            # A number at the end of the window may go on behind it. There the slice is "", which
+            # is in every string.
             may_go_on = self.text[end : end + 1] in NUMBER_CHARACTERS
             if is_too_long or not may_go_on or not self.read_more():
                 self.position = end
                 return value
 
     def fail_here(self, message: str) -> NoReturn:
+        """Raise UserError for the next character."""
         self.fail(JSONDecodeError(message, self.text, self.position))
 
     def fail(self, error: JSONDecodeError) -> NoReturn:
         """Raise UserError with the error's line in the file."""
+        # The error counts lines from the start of the window.
         line = self.line + error.lineno - 1
         raise UserError(
             f"{self.path}, line {line}, column {error.colno}: not valid JSON: {error.msg}"
@@ -118,6 +124,7 @@ def read_list(file: TextIO, path: Path) -> Iterator[Any]:
 
     Raises UserError, with line and column, if it is not valid JSON.
     """
+    # An empty list has a bracket where another has its first entry.
     window = _TextWindow(file, path)
     window.take("[")
     if window.peek() == "]":
@@ -125,9 +132,11 @@ def read_list(file: TextIO, path: Path) -> Iterator[Any]:
     else:
         yield window.take_entry()
         while window.take(",]") == ",":
+            # The decoder does not skip white space itself.
             window.peek()
             yield window.take_entry()
 
+    # A second list behind the first would be lost without a word.
     rest = window.peek()
     if rest:
         window.fail_here(f"found {rest!r} behind the list")

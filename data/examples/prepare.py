@@ -1,8 +1,8 @@
-"""From a data file to the subset of a run, with every picture there and whole.
+"""Prepare the subset of a run from a data file, with every picture there and whole.
 
-`$VZIP_DATA/prepared/NAME-KEY/` holds manifest.json, checked.jsonl (the pictures and videos that
-were looked at), the token arrays, the preflight's report and feature caches. A subset that was
-prepared before is only opened.
+The folder `$VZIP_DATA/prepared/NAME-KEY/` holds manifest.json, checked.jsonl (the pictures and
+videos that were looked at), the token arrays, the preflight's report and feature caches. A subset
+that was prepared before is only opened.
 """
 
 import hashlib
@@ -33,11 +33,11 @@ CHECKED = "checked.jsonl"
 VERSION = 2
 """Version of the subsets.
 
-Raise it when other examples are drawn of the same data, or the files hold something else.
+Raise it when a change of the code draws other examples from the same data, or changes the files.
 """
 
 NUM_SHOWN = 10
-"""Examples left out that a command prints."""
+"""A command prints so many of the examples that were left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Selection:
 
     Attributes:
         path: a JSON or JSONL file, or a folder of Hugging Face `datasets`.
-        image_folder: folder of the examples' paths.
+        image_folder: folder that the examples' paths are relative to.
         fraction, seed, sources, text_examples: see `draw_subset`.
     """
 
@@ -63,10 +63,10 @@ class Subset:
     """The examples of a selection, with every picture and video there and whole.
 
     Attributes:
-        folder: of everything that is made of the subset.
+        folder: folder of all files that are made for the subset.
         manifest: see `_manifest`.
         table: all examples of the data.
-        image_folder: folder of the examples' paths.
+        image_folder: folder that the examples' paths are relative to.
     """
 
     folder: Path
@@ -76,7 +76,7 @@ class Subset:
 
     @property
     def left_out(self) -> list[str]:
-        """Lines about the first `NUM_SHOWN` examples that were left out; the manifest has all."""
+        """Lines about the first `NUM_SHOWN` examples that were left out. The manifest has all."""
         lines = []
         for example in self.manifest["bad_rows"][:NUM_SHOWN]:
             lines.append(f"  left out: {example['id']} ({example['source']}): {example['reason']}")
@@ -87,8 +87,8 @@ class Subset:
         return map(self.table.conversation, self.manifest["positions"])
 
     def examples(self, template: Template, tokenizer: Any, *, max_tokens: int) -> Examples:
-        """The examples as token ids and labels, made once for a template and a tokenizer."""
-        # Pictures count too: their sizes are stored with the tokens.
+        """Return the examples as token ids and labels, made once per template and tokenizer."""
+        # The pictures are part of the key: their sizes are stored with the tokens.
         digest = self.manifest["hash"] + self.manifest["media_hash"]
         key = tokens_key(template, tokenizer, max_tokens=max_tokens, digest=digest)
         target = self.folder / f"tokens-{key}.arrow"
@@ -110,13 +110,13 @@ class Subset:
         return Examples.open(target, self.image_folder)
 
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """(height, width) of each image by its path in the examples."""
+        """Return (height, width) of each image by its path in the examples."""
         return MediaIndex(self.folder / CHECKED).sizes()
 
 
 def _key(selection: Selection, table: Table) -> str:
-    """What a subset depends on, as a short hash."""
-    # The content of the data file counts, and not where it lies.
+    """Hash everything that a subset depends on."""
+    # The content of the data file counts, but not its path: a moved file needs no new subset.
     settings = asdict(selection)
     settings["path"] = table.sha256
     settings["image_folder"] = str(Path(selection.image_folder).absolute())
@@ -125,7 +125,7 @@ def _key(selection: Selection, table: Table) -> str:
 
 
 def _first_fault(example: Conversation, reasons: Mapping[str, str]) -> str | None:
-    """What is wrong with the first of an example's pictures and videos that has a fault."""
+    """Describe the first fault among an example's pictures and videos. None if there is none."""
     for path in example.images + example.videos:
         if path in reasons:
             return f"{path}: {reasons[path]}"
@@ -137,22 +137,22 @@ def _replace_unusable(
     drawn: DrawnSubset,
     check: Callable[[Sequence[Conversation]], Mapping[str, str]],
 ) -> tuple[list[int], list[dict[str, Any]]]:
-    """Replace each example that can't be used by the next one of its source, while there are any.
+    """Replace each example that can't be used by the next one of its source, if one is left.
 
     Args:
         table: all examples.
         drawn: the examples to start with.
-        check: the faults of examples' pictures and videos, by path.
+        check: returns the faults of the examples' pictures and videos, by path.
 
     Returns:
         (positions of the usable examples, the examples that were left out)
     """
-    # Those behind the wanted ones, in the order in which they were drawn.
+    # The candidates behind the wanted ones replace others, in the order in which they were drawn.
     spare = {}
     for source, candidates in drawn.candidates.items():
         spare[source] = iter(candidates[drawn.wanted[source] :])
 
-    # Each round looks at all pending examples together, so that their pictures come in parallel.
+    # Each round checks all pending examples together, so that their pictures come in parallel.
     usable = []
     left_out = []
     pending = drawn.positions
@@ -160,7 +160,7 @@ def _replace_unusable(
         examples = {position: table.conversation(position) for position in pending}
         reasons = check(list(examples.values()))
 
-        # The examples that take the others' places are checked in the next round.
+        # The replacements may be unusable too, so the next round checks them.
         pending = []
         for position, example in examples.items():
             fault = _first_fault(example, reasons)
@@ -168,6 +168,7 @@ def _replace_unusable(
                 usable.append(position)
                 continue
 
+            # A source that has run out of candidates gets smaller.
             other = next(spare[example.source], None)
             if other is not None:
                 pending.append(other)
@@ -190,15 +191,16 @@ def _manifest(
     positions: Sequence[int],
     left_out: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The record of a subset; the same on every machine."""
+    """Describe a subset. The description is the same on every machine."""
+    # Read whole columns: building an object for each example would take seconds.
     sources = table.column("source")
     digests = table.column("digest")
     ids = table.column("id")
 
-    def content_hash(of: Sequence[int]) -> str:
-        # Sorted, so that the order of the data does not count.
-        in_any_order = sorted(digests[position] for position in of)
-        return hashlib.sha256("".join(in_any_order).encode()).hexdigest()
+    def content_hash(chosen: Sequence[int]) -> str:
+        # Sorted, so that the hash does not depend on the order of the data.
+        sorted_digests = sorted(digests[position] for position in chosen)
+        return hashlib.sha256("".join(sorted_digests).encode()).hexdigest()
 
     num_by_source = Counter(sources[position] for position in positions)
     return {
@@ -225,7 +227,7 @@ def _manifest(
 class _MediaCheck:
     """Checks the pictures and videos of examples, and fetches those that are missing.
 
-    Called with examples, it returns what is wrong, by path.
+    A call with examples returns what is wrong, by path.
     """
 
     def __init__(
@@ -244,12 +246,15 @@ class _MediaCheck:
         self.num_examples = 0
 
     def __call__(self, examples: Sequence[Conversation]) -> dict[str, str]:
-        """Raises UserError if too much is wrong, or if servers did not answer."""
+        """Raise UserError if too much is wrong, or if servers did not answer."""
+        # All media together, so that one pool of threads fetches them.
         media = []
         for example in examples:
             for kind, paths in example.media.items():
                 media += [(kind, path, example.source) for path in paths]
 
+        # A server that is down now may answer later. By default its pictures are waited for,
+        # because replacing them would make another subset than on other machines.
         faults = fetch_media(media, self.image_folder, sources=self.sources, media_index=self.media_index)
         if not self.replace_unreachable:
             self._check_all_answered(faults)
@@ -259,6 +264,7 @@ class _MediaCheck:
         return reasons
 
     def _check_all_answered(self, faults: Mapping[str, Fault]) -> None:
+        """Raise UserError if a picture may still come in a later command."""
         reasons = []
         for path, fault in faults.items():
             if not fault.final:
@@ -266,19 +272,20 @@ class _MediaCheck:
 
         if reasons:
             raise UserError(
-                f"{len(reasons)} pictures could not be fetched now. Run the same command again, it resumes; "
-                f"or, if they will not come back, replace them by other examples of their source with "
-                f"data.replace_unreachable=true. First ones:\n{first_lines(reasons)}"
+                f"{len(reasons)} pictures could not be fetched now. Run the same command again: it resumes. "
+                f"If the pictures will not come back, replace their examples by others of the same source "
+                f"with data.replace_unreachable=true. The first ones:\n{first_lines(reasons)}"
             )
 
     def _check_local(self, examples: Sequence[Conversation], reasons: Mapping[str, str]) -> None:
-        """Limit the bad examples of data sources whose pictures must all be in the folder already."""
+        """Raise UserError if too many examples are bad whose pictures are not fetched."""
+        # Without a source, all pictures must be in the folder already.
         for example in examples:
             fault = _first_fault(example, reasons)
             if fault is not None and not self.sources.get(example.source):
                 self.bad.append(BadExample(example.id, example.source, fault))
 
-        # Later calls get examples that replace some of the first ones, which are all that count.
+        # The first call gets the whole subset. Later ones get replacements, which do not enlarge it.
         if not self.num_examples:
             self.num_examples = len(examples)
         check_bad_share(self.bad, self.num_examples)
@@ -296,6 +303,7 @@ def _make_subset(
 
     Raises UserError as `prepare` does.
     """
+    # The draw needs no picture: only those of the drawn examples are fetched.
     drawn = draw_subset(
         table,
         fraction=selection.fraction,
@@ -304,11 +312,12 @@ def _make_subset(
         text_examples=selection.text_examples,
     )
 
-    # A folder of Hugging Face `datasets` holds its pictures itself.
+    # A folder of Hugging Face `datasets` is the source of its own pictures.
     if Path(selection.path).is_dir():
         inside = HfFolder(selection.path)
         sources = {source: [inside] for source in drawn.candidates}
 
+    # The index remembers what earlier commands looked at, so a killed command resumes.
     folder.mkdir(parents=True, exist_ok=True)
     media_index = MediaIndex(folder / CHECKED)
     check = _MediaCheck(
@@ -320,12 +329,14 @@ def _make_subset(
     positions, left_out = _replace_unusable(table, drawn, check)
     check_lost_sources(drawn, positions, left_out)
 
-    # The token arrays depend on the pictures' content, so the manifest has a hash of it.
+    # The token arrays depend on the pictures too, so the manifest has a hash of their content.
     media: list[str] = []
     for example in map(table.conversation, positions):
         media += example.images + example.videos
     manifest = _manifest(selection, table, drawn.positions, positions, left_out)
     manifest["media_hash"] = media_index.content(media)
+
+    # The manifest is written last: it shows that the subset is complete.
     write_json(folder / MANIFEST, manifest)
 
 
@@ -335,26 +346,26 @@ def prepare(
     sources: Mapping[str, Sequence[Source]] | None = None,
     replace_unreachable: bool = False,
 ) -> Subset:
-    """Open the subset of a selection; make it if it is missing.
+    """Open the subset of a selection. Make it if it is missing.
 
-    Work that a killed command did is not done again.
+    The pictures that a killed command fetched are not fetched again.
 
     Args:
         selection: which examples.
-        sources: by the name of the data source, where missing pictures are fetched from. If given,
-            a subset that is there is looked through again. None: all pictures must be in the
-            folder.
-        replace_unreachable: whether to replace also examples whose pictures' servers did not
-            answer.
+        sources: by the name of the data source, where missing pictures are fetched from. With
+            sources, the pictures of an existing subset are looked at again. With None, all pictures
+            must be in the folder.
+        replace_unreachable: whether to replace an example also if the server of its picture did
+            not answer.
 
     Raises:
         UserError: the data is missing or broken, or too many examples can't be used.
     """
-    # A broken file is refused before any picture is fetched.
+    # Refuse a broken file before any picture is fetched.
     table = open_table(selection.path)
     check_bad_share(table.bad_examples(), len(table))
 
-    # Sources mean that the caller wants missing pictures fetched, even those that went since.
+    # With sources, pictures that went missing since the subset was made are fetched again.
     name = Path(selection.path).stem
     folder = data_dir() / "prepared" / f"{name}-{_key(selection, table)}"
     if sources is not None or not (folder / MANIFEST).is_file():

@@ -1,6 +1,6 @@
-"""Draw a seeded part of a data set, stratified by source.
+"""Draw a seeded subset of a data set, stratified by source.
 
-It is the same on every machine and in every order of the data.
+The subset is the same on every machine and in every order of the data.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ class DrawnSubset:
     """The examples of each source in the order in which they are drawn, and how many are wanted.
 
     Attributes:
-        candidates: positions in the table, by source. Those behind the wanted ones replace examples
+        candidates: by source, positions in the table. Those behind the wanted ones replace examples
             that turn out to be unusable.
-        wanted: number of examples, by source.
-        keys: by position, the key that all examples are sorted by.
+        wanted: by source, the number of examples.
+        keys: by position, the key that examples are sorted by.
     """
 
     candidates: dict[str, list[int]]
@@ -31,7 +31,7 @@ class DrawnSubset:
 
     @property
     def positions(self) -> list[int]:
-        """The positions that were drawn, in the order of a run."""
+        """Positions that were drawn, in the order of a run."""
         drawn: list[int] = []
         for source, candidates in self.candidates.items():
             drawn += candidates[: self.wanted[source]]
@@ -57,14 +57,14 @@ def draw_subset(
 ) -> DrawnSubset:
     """Draw `fraction` of the usable examples of each source (rounded up), in a random order.
 
-    The order depends on the seed and the content alone: each example is sorted by the sha256 of
-    both. So an example that is added to the data moves no other one.
+    The order depends on the seed and the content alone: examples are sorted by the sha256 of both.
+    An example that is added to the data does not move the others.
 
     Args:
         table: all examples.
         fraction: in (0, 1].
-        seed: of the order.
-        sources: the sources to draw from. None: all.
+        seed: seed of the order.
+        sources: the sources to draw from. None for all of them.
         text_examples: whether to draw examples without an image or video.
 
     Raises:
@@ -74,7 +74,7 @@ def draw_subset(
     if not 0 < fraction <= 1:
         raise UserError(f"data.fraction={fraction} must lie in (0, 1]; 0.1 is a tenth")
 
-    # A key for each usable example. Sorted by it, the examples are in a random order.
+    # Sorted by these keys, the examples are in a random order.
     by_source: dict[str, list[int]] = defaultdict(list)
     keys = {}
     columns = [table.column(name) for name in ("source", "digest", "has_media", "fault")]
@@ -83,14 +83,14 @@ def draw_subset(
             keys[position] = hashlib.sha256(f"{seed}:{digest}".encode()).hexdigest()
             by_source[source].append(position)
 
-    # A mistyped source would make the subset smaller without a word.
+    # Without this check, a mistyped source would make the subset smaller without a word.
     unknown = sorted(set(sources or ()) - set(by_source))
     if unknown:
         raise UserError(
             f"data.sources={list(sources or ())}: the data has no {unknown}; it has {sorted(by_source)}"
         )
 
-    # The decimal that was written, and not its nearest binary number: 0.07 of 100 is 7, not 8.
+    # Take the decimal that the user wrote: as a binary number, 0.07 of 100 would be rounded up to 8.
     share = Fraction(str(fraction))
     candidates = {}
     wanted = {}

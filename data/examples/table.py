@@ -1,7 +1,7 @@
 """Instruction data of any form as an Arrow table on disk, made once and memory-mapped from then on.
 
 A file is read example by example, so a gigabyte of JSON takes little memory. Examples are parsed,
-checked and hashed when the table is made; no rank and no later command does it again.
+checked and hashed only when the table is made. All ranks and later commands open it.
 """
 
 import codecs
@@ -27,13 +27,13 @@ from vzip import UserError
 VERSION = 3
 """Version of the table.
 
-Raise it when this file, or `parse_conversation`, makes something else of the same data.
+Raise it when this file or `parse_conversation` changes what it makes of the same data.
 """
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
         "source": pa.string(),
-        # Why an example can't be used, or null. Such an example has none of the following.
+        # Why an example can't be used, or null. With a fault, the following columns are empty.
         "fault": pa.string(),
         "kind": pa.string(),
         "digest": pa.string(),
@@ -51,8 +51,8 @@ class Table:
     """The examples of one data file or folder, by their position in it.
 
     Attributes:
-        columns: see `SCHEMA`.
-        sha256: of the content of all examples.
+        columns: the columns of `SCHEMA`.
+        sha256: hash of the content of all examples.
     """
 
     columns: pa.Table
@@ -62,12 +62,12 @@ class Table:
         return int(self.columns.num_rows)
 
     def column(self, name: str) -> list[Any]:
-        """A column of all examples."""
+        """Return a column of all examples."""
         values: list[Any] = self.columns[name].to_pylist()
         return values
 
     def conversation(self, position: int) -> Conversation:
-        """The example at a position, which must have no fault."""
+        """Return the example at a position. It must have no fault."""
 
         def value(name: str) -> Any:
             return self.columns[name][position].as_py()
@@ -83,26 +83,27 @@ class Table:
         )
 
     def bad_examples(self) -> list[BadExample]:
-        """The examples that can't be used."""
+        """Return the examples that can't be used."""
+        # Filter in Arrow: turning every example into Python objects would take seconds.
         has_fault = self.columns["fault"].is_valid()
         bad = self.columns.filter(has_fault).select(["id", "source", "fault"])
         return [BadExample(entry["id"], entry["source"], entry["fault"]) for entry in bad.to_pylist()]
 
 
 def _read_lines(file: TextIO) -> Iterator[Any]:
-    """The entries of a file of JSON lines; a ValueError in place of a line that can't be read."""
+    """Yield the entries of a file of JSON lines, and a ValueError for each line that is broken."""
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         try:
             yield json.loads(line)
         except (ValueError, RecursionError) as error:
-            # One lost example, and not a lost file.
+            # Yielded instead of raised, so that a broken line costs one example and not the file.
             yield ValueError(f"line {number} is not valid JSON: {error}")
 
 
 def _read_entries(path: Path) -> Iterator[Any]:
-    """The entries of a JSON list or of JSON lines, see `_read_lines`."""
+    """Yield the entries of a JSON list or of JSON lines, see `_read_lines`."""
     with path.open("rb") as raw:
         # A list starts with a bracket, and JSON lines with the first example's brace.
         first = raw.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
@@ -110,22 +111,25 @@ def _read_entries(path: Path) -> Iterator[Any]:
         if first not in (b"[", b"{"):
             start = first.decode(errors="replace") or "nothing"
             raise UserError(
-                f"{path}: expected a JSON list of examples in UTF-8, or one example a line; it starts with {start!r}"
+                f"{path}: expected a JSON list of examples in UTF-8, or one example a line; "
+                f"it starts with {start!r}"
             )
 
-        # Odd bytes cost one line of JSON lines, but in a list they hide where an entry ends.
+        # Bytes that are not UTF-8 cost one line of JSON lines. In a list they could hide where an
+        # entry ends, so there they are an error.
         is_lines = first == b"{"
         file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="replace" if is_lines else "strict")
         entries = _read_lines(file) if is_lines else read_list(file, path)
         with progress(None, total=path.stat().st_size, title=f"read {path.name}", unit="B") as bar:
             for entry in entries:
-                # The position in the file runs ahead of the entries by the part that is in memory.
+                # The reader is ahead of the entries by what is in memory, so the bar is too.
                 bar.update(raw.tell() - bar.n)
                 yield entry
 
 
 def _record(position: int, entry: Any) -> dict[str, Any]:
-    """An example as a record of `SCHEMA`."""
+    """Return an example as a record of `SCHEMA`."""
+    # A bad example gets a record too: positions stay those of the file, and the fault is shown.
     try:
         if isinstance(entry, ValueError):
             raise entry
@@ -148,11 +152,13 @@ def _record(position: int, entry: Any) -> dict[str, Any]:
 
 
 def _bad_record(position: int, entry: Any, reason: str) -> dict[str, Any]:
+    """Return an example that can't be used as a record of `SCHEMA`."""
+    # Name the example by its id, or else by its position.
     name = f"#{position}"
     if isinstance(entry, dict):
         name = str(entry.get("id", name))
 
-    # Half of a surrogate pair, which JSON can hold, is no text for Arrow.
+    # JSON can hold half of a surrogate pair, but Arrow refuses it as text: "?" takes its place.
     return {
         "id": name.encode(errors="replace").decode(),
         "source": "rows",
@@ -164,6 +170,7 @@ def _bad_record(position: int, entry: Any, reason: str) -> dict[str, Any]:
 
 def _write_table(path: Path, target: Path) -> None:
     """Make the table of the data at `path`, and beside it the file with the hash of its content."""
+    # The hash is computed while the records are written, so the data is read only once.
     digest = hashlib.sha256()
 
     def records() -> Iterator[dict[str, Any]]:
@@ -173,20 +180,21 @@ def _write_table(path: Path, target: Path) -> None:
             digest.update((record["digest"] or record["fault"]).encode())
             yield record
 
-    # Tables of the same data as it was before.
+    # Delete the tables of earlier versions of the same data.
     name, _, _ = target.stem.rpartition("-")
     for old in target.parent.glob(f"{escape(name)}-*"):
         if not old.name.startswith(target.stem):
             old.unlink(missing_ok=True)
 
     write_arrow(records(), SCHEMA, target)
-    # This file comes last: it says that the table is whole.
+
+    # This file comes last: it shows that the table is whole.
     with atomic_write(target.with_suffix(".sha256")) as scratch:
         scratch.write_text(digest.hexdigest())
 
 
 def _state(path: Path) -> list[Any]:
-    """Something that changes when a file, or a file in a folder, does."""
+    """Return names, sizes and times, which change when the file or the folder's files do."""
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -215,18 +223,19 @@ def open_table(path: str | Path) -> Table:
     path = Path(path).absolute()
     if not path.is_file() and not is_hf_folder(path):
         raise UserError(
-            f"data file {path} does not exist; set data.path (or data.held_out) to a LLaVA-format JSON or JSONL file, or to a "
-            f"folder of Hugging Face datasets, or run `make data` where data.address says where the file is"
+            f"data file {path} does not exist; set data.path (or data.held_out) to a LLaVA-format JSON or "
+            f"JSONL file, or to a folder of Hugging Face datasets, or run `make data` if data.address "
+            f"names the file"
         )
 
-    # The first hash stays when the data changes, so that the old table can be found and deleted.
+    # The first hash stays the same when the data changes, so the old table can be found and deleted.
     folder = data_dir() / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     where = _short_hash(str(path))
     state = _short_hash(VERSION, _state(path))
     target = folder / f"{path.stem}-{where}-{state}.arrow"
 
-    # The file with the hash comes last: without it, a kill may have cut the table short.
+    # The file with the hash is written last. Without it, the table may be cut short.
     hash_file = target.with_suffix(".sha256")
     if not (hash_file.is_file() and target.is_file()):
         _write_table(path, target)

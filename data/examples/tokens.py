@@ -21,7 +21,7 @@ from vzip.templates.encode import IGNORED, IMAGE, VIDEO, Template, encode
 VERSION = 1
 """Version of the written columns.
 
-Raise it when this file or `encode` writes something else for the same conversations.
+Raise it when a change of this file or of `encode` changes what is written.
 """
 
 SCHEMA = pa.schema(
@@ -41,7 +41,7 @@ SCHEMA = pa.schema(
         "num_whole_labels": pa.int32(),
     }
 )
-"""Columns of the file, one row for each conversation of the subset."""
+"""Columns of the file. It has one record for each conversation of the subset."""
 
 PLACEHOLDERS = {"image": IMAGE, "video": VIDEO}
 """Token that stands for an image, or a video, in a question."""
@@ -54,7 +54,7 @@ class Example:
     ids: list[int]
     labels: list[int]
     media: dict[str, tuple[Path, ...]]
-    """Paths of its images and videos by kind. A kind that does not occur has no entry."""
+    """Paths of its images and videos by kind. A kind without paths has no entry."""
     sizes: tuple[tuple[int, int], ...] = ()
     """(height, width) in pixels of each image, upright. Empty if they are not known."""
     index: int = -1
@@ -71,12 +71,12 @@ def example_of(
     """Build an example with as many images and videos as `ids` has placeholders."""
     media = {}
     for kind, token in PLACEHOLDERS.items():
-        # The placeholder of videos is looked up only if there are any: not every tokenizer has one.
+        # Look up the placeholder of videos only if there are any: some tokenizers have none.
         paths = conversation.media[kind]
         if not paths:
             continue
 
-        # A cut takes placeholders away from the end.
+        # A cut removes placeholders from the end, so the first paths belong to those that are left.
         num_placeholders = ids.count(tokenizer.convert_tokens_to_ids(token))
         if num_placeholders:
             media[kind] = tuple(folder / path for path in paths[:num_placeholders])
@@ -85,12 +85,12 @@ def example_of(
 
 
 def _ordered_kinds(present: set[str]) -> tuple[str, ...]:
-    """The kinds of media that are present, images first. Text alone counts as images."""
+    """Return the kinds of media that are present, images first. Text alone counts as images."""
     return tuple(kind for kind in KINDS if kind in present) or ("image",)
 
 
 def kinds_of(examples: Iterable[Example]) -> tuple[str, ...]:
-    """Kinds of media that some examples have, images first. Only images if none has any."""
+    """Return the kinds of media that some examples have, images first. At least images."""
     present: set[str] = set()
     for example in examples:
         present.update(example.media)
@@ -113,6 +113,7 @@ class FlatTokens(NamedTuple):
     @classmethod
     def of(cls, pairs: Sequence[tuple[list[int], list[int]]]) -> Self:
         """Join the (ids, labels) of some examples."""
+        # Each example ends where the next one starts.
         all_ids: list[int] = []
         all_labels: list[int] = []
         stops: list[int] = []
@@ -137,7 +138,7 @@ class FlatTokens(NamedTuple):
         Returns:
             int64[examples]: its position in the example, or the example's length if none matches.
         """
-        # A match behind all tokens stands for "no match": it is cut down to the example's end.
+        # A match behind all tokens stands for "no match", and becomes the example's end.
         positions = np.append(np.flatnonzero(matches), len(matches))
         at_or_after_start = positions[np.searchsorted(positions, self.starts)]
         first: np.ndarray = np.minimum(at_or_after_start, self.stops) - self.starts
@@ -152,7 +153,7 @@ class FlatTokens(NamedTuple):
         Returns:
             int64[examples]: its position in the example, or a number below zero if none matches.
         """
-        # A match before all tokens stands for "no match", as does one in an earlier example.
+        # A match before all tokens, or in an earlier example, stands for "no match".
         positions = np.append(-1, np.flatnonzero(matches))
         before_stop = positions[np.searchsorted(positions, self.stops) - 1]
         last: np.ndarray = before_stop - self.starts
@@ -162,9 +163,9 @@ class FlatTokens(NamedTuple):
 class Examples(Sequence[Example]):
     """Tokenized conversations in columns.
 
-    They are opened at once, and one copy serves all ranks and workers of a machine. A conversation
-    that the cut left without a label is not an example. It has a row in `table`, but is skipped
-    here.
+    The file is mapped, so opening it takes no time, and all ranks and workers of a machine share one
+    copy. A conversation that the cut left without a label is not an example: `table` has a record of
+    it, which is skipped here.
 
     Args:
         table: the columns of `SCHEMA`.
@@ -179,7 +180,7 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def open(cls, path: Path, folder: Path) -> Self:
-        """Map a file that `write_tokens` wrote. Raises UserError if it is damaged."""
+        """Map a file from `write_tokens`. Raises UserError if it is damaged."""
         return cls(read_arrow(path), folder, path=path)
 
     @classmethod
@@ -189,7 +190,7 @@ class Examples(Sequence[Example]):
         return cls(pa.Table.from_pylist(records, SCHEMA), folder=Path())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Workers that are not forked map the file themselves, rather than get a copy of it.
+        # A worker that is not forked maps the file itself: a copy would take its memory again.
         if self.path is not None:
             return Examples.open, (self.path, self.folder)
         return Examples, (self.table, self.folder)
@@ -200,16 +201,17 @@ class Examples(Sequence[Example]):
         return np.flatnonzero(self.table["num_labels"].to_numpy())
 
     def column(self, name: str) -> np.ndarray:
-        """A column of the examples: int32[examples] for numbers, an array of arrays for lists."""
+        """Return a column: int32[examples] for numbers, an array of arrays for lists."""
         values: np.ndarray = self.table[name].to_numpy()
         return values[self._rows]
 
     def flat_tokens(self) -> FlatTokens:
-        """Token ids and labels of all examples."""
-        # The file is written in chunks, whose offsets begin at 0 again.
+        """Return token ids and labels of all examples."""
+        # The file is written in chunks, and the offsets of each chunk begin at 0.
         ids = self.table["ids"].combine_chunks()
         labels = self.table["labels"].combine_chunks()
-        # Offsets are those of all rows, so they also skip rows that are no examples.
+
+        # There is an offset for each record. Only those of examples are used.
         offsets = ids.offsets.to_numpy().astype(np.int64)
         return FlatTokens(
             ids.values.to_numpy(),
@@ -220,7 +222,8 @@ class Examples(Sequence[Example]):
 
     @cached_property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of media that the examples have, images first. Only images if none has any."""
+        """Kinds of media that the examples have, images first. At least images."""
+        # Counted in columns, as `kinds_of` would build every example.
         present = set()
         for kind in KINDS:
             if self.column(f"num_{kind}s").any():
@@ -233,7 +236,7 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: Any) -> Example:
         row = int(self._rows[index])
 
-        # A kind that does not occur has no entry.
+        # Examples may lie anywhere in the table, because those without a label are skipped.
         media = {}
         for kind in KINDS:
             paths = self.table[f"{kind}s"][row].as_py()
@@ -250,14 +253,14 @@ class Examples(Sequence[Example]):
 
 
 def pairs_of_sides(sides: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """(height, width) of each image, from an entry of the column "sizes"."""
+    """Return (height, width) of each image, from an entry of the column "sizes"."""
     return tuple((height, width) for height, width in sides.reshape(-1, 2).tolist())
 
 
 def record_of(
     example: Example, *, name: str = "", source: str = "", whole_labels: Sequence[int]
 ) -> dict[str, Any]:
-    """Build one row of the table.
+    """Build one record of the table.
 
     Args:
         example: the example, after the cut.
@@ -286,7 +289,7 @@ def record_of(
 
 def _tokenizer_fingerprint(tokenizer: Any) -> str:
     """Hash all files that the tokenizer saves."""
-    # They hold vocabulary, merges and special tokens, whatever the tokenizer's class.
+    # The files hold vocabulary, merges and special tokens, whatever the tokenizer's class is.
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -296,7 +299,7 @@ def _tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def tokens_key(template: Template, tokenizer: Any, *, max_tokens: int, digest: str) -> str:
-    """Hash everything that the token ids depend on. `digest` is that of the conversations."""
+    """Hash everything that the token ids depend on. `digest` is the hash of the conversations."""
     dependencies = [VERSION, repr(template), _tokenizer_fingerprint(tokenizer), max_tokens, digest]
     return hashlib.sha256(json.dumps(dependencies).encode()).hexdigest()[:12]
 
@@ -313,21 +316,20 @@ def write_tokens(
     """Tokenize conversations and write them to `target`, whole or not at all.
 
     Args:
-        conversations: in the order of the examples.
+        conversations: the conversations, in the order of the examples.
         template: the model's training format.
         tokenizer: the model's tokenizer.
-        target: the file.
-        max_tokens: text tokens at which a conversation is cut, as LLaVA does.
+        target: the file to write.
+        max_tokens: number of text tokens at which a conversation is cut, as LLaVA does.
         sizes: (height, width) of every image, by its path in the conversations.
 
     Raises:
-        UserError: the template or the tokenizer does not take a conversation, which the message
-            names by its id.
+        UserError: the template or the tokenizer refuses a conversation. The message has its id.
     """
 
     def records() -> Iterator[dict[str, Any]]:
         for conversation in conversations:
-            # Encoded whole, to record how much the cut takes.
+            # Encode the whole conversation first, to record how much the cut removes.
             ids, labels = _encode(conversation, template, tokenizer)
             cut = example_of(ids[:max_tokens], labels[:max_tokens], conversation, tokenizer, Path())
             example = replace(cut, sizes=_sizes_of(conversation, cut, sizes))
@@ -342,7 +344,7 @@ def write_tokens(
 
 
 def _encode(conversation: Conversation, template: Template, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Encode a whole conversation. Raises UserError, with its id, if that is not possible."""
+    """Encode a whole conversation. Raises UserError, with its id, if that fails."""
     try:
         return encode(template, tokenizer, conversation.turns)
     except UserError as error:
@@ -353,7 +355,7 @@ def _sizes_of(
     conversation: Conversation, example: Example, sizes: Mapping[str, Any]
 ) -> tuple[tuple[int, int], ...]:
     """Look up the sizes of the example's images. Raises UserError if one was never looked at."""
-    # Also the images that a cut takes away, so that the error does not depend on the cut.
+    # Check the images that the cut removes too, so that the error does not depend on the cut.
     for path in conversation.images:
         if path not in sizes:
             raise UserError(

@@ -1,1 +1,1 @@
-"""Pictures and videos: where they are fetched from, and how they are opened."""
+"""Fetch pictures, videos and instruction files, and check them."""

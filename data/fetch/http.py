@@ -1,4 +1,7 @@
-"""Files, and parts of files, over HTTP: retried where that can help, never half, never endless."""
+"""Fetch files, and parts of files, over HTTP.
+
+A request is repeated if that can help, and ends at a deadline. A file comes whole or not at all.
+"""
 
 import math
 import random
@@ -27,8 +30,8 @@ CHUNK = 1 << 20
 MAX_WAIT_S = 60.0
 """Longest wait between two attempts, even if a server asks for more."""
 HEADERS = {"User-Agent": "vzip", "Accept-Encoding": "identity"}
-# urllib3 follows redirects. The client below counts attempts, because a body that breaks off is
-# asked for again too.
+# urllib3 only follows redirects. The client below repeats requests itself, because it also repeats
+# those whose body breaks off.
 REDIRECTS = Retry(
     total=None,
     connect=0,
@@ -46,7 +49,7 @@ class NotFoundError(OSError):
 
 
 class TransientError(OSError):
-    """A source gave no proper answer; asking later may help.
+    """A source gave no proper answer, but may give one later.
 
     It refused or dropped the connection, stalled, broke off, or answered 408, 425, 429 or 5xx.
 
@@ -60,14 +63,15 @@ class TransientError(OSError):
 
 
 def _manager(scheme: str) -> PoolManager:
-    """Connections through the proxy that the environment names for a scheme, if there is one.
+    """Open connections for a scheme, through a proxy if the environment names one.
 
-    As usual, it is in `http_proxy` and `https_proxy`.
+    The environment names proxies in `http_proxy` and `https_proxy`.
     """
     proxy = getproxies().get(scheme)
     if not proxy:
         return PoolManager(maxsize=MAX_CONNECTIONS)
 
+    # A proxy is often given as HOST:PORT.
     url = parse_url(proxy if "://" in proxy else f"http://{proxy}")
     if url.scheme not in ("http", "https"):
         raise UserError(
@@ -79,7 +83,7 @@ def _manager(scheme: str) -> PoolManager:
 
 
 def _requested_wait_s(response: BaseHTTPResponse) -> float:
-    """Seconds that the header Retry-After asks for; 0 if it is missing or makes no sense."""
+    """Return the seconds that the header Retry-After asks for. 0 if it is missing or wrong."""
     try:
         return float(REDIRECTS.get_retry_after(response) or 0)
     except (InvalidHeader, ValueError, OverflowError):  # the last two: dates that no calendar has
@@ -87,6 +91,7 @@ def _requested_wait_s(response: BaseHTTPResponse) -> float:
 
 
 def _check_status(response: BaseHTTPResponse, url: str) -> None:
+    """Raise TransientError or NotFoundError unless the answer has the file, or a part of it."""
     status = response.status
     if status in (200, 206):
         return
@@ -99,10 +104,11 @@ def _check_status(response: BaseHTTPResponse, url: str) -> None:
 
 
 def _content_range(response: BaseHTTPResponse, url: str) -> tuple[int, int]:
-    """(first byte, bytes of the whole file) of an answer to a range request.
+    """Return (first byte, bytes of the whole file) of an answer to a range request.
 
     Raises NotFoundError for any other answer.
     """
+    # A server that ignores the range answers 200 and sends the whole file, maybe gigabytes.
     if response.status != 206:
         raise NotFoundError(
             f"{url}: sends no parts of files (HTTP ranges); download the whole file, and give its path"
@@ -117,6 +123,7 @@ def _content_range(response: BaseHTTPResponse, url: str) -> tuple[int, int]:
 
 def _check_free_space(url: str, folder: Path, num_bytes: int) -> None:
     """Raise UserError if a folder has no room for so many bytes."""
+    # Better now than after an hour of download.
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
         raise UserError(
@@ -129,14 +136,14 @@ def _check_free_space(url: str, folder: Path, num_bytes: int) -> None:
 class Client:
     """HTTP client with retries, timeouts and a total deadline.
 
-    All threads may share one: it keeps connections open.
+    All threads should share one client, because it keeps connections open.
     """
 
     attempts: int = 5
     first_wait_s: float = 1.0
     """Wait before the second attempt.
 
-    It doubles each time, up to `MAX_WAIT_S`, and varies by half either way.
+    The wait doubles each time, up to `MAX_WAIT_S`, and is multiplied by a random 0.5 to 1.5.
     """
     connect_s: float = 10.0
     read_s: float = 30.0
@@ -144,7 +151,7 @@ class Client:
     total_s: float = 180.0
     """Deadline for one picture, or one part of a file, with all attempts and waits.
 
-    Without it, a server that sends a byte now and then would be waited for for ever.
+    Without it, a server that sends a byte now and then would keep the client waiting for ever.
     """
     max_bytes: int = 100_000_000
     """Largest picture, or part of a file."""
@@ -161,7 +168,7 @@ class Client:
                 parts of files.
             TransientError: all attempts failed.
         """
-        # Without a range, the whole file comes, of which only a limit is known.
+        # Without a range the size is not known, but `max_bytes` still limits it.
         headers = {}
         num_bytes = None
         if first is not None and last is not None:
@@ -170,13 +177,14 @@ class Client:
 
         def attempt(deadline: float) -> bytes:
             with self.answer(url, headers, left_s=deadline - time.monotonic()) as response:
-                # A server may send another part than it was asked for.
+                # Check the first byte, because a server may send another part.
                 if headers:
                     start, _ = _content_range(response, url)
                     if start != first:
                         raise NotFoundError(f"{url}: sends from byte {start} where {first} was asked for")
                 data = self._read_body(response, url, deadline)
 
+            # A short answer to a range request is no error for urllib3.
             if num_bytes not in (None, len(data)):
                 raise TransientError(f"{url}: {len(data):,} bytes came for bytes {first:,} to {last:,}")
             return data
@@ -184,13 +192,13 @@ class Client:
         return self._retry(attempt, total_s=self.total_s)
 
     def size(self, url: str) -> int:
-        """Bytes of the file at an address, whose server must send parts of files.
+        """Return the bytes of the file at an address. Its server must send parts of files.
 
-        Raises what `get` raises.
+        Raises the errors of `get`.
         """
 
         def attempt(deadline: float) -> int:
-            # Not HEAD: a signed address is signed for one method.
+            # Not HEAD: a signed address is valid for one method only.
             with self.answer(url, {"Range": "bytes=0-0"}, left_s=deadline - time.monotonic()) as response:
                 _, num_bytes = _content_range(response, url)
                 return num_bytes
@@ -200,7 +208,7 @@ class Client:
     def download(self, url: str, path: Path, *, bar: "tqdm[Any]") -> None:
         """Write the file at an address, of any size, to `path`.
 
-        Each attempt starts anew, and takes as long as bytes keep coming.
+        Each attempt starts the file again, and may take as long as bytes keep coming.
 
         Raises:
             NotFoundError: the file is missing.
@@ -209,13 +217,13 @@ class Client:
         """
 
         def attempt(_deadline: float) -> None:
-            # What an earlier attempt wrote would count as space that is not free.
+            # The bytes of an earlier attempt take space that this one needs.
             path.unlink(missing_ok=True)
             with self.answer(url, {}) as response:
                 size = response.length_remaining
                 _check_free_space(url, path.parent, size or 0)
 
-                # The bar starts anew with each attempt, as the file does.
+                # The bar starts again with each attempt, because the file does.
                 bar.reset(total=size)
                 num_bytes = 0
                 with path.open("wb") as file:
@@ -233,11 +241,11 @@ class Client:
     def answer(
         self, url: str, headers: dict[str, str], *, left_s: float = math.inf
     ) -> Iterator[BaseHTTPResponse]:
-        """Ask once. The answer has status 200 or 206, and its body is still to be read.
+        """Ask once, and yield an answer of status 200 or 206 whose body is not read yet.
 
-        Raises NotFoundError and TransientError, also for what goes wrong while the body is read.
+        Raises NotFoundError and TransientError, even for faults while the caller reads the body.
         """
-        # A timeout must be positive; one of a millisecond fails just as well.
+        # A timeout must be positive. After the deadline, a millisecond fails just as well.
         left_s = max(left_s, 0.001)
         timeout = Timeout(connect=min(self.connect_s, left_s), read=min(self.read_s, left_s))
         try:
@@ -254,37 +262,42 @@ class Client:
                 _check_status(response, url)
                 yield response
             finally:
-                # A body that was read to its end has given its connection back before.
+                # Close the connection of a body that was not read to its end. Otherwise the
+                # connection has been given back already, and this does nothing.
                 response.close()
         except (LocationValueError, UnicodeError) as error:
-            # Not an address at all.
+            # The text is not an address at all.
             raise NotFoundError(f"{url}: {error}") from error
         except MaxRetryError as error:
-            # Too many redirects lead nowhere. Everything else is a connection that failed.
+            # Too many redirects lead nowhere, so asking again does not help. All other causes are
+            # connections that failed.
             kind = NotFoundError if isinstance(error.reason, ResponseError) else TransientError
             raise kind(f"{url}: {error.reason}") from error
         except HTTPError as error:
             raise TransientError(f"{url}: {error}") from error
 
     def wait_s(self, failures: int, error: TransientError) -> float:
-        """Seconds to wait after so many failed attempts."""
-        # A generator of its own: runs seed the global one.
+        """Return the seconds to wait after so many failed attempts."""
+        # The spread keeps threads that failed together from asking again together. It has a
+        # generator of its own, because a run seeds the global one.
         spread = random.Random().uniform(0.5, 1.5)
         own_wait = self.first_wait_s * 2.0 ** (failures - 1) * spread
         return min(MAX_WAIT_S, max(error.wait_s, own_wait))
 
     def _manager_of(self, url: str) -> PoolManager:
+        """Choose the connections for an address: through a proxy, or direct."""
         parts = parse_url(url)
         if parts.scheme not in self._managers:
             raise NotFoundError(f"{url} is not a web address (http://, https://)")
+        # `no_proxy` in the environment names hosts that the proxy can't reach.
         if proxy_bypass(parts.host or ""):
             return self._direct
         return self._managers[parts.scheme]
 
     def _retry(self, attempt: Callable[[float], T], *, total_s: float) -> T:
-        """What `attempt` returns.
+        """Call `attempt` until it succeeds, and return its result.
 
-        It is given the time by which it must be done (monotonic clock, seconds).
+        Its argument is the time by which it must be done (monotonic clock, seconds).
         """
         deadline = time.monotonic() + total_s
         failures = 0
@@ -292,6 +305,7 @@ class Client:
             try:
                 return attempt(deadline)
             except TransientError as error:
+                # Give up if the wait alone would pass the deadline.
                 failures += 1
                 wait_s = self.wait_s(failures, error)
                 if failures >= self.attempts or time.monotonic() + wait_s > deadline:
@@ -299,12 +313,15 @@ class Client:
             time.sleep(wait_s)
 
     def _read_body(self, response: BaseHTTPResponse, url: str, deadline: float) -> bytes:
+        """Read the body of an answer. Raise an error if it is too large, or too slow."""
+        # The server may say the size before it sends anything.
         length = response.length_remaining or 0
         if length > self.max_bytes:
             raise NotFoundError(f"{url}: has {length:,} bytes; at most {self.max_bytes:,} are allowed")
 
+        # read1() returns the bytes that are there. read() would wait for a whole chunk, and so could
+        # pass the deadline.
         data = bytearray()
-        # read1() returns what has come. read() would wait for a whole chunk, past the deadline.
         while chunk := response.read1(CHUNK):
             data += chunk
             if len(data) > self.max_bytes:

@@ -1,7 +1,7 @@
 """Fetch the pictures and videos of a subset into its folder, and check each once.
 
-Each file is decoded before it is put into the folder, and no file is ever half there. A command
-that was killed goes on where it was.
+Each file is decoded before it is put into the folder, and the folder never holds half a file. After
+a kill, the same command continues behind the files that are done.
 """
 
 import errno
@@ -25,13 +25,11 @@ from vzip.pictures import open_picture
 from vzip.videos import check_video
 
 MAX_FAILURES = 50
-"""A source is given up after so many failures.
-
-They count if they are its first requests, or if it did not answer so many times in a row.
-"""
+"""Give up a source if so many of its first requests fail, or so many in a row get no answer."""
 NUM_READS = 2
-"""A file that comes damaged is asked for once more: it may have broken on the way."""
+"""How often a file is read if it comes damaged, because it may have broken on the way."""
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+"""Errors of a folder that can't be written to."""
 BAD_PATH = {
     errno.EEXIST,
     errno.EILSEQ,
@@ -52,8 +50,8 @@ class Fault:
     """Why a picture or video can't be used.
 
     Attributes:
-        reason: for the user.
-        final: whether asking the same sources again would not help.
+        reason: a text for the user.
+        final: True if asking the same sources again would not help.
     """
 
     reason: str
@@ -72,8 +70,9 @@ def _explain_write_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FORBIDDEN:
             raise UserError(
-                f"data.image_folder: {target} is missing, and can't be written ({error.strerror}); give a folder that "
-                "can be written to, or put the file there, or take its source out of data.pictures to do without it"
+                f"data.image_folder: {target} is missing, and can't be written ({error.strerror}); "
+                "give a folder that can be written to, or put the file there, "
+                "or take its source out of data.pictures to do without it"
             ) from error
         if error.errno in BAD_PATH:
             raise NotFoundError(f"{target} can't be written: {error.strerror}") from error
@@ -89,18 +88,18 @@ class _Fetcher:
     def __init__(self, folder: Path, sources: Mapping[str, Sequence[Source]]) -> None:
         self.folder = folder
         self.sources = sources
-        # The network can use more threads than there are cores. Decoding in all of them would only
-        # take memory.
+        # There are more threads than cores, because most wait for servers. Decoding in all of them
+        # would only take memory.
         self.decoding = threading.BoundedSemaphore(os.cpu_count() or 1)
 
     def __call__(self, medium: Medium) -> tuple[Medium, Checked, bool]:
-        """(medium, its entry for the index, whether sources were asked)."""
+        """Return (medium, its entry for the index, whether sources were asked)."""
         kind, path, source_name = medium
-        # parse_conversation refuses such paths.
+        # `parse_conversation` has refused other paths.
         assert not Path(path).is_absolute() and ".." not in Path(path).parts, path
 
+        # A whole file in the folder is never fetched again, whatever the settings say.
         sources = self.sources.get(source_name, ())
-        # A file that is there and whole is never fetched, whatever the settings say.
         entry, may_replace = self._look(kind, path)
         must_fetch = bool(entry.fault and may_replace and sources)
         if must_fetch:
@@ -109,13 +108,13 @@ class _Fetcher:
                 return medium, fetched, True
             entry = replace(entry, fault=fetched.reason, final=fetched.final)
 
-        # Remembered, so that the next command asks only sources that are new.
+        # Record the sources, so that the next command asks only those that are new.
         if entry.fault:
             entry = replace(entry, tried=tuple(map(str, sources)))
         return medium, entry, must_fetch
 
     def _look(self, kind: str, path: str) -> tuple[Checked, bool]:
-        """(what the folder holds, whether a fetched file may take its place)."""
+        """Return (what the folder holds, whether a fetched file may take its place)."""
         target = self.folder / path
         num_bytes = -1
         try:
@@ -126,10 +125,11 @@ class _Fetcher:
         except UserError:
             raise
         except _DamagedError as error:
-            # A folder of frames is never replaced, nor anything in a folder that is read-only.
+            # Never replace a folder of frames, or a file in a read-only folder.
             may_replace = target.is_file() and os.access(target.parent, os.W_OK)
             return Checked(path, num_bytes, fault=str(error)), may_replace
         except (OSError, ValueError) as error:
+            # An error of the path stays. An error of the disk may pass.
             number = getattr(error, "errno", None)
             final = number is None or number in BAD_PATH
             return Checked(path, num_bytes, fault=str(error), final=final), False
@@ -145,20 +145,23 @@ class _Fetcher:
                     check_video(file)
                     return Checked(path, media_bytes(file))
 
+                # The size goes into the token arrays, and the hash tells a replaced picture.
                 width, height = open_picture(file).size
                 with file.open("rb") as content:
                     digest = hashlib.file_digest(content, "sha256").hexdigest()[:16]
                 return Checked(path, media_bytes(file), height, width, digest)
-        except UserError:  # a ValueError, but one about the installation
+        except UserError:
+            # UserError is a ValueError, but this one is about the installation, not the file.
             raise
         except (OSError, ValueError) as error:
-            # An error number comes from the disk; errors about the content have none.
+            # Errors of the disk have a number. Errors about the content have none.
             if getattr(error, "errno", None) is not None:
                 raise
             raise _DamagedError(str(error)) from error
 
     def _fetch(self, kind: str, path: str, sources: Sequence[Source]) -> Checked | Fault:
         """Ask the sources in turn until one has the file."""
+        # The fault is final only if every source has answered.
         reasons = []
         final = True
         for source in sources:
@@ -172,14 +175,15 @@ class _Fetcher:
                 reasons.append(str(error))
                 final = False
             except (_DamagedError, OSError, ValueError) as error:
-                if getattr(error, "errno", None) is not None:  # the disk failed, and not the source
+                # With an error number, the disk has failed and not the source.
+                if getattr(error, "errno", None) is not None:
                     raise
                 reasons.append(f"{source}: {error}")
 
         return Fault("; ".join(reasons), final)
 
     def _fetch_from(self, source: Source, kind: str, path: str) -> Checked:
-        # Only damage is worth another read here: the source's client retries the rest itself.
+        # Read again only if the file is damaged: for all other faults the client has tried again.
         for _ in range(NUM_READS - 1):
             with suppress(_DamagedError):
                 return self._store(kind, path, source.read(path))
@@ -191,35 +195,36 @@ class _Fetcher:
         target = self.folder / path
         with _explain_write_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            # What killed processes left was deleted once for the whole folder, see `fetch_media`.
+            # `fetch_media` has deleted the scratch files of killed processes, once for the folder.
             with atomic_write(target, clean=False) as scratch:
                 scratch.write_bytes(data)
                 return self._check(kind, path, scratch)
 
 
 class _FailureGuard:
-    """Ends a command whose addresses are wrong, or whose network is gone.
+    """Ends a command if its addresses are wrong, or the network is gone.
 
-    It does so before tens of thousands of requests are made in vain.
+    Without it, such a command would make tens of thousands of requests in vain.
     """
 
     def __init__(self, sources: Mapping[str, Sequence[Source]]) -> None:
         self.sources = sources
         self.num_good: Counter[str] = Counter()
         self.num_bad: Counter[str] = Counter()
-        # Since the last answer.
+        # Requests without an answer since the last answer.
         self.num_unanswered: Counter[str] = Counter()
 
     def see(self, source_name: str, entry: Checked) -> None:
         """Count a picture or video that sources were asked for.
 
-        Raises UserError if it is one failure too many.
+        Raises UserError if the source has failed too often.
         """
         if not entry.fault:
             self.num_good[source_name] += 1
             self.num_unanswered[source_name] = 0
             return
 
+        # "There is no such file" is an answer too, so the network works.
         self.num_bad[source_name] += 1
         if entry.final:
             self.num_unanswered[source_name] = 0
@@ -237,8 +242,8 @@ class _FailureGuard:
         sources = ", ".join(map(str, self.sources[source_name]))
         raise UserError(
             f"data.pictures.{source_name}: {what_failed} from {sources}. The last one:\n  {entry.fault}\n"
-            "Check the network and this setting, or give other sources: addresses of copies, local folders, zip files. "
-            "Files that came are kept: the same command goes on from there."
+            "Check the network and this setting, or give other sources: addresses of copies, local folders, "
+            "zip files. The files that came are kept: the same command continues from there."
         )
 
 
@@ -248,7 +253,7 @@ def _look_up(
     sources: Mapping[str, Sequence[Source]],
     media_index: MediaIndex,
 ) -> tuple[list[Checked], list[Medium]]:
-    """(entries that still hold, pictures and videos that must be looked at)."""
+    """Return (entries that still hold, pictures and videos that must be looked at)."""
     known = []
     todo = []
     for medium in media:
@@ -264,7 +269,8 @@ def _look_up(
 def _delete_leftovers_of(media: Iterable[Medium], folder: Path) -> None:
     """Delete what killed commands had begun to write in the folders of these files."""
     for parent in {(folder / path).parent for _, path, _ in media}:
-        # A folder that can't be written to, or can't exist, has no leftovers that do harm.
+        # Leftovers in a folder that can't be written to do no harm. A folder that can't exist has
+        # none.
         with suppress(OSError, ValueError):
             delete_leftovers(parent)
 
@@ -279,14 +285,14 @@ def fetch_media(
 ) -> dict[str, Fault]:
     """Make sure that pictures and videos are whole in a folder; fetch missing and damaged ones.
 
-    Files whose entry in the index still holds are not looked at again. Files are written as they
-    come, whatever kind of picture their names promise.
+    Files whose entry in the index still holds are not looked at again. Fetched bytes are written
+    unchanged, even if they are another kind of picture than the name says.
 
     Args:
         media: (kind, path below the folder, name of the data source) of each.
-        folder: may be read-only if nothing is missing.
+        folder: folder of the pictures and videos. It may be read-only if nothing is missing.
         sources: by the name of the data source, where its files are fetched from, in this order.
-        media_index: is read and extended.
+        media_index: what is known of the files. New entries are added.
         num_threads: threads that wait for servers. No more pictures are decoded at once than there
             are cores.
 
@@ -302,18 +308,19 @@ def fetch_media(
     # Several examples may show the same picture.
     by_path = {path: (kind, path, source_name) for kind, path, source_name in media}
 
+    # Files that were found missing before, and whose sources are the same, are faults again.
     known, todo = _look_up(by_path.values(), folder, sources, media_index)
     faults = {entry.path: Fault(entry.fault, entry.final) for entry in known if entry.fault}
     _delete_leftovers_of(todo, folder)
 
-    guard = _FailureGuard(sources)
     # Not an executor: its threads would keep an interrupted command alive until the last server has
     # answered.
+    guard = _FailureGuard(sources)
     with ThreadPool(min(num_threads, len(todo)) or 1) as pool:
         results = pool.imap_unordered(_Fetcher(folder, sources), todo)
         bar = progress(results, total=len(by_path), start=len(known), title="pictures", unit="file")
 
-        # Only this thread writes to the index, one line as soon as a file is done.
+        # Record each file as soon as it is done, so that a killed command loses nothing.
         for (_, path, source_name), entry, was_asked in bar:
             media_index.record(entry)
             if entry.fault:

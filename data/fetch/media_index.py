@@ -1,4 +1,4 @@
-"""What is known of the pictures and videos of a subset, in a file that only grows."""
+"""An index of the checked pictures and videos of a subset, in a file that only grows."""
 
 import hashlib
 import json
@@ -16,12 +16,12 @@ class Checked:
     """A picture or video that was looked at: a line of the media index.
 
     Attributes:
-        path: below the image folder.
-        bytes: size of the file; -1 if there is no file, 0 for a folder of frames.
-        height, width: of the upright picture, in pixels; 0 for videos.
+        path: path below the image folder.
+        bytes: size of the file. -1 if there is no file, 0 for a folder of frames.
+        height, width: size of the upright picture in pixels. 0 for videos.
         digest: start of the sha256 of a picture's file.
-        fault: why it can't be used; empty for a good one.
-        final: whether asking the same sources again would not help.
+        fault: why it can't be used. Empty if it can.
+        final: True if asking the same sources again would not help.
         tried: the sources that did not help.
     """
 
@@ -36,7 +36,7 @@ class Checked:
 
 
 def media_bytes(path: Path) -> int:
-    """Size of a picture or video as in `Checked.bytes`.
+    """Return the size of a picture or video as in `Checked.bytes`.
 
     Raises OSError and ValueError for paths that no file can have.
     """
@@ -49,7 +49,7 @@ def media_bytes(path: Path) -> int:
 class MediaIndex:
     """Entries for pictures and videos, one JSON object a line in a file.
 
-    Threads may share an index.
+    Threads may share an index. A later line replaces an earlier one of the same path.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,6 +61,7 @@ class MediaIndex:
             self._read()
 
     def _read(self) -> None:
+        # A kill may have cut the last line, even in the middle of a character.
         content = self.path.read_text(encoding="utf-8", errors="replace")
         self._ends_in_newline = not content or content.endswith("\n")
         for line in content.split("\n"):
@@ -69,26 +70,26 @@ class MediaIndex:
                 tried = tuple(entry.get("tried", ()))
                 self._entries[entry["path"]] = Checked(**entry | {"tried": tried})
             except (AttributeError, KeyError, TypeError, ValueError):
-                # A kill cut the line, so the file it was about is looked at again.
+                # A kill has cut this line. Its file is looked at again.
                 continue
 
     def record(self, entry: Checked) -> None:
-        """Remember an entry. It is in the file once this returns."""
-        # A good file has no fault, and a bad one has nothing that is worth remembering.
+        """Record an entry. It is in the file when this returns."""
+        # Leave out the fields that say nothing: a good file has no fault, a bad one no size.
         unused = ("digest", "height", "width") if entry.fault else ("fault", "final", "tried")
         values = {key: value for key, value in asdict(entry).items() if key not in unused}
         line = json.dumps(values) + "\n"
-        # A line that a kill cut short gets its end first, or the new one would be lost with it.
+        # End a line that a kill has cut short, or the new one would be lost with it.
         with self._lock, self.path.open("a", encoding="utf-8") as file:
             file.write(line if self._ends_in_newline else f"\n{line}")
             self._ends_in_newline = True
             self._entries[entry.path] = entry
 
     def lookup(self, path: str, folder: Path, sources: Sequence[Source]) -> Checked | None:
-        """The entry of a path, or None if the path must be looked at (again).
+        """Return the entry of a path, or None if the path must be looked at (again).
 
-        That is so if its file has another size now, or if there is a fault that may have passed: a
-        new source is given, or one of the old sources may answer later.
+        It must be if its file has another size now, or if its fault may have passed: there is a new
+        source, or one of the old sources did not answer.
         """
         entry = self._entries.get(path)
         if entry is None:
@@ -99,7 +100,7 @@ class MediaIndex:
             if not entry.final or not names <= set(entry.tried):
                 return None
 
-        # The size shows most changes, and costs no reading of the file.
+        # The size shows most changes, without reading the file.
         try:
             num_bytes = media_bytes(folder / path)
         except (OSError, ValueError):
@@ -107,7 +108,7 @@ class MediaIndex:
         return entry if num_bytes == entry.bytes else None
 
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """(height, width), upright, of each good picture by its path."""
+        """Return (height, width) of each good picture, upright, by its path."""
         sizes = {}
         for path, entry in self._entries.items():
             if entry.height:
@@ -115,7 +116,8 @@ class MediaIndex:
         return sizes
 
     def content(self, paths: Iterable[str]) -> str:
-        """sha256 over the content of the pictures, and over the sizes of the videos."""
+        """Hash the content of the pictures, and the sizes of the videos."""
+        # Sorted, so that the hash does not depend on the order in which the files came.
         known: list[tuple[str, Any, str]] = []
         for path in sorted(set(paths)):
             entry = self._entries[path]

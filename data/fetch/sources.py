@@ -1,7 +1,7 @@
-"""Where pictures are fetched from: addresses, folders, and zip files on disk or at an address.
+"""Sources of pictures: addresses, folders, and zip files on disk or at an address.
 
-An example names a picture by its data source and its path there (`coco/train2017/1.jpg`), as
-LLaVA's instruction data does.
+An example names a picture by its data source and its path in there (`coco/train2017/1.jpg`), like
+LLaVA's instruction data.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,10 @@ ALLOWED = "a base address (http://, https://), a zip file at such an address, a 
 
 
 class Source(Protocol):
-    """Something that pictures are fetched from. Its `str` is the entry in the settings."""
+    """A place that pictures are fetched from. Its `str` is the entry in the settings."""
 
     def read(self, path: str) -> bytes:
-        """The file for an example's path. Any thread may call it.
+        """Return the file for an example's path. Any thread may call this.
 
         Raises:
             NotFoundError: there is no such file, or it can't be read.
@@ -32,7 +32,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Address:
-    """Files below a base address: an example's path without its data source is put behind it."""
+    """Files below a base address. An example's path without its data source is appended to it."""
 
     entry: str
     client: Client
@@ -41,7 +41,7 @@ class Address:
         return self.entry
 
     def read(self, path: str) -> bytes:
-        # The path goes in front of a query, which may hold a key.
+        # The path goes in front of the address's query, which may hold a key.
         base = urlsplit(self.entry)
         file = quote("/".join(parts_below_source(path)))
         url = base._replace(path=f"{base.path.rstrip('/')}/{file}")
@@ -52,7 +52,7 @@ class Address:
 class Folder:
     """A folder that holds an example's path, or the end of it.
 
-    So it may be the folder of all pictures, or one deep below it.
+    It may be the folder of all pictures, or one deep below it.
     """
 
     entry: str
@@ -63,13 +63,14 @@ class Folder:
     def read(self, path: str) -> bytes:
         folder = Path(self.entry).expanduser()
         parts = path_parts(path)
-        # The longest end first: two sources may have files of the same name.
+        # Try the longest end first, because two data sources may have files of the same name.
         try:
             for start in range(len(parts)):
                 file = folder.joinpath(*parts[start:])
                 if file.is_file():
                     return file.read_bytes()
         except OSError as error:
+            # A network drive may be back later.
             raise TransientError(f"{file}: {error.strerror}") from error
 
         raise NotFoundError(f"{self.entry} holds no {path}")
@@ -77,10 +78,12 @@ class Folder:
 
 def parse_source(entry: str, client: Client, *, setting: str = "data.pictures") -> Source:
     """Parse one entry of `data.pictures`. Makes no request. Raises UserError if it is invalid."""
+    # Look for an address first: as a path, it would only be reported as missing.
     wrong = f"{setting}: {entry!r} is not {ALLOWED}"
     if "://" in entry:
         return _parse_address(entry, client, setting=setting, wrong=wrong)
 
+    # An empty entry would stand for the working directory.
     path = Path(entry).expanduser()
     if entry and path.is_dir():
         return Folder(entry)
@@ -90,6 +93,7 @@ def parse_source(entry: str, client: Client, *, setting: str = "data.pictures") 
 
 
 def _parse_address(entry: str, client: Client, *, setting: str, wrong: str) -> Source:
+    """Parse an address: a zip file if its path ends in .zip, else a base address."""
     try:
         url = urlsplit(entry)
     except ValueError as error:
@@ -106,11 +110,11 @@ def open_sources(pictures: Mapping[str, Any] | None, client: Client) -> dict[str
     """Parse the setting `data.pictures`.
 
     Args:
-        pictures: by the name of the data source, an entry, a list of entries, or None.
-        client: for addresses. No request is made yet.
+        pictures: by the name of the data source: an entry, a list of entries, or None.
+        client: client for addresses. No request is made yet.
 
     Returns:
-        by the name of the data source, where its pictures are fetched from, in this order.
+        By the name of the data source: where its pictures are fetched from, in this order.
 
     Raises:
         UserError: an entry is invalid, or names a file or folder that does not exist.

@@ -1,1 +1,1 @@
-"""Checks of a data set before a GPU is taken."""
+"""Check a data set before a GPU is taken."""

@@ -1,4 +1,4 @@
-"""The preflight: find what would spoil a run in its subset, before a GPU is taken."""
+"""The preflight: find faults of a subset that would spoil a run, before a GPU is taken."""
 
 from data.examples.prepare import Subset
 from data.examples.tokens import Examples
@@ -18,7 +18,7 @@ def check_subset(
     max_positions: int,
     seed: int,
 ) -> None:
-    """Check the lengths and files of a subset, and report what was found.
+    """Check the lengths and files of a subset, and report the faults.
 
     It prints two tables, and writes `check.json` and `check.png` into the subset's folder.
 
@@ -28,7 +28,7 @@ def check_subset(
         lengths: what `measure_lengths` returned for them.
         max_tokens: text tokens at which conversations were cut.
         max_positions: tokens that the language model takes.
-        seed: the seed that the sample of decoded files is drawn from.
+        seed: seed of the sample of files that are decoded.
 
     Raises:
         UserError: a file can't be read, or an example is too long for the language model.
@@ -47,5 +47,5 @@ def check_subset(
     print_report(report)
     print(f"{subset.folder}: check.json, check.png")
 
-    # Last, so that everything is printed and written before the command fails.
+    # This comes last, so that everything is printed and written before the command fails.
     check_faults(report, subset.folder)

@@ -1,4 +1,4 @@
-"""Check that the images and videos of a subset can be read: their headers, and a decoded sample."""
+"""Check that the images and videos of a subset can be read: all headers, and a decoded sample."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +41,7 @@ def check_files(
     Args:
         table: the columns of `data.examples.tokens.SCHEMA`.
         folder: the folder of images and videos.
-        seed: the seed that the sample is drawn from.
+        seed: seed of the sample.
         num_decoded: number of files in the sample that is decoded. Videos are decoded as far as
             `check_video` does.
 
@@ -49,9 +49,10 @@ def check_files(
         UserError: there are videos in the sample, but PyAV, which reads them, is not installed.
     """
     files = _files_of(table)
-    # Sorted, so that the sample depends on nothing but the seed and the files.
+    # Sorted, so that the sample depends only on the seed and the files.
     sample = set(random.Random(seed).sample(sorted(files), min(num_decoded, len(files))))
 
+    # Decoding all files would take hours. A sample finds faults that many files share.
     def check(key: tuple[str, str]) -> BadExample | None:
         file = files[key]
         fault = _fault_of(file, folder, decode=key in sample)
@@ -66,26 +67,28 @@ def check_files(
 
 
 def _files_of(table: pa.Table) -> dict[tuple[str, str], _MediaFile]:
-    """The table's images and videos by (kind, path)."""
+    """Return the table's images and videos by (kind, path)."""
     files: dict[tuple[str, str], _MediaFile] = {}
-    for row in table.select(["id", "source", "images", "videos", "sizes"]).to_pylist():
-        sizes = zip(row["sizes"][::2], row["sizes"][1::2], strict=True)
-        media = [("image", path, size) for path, size in zip(row["images"], sizes, strict=True)]
-        media += [("video", path, None) for path in row["videos"]]
+    for record in table.select(["id", "source", "images", "videos", "sizes"]).to_pylist():
+        # The column has the heights and widths of all images, one after the other.
+        sizes = zip(record["sizes"][::2], record["sizes"][1::2], strict=True)
+        media = [("image", path, size) for path, size in zip(record["images"], sizes, strict=True)]
+        media += [("video", path, None) for path in record["videos"]]
 
+        # A file of several conversations is checked once, and named by the first of them.
         for kind, path, size in media:
-            # The first conversation that has a file stands for all others.
-            files.setdefault((kind, path), _MediaFile(kind, path, size, row["id"], row["source"]))
+            file = _MediaFile(kind, path, size, record["id"], record["source"])
+            files.setdefault((kind, path), file)
 
     return files
 
 
 def _fault_of(file: _MediaFile, folder: Path, *, decode: bool) -> str | None:
-    """What is wrong with a file; None if nothing is."""
+    """Describe the fault of a file. None if it has none."""
     try:
         _read(file, folder / file.path, decode=decode)
     except UserError:
-        # A ValueError too, but it is about the installation and not about this file.
+        # UserError is a ValueError too, but it is about the installation, not about this file.
         raise
     except FileNotFoundError:
         return "missing"
@@ -96,6 +99,7 @@ def _fault_of(file: _MediaFile, folder: Path, *, decode: bool) -> str | None:
 
 def _read(file: _MediaFile, path: Path, *, decode: bool) -> None:
     """Raise OSError or ValueError if a file can't be read, or is an image of another size."""
+    # PIL would only say that it does not know the format of an empty file.
     if not path.stat().st_size:
         raise ValueError("an empty file")
 
@@ -104,13 +108,14 @@ def _read(file: _MediaFile, path: Path, *, decode: bool) -> None:
             check_video(path)
         return
 
+    # Opening reads the header alone.
     try:
         with Image.open(path, formats=FORMATS) as picture:
             width, height = picture.size
     except (Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(str(error)) from error
 
-    # Width and height may be swapped: the header does not count a rotation that EXIF asks for.
+    # Width and height may be swapped: the recorded size is upright, but the header's is not.
     if file.size is not None and sorted((height, width)) != sorted(file.size):
         recorded_height, recorded_width = file.size
         raise ValueError(

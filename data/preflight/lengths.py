@@ -1,4 +1,4 @@
-"""How long the examples of a subset are.
+"""Measure how long the examples of a subset are.
 
 Lengths follow from the token arrays and the recorded sizes of images, so no image is opened.
 """
@@ -19,14 +19,14 @@ MEASURES = {
     "expanded": "tokens in the language model",
     "labels": "label tokens",
 }
-"""Columns of `ExampleLengths` that reports describe, with their titles."""
+"""The columns of `ExampleLengths` that a report describes, with their titles."""
 
 
 @dataclass(frozen=True)
 class ExampleLengths:
     """Lengths of a subset's conversations in columns, int64[conversations] unless noted.
 
-    Conversations that the cut left without a label are among them.
+    Conversations that the cut left without a label are included.
     """
 
     ids: np.ndarray
@@ -38,23 +38,23 @@ class ExampleLengths:
     text: np.ndarray
     """Tokens after the cut, without placeholders."""
     visual: np.ndarray
-    """Tokens that the placeholders become."""
+    """Visual tokens that replace the placeholders."""
     labels: np.ndarray
     """Label tokens after the cut."""
     whole_labels: np.ndarray
     """Label tokens before the cut."""
     cut_turns: np.ndarray
-    """The turn, from 1, in whose question or answer the conversation was cut. 0 if it was not."""
+    """Number, from 1, of the turn in which the conversation was cut. 0 if it was not cut."""
 
     @property
     def expanded(self) -> np.ndarray:
-        """Tokens that the language model gets."""
+        """Tokens that enter the language model."""
         tokens: np.ndarray = self.text + self.visual
         return tokens
 
     @property
     def trained(self) -> np.ndarray:
-        """bool[conversations]: whether a conversation has a label. Only then is it an example."""
+        """bool[conversations]: whether a conversation has a label, and so is an example."""
         has_labels: np.ndarray = self.labels > 0
         return has_labels
 
@@ -76,7 +76,7 @@ def measure_lengths(
     num_tokens = table["num_tokens"].to_numpy()
     num_media = table["num_images"].to_numpy() + table["num_videos"].to_numpy()
 
-    # Only conversations that were cut need a look at their labels.
+    # Look at the labels only of conversations that were cut: reading all of them takes seconds.
     cut_turns = np.zeros(len(table), dtype=np.int64)
     was_cut = table["num_whole_tokens"].to_numpy() > num_tokens
     for row in np.flatnonzero(was_cut).tolist():
@@ -95,9 +95,9 @@ def measure_lengths(
 
 
 def _visual_tokens(table: pa.Table, family: Family, reducer: Reducer, num_frames: int) -> np.ndarray:
-    """int64[conversations]: tokens that the images and videos of each one become."""
+    """int64[conversations]: count the visual tokens of each conversation."""
 
-    # Many conversations have images of the same sizes.
+    # Many conversations have images of the same sizes, so each combination is counted once.
     @cache
     def count(sides: tuple[int, ...]) -> int:
         sizes = list(zip(sides[::2], sides[1::2], strict=True))
@@ -105,7 +105,7 @@ def _visual_tokens(table: pa.Table, family: Family, reducer: Reducer, num_frames
 
     visual = np.array([count(tuple(sides)) for sides in table["sizes"].to_pylist()], dtype=np.int64)
 
-    # Asked only if there are videos, as most families take none and raise an error.
+    # Only if there are videos: most families take none, and raise an error when asked.
     num_videos = table["num_videos"].to_numpy()
     if num_videos.any():
         visual = visual + num_videos * family.num_video_tokens(reducer, num_frames)
@@ -114,10 +114,11 @@ def _visual_tokens(table: pa.Table, family: Family, reducer: Reducer, num_frames
 
 
 def _last_turn(labels: np.ndarray) -> int:
-    """The turn that a cut conversation ends in, from its labels int32[tokens]."""
+    """Find the turn in which a cut conversation ends, from its labels int32[tokens]."""
+    # Only answers carry loss, so an answer begins where a label follows a token without one.
     carries_loss = labels != IGNORED
     begins_answer = np.diff(carries_loss, prepend=False) & carries_loss
     num_answers_begun = int(np.count_nonzero(begins_answer))
 
-    # A conversation that does not end in an answer ends in the question behind the last one.
+    # If the last token carries no loss, the cut fell in the question behind the last answer.
     return num_answers_begun if carries_loss[-1] else num_answers_begun + 1

@@ -1,4 +1,4 @@
-"""The report of a preflight, as `check.json` has it, and the error that sums up its faults."""
+"""The report of a preflight, which `check.json` holds, and the error that sums up its faults."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from data.preflight.lengths import MEASURES, ExampleLengths
 from vzip import UserError
 
 NUM_SHOWN = 5
-"""Faults that the error message names."""
+"""Number of faults that the error message names."""
 
 
 def preflight_report(
@@ -24,7 +24,9 @@ def preflight_report(
     max_tokens: int,
     max_positions: int,
 ) -> dict[str, Any]:
-    """Describe all examples, those of each source (the largest source first), and the faults.
+    """Describe all examples, the examples of each source, and the faults.
+
+    The largest source comes first.
 
     Args:
         lengths: what `measure_lengths` returned.
@@ -36,7 +38,7 @@ def preflight_report(
     num_left_out = Counter(bad["source"] for bad in left_out)
     num_broken = Counter(bad.source for bad in broken_files)
 
-    # The largest source first. Those of which nothing is left come last.
+    # The largest source comes first. A source that has lost all its examples comes last.
     sources = [source for source, _ in Counter(lengths.sources.tolist()).most_common()]
     sources += sorted({*num_left_out, *num_broken} - {*sources})
 
@@ -47,6 +49,7 @@ def preflight_report(
         group["broken_files"] = num_broken[source]
         by_source[source] = group
 
+    # The same figures of all sources together.
     everything = _describe(lengths, np.ones(len(lengths.ids), dtype=bool), max_positions)
     everything["left_out"] = num_left_out.total()
     everything["broken_files"] = num_broken.total()
@@ -80,7 +83,6 @@ def check_faults(report: Mapping[str, Any], folder: Path) -> None:
     num_broken = report["all"]["broken_files"]
     num_too_long = report["all"]["too_long"]
 
-    # Each kind of fault has its own cure.
     lines = [
         f"{num_broken} files of the subset can't be read and {num_too_long} examples are too long "
         f"({counts}). The first ones:"
@@ -88,15 +90,17 @@ def check_faults(report: Mapping[str, Any], folder: Path) -> None:
     for fault in faults[:NUM_SHOWN]:
         lines.append(f"  {fault['id']}: {fault['reason']}")
 
+    # Each kind of fault has its own remedy.
     if num_broken:
         lines.append("Put the files back, or remove them and run `make data` again, which fetches them anew.")
 
     if num_too_long:
+        # Images alone may be too long. Then no shorter text helps.
         fitting = report["fitting_max_tokens"]
         shorter_text = f"data.max_tokens={fitting} or " if fitting > 0 else ""
         lines.append(f"For the examples that are too long, set {shorter_text}a smaller reducer.budget.")
 
-    lines.append(f"All of them are listed in {folder / 'check.json'}.")
+    lines.append(f"{folder / 'check.json'} lists all of them.")
     raise UserError("\n".join(lines))
 
 
@@ -116,32 +120,32 @@ def _too_long_faults(lengths: ExampleLengths, max_positions: int) -> list[BadExa
 
 
 def _fitting_max_tokens(lengths: ExampleLengths, max_positions: int) -> int | None:
-    """The largest `data.max_tokens` with which all examples fit. None if they fit already."""
+    """Find the largest `data.max_tokens` with which all examples fit. None if they fit already."""
     too_long = _too_long(lengths, max_positions)
     if not too_long.any():
         return None
 
-    # The cut counts an image as one placeholder, so there must be room for its other tokens.
+    # The cut counts an image as one placeholder, so it must leave room for the other tokens.
     added_by_media = (lengths.visual - lengths.media)[too_long]
     return max_positions - int(added_by_media.max())
 
 
-def _describe(lengths: ExampleLengths, rows: np.ndarray, max_positions: int) -> dict[str, Any]:
-    """Counts and lengths of some conversations, given as bool[conversations]."""
-    # Conversations without a label are not trained on, and counted apart.
-    trained = rows & lengths.trained
-    cut = rows & (lengths.cut_turns > 0)
+def _describe(lengths: ExampleLengths, chosen: np.ndarray, max_positions: int) -> dict[str, Any]:
+    """Count and measure the conversations that are True in `chosen`, bool[conversations]."""
+    # Conversations without a label are not trained on, so they are counted apart.
+    trained = chosen & lengths.trained
+    cut = chosen & (lengths.cut_turns > 0)
     num_by_turn = Counter(lengths.cut_turns[cut].tolist())
 
-    # Labels that the cut took, also from conversations that it left without any.
-    num_whole_labels = int(lengths.whole_labels[rows].sum())
-    num_lost_labels = num_whole_labels - int(lengths.labels[rows].sum())
+    # The cut removes labels even from conversations that keep none, so count all of them.
+    num_whole_labels = int(lengths.whole_labels[chosen].sum())
+    num_lost_labels = num_whole_labels - int(lengths.labels[chosen].sum())
 
     return {
         "rows": int(trained.sum()),
         "media": int(lengths.media[trained].sum()),
-        "without_labels": int((rows & ~lengths.trained).sum()),
-        "too_long": int((rows & _too_long(lengths, max_positions)).sum()),
+        "without_labels": int((chosen & ~lengths.trained).sum()),
+        "too_long": int((chosen & _too_long(lengths, max_positions)).sum()),
         "cut": {
             "rows": int(cut.sum()),
             "lost_labels": num_lost_labels,
@@ -153,7 +157,8 @@ def _describe(lengths: ExampleLengths, rows: np.ndarray, max_positions: int) -> 
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
-    """Mean, percentiles and maximum; zeros if there are no values."""
+    """Return mean, percentiles and maximum. Zeros if there are no values."""
+    # A source may have lost all its examples, and numpy has no percentiles of nothing.
     if not len(values):
         return {"mean": 0, "p10": 0, "p50": 0, "p90": 0, "max": 0}
 

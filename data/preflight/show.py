@@ -1,4 +1,4 @@
-"""The preflight's report for people: two tables and a picture."""
+"""Show a preflight's report to people: two tables and a picture."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +15,9 @@ from rich.table import Table
 from data.preflight.lengths import MEASURES, ExampleLengths
 
 MAX_PANELS = 8
-"""Sources in the picture, the largest ones."""
+"""The picture shows so many of the largest sources."""
 MAX_TURNS = 6
-"""Turns that are named as those where most conversations are cut. `check.json` has all of them."""
+"""The sentence about the cut names at most so many turns. `check.json` has all of them."""
 BLUE = "#0072B2"
 ORANGE = "#E69F00"
 BLACK = "#000000"
@@ -28,7 +28,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     """Print counts by source, where conversations are cut, and how long the examples are."""
     console = Console()
 
-    # The largest source first, and all of them together in the last row.
+    # The sources come first, and all of them together in the last line.
     groups = {**report["sources"], "all": report["all"]}
 
     console.print(_counts_table(groups))
@@ -38,7 +38,7 @@ def print_report(report: Mapping[str, Any]) -> None:
 
 
 def _counts_table(groups: Mapping[str, Any]) -> Table:
-    """Counts of each source."""
+    """Make the table of each source's counts."""
     table = Table(title="examples of the subset", title_justify="left")
     table.add_column("source", no_wrap=True)
     for title in (
@@ -69,11 +69,11 @@ def _counts_table(groups: Mapping[str, Any]) -> Table:
 
 
 def _cut_sentence(report: Mapping[str, Any]) -> str:
-    """In which turns the cut falls, the most frequent ones first."""
+    """Say in which turns the cut falls, the most frequent ones first."""
     by_turn = report["all"]["cut"]["rows_by_turn"]
     most_first = sorted(by_turn.items(), key=lambda item: -item[1])
 
-    # The others together, as long conversations have many turns.
+    # Long conversations have many turns, so the rare ones are counted together.
     turns = [f"{turn} ({count:,} examples)" for turn, count in most_first[:MAX_TURNS]]
     num_others = sum(count for _, count in most_first[MAX_TURNS:])
     if num_others:
@@ -83,7 +83,7 @@ def _cut_sentence(report: Mapping[str, Any]) -> str:
 
 
 def _lengths_table(groups: Mapping[str, Any]) -> Table:
-    """Mean, percentiles and maximum of each measure, by source."""
+    """Make the table of each measure's mean, percentiles and maximum, by source."""
     table = Table(title="tokens, after the cut and the reducer", title_justify="left")
     for title in ("per example", "source"):
         table.add_column(title, no_wrap=True)
@@ -103,25 +103,26 @@ def _lengths_table(groups: Mapping[str, Any]) -> Table:
 def draw_report(lengths: ExampleLengths, report: Mapping[str, Any], path: Path) -> None:
     """Write a PNG with the distribution of lengths and label tokens, by source.
 
-    A subset in which no example has a label has no distribution, and gets no picture.
+    Without any example that has a label there is no distribution, and no picture.
     """
     sources = [source for source, group in report["sources"].items() if group["rows"]][:MAX_PANELS]
     if not sources:
         return
 
-    # The panels of all pictures have the same size, so one of more sources is higher.
+    # A panel has the same size in every picture, so the picture grows with the number of sources.
     figure = Figure(figsize=(10, 1.6 + 1.3 * len(sources)), layout="constrained")
     grid = figure.subplots(len(sources), 2, sharex="col", squeeze=False)
     max_positions = report["max_positions"]
     tokens = report["all"]["tokens"]
 
-    # Left: tokens in the language model, up to what it takes. Right: label tokens.
+    # On the left are tokens in the language model, at least up to its limit, so that the distance
+    # to it can be seen. On the right are label tokens.
     longest = max(tokens["expanded"]["max"], max_positions)
     most_labels = tokens["labels"]["max"]
     _draw_column(grid[:, 0], lengths, lengths.expanded, sources, last=longest, colour=BLUE)
     _draw_column(grid[:, 1], lengths, lengths.labels, sources, last=most_labels, colour=ORANGE)
 
-    # What the language model takes, beside the lengths of each source.
+    # Mark the language model's limit beside the lengths of each source.
     for axes, source in zip(grid[:, 0], sources, strict=True):
         axes.axvline(max_positions, color=BLACK, linestyle="--", linewidth=1)
         axes.set_ylabel(f"{source}\n{report['sources'][source]['rows']:,} examples\n% of examples")
@@ -133,6 +134,7 @@ def draw_report(lengths: ExampleLengths, report: Mapping[str, Any], path: Path) 
     )
     grid[0, 1].set_title("Tokens that carry the loss", fontsize="medium")
 
+    # The title says in words what the left column shows.
     expanded = tokens["expanded"]
     figure.suptitle(
         f"Half of the {report['all']['rows']:,} examples are at most {expanded['p50']:,.0f} tokens long, "
@@ -153,7 +155,7 @@ def _draw_column(
 ) -> None:
     """Draw a histogram of `values` for each source, all with the same bins, which end at `last`."""
     first = max(1, values[lengths.trained].min())
-    # Small lengths are whole numbers, on which several edges may fall.
+    # Lengths are whole numbers. Among the small ones, several edges fall on one number.
     edges = np.geomspace(first, last + 1, 41).astype(int)
     bins = np.unique([*edges, last + 1]).tolist()
 
@@ -164,7 +166,7 @@ def _draw_column(
 
 def _draw_histogram(axes: Axes, values: np.ndarray, bins: list[float], colour: str) -> None:
     """Draw the share of examples by length in percent, with the median marked."""
-    # The bars of a source add up to 100, so that small sources can be compared with large ones.
+    # The bars of a source add up to 100, so small sources can be compared with large ones.
     weights = np.full(len(values), 100 / len(values))
     axes.hist(values, bins=bins, weights=weights, color=colour)
     axes.set_xscale("log")
