@@ -27,12 +27,12 @@ TITLE = "Full, training-free and tuned"
 
 
 def line_plots(metrics: dict[str, str]) -> list[Any]:
-    """A curve over the steps for each metric."""
+    """Make a panel per metric, with its curve over the steps."""
     return [wr.LinePlot(title=title, x="Step", y=[name]) for name, title in metrics.items()]
 
 
 def result_panels() -> list[Any]:
-    """Panels of scores, answers, and pictures of kept tokens."""
+    """Make the panels of scores, answers, and pictures of kept tokens."""
     tuned = wr.SummaryMetric("eval/tuned_all")
     by_budget = []
     for setting in ("free", "tuned"):
@@ -58,7 +58,7 @@ def result_panels() -> list[Any]:
 
 
 def make_workspace(entity: str, project: str) -> ws.Workspace:
-    """The view of all runs: results first, then curves."""
+    """Make the view of all runs: results first, then curves."""
     sections = {
         "Results": result_panels(),
         "Training": line_plots(CURVES),
@@ -73,12 +73,12 @@ def make_workspace(entity: str, project: str) -> ws.Workspace:
 
 
 def _grid(panels: list[Any]) -> wr.PanelGrid:
-    """Panels of all runs of the report's own project."""
+    """Show panels of all runs in the report's own project."""
     return wr.PanelGrid(runsets=[wr.Runset(name="runs")], panels=panels)
 
 
 def make_report(entity: str, project: str) -> wr.Report:
-    """A page that compares the project's runs."""
+    """Make a page that compares the project's runs."""
     return wr.Report(
         entity=entity,
         project=project,
@@ -100,7 +100,7 @@ def make_report(entity: str, project: str) -> wr.Report:
 
 
 def specification(workspace: ws.Workspace, report: wr.Report) -> dict[str, Any]:
-    """The content of both, as JSON. The package has no public way to get it."""
+    """Return the content of both as JSON. The package has no public way to get it."""
     models = {"workspace": workspace._to_model(), "report": report._to_model()}
     content = {}
     for name, model in models.items():
@@ -109,7 +109,7 @@ def specification(workspace: ws.Workspace, report: wr.Report) -> dict[str, Any]:
 
 
 def default_entity() -> str:
-    """The account's default team. Raises UserError without a key or a network."""
+    """Return the account's default team. Raises UserError without a key or a network."""
     try:
         return str(wandb.Api().default_entity)
     except (Error, OSError) as error:

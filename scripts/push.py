@@ -24,7 +24,7 @@ HUB_ERRORS = HfHubHTTPError.__bases__
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files of an export.
+    """List the files of an export.
 
     Raises UserError for any other folder, and for a link to a file that is gone.
     """

@@ -42,7 +42,7 @@ STYLES = ("-", "--", ":", "-.")
 
 
 def read_runs(folder: Path) -> list[FinishedRun]:
-    """Return the runs in a folder, by name. Prints which folders can't be read, and why.
+    """Read the runs in a folder, by name, and print which folders can't be read, and why.
 
     Raises:
         UserError: no such folder, or no run in it.
@@ -75,7 +75,7 @@ def _read_all(run: FinishedRun) -> None:
 
 
 def block(run: FinishedRun) -> str:
-    """Return the part of RESULTS.md about a finished run."""
+    """Write the part of RESULTS.md about a finished run."""
     lines = [f"### {run.name}", "", f"{_what_was_run(run)} {_where_it_ran(run)}"]
     if run.scores:
         lines += ["", score_table(run.scores).markdown()]
@@ -83,7 +83,7 @@ def block(run: FinishedRun) -> str:
 
 
 def _what_was_run(run: FinishedRun) -> str:
-    """Return the command, and what it did: model, seed, steps, time, losses, data and questions."""
+    """Say what the command did: model, seed, steps, time, losses, data and questions."""
     program, *arguments = run.env["command"]
     command = " ".join([Path(program).name, *arguments])
     result = run.result
@@ -105,7 +105,7 @@ def _what_was_run(run: FinishedRun) -> str:
 
 
 def _where_it_ran(run: FinishedRun) -> str:
-    """Date, commit, hardware and the version of torch."""
+    """Say when and where it ran: date, commit, hardware, version of torch."""
     env = run.env
     hardware = env["hardware"]
     changed = " and changed files" if env["modified_files"] else ""

@@ -35,7 +35,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def setting_names(schema: Any = Config, prefix: str = "") -> Iterator[str]:
-    """Return the full names of all settings, such as "optim.lr". Open groups count as one setting each."""
+    """Yield the full names of all settings, such as "optim.lr". An open group counts as one setting."""
     for field in fields(schema):
         if is_dataclass(field.type):
             yield from setting_names(field.type, f"{prefix}{field.name}.")
@@ -44,7 +44,7 @@ def setting_names(schema: Any = Config, prefix: str = "") -> Iterator[str]:
 
 
 def _unknown(name: str) -> UserError:
-    """Return the error about a name that is no setting, with the most similar name."""
+    """Make the error about a name that is no setting, with the most similar name."""
     names = list(setting_names())
     by_last_part = {known.rsplit(".", 1)[-1]: known for known in names}
     similar = difflib.get_close_matches(name, names, 1)
@@ -98,7 +98,7 @@ def _check_value(name: str, value: Any, field: Field[Any]) -> None:
 
 
 def _is_a(value: Any, kind: type) -> bool:
-    """Return whether a value has a type. A whole number is a number too, but true is no number."""
+    """Tell whether a value has a type. A whole number is a number too, but true is no number."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, int | float) if kind is float else isinstance(value, kind)

@@ -23,7 +23,7 @@ INTERRUPTED = 130
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Return whether the error says that the GPU's memory ran out. Only a loaded torch can have raised it."""
+    """Tell whether the GPU's memory ran out. Only a loaded torch can have raised that error."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 

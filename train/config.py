@@ -51,6 +51,7 @@ def register() -> None:
     A renamed setting on the command line ends the command here, because Hydra would refuse it without
     the new name.
     """
+    # A plus adds a setting, a tilde deletes one.
     for argument in sys.argv[1:]:
         name, _, _ = argument.lstrip("+~").partition("=")
         check_not_renamed(name)
@@ -62,14 +63,14 @@ def register() -> None:
 
 
 def compose_settings(*overrides: str) -> DictConfig:
-    """Return the settings that `python train/tune.py OVERRIDES` runs with."""
+    """Compose the settings that `python train/tune.py OVERRIDES` runs with."""
     register()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         return compose("tune", overrides=list(overrides))
 
 
 def _field_texts(schema: type) -> dict[str, str]:
-    """Return the descriptions of a dataclass's fields, by their names.
+    """Read the descriptions of a dataclass's fields, by their names.
 
     They are the strings below the fields. Python does not keep them, so they are read from the source.
     """
@@ -86,7 +87,7 @@ def _field_texts(schema: type) -> dict[str, str]:
 
 
 def describe_settings(schema: Any = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Return the name of each setting, such as "optim.lr", and what it does, in the order of the schema."""
+    """Yield the name of each setting, such as "optim.lr", and what it does, in the schema's order."""
     texts = _field_texts(schema)
     for field in fields(schema):
         name = f"{prefix}{field.name}"
@@ -98,7 +99,7 @@ def describe_settings(schema: Any = Config, prefix: str = "") -> Iterator[tuple[
 
 
 def settings_help() -> str:
-    """Return the settings as a text of two columns."""
+    """Format all settings as a text of two columns."""
     indent = " " * HELP_INDENT
     lines = []
     for name, description in describe_settings():
@@ -124,7 +125,7 @@ def instantiate_target(node: DictConfig, **more: Any) -> Any:
 
 
 def budgets_of(cfg: DictConfig) -> list[Any]:
-    """Return the run's budgets, in their order: those of the list, or the only one, which may be None.
+    """Return the run's budgets in their order: those of a list, or the only one, which may be None.
 
     Raises:
         UserError: the list is empty, or holds anything but different whole numbers.
@@ -144,16 +145,19 @@ def budgets_of(cfg: DictConfig) -> list[Any]:
 
 def build_reducers(cfg: DictConfig) -> list[Reducer]:
     """Build one reducer per budget. A budget counts the tokens of `Family.budget_tiles` tiles together."""
-    tile_order(cfg)  # raises UserError if it does not exist
+    # `anyres` stands among the reducer's settings, but belongs to the family.
+    tile_order(cfg)
     settings = OmegaConf.create({key: value for key, value in cfg.reducer.items() if key != "anyres"})
     if "budget" not in settings:
         return [instantiate_target(settings)]
+
+    # Users count the tokens of several tiles together, reducers those of one.
     tiles = get_class(cfg.model["_target_"]).budget_tiles
     return [instantiate_target(settings, budget=budget, tiles=tiles) for budget in budgets_of(cfg)]
 
 
 def tile_order(cfg: DictConfig) -> str:
-    """Return the order of the tokens of several tiles, `reducer.anyres`, which the model's family applies.
+    """Return `reducer.anyres`, the order of the tokens of several tiles, which the family applies.
 
     Raises:
         UserError: an order that does not exist.
@@ -170,7 +174,7 @@ def build_reducer(cfg: DictConfig) -> Reducer:
 
 
 def selection(cfg: DictConfig) -> Selection:
-    """Return the choice of training examples."""
+    """Return which training examples to draw."""
     data = cfg.data
     return Selection(
         path=str(Path(data.path).expanduser()),
@@ -183,7 +187,7 @@ def selection(cfg: DictConfig) -> Selection:
 
 
 def held_out(cfg: DictConfig) -> Selection:
-    """Return the choice of held-out examples, the same in every run."""
+    """Return which held-out examples to ask about, the same in every run."""
     return Selection(
         path=str(Path(cfg.data.held_out).expanduser()),
         image_folder=str(Path(cfg.data.image_folder).expanduser()),
@@ -191,7 +195,7 @@ def held_out(cfg: DictConfig) -> Selection:
 
 
 def asks_questions(cfg: DictConfig) -> bool:
-    """Return whether the run is evaluated."""
+    """Tell whether the run is evaluated."""
     return bool(cfg.evaluate.questions and cfg.data.held_out)
 
 
@@ -210,7 +214,7 @@ def _check_micro(cfg: DictConfig, world_size: int) -> None:
 
 
 def batch_plan(cfg: DictConfig, *, num_examples: int, world_size: int) -> BatchPlan:
-    """Return the number of steps, and how each global batch is cut.
+    """Plan the number of steps, and how each global batch is cut.
 
     Raises UserError if it can't be cut that way.
     """
@@ -228,6 +232,7 @@ def batch_plan(cfg: DictConfig, *, num_examples: int, world_size: int) -> BatchP
     if cfg.engine == GradientEngine.reference:
         _check_micro(cfg, world_size)
 
+    # A part of an epoch is rounded to whole steps, and takes at least one.
     steps = max(1, round(cfg.optim.epochs * num_examples / cfg.batch.size))
     return BatchPlan(
         size=cfg.batch.size,
@@ -238,7 +243,7 @@ def batch_plan(cfg: DictConfig, *, num_examples: int, world_size: int) -> BatchP
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
-    """Return the settings that make a run what it is: two runs with the same ones are the same run."""
+    """Return the settings that make a run what it is. Two runs that share them are the same run."""
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
     own = {str(name): value for name, value in settings.items() if name not in NOT_PART_OF_A_RUN}
@@ -250,6 +255,7 @@ def run_name(cfg: DictConfig) -> str:
     """`name`, or a name made of model, reducer, budgets, trainable parts, seed and a hash."""
     if cfg.name:
         return str(cfg.name)
+    # The hash keeps runs apart that differ in settings the name does not show.
     digest = hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:6]
     reducer = cfg.reducer["_target_"].rsplit(".", 1)[-1].lower()
     budgets = budgets_of(cfg) if "budget" in cfg.reducer else []

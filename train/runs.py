@@ -66,7 +66,7 @@ class FinishedRun:
         return OmegaConf.create(self.config)
 
     def setting(self, name: str, default: Any = None) -> Any:
-        """Return the value of a setting such as "data.path", or the default if the run has no such setting."""
+        """Return a setting such as "data.path", or the default if the run has no such setting."""
         value: Any = self.config if self.has_settings else {}
         for key in name.split("."):
             if not isinstance(value, dict) or key not in value:
@@ -109,7 +109,7 @@ class FinishedRun:
         return [self._parsed("metrics.jsonl", line) for line in lines if line.endswith("\n")]
 
     def answers(self, setting: str) -> list[dict[str, Any]] | None:
-        """Return the answers to the held-out questions in a setting such as "full"; None if it was not asked."""
+        """Read the answers in a setting such as "full". None if it was not asked."""
         name = f"answers_{setting}.json"
         if not (self.path / name).is_file():
             return None
@@ -117,7 +117,7 @@ class FinishedRun:
         return answers
 
     def _text(self, name: str, consequence: str) -> str:
-        """Return the content of a file. `consequence` says what is wrong if there is no such file."""
+        """Read a file. `consequence` says what is wrong if there is none."""
         path = self.path / name
         if not path.is_file():
             raise UserError(f"{self.path} has no {name}, so {consequence}; give a folder that a run wrote")
@@ -133,7 +133,7 @@ class FinishedRun:
             raise UserError(f"{self.path / name} is not valid JSON: {error}") from error
 
     def _object(self, name: str) -> dict[str, Any]:
-        """Return a JSON file that holds an object."""
+        """Read a JSON file that holds an object."""
         value = self._parsed(name, self._text(name, "it is not a finished run"))
         if not isinstance(value, dict):
             raise UserError(f"{self.path / name} holds no JSON object; it is not what a run wrote")
@@ -141,5 +141,5 @@ class FinishedRun:
 
 
 def find_runs(folder: Path) -> list[FinishedRun]:
-    """Return the runs in a folder of runs, finished or not, by name."""
+    """List the runs in a folder of runs, finished or not, by name."""
     return [FinishedRun(path.parent) for path in sorted(folder.glob(f"*/{SETTINGS}"))]

@@ -80,7 +80,7 @@ def folder_name(name: str, value: str) -> None:
 
 
 def checked(default: Any, check: Check) -> Any:
-    """Return a field with a default, and a check of its values. Null is not checked."""
+    """Make a field with a default and a check of its values. Null is not checked."""
     return field(default=default, metadata={"check": check})
 
 

@@ -17,7 +17,7 @@ from vzip.templates.encode import Template
 
 
 def _pictures(cfg: DictConfig) -> list[tuple[Conversation, Path]]:
-    """Return the held-out conversations that have a picture, each with the path of its first one."""
+    """List the held-out conversations with a picture, each with the path of its first one."""
     folder = Path(cfg.data.image_folder).expanduser()
     pictures = []
     for conversation in held_out_conversations(cfg):
@@ -27,7 +27,7 @@ def _pictures(cfg: DictConfig) -> list[tuple[Conversation, Path]]:
 
 
 def with_pictures(run: Path) -> list[tuple[Conversation, Path]]:
-    """Return the held-out conversations of a run that have a picture, each with the path of its first one.
+    """List a run's held-out conversations with a picture, each with the path of its first one.
 
     The list is empty for a run that asks no questions.
 
@@ -39,7 +39,7 @@ def with_pictures(run: Path) -> list[tuple[Conversation, Path]]:
 
 
 def held_out_with_pictures(run: Path) -> list[tuple[Conversation, Path]]:
-    """Return the same as `with_pictures`, but never an empty list.
+    """List the same as `with_pictures`, but never return an empty list.
 
     Raises:
         UserError: the run asks no questions, none of them has a picture, or the run's data is gone.
@@ -58,7 +58,7 @@ def held_out_with_pictures(run: Path) -> list[tuple[Conversation, Path]]:
 def ask_training_free(
     run: Path, comparison: Comparison, reducer: Reducer, *, name: str, folder: Path
 ) -> dict[str, Any]:
-    """Ask the run's held-out questions with its base model and starting projector, behind any reducer.
+    """Ask a run's held-out questions with its base model and starting projector, behind any reducer.
 
     Args:
         run: a finished run.

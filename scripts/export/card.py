@@ -19,7 +19,7 @@ CODE_LICENCE = "Apache-2.0"
 
 
 def base_licence(base: str) -> str | None:
-    """Return the licence in the base model's own card; None if there is no card, or no licence in it."""
+    """Read the licence in the base model's own card. None if there is no card, or no licence in it."""
     try:
         return card_metadata(cached_file(base, "README.md")).get("license")
     except OSError:
@@ -27,7 +27,7 @@ def base_licence(base: str) -> str | None:
 
 
 def _eval_results(run: FinishedRun) -> list[EvalResult]:
-    """Return the scores of the tuned model, for the hub to show."""
+    """List the scores of the tuned model for the hub to show."""
     results = []
     for row in run.scores:
         if not row["name"].startswith("tuned"):
@@ -46,7 +46,7 @@ def _eval_results(run: FinishedRun) -> list[EvalResult]:
 
 
 def _front_matter(run: FinishedRun, base: str, to: str) -> str:
-    """Return the card's metadata."""
+    """Write the card's metadata."""
     results = _eval_results(run)
     metadata = ModelCardData(
         library_name="peft" if to == "peft" else "transformers",
@@ -61,7 +61,7 @@ def _front_matter(run: FinishedRun, base: str, to: str) -> str:
 
 
 def _use_hf(meta: dict[str, Any]) -> str:
-    """Return how to load an export in the format of `transformers`."""
+    """Explain how to load an export in the format of `transformers`."""
     lines = [
         "```python",
         "import vzip",
@@ -95,7 +95,7 @@ def _use_hf(meta: dict[str, Any]) -> str:
 
 
 def _use_llava(folder: Path) -> str:
-    """Return how to load an export for LLaVA's own code."""
+    """Explain how to load an export for LLaVA's own code."""
     if (folder / "config.json").is_file():
         loader = (
             "`load_pretrained_model(FOLDER, model_base=BASE, model_name=...)` with a name that contains "
@@ -114,7 +114,7 @@ def _use_llava(folder: Path) -> str:
 
 
 def _use_peft(meta: dict[str, Any], name: str) -> str:
-    """Return how to load an adapter."""
+    """Explain how to load an adapter."""
     lora = " and LoRA of the language model" if meta["adapter"] else ""
     lines = [
         "```python",
@@ -146,7 +146,7 @@ def _score_section(run: FinishedRun) -> str:
 
 
 def _data(run: FinishedRun) -> str:
-    """Return what the run was tuned on.
+    """Say what the run was tuned on.
 
     The path of the data is not shown, because it is a path on this machine.
     """
@@ -183,13 +183,13 @@ def _licences(base: str) -> str:
 
 
 def _base_name(run: FinishedRun, base: str) -> str:
-    """Return the name of the base model: its hub id, or for a folder the run's short name of the model."""
+    """Name the base model: by its hub id, or for a folder by the run's short name of the model."""
     name = run.setting("model.name") if Path(base).is_dir() else None
     return str(name or base_name(base))
 
 
 def model_card(path: Path, folder: Path, *, to: str, base: str) -> str:
-    """Return the model card of an export.
+    """Write the model card of an export.
 
     Args:
         path: the folder of the exported run.

@@ -54,7 +54,7 @@ def _apply_umask(folder: Path) -> None:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into, which replaces `target` when the block has ended.
+    """Make a folder to write into, which replaces `target` when the block has ended.
 
     If the block fails, `target` stays as it was. The next call deletes what a killed process left.
     """

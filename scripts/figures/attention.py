@@ -38,7 +38,7 @@ class LayerAttention:
     has_cls: bool
 
     def shares(self) -> Tensor:
-        """Each patch's share of the attention that all patches get, averaged over heads: float32[B, P].
+        """Return each patch's share of the attention on all patches, averaged over heads: float32[B, P].
 
         This is the saliency of `vzip.reducers.base.VisionTokens`, scaled to a sum of 1.
         """
@@ -47,7 +47,7 @@ class LayerAttention:
         return saliency / saliency.sum(dim=1, keepdim=True)
 
     def rows(self, max_scores: int = MAX_SCORES) -> Iterator[Tensor]:
-        """The softmax rows whose averages are the shares: float32[rows, N], `max_scores` numbers at once."""
+        """Yield the softmax rows that the shares average: float32[rows, N], `max_scores` numbers at once."""
         queries = self.queries[:, :, :1] if self.has_cls else self.queries
         scores_per_query = self.keys[:, :, :, 0].numel()
         step = max(1, max_scores // scores_per_query)
@@ -58,7 +58,7 @@ class LayerAttention:
 
 @torch.no_grad()
 def attention_of_layers(family: Family, pixel_values: Tensor) -> list[LayerAttention]:
-    """Run the tower once on float[B, 3, height, width]: the attention of each layer, from first to last."""
+    """Run the tower once on float[B, 3, height, width], and return the attention of each layer."""
     tower: Any = family.tower
     layout = tower_layout(tower.config)
     layers = list(tower.get_submodule(layout.layers).children())
@@ -80,12 +80,12 @@ def attention_of_layers(family: Family, pixel_values: Tensor) -> list[LayerAtten
 
 
 def _cumulated(shares: Tensor) -> Tensor:
-    """The attention on the 1, 2, ... most attended patches: float[B, P]."""
+    """Sum the attention on the 1, 2, ... most attended patches: float[B, P]."""
     return shares.sort(dim=1, descending=True).values.cumsum(dim=1)
 
 
 def top_shares(shares: Tensor, counts: Sequence[int]) -> list[float]:
-    """The attention on the k most attended patches, for each k in `counts`, averaged over pictures.
+    """Return the mean attention on the k most attended patches, for each k in `counts`.
 
     `shares`: float[B, P].
     """
@@ -94,7 +94,7 @@ def top_shares(shares: Tensor, counts: Sequence[int]) -> list[float]:
 
 
 def num_holding(shares: Tensor, share: float) -> list[int]:
-    """The smallest number of patches with this share of the attention, in each picture.
+    """Return the smallest number of patches with this share of the attention, for each picture.
 
     `shares`: float[B, P].
     """
@@ -160,5 +160,5 @@ def softmax_gradient(layers: Iterable[LayerAttention]) -> dict[str, Any]:
 
 
 def _sum_by_bin(bins: Tensor, values: Tensor) -> Tensor:
-    """The sum of the values in each bin: float64[bins], on the CPU."""
+    """Sum the values in each bin: float64[bins], on the CPU."""
     return torch.bincount(bins, values.flatten().double(), minlength=NUM_BINS).cpu()

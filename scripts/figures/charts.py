@@ -20,13 +20,13 @@ BLACK = "#000000"
 
 
 def per_cent(share: float) -> str:
-    """A share in per cent: without digits behind the point, or with one significant digit below 1 %."""
+    """Format a share in per cent: as a whole number, or with one significant digit below 1 %."""
     digits = ".0f" if share >= 0.01 or share == 0 else ".1g"
     return f"{100 * share:{digits}} %"
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
-    """An empty figure of so many inches."""
+    """Make an empty figure of so many inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize="medium")
     return figure
@@ -46,7 +46,7 @@ def _show_picture(axes: Axes, picture: Image.Image, title: str = "") -> None:
 
 
 def _attention(numbers: Mapping[str, Any]) -> str:
-    """What the shares are shares of. CLS also attends to itself, which is not counted."""
+    """Name what the shares are shares of. The attention of CLS to itself is not counted."""
     return "attention from CLS to the patches" if numbers["has_cls"] else "attention that patches receive"
 
 

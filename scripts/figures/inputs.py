@@ -76,7 +76,7 @@ class FigureInputs:
         return attention
 
     def hooked_layer(self, num_layers: int) -> int:
-        """The index of the layer whose attention the reducer reads."""
+        """Return the index of the layer whose attention the reducer reads."""
         layer = self.reducer.layer
         if layer is None:
             layer = self.family.model.config.vision_feature_layer
@@ -96,7 +96,7 @@ class FigureInputs:
         }
 
     def with_budget(self, budget: int) -> VisionZip:
-        """The reducer at a budget. At its own budget it keeps its split, at others it has the paper's."""
+        """Return the reducer at a budget: with its own split at its own budget, else with the paper's."""
         tiles = self.family.budget_tiles
         if budget == tiles * (self.reducer.dominant + self.reducer.contextual):
             return self.reducer
@@ -126,7 +126,7 @@ def _open_pictures(paths: Iterable[Path]) -> list[Image.Image]:
 
 
 def _held_out_pictures(run: Path) -> list[Path]:
-    """The first pictures of a run's held-out questions, each once."""
+    """List the first pictures of a run's held-out questions, each once."""
     paths = [path for _, path in held_out_with_pictures(run)]
     return list(dict.fromkeys(paths))[:NUM_PICTURES]
 

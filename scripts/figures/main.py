@@ -54,7 +54,7 @@ Drawing = tuple[Figure, dict[str, Any]]
 
 
 def attention_maps(inputs: FigureInputs) -> Drawing:
-    """The attention of VisionZip's layer in each picture."""
+    """Draw where the attention of VisionZip's layer goes in each picture."""
     drawn = []
     pictures = []
     for picture, (_, layer) in zip(inputs.pictures[:NUM_SHOWN], inputs.attention, strict=False):
@@ -74,7 +74,7 @@ def attention_maps(inputs: FigureInputs) -> Drawing:
 
 
 def top_share(inputs: FigureInputs) -> Drawing:
-    """The share of the attention on the top k patches, in each layer."""
+    """Draw the share of the attention on the top k patches, in each layer."""
     num_patches = inputs.about["num_patches"]
     counts = [max(1, round(share * num_patches)) for share in TOPS]
     lines = [{"top": count, "uniform": count / num_patches, "shares": []} for count in counts]
@@ -88,13 +88,13 @@ def top_share(inputs: FigureInputs) -> Drawing:
 
 
 def softmax_gradients(inputs: FigureInputs) -> Drawing:
-    """The gradient of the softmax in VisionZip's layer."""
+    """Draw the gradient of the softmax in VisionZip's layer."""
     numbers = inputs.about | softmax_gradient(layer for _, layer in inputs.attention)
     return draw_softmax_gradient(numbers), numbers
 
 
 def kept_at_budgets(inputs: FigureInputs) -> Drawing:
-    """The tokens that stay of each picture, at several budgets."""
+    """Draw the tokens that stay of each picture, at several budgets."""
     family = inputs.family
     shown = inputs.pictures[:NUM_SHOWN]
     drawn: list[list[Image.Image]] = [[] for _ in shown]
@@ -125,7 +125,7 @@ def kept_at_budgets(inputs: FigureInputs) -> Drawing:
 
 
 def _scores_of_run(inputs: FigureInputs) -> list[Score]:
-    """The scores of the run and of runs like it.
+    """Read the scores of the run and of runs like it.
 
     Raises UserError if there is no run, or it asked nothing.
     """
@@ -158,7 +158,7 @@ def _about_questions(scores: Sequence[Score]) -> dict[str, Any]:
 
 
 def recovery(inputs: FigureInputs) -> Drawing:
-    """The scores of full, training-free, tuned and random over budgets."""
+    """Draw the scores of full, training-free, tuned and random over budgets."""
     scores = same_but_budget(_scores_of_run(inputs), inputs.reducer)
 
     # Budgets that no run was made for are asked now, training-free.
@@ -193,7 +193,7 @@ def recovery(inputs: FigureInputs) -> Drawing:
 
 
 def _mean_over_seeds(scores: Sequence[Score], series: str) -> dict[str, float] | None:
-    """The mean of each metric of a series; None if there is no score."""
+    """Average each metric of a series. None if the series has no score."""
     by_kind: dict[str, list[float]] = {}
     for score in scores:
         if score.series == series:
@@ -203,7 +203,7 @@ def _mean_over_seeds(scores: Sequence[Score], series: str) -> dict[str, float] |
 
 
 def without_dominant(inputs: FigureInputs) -> Drawing:
-    """The scores of the paper's split of the budget, and of only one kind of token."""
+    """Draw the scores with the paper's split of the budget, and with only one kind of token."""
     scores = _scores_of_run(inputs)
     dominant, contextual = split_budget(inputs.reducer.dominant + inputs.reducer.contextual)
     split = replace(inputs.reducer, dominant=dominant, contextual=contextual)

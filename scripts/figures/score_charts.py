@@ -41,17 +41,17 @@ def draw_recovery(numbers: Mapping[str, Any]) -> Figure:
 
 
 def _correct(numbers: Mapping[str, Any]) -> str:
-    """The label of an axis of scores."""
+    """Label an axis of scores."""
     return f"correct of {numbers['num_questions']} held-out questions, %"
 
 
 def _percents(points: Points, series: str, kind: str) -> list[float]:
-    """The scores of a series, one per seed."""
+    """List the scores of a series in per cent, one per seed."""
     return [100 * point["metrics"][kind] for point in points if point["series"] == series]
 
 
 def _num_tokens(points: Points) -> str:
-    """The visual tokens of a figure with a single budget, such as "8 of 64"."""
+    """Name the visual tokens of a figure with a single budget, such as "8 of 64"."""
     full = ""
     reduced = ""
     for point in points:

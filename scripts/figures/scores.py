@@ -56,7 +56,7 @@ class Score:
 def score_of(
     row: dict[str, Any], *, series: str, reducer: Reducer, run: str, seed: int | None = None
 ) -> Score:
-    """The score of a setting in result.json."""
+    """Make the score of a setting in result.json."""
     return Score(
         series=series,
         reducer=reducer,
@@ -80,7 +80,7 @@ class ComparedRun:
 
 
 def _recipe(run: FinishedRun) -> dict[str, Any]:
-    """The settings that must be equal, by their full names."""
+    """Return the settings that must be equal in two runs of a figure, by their full names."""
     recipe = {}
     for name, value in identity(run.settings).items():
         if name in VARIED:
@@ -97,7 +97,7 @@ def _recipe(run: FinishedRun) -> dict[str, Any]:
 
 
 def _series_by_name(reducers: dict[int | None, Reducer]) -> dict[str, tuple[str, Reducer]]:
-    """The series and the reducer of each setting that a run can have, by its name in result.json."""
+    """Return the series and the reducer of each setting that result.json can have, by name."""
     series: dict[str, tuple[str, Reducer]] = {"full": ("full", Identity())}
     if len(reducers) > 1:
         for budget, reducer in reducers.items():
@@ -148,7 +148,7 @@ def read_compared(run: FinishedRun) -> ComparedRun:
 
 
 def comparable_scores(path: Path, others: Sequence[Path] = ()) -> list[Score]:
-    """The scores of a run, of the runs beside it, and of `others`, each once.
+    """Collect the scores of a run, of the runs beside it, and of `others`, each once.
 
     A run beside it counts if it is finished, was measured on the same base model, starting
     projector and questions, and was tuned in the same way. A run in `others` may be tuned in
@@ -189,7 +189,7 @@ def comparable_scores(path: Path, others: Sequence[Path] = ()) -> list[Score]:
 
 
 def same_but_budget(scores: Iterable[Score], reducer: Reducer) -> list[Score]:
-    """The scores with all tokens, with random ones, and with this reducer at its own budget or any other.
+    """Select the scores with all tokens, with random ones, and with this reducer at any budget.
 
     At another budget the reducer must split its tokens at the paper's ratio.
     """
@@ -205,7 +205,7 @@ def same_but_budget(scores: Iterable[Score], reducer: Reducer) -> list[Score]:
 
 
 def without_a_part(reducer: VisionZip) -> dict[str, VisionZip]:
-    """Reducers to the same number of tokens: of both kinds, of one kind, of the other."""
+    """Return reducers with the same number of tokens: of both kinds, of one kind, of the other."""
     total = reducer.dominant + reducer.contextual
     return {
         "dominant and contextual": reducer,

@@ -28,7 +28,7 @@ class ScoreTable:
     lines: list[list[str]]
 
     def rich(self, title: str | None = None) -> Table:
-        """Return the table for a terminal."""
+        """Make the table for a terminal."""
         table = Table(title=title, title_justify="left")
         for index, name in enumerate(self.header):
             table.add_column(name, justify="right" if index else "left")
@@ -37,24 +37,25 @@ class ScoreTable:
         return table
 
     def markdown(self) -> str:
-        """Return the table in Markdown, without a line end behind it."""
+        """Write the table in Markdown, without a line end behind it."""
         ruler = ["---"] + ["--:"] * (len(self.header) - 1)
         lines = [self.header, ruler, *self.lines]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def score_kinds(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the kinds of questions that were asked, "all" last."""
+    """List the kinds of questions that were asked, "all" last."""
     return list(rows[0]["metrics"]) if rows else []
 
 
 def score_table(rows: Sequence[Mapping[str, Any]]) -> ScoreTable:
-    """Return the share of correct answers for each kind of question, and in brackets in per cent of `full`.
+    """Make the table of scores: the share of correct answers, and in brackets per cent of `full`.
 
     Args:
         rows: the settings in result.json, each with "name", "num_visual_tokens", "num_questions"
             and "metrics".
     """
+    # The scores that the per cents refer to. A run may have been made without them.
     kinds = score_kinds(rows)
     full: Mapping[str, float] = {}
     for row in rows:
@@ -75,12 +76,12 @@ def score_table(rows: Sequence[Mapping[str, Any]]) -> ScoreTable:
 
 
 def format_share(share: float) -> str:
-    """Return a share with three digits and no leading zero: .935, 1.000."""
+    """Format a share with three digits and no leading zero: .935, 1.000."""
     return f"{share:.3f}".removeprefix("0")
 
 
 def gap_closed(rows: Sequence[Mapping[str, Any]], kind: str, *, suffix: str = "") -> float | None:
-    """Return the share of the gap between `free` and `full` that `tuned` closes; None if there is no gap.
+    """Return which share of the gap between `free` and `full` is closed by `tuned`. None without a gap.
 
     Args:
         rows: the settings in result.json.
