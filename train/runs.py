@@ -117,7 +117,7 @@ class FinishedRun:
         return answers
 
     def _text(self, name: str, consequence: str) -> str:
-        """Read a file. `consequence` says what is wrong if there is none."""
+        """Read a file. `consequence` says what is wrong if it is missing."""
         path = self.path / name
         if not path.is_file():
             raise UserError(f"{self.path} has no {name}, so {consequence}; give a folder that a run wrote")
