@@ -1,6 +1,6 @@
-"""The golden cases: what the authors' released code gives for a checkpoint and its inputs, in float32.
+"""The golden cases: results of the authors' released code for a tiny checkpoint and its inputs, in float32.
 
-tests/golden/NAME holds `model/`, `case.json` and `case.safetensors`; an image is a picture, a tile a part of one.
+tests/golden/NAME holds `model/`, `case.json` and `case.safetensors`.
 """
 
 import json
@@ -18,14 +18,12 @@ from tests.helpers import tiny
 from vzip.tap import run_tower
 
 TOLERANCE = 1e-5
-LINEAR = {
-    "0": "linear_1",
-    "2": "linear_2",
-}  # the projector's layers: the authors' names, and those of `transformers`
+LAYERS = {"0": "linear_1", "2": "linear_2"}
+"""The projector's layers: the authors' names, and those of transformers."""
 
 
 def error(got, want):
-    """Norm of the difference, relative to what is wanted; `pytest -s` shows it."""
+    """Return the norm of the difference, relative to the wanted value; `pytest -s` shows it."""
     assert got.shape == want.shape
     relative = ((got.double() - want.double()).norm() / want.double().norm()).item()
     print(f"relative error {relative:.1e} of float{list(want.shape)}")
@@ -33,7 +31,7 @@ def error(got, want):
 
 
 def pictures(tiles, counts):
-    """float[images, most tiles, 3, H, W] of float[all tiles, 3, H, W], zeros behind an image's last tile."""
+    """Pad float[all tiles, 3, H, W] to float[images, most tiles, 3, H, W], with zeros after an image's last tile."""
     padded = torch.zeros(len(counts), max(counts), *tiles.shape[1:])
     for image, part in enumerate(tiles.split(counts)):
         padded[image, : len(part)] = part
@@ -42,7 +40,7 @@ def pictures(tiles, counts):
 
 @pytest.fixture(scope="module", params=sorted(path.name for path in GOLDEN.iterdir() if path.is_dir()))
 def case(request):
-    """Settings, tensors, a fresh model, and the pictures as the model takes them."""
+    """Return settings and tensors of a case, a function that loads its model, and the pictures as the model takes them."""
     folder = GOLDEN / request.param
     kind = json.loads((folder / "model" / "config.json").read_text())["model_type"]
     if kind not in vzip.families.families():
@@ -68,7 +66,7 @@ def case(request):
 
 
 def expand(case, counts):
-    """The rows with as many placeholders an image as `counts` says, padded on the right again."""
+    """Repeat the placeholder of each image as often as `counts` says, and pad on the right again."""
     counts = iter(counts)
     rows: dict[str, list[Tensor]] = {name: [] for name in ("input_ids", "labels", "attention_mask")}
     for row in range(len(case.want["input_ids"])):
@@ -86,7 +84,7 @@ def expand(case, counts):
 
 @pytest.fixture(scope="module")
 def attached(case):
-    """The handle, what the model answers through the public API, and its projector's gradients."""
+    """Attach the reducer through the public API, and run forward and backward once."""
     handle = vzip.attach(case.model(), **case.budget)
     rows = expand(case, [handle.num_image_tokens(size) for size in case.sizes])
     answer = handle.family.model(**rows, **case.images)
@@ -94,14 +92,14 @@ def attached(case):
     return SimpleNamespace(handle=handle, rows=rows, answer=answer)
 
 
-def test_full_loss_without_a_reducer(case):
+def test_the_loss_without_a_reducer(case):
     model = case.model()
     features = model.model.get_image_features(**case.images).pooler_output
     loss = model(**expand(case, [len(image) for image in features]), **case.images).loss
     assert error(loss.reshape(1), case.want["full.loss"]) < TOLERANCE
 
 
-def test_rows_are_expanded_alike(case, attached):
+def test_labels_and_mask_are_expanded_alike(case, attached):
     assert torch.equal(attached.rows["labels"], case.want["expanded_labels"])
     assert torch.equal(attached.rows["attention_mask"], case.want["expanded_mask"])
 
@@ -116,7 +114,7 @@ def test_kept_indices(case, attached):
     tokens = run_tower(family.tower, case.tiles, feature_layer=layer, num_dropped=1, attention_layer=layer)
     cls = int(tokens.has_cls)
     falling = tokens.saliency.argsort(dim=1, descending=True)[:, : want.shape[1] - cls] + cls
-    assert not want[:, :cls].any()  # token 0, which leads whatever its score
+    assert not want[:, :cls].any()  # CLS is token 0 and comes first, whatever its score
     assert torch.equal(want[:, cls:], falling)
 
 
@@ -150,13 +148,13 @@ def test_projector_gradients(case, attached):
     projector = attached.handle.family.projector
     for name in (name for name in case.want if name.startswith("grad.")):
         _, layer, kind = name.split(".")
-        got = projector.get_submodule(LINEAR[layer]).get_parameter(kind).grad
+        got = projector.get_submodule(LAYERS[layer]).get_parameter(kind).grad
         assert error(got, case.want[name]) < TOLERANCE, name
 
 
 @torch.no_grad()
-def test_images_may_share_a_row(case, attached):
-    """All images in one row, and a row without an image: the same features, image by image."""
+def test_images_may_share_an_example(case, attached):
+    """Put all images in one example, beside one without an image: every image has the same features."""
     rows = attached.rows
     kept = rows["attention_mask"].bool()
     ids = [*rows["input_ids"][kept].split(kept.sum(dim=1).tolist())]
@@ -169,6 +167,6 @@ def test_images_may_share_a_row(case, attached):
     }
     answer = attached.handle.family.model(**batch, **case.images)
     assert torch.equal(answer.image_hidden_states, attached.answer.image_hidden_states)
-    # The first image stands where it stood, with nothing new before it: the same answer up to its row's end.
+    # Nothing new stands before the first image, so the answer to its example is the same.
     mask = kept[0]
     assert error(answer.logits[0, : mask.sum()], attached.answer.logits[0][mask]) < TOLERANCE
