@@ -1,8 +1,10 @@
 """Chat with a model in a page: full, training-free and tuned side by side, and the kept tokens.
 
-make demo RUN=runs/my-run ARGS="--port 7861"    python -m scripts.demo.main llava-hf/llava-1.5-7b-hf
+make demo RUN=runs/my-run ARGS="--port 7861"
+python -m scripts.demo.main llava-hf/llava-1.5-7b-hf
 
-Only this machine can open the page, unless --host or --share ask for more. Ctrl-C ends the command.
+Only this machine can open the page, unless --host or --share opens it to others. Ctrl-C ends the
+command.
 """
 
 import argparse
@@ -32,7 +34,7 @@ TEMPLATES = {
 NUM_EXAMPLES = 8
 MAX_FILE_MB = 20
 MAX_VISITORS = 8
-"""Visitors whose sessions are kept. A session has one KV cache for each setting."""
+"""Number of visitors whose sessions stay in memory. Each has a KV cache in every setting."""
 
 
 def free_port(host: str, port: int) -> int:
@@ -41,7 +43,7 @@ def free_port(host: str, port: int) -> int:
     Raises:
         UserError: the port is taken, or the host is not this machine.
     """
-    # The page opens the port again, after the model is loaded.
+    # The port is closed again here: the page opens it after the model is loaded.
     try:
         with socket.create_server((host, port)) as server:
             free: int = server.getsockname()[1]
@@ -55,18 +57,19 @@ def free_port(host: str, port: int) -> int:
 
 def held_out_examples(run: Path) -> list[ExamplePicture]:
     """Return the first pictures that a run was evaluated with, each with a question about it."""
+    # A base model, or a run without held-out questions, offers no examples.
     finished = FinishedRun(run)
     answers = finished.answers("full")
     if not finished.has_settings or answers is None:
         return []
 
-    # A picture may have several questions. The first one is offered.
+    # A picture may have several questions. The page offers the first one.
     questions: dict[str, str] = {}
     for answer in answers:
         question = answer["question"].replace(templates.IMAGE, "").strip()
         questions.setdefault(answer["image"], question)
 
-    # Open as many pictures as the gallery shows.
+    # Open pictures until the gallery is full.
     folder = Path(finished.setting("data.image_folder", ".")).expanduser()
     examples: list[ExamplePicture] = []
     for image, question in questions.items():
@@ -94,14 +97,14 @@ def open_model(source: str, *, base: str | None, template: str | None, max_new_t
     comparison = Comparison.open(source, base=base)
     processor = comparison.processor
 
-    # A run knows the template it was tuned with, but a base model may have none.
+    # A run knows the template that it was tuned with, but a base model may have none.
     if template is not None:
         processor.chat_template = chat_template(TEMPLATES[template], processor.tokenizer)
 
     if processor.chat_template is None:
         raise UserError(
-            f"{source} has no chat template; say how it is asked: --template vicuna (LLaVA-1.5, "
-            f"LLaVA-NeXT with Vicuna), mistral, or chatml (Qwen2, SmolLM2)"
+            f"{source} has no chat template; name the one it was trained with: --template vicuna "
+            f"(LLaVA-1.5, LLaVA-NeXT with Vicuna), mistral, or chatml (Qwen2, SmolLM2)"
         )
     return SharedModel(comparison, max_new_tokens=max_new_tokens)
 
@@ -121,8 +124,9 @@ def title_of(source: str, model: SharedModel) -> str:
 def spare_the_proxy(host: str) -> None:
     """Let Gradio reach its own page without the network's proxy.
 
-    It asks the page whether it is there.
+    When the page starts, Gradio sends it a request, which a proxy would not deliver.
     """
+    # Keep the hosts that the user has excluded already.
     known = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
     hosts = [known, host, "127.0.0.1", "localhost"]
     os.environ["no_proxy"] = ",".join(name for name in hosts if name)
@@ -130,6 +134,7 @@ def spare_the_proxy(host: str) -> None:
 
 def serve(page: Page, *, host: str, port: int, share: bool) -> None:
     """Show the page until Ctrl-C raises KeyboardInterrupt."""
+    # With `prevent_thread_lock` the call returns, so that Ctrl-C ends the wait below.
     spare_the_proxy(host)
     _, address, public_address = page.blocks.launch(
         server_name=host,
@@ -147,7 +152,7 @@ def serve(page: Page, *, host: str, port: int, share: bool) -> None:
     )
     print(f"the page: {public_address or address} (Ctrl-C ends it)", flush=True)
 
-    # The page lives in threads of its own. This one waits for Ctrl-C, then ends them.
+    # The page runs in threads of its own. This one waits for Ctrl-C, and then ends them.
     try:
         Event().wait()
     finally:
@@ -162,10 +167,10 @@ def parse_demo_arguments(arguments: Sequence[str] | None = None) -> argparse.Nam
     add = parser.add_argument
     add("source", help="a run folder, or the folder or hub id of a model")
     add("--host", default="127.0.0.1", help="0.0.0.0 shows the page to everyone in this network")
-    add("--port", type=int, default=7860, help="0: any port that is free")
-    add("--share", action="store_true", help="a public address, through Gradio's servers")
+    add("--port", type=int, default=7860, help="port of the page; 0 takes any free one")
+    add("--share", action="store_true", help="get a public address from Gradio's servers")
     add("--base", help="folder or hub id of a run's base model, if it has moved")
-    add("--template", choices=TEMPLATES, help="how a model without a chat template is asked")
+    add("--template", choices=TEMPLATES, help="chat template, for a model that has none")
     add("--max-new-tokens", type=count, default=128, help="most tokens of an answer")
     return parser.parse_args(arguments)
 
@@ -175,9 +180,9 @@ def main() -> None:
     """Load the model, then show the page."""
     arguments = parse_demo_arguments()
 
-    # Ctrl-C is the way to end this command, so it is not an error.
+    # Ctrl-C is how this command ends, so it is not an error.
     with suppress(KeyboardInterrupt):
-        # A port that is taken is found out before minutes are spent on loading the model.
+        # Look for the port first: loading the model takes minutes.
         port = free_port(arguments.host, arguments.port)
         model = open_model(
             arguments.source,
@@ -187,7 +192,7 @@ def main() -> None:
         )
         model.warm_up()
 
-        # A base model has no held-out pictures, and visitors bring their own.
+        # Without held-out pictures, visitors upload their own.
         page = Page(
             model,
             title=title_of(arguments.source, model),

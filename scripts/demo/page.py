@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+# Gradio reads this when it is imported, and would send data about the page to its servers.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
 from PIL import Image
@@ -21,20 +22,23 @@ from vzip import UserError
 from vzip.overlay import attention_map, kept_tokens, merged_tokens
 
 SIDE = 480
-"""Pixels of a drawing's side."""
+"""Side of a drawing in pixels."""
 SECONDS_BETWEEN_UPDATES = 0.1
 """Seconds between two updates of a growing answer. Each update takes time from the model."""
 PROJECTORS = {"full": "base projector", "free": "base projector", "tuned": "tuned projector"}
+"""The projector of each setting, as the page names it."""
 DRAWINGS = {
     "**Kept**: dominant orange, merge targets blue": kept_tokens,
     "**Merged**: one colour and number, one token": merged_tokens,
     "**Attention**: violet little, yellow most": attention_map,
 }
+"""Title of each drawing, and the function that draws it."""
 NO_PICTURE = "Upload a picture, or choose one, to see its tokens."
 FOOTNOTE = (
-    "*Prompt run*: how many tokens of the conversation were computed in a turn. The others were in the "
-    "KV cache. The settings answer greedily, one after the other, so that each is timed alone."
+    "*Prompt run*: the tokens of the conversation that were computed in this turn. The others were in "
+    "the KV cache. The settings answer greedily, one after the other, so that each is timed alone."
 )
+# The rules replace what Gradio's own options can't set: widths, the grid of examples, small tables.
 STYLE = """
 .gradio-container > main, .gradio-container { max-width: 1280px; width: 100%; margin: 0 auto; }
 .message:not(:empty) p { border-left: 4px solid #d55e00; padding: .25rem .75rem; }
@@ -64,6 +68,7 @@ class NoOtherHosts:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # An answer's headers are sent first, in a message of their own.
         async def send_with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
                 policy = (b"content-security-policy", self.POLICY)
@@ -82,22 +87,23 @@ class ExamplePicture:
 
 
 class Page:
-    """The page's components, and what happens when a visitor uses them.
+    """The page's components, and the reactions when a visitor uses them.
 
     Args:
         model: the model that answers.
-        title: what the model is, as Markdown.
+        title: name of the model, as Markdown.
         examples: pictures offered beside the upload. The first one is shown when the page opens.
     """
 
     def __init__(self, model: SharedModel, *, title: str, examples: Sequence[ExamplePicture]) -> None:
         self.model = model
         self.examples = examples
-        # Uploaded files are looked through every ten minutes, and deleted after an hour.
+        # Gradio looks at uploaded files every 600 s, and deletes those older than 3,600 s.
         delete_cache = (600, 3600)
         with gr.Blocks(title="vzip", analytics_enabled=False, delete_cache=delete_cache) as self.blocks:
+            # The picture and its tokens stand side by side, the answers of all settings below.
             self.session = gr.State(None, time_to_live=3600)
-            gr.Markdown(f"# Which visual tokens stay, and what is answered\n{title}")
+            gr.Markdown(f"# Which visual tokens stay, and how the model answers\n{title}")
             with gr.Row():
                 with gr.Column(scale=1, min_width=280):
                     self._build_input()
@@ -109,10 +115,13 @@ class Page:
                 self._build_answers()
             gr.Markdown(FOOTNOTE)
             self.new_conversation = gr.Button("New conversation", size="sm", elem_id="again")
+
+            # Last, because events name their components.
             self._connect()
 
     def _build_input(self) -> None:
-        """The upload, and the examples below it."""
+        """Build the upload, and the examples below it."""
+        # `filepath` gives the file itself: `choose` opens it, with limits that Gradio lacks.
         self.picture = gr.Image(
             label="Picture",
             sources=["upload", "clipboard"],
@@ -136,7 +145,7 @@ class Page:
         )
 
     def _build_drawings(self) -> None:
-        """The drawings of the tokens, and a summary in numbers."""
+        """Build the drawings of the tokens, and the summary in numbers."""
         self.drawings = []
         with gr.Row():
             for title in DRAWINGS:
@@ -154,7 +163,7 @@ class Page:
         self.summary = gr.Markdown(NO_PICTURE, elem_id="summary")
 
     def _build_budget(self) -> None:
-        """The slider, hidden where there is one budget only."""
+        """Build the slider of budgets, which is hidden if there is only one."""
         # Say what a budget counts: several tiles together, one tile, or the whole picture.
         family = self.model.comparison.family
         if family.budget_tiles > 1:
@@ -187,8 +196,10 @@ class Page:
         self.hint = gr.Markdown(elem_id="hint", elem_classes="message")
 
     def _build_answers(self) -> None:
-        """One column for each setting: its title, its conversation and its timings."""
-        self.titles, self.answers, self.figures = {}, {}, {}
+        """Build one column for each setting: its title, its conversation and its timings."""
+        self.titles: dict[str, gr.Markdown] = {}
+        self.answers: dict[str, gr.Chatbot] = {}
+        self.figures: dict[str, gr.Markdown] = {}
         for setting in self.model.settings:
             with gr.Column(min_width=280):
                 self.titles[setting] = gr.Markdown(
@@ -210,7 +221,7 @@ class Page:
                 )
 
     def _title(self, setting: str, session: Session | None) -> str:
-        """The text above a setting's answers."""
+        """Return the text above a setting's answers."""
         if session is None:
             return f"**{setting}**: {PROJECTORS[setting]}"
         if reason := session.why_closed(setting):
@@ -219,7 +230,7 @@ class Page:
         return f"**{setting}**: {num_tokens:,} visual tokens, {PROJECTORS[setting]}"
 
     def _outputs(self) -> list[Any]:
-        """All components that a visitor's action may change."""
+        """List all components that a visitor's action may change."""
         return [
             self.session,
             self.picture,
@@ -234,8 +245,8 @@ class Page:
         ]
 
     def _connect(self) -> None:
-        """Connect what a visitor can do with the methods below."""
-        # All events wait for the model in one queue, so that an answer is timed alone.
+        """Connect each action of a visitor with one of the methods below."""
+        # All events wait in one queue, so that nothing else runs while an answer is timed.
         one_at_a_time = {
             "outputs": self._outputs(),
             "concurrency_id": "model",
@@ -243,7 +254,7 @@ class Page:
             "show_progress": "minimal",
         }
 
-        # Gradio's own preprocessing would open every format that PIL knows.
+        # Gradio's own preprocessing would open every format that PIL knows. `choose` opens fewer.
         as_uploaded = {**one_at_a_time, "preprocess": False}
         self.picture.upload(self.choose, [self.picture, self.budget], **as_uploaded)
         self.picture.clear(self.clear, None, **one_at_a_time)
@@ -251,7 +262,7 @@ class Page:
         if self.examples:
             self.blocks.load(self.show_first_example, [self.budget], **one_at_a_time)
 
-        # While the slider moves, only its last value counts.
+        # While the slider moves, only its last value starts a session.
         last_value = {**one_at_a_time, "trigger_mode": "always_last"}
         self.budget.change(self.change_budget, [self.session, self.budget], **last_value)
 
@@ -260,11 +271,12 @@ class Page:
 
     def _begin(self, picture: Image.Image, slider: float) -> Updates:
         """Start a session about a picture, and draw its tokens."""
+        # The slider also stops between the budgets that a run was tuned for.
         budget = self.model.nearest_budget(slider)
         tokens = self.model.look(picture, budget)
         session = Session(self.model, picture, budget)
 
-        # Replace everything that belongs to the picture before.
+        # Replace everything that belongs to the previous picture.
         updates = {self.message: "", self.summary: describe_tokens(tokens)}
         for component, draw in zip(self.drawings, DRAWINGS.values(), strict=True):
             updates[component] = draw(tokens.tile, side=SIDE)
@@ -272,6 +284,7 @@ class Page:
 
     def _show_turns(self, session: Session | None) -> Updates:
         """Show the turns of a session in all settings."""
+        # Without a session the columns are emptied.
         updates: Updates = {self.session: session, self.hint: ""}
         for setting in self.model.settings:
             turns = session.turns[setting] if session else []
@@ -312,13 +325,13 @@ class Page:
         return {**updates, **self._show_turns(None)}
 
     def change_budget(self, session: Session | None, slider: float) -> Updates:
-        """Handle another budget. It keeps other tokens, so it starts another session."""
+        """Handle another budget. Other tokens are kept, so another session starts."""
         if session is None:
             return {self.message: ""}
         return self._begin(session.picture, slider)
 
     def restart(self, session: Session | None) -> Updates:
-        """Handle the wish for a new conversation about the same picture."""
+        """Handle the button for a new conversation about the same picture."""
         return self._show_turns(session.restart() if session else None)
 
     def ask(self, session: Session | None, question: str) -> Iterator[Updates]:
@@ -330,7 +343,7 @@ class Page:
             yield {self.hint: "Type a question."}
             return
 
-        # Empty the question's box at once, so that the visitor sees the question was taken.
+        # Empty the question's box at once, so that the visitor sees that the question was accepted.
         yield {self.hint: "", self.question: ""}
         for setting in session.open_settings:
             # `session.ask` changes these turns, while it yields the growing answer.

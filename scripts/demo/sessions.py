@@ -23,7 +23,7 @@ from vzip.reducers.identity import Identity
 
 T = TypeVar("T")
 WARM_UP_TOKENS = 3
-"""Tokens generated in each setting before the page opens."""
+"""Number of tokens generated in each setting before the page opens."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Turn:
 
     question: str
     answer: Answer | None
-    """The answer so far. None before the first token, and if the question was refused."""
+    """The answer so far. None before the first token, or if the question was refused."""
     refusal: str = ""
     """Why there is no answer."""
 
@@ -70,7 +70,7 @@ class SharedModel:
         self.settings = comparison.rows
         self.tuned_budgets: Sequence[int] = list(comparison.reducers)
 
-        # A budget is a multiple of `step`, from one token a tile up to all of them.
+        # A budget is a multiple of `step`, from one token per tile to all tokens.
         step = comparison.family.budget_tiles
         most = comparison.family.num_patches * step
 
@@ -80,16 +80,18 @@ class SharedModel:
             # A ninth is the paper's smallest budget: 64 of 576 tokens.
             self.default_budget = max(step, most // 9 // step * step)
 
-        # A run of which only the tuned projector is left has its own budgets alone.
+        # If only a run's tuned projector is left, the page offers the run's own budgets alone.
         self.budgets: Sequence[int] = sorted(self.tuned_budgets)
         if self._takes_any_budget(step):
             self.budgets = range(step, most + 1, step)
 
+        # One thread uses the model, so visitors wait for each other without any lock.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._stopped = Event()
 
     def _takes_any_budget(self, budget: int) -> bool:
         """Whether there is a training-free setting, whose budget can be changed."""
+        # The tuned setting refuses budgets that it was not tuned for.
         try:
             self.comparison.reducer("free", budget=budget)
         except UserError:
@@ -103,14 +105,15 @@ class SharedModel:
     def stream(self, work: Callable[[], Iterator[T]]) -> Iterator[T]:
         """Yield the values of `work`, which runs while nobody else uses the model.
 
-        If the reader leaves early, `work` is closed in the model's thread. So the model never
-        stays in the setting that `work` has put it in.
+        If the reader stops early, `work` is closed in the model's thread. So the model never stays
+        in the setting that `work` has put it in.
         """
-        # A value comes in a tuple of its own, so that the empty tuple can mark the end.
+        # Each value is put into a tuple, so that the empty tuple can mark the end.
         values: queue.SimpleQueue[tuple[T, ...]] = queue.SimpleQueue()
         reader_left = Event()
 
         def run() -> None:
+            # The end mark comes in any case: without it, the reader would wait for ever.
             try:
                 with closing(work()) as produced:
                     for value in produced:
@@ -127,20 +130,22 @@ class SharedModel:
         finally:
             reader_left.set()
 
-        # Raise here what `work` has raised there.
+        # An error of `work` was raised in the other thread. Raise it here again.
         job.result()
 
     def stop(self) -> None:
         """End the answer that is being generated, so that the command can end."""
+        # Do not wait for the thread: it stops by itself at the next token.
         self._stopped.set()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def nearest_budget(self, value: float) -> int:
-        """The offered budget that is nearest to the value of a slider."""
+        """Return the offered budget that is nearest to the slider's value."""
         return min(self.budgets, key=lambda budget: abs(budget - value))
 
     def reducer(self, budget: int) -> Reducer:
-        """The reducer of the reduced settings."""
+        """Return the reducer of the reduced settings."""
+        # Both reduced settings have the same reducer, but one of them may be missing.
         setting = "free" if "free" in self.settings else "tuned"
         return self.comparison.reducer(setting, budget=budget)
 
@@ -150,6 +155,8 @@ class SharedModel:
         image_processor = self.comparison.processor.image_processor
         reducer = self.reducer(budget)
         size = (picture.height, picture.width)
+
+        # Only the first call computes anything. The counts follow from the picture's size.
         return PictureTokens(
             tile=self.run_alone(lambda: look(family, reducer, image_processor, picture)),
             num_tiles=family.num_tiles(size),
@@ -162,6 +169,7 @@ class SharedModel:
 
         The first answer is slow, because libraries initialise themselves.
         """
+        # A small picture and a few tokens are enough.
         session = Session(self, Image.new("RGB", (64, 64)), self.default_budget)
         for setting in session.open_settings:
             with closing(session.ask(setting, "What is this?")) as turns:
@@ -169,7 +177,8 @@ class SharedModel:
                     pass
 
 
-@dataclass(eq=False)  # Gradio keeps the object itself for each visitor
+# eq=False: two visitors with the same picture and budget still have different sessions.
+@dataclass(eq=False)
 class Session:
     """One visitor's questions about one picture at one budget.
 
@@ -187,14 +196,15 @@ class Session:
         self._chats: dict[str, Chat] = {}
 
     def num_visual_tokens(self, setting: str) -> int:
-        """Visual tokens of the picture in a setting that can be asked."""
+        """Count the visual tokens of the picture in a setting that can be asked."""
         comparison = self.model.comparison
         size = (self.picture.height, self.picture.width)
         reducer = comparison.reducer(setting, budget=self.budget)
         return comparison.family.num_image_tokens(reducer, size)
 
     def why_closed(self, setting: str) -> str:
-        """Why a setting can't be asked at this budget. Empty if it can."""
+        """Say why a setting can't be asked at this budget. Empty if it can."""
+        # Only the tuned projector depends on the budget.
         if setting != "tuned" or self.budget in self.model.tuned_budgets:
             return ""
 
@@ -207,7 +217,7 @@ class Session:
         return [setting for setting in self.model.settings if not self.why_closed(setting)]
 
     def restart(self) -> "Session":
-        """A new session about the same picture at the same budget."""
+        """Make a new session about the same picture at the same budget."""
         return Session(self.model, self.picture, self.budget)
 
     def ask(self, setting: str, question: str) -> Generator[Turn]:
@@ -218,10 +228,12 @@ class Session:
         turns = self.turns[setting]
         turns.append(Turn(question, None))
 
-        # This runs in the model's thread, and puts the model into the setting for one answer alone.
+        # This runs in the model's thread. It puts the model into the setting for this answer alone,
+        # because the next visitor may ask in another one.
         def work() -> Iterator[Answer]:
             comparison = self.model.comparison
             with comparison.row(setting, budget=self.budget) as (model, processor):
+                # A chat keeps the KV cache, so the next turn computes only what is new.
                 if setting not in self._chats:
                     self._chats[setting] = Chat(
                         model,
@@ -231,11 +243,12 @@ class Session:
                     )
                 yield from self._chats[setting].ask(question)
 
-        # The page shows the turns, so the last one is replaced by each longer answer.
+        # The page shows `turns`, so each longer answer replaces the last one.
         try:
             for answer in self.model.stream(work):
                 turns[-1] = Turn(question, answer)
                 yield turns[-1]
         except (UserError, torch.OutOfMemoryError) as error:
+            # A conversation that got too long must not end the page for all others.
             turns[-1] = Turn(question, None, refusal=str(error))
             yield turns[-1]

@@ -11,6 +11,7 @@ from vzip import UserError
 from vzip.pictures import FORMATS, open_picture
 
 MAX_PIXELS = 50_000_000
+"""Most pixels of an uploaded picture: each takes 3 bytes while it is open."""
 FIGURES_HEADER = [
     "| turn | first token | tokens/s | prompt run | cache |",
     "|--:|--:|--:|--:|--:|",
@@ -23,9 +24,9 @@ def open_upload(path: str) -> Image.Image:
     Raises:
         UserError: the file is not a picture that can be read, or the picture has too many pixels.
     """
-    limit = f"at most {MAX_PIXELS // 10**6} million pixels are taken: make it smaller"
+    limit = f"at most {MAX_PIXELS // 10**6} million pixels are accepted: make it smaller"
     try:
-        # Opening reads the size alone. Only a picture of a reasonable size is decoded.
+        # Opening reads only the size. A small file may hold a picture that fills the memory.
         with Image.open(path, formats=FORMATS) as opened:
             width, height = opened.size
         if width * height > MAX_PIXELS:
@@ -44,13 +45,14 @@ def open_upload(path: str) -> Image.Image:
 
 def describe_tokens(tokens: PictureTokens) -> str:
     """Say in numbers, as Markdown, what the drawings show."""
+    # The first sentence is about the whole picture, the others mostly about the drawn tile.
     tile = tokens.tile
     share = f"{tokens.num_tokens / tokens.num_full_tokens:.0%}"
     sentences = [
         f"**{tokens.num_full_tokens:,} → {tokens.num_tokens:,} visual tokens** ({share}).",
     ]
 
-    # CLS is a dominant token like the others, but no patch of the drawing stands for it.
+    # CLS is a dominant token like the others, but no patch of the drawing shows it.
     num_patches = len(tile.dominant)
     cls = "CLS, which has no place in the picture, and " if tile.has_cls else ""
     attention_share = tile.saliency.flatten()[tile.dominant].sum() / tile.saliency.sum()
@@ -59,14 +61,14 @@ def describe_tokens(tokens: PictureTokens) -> str:
         f"{attention_share:.0%} of the attention that all patches receive."
     )
 
-    # A budget may have dominant tokens alone.
+    # A small budget may have no contextual tokens.
     if len(tile.contextual):
         num_merged = int((tile.members >= 0).sum())
         sentences.append(
             f"{len(tile.contextual)} contextual, made of the other {num_merged} patches.",
         )
 
-    # One tile is drawn, so say where the others are.
+    # Only one tile is drawn, so mention the others.
     if tokens.num_tiles > 1:
         sentences.append(
             f"The picture is cut into {tokens.num_tiles} tiles, and each is reduced by itself. "
@@ -85,7 +87,8 @@ def _answer_text(turn: Turn) -> str:
 
 
 def as_messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
-    """The turns of a setting as messages of a chatbot, which are HTML."""
+    """Return the turns of a setting as messages of a chatbot."""
+    # The chatbot shows messages as HTML, so the text of visitor and model must be escaped.
     messages = []
     for turn in turns:
         for role, text in (("user", turn.question), ("assistant", _answer_text(turn))):
@@ -95,14 +98,14 @@ def as_messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
 
 
 def as_figures(turns: Sequence[Turn]) -> str:
-    """The timings of a setting's turns, as a Markdown table. Empty before the first answer."""
+    """Return the timings of a setting's turns as a Markdown table. Empty before the first answer."""
     lines = []
     for number, turn in enumerate(turns, start=1):
         answer = turn.answer
         if answer is None:
             continue
 
-        # An answer of one token has no rate, because only the tokens behind the first are timed.
+        # The rate counts the tokens behind the first one, so an answer of one token has none.
         rate = "–" if answer.tokens_per_second is None else f"{answer.tokens_per_second:.1f}"
         num_run = answer.num_prompt_tokens - answer.num_cached_tokens
         cells = [

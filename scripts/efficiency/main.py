@@ -5,15 +5,14 @@ python -m scripts.efficiency.main runs/my-run --batch 8
 python -m scripts.efficiency.main llava-hf/llava-1.5-7b-hf --budget 64
 python -m scripts.efficiency.main runs/llava-13b --against llava-hf/llava-1.5-7b-hf
 
-The setting `tuned` of a run, or training-free of a model, is compared with `full`. Prefill and
-the time to the first token are measured on the first question, BATCH times in one batch. Then all
-questions are answered from their files, with the same number of tokens in each setting. The
-settings take turns, and the table shows medians. LoRA, if the run has it, takes part in every
-prefill.
+A run is measured tuned, a model training-free, and both are compared with full. Prefill and the
+time to the first token are measured on a batch that holds the first question BATCH times. Then
+all questions are answered from their files, with the same number of tokens in each setting. The
+settings take turns, and the table shows medians. If the run has LoRA, it is part of every prefill.
 
-The column "by FLOPs" is the ratio of what is computed (`vzip.cost`: causal attention, SwiGLU, the
-head and, from the pixels, the vision tower). The column "paper" is the ratio by the paper's formula
-for the prefill of a language model.
+The column "by FLOPs" is the ratio of the computed operations (`vzip.cost`: causal attention,
+SwiGLU, the head and, from the pixels, the vision tower). The column "paper" is the ratio by the
+paper's formula for the prefill of a language model.
 
 The questions are the run's held-out questions, with one picture each. A model, or a run without
 such questions, is asked about noise.
@@ -40,12 +39,12 @@ def parse_efficiency_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("source", help="folder of a finished run, or folder or hub id of a model")
-    add("--against", help="another run or model, which is measured in full too")
+    add("--against", help="another run or model, whose setting full is measured too")
     add("--budget", type=count, help="budget of the reducer (default: the run's first)")
     add("--batch", type=count, default=1, help="questions in a batch")
-    add("--questions", type=count, default=50, help="most questions that are asked")
+    add("--questions", type=count, default=50, help="ask at most so many questions")
     add("--new-tokens", type=count, default=8, help="tokens of each answer")
-    add("--rounds", type=count, default=5, help="rounds, whose median is shown")
+    add("--rounds", type=count, default=5, help="measure so often, and show the median")
     add("--json", type=Path, help="file for all figures (default: RUN/efficiency.json)")
     return parser.parse_args()
 
@@ -53,7 +52,7 @@ def parse_efficiency_arguments() -> argparse.Namespace:
 def _open_settings(
     arguments: argparse.Namespace, comparison: Comparison, *, reduced: str
 ) -> dict[str, EfficiencySetting]:
-    """The settings that are measured, by their name in the table."""
+    """Open the settings to measure, by their name in the table."""
     # `full` has no budget, so --budget is for the reduced setting alone.
     settings = {
         "full": EfficiencySetting(comparison, "full", budget=None),
@@ -75,16 +74,19 @@ def main() -> None:
     source = Path(arguments.source)
     is_run = FinishedRun(source).has_settings
 
-    # Missing data is found out before minutes are spent on loading the model.
+    # Look for the data first: loading the model takes minutes.
     held_out = held_out_pictures(source, arguments.questions) if is_run else []
 
     print(f"loading {arguments.source}", flush=True)
+    # Noise comes in the size of the model's tiles, so it needs the model.
     comparison = Comparison.open(arguments.source)
     questions = held_out or made_up_questions(comparison.family, arguments.questions)
+
+    # A model without a tuned projector is measured training-free.
     reduced = "tuned" if "tuned" in comparison.rows else "free"
     settings = _open_settings(arguments, comparison, reduced=reduced)
 
-    # Say what is measured before it starts, because it takes minutes.
+    # Say what is measured before the measurement starts, because it takes minutes.
     environment = where(device)
     print(", ".join(f"{name} {value}" for name, value in environment.items()))
     kind = "of the run's held-out questions" if held_out else "questions about noise"
@@ -104,7 +106,7 @@ def main() -> None:
     }
     print_efficiency(figures)
 
-    # Write the figures where the option says, or else beside the run.
+    # A model has no folder of its own, so its figures are written only if --json names a file.
     path = arguments.json
     if path is None and is_run:
         path = source / "efficiency.json"

@@ -34,7 +34,7 @@ class EfficiencySetting:
         self.reducer = comparison.reducer(name, budget=budget)
 
     def inputs(self, model: Any, processor: Any, questions: Sequence[PrefillQuestion]) -> Any:
-        """The arguments of the model for a batch of questions, padded on the left."""
+        """Make the model's arguments for a batch of questions, padded on the left."""
         inputs = processor(
             text=prompts(processor, questions),
             images=[question.image() for question in questions],
@@ -45,7 +45,8 @@ class EfficiencySetting:
         return inputs.to(model.device, model.dtype)
 
     def prefill(self, question: PrefillQuestion, *, batch: int) -> Prefill:
-        """A batch of the same question, `batch` times."""
+        """Make a batch that holds the same question `batch` times."""
+        # Equal questions have equal lengths, so no time goes into padding.
         with self.comparison.row(self.name, budget=self.budget) as (model, processor):
             inputs = self.inputs(model, processor, [question] * batch)
         return Prefill(self.comparison.family, self.reducer, inputs)
@@ -59,6 +60,7 @@ class EfficiencySetting:
         ids = []
         with self.comparison.row(self.name, budget=self.budget) as (model, processor):
             tokenizer = processor.tokenizer
+            # The minimum keeps an early end from making an answer cheaper in one setting.
             for start in range(0, len(questions), batch):
                 answers = generate_answers(
                     model,
@@ -75,7 +77,7 @@ class EfficiencySetting:
 
 
 def paper_flops(config: Any, num_tokens: int) -> int:
-    """FLOPs of a language model's prefill by the paper's formula: T (4 n d^2 + 2 n^2 d + 2 n d m).
+    """Count the FLOPs of a prefill by the paper's formula: T (4 n d^2 + 2 n^2 d + 2 n d m).
 
     Here n is the number of tokens, T the number of layers, d their width and m the MLPs' width.
     Source: arXiv 2412.04467, section 4.
@@ -102,7 +104,7 @@ def measure_settings(
         By setting: what `scripts.common.prefill.measure_prefill` returns, FLOPs by the paper's
         formula, memory, and the seconds for all questions.
     """
-    # Encode the first question once for each setting.
+    # Encode the first question once for each setting, so that no round includes it.
     cases = {}
     answering = {}
     for name, setting in settings.items():
@@ -114,12 +116,13 @@ def measure_settings(
             new_tokens=plan.new_tokens,
         )
 
-    # All settings take turns in each measurement, and a bar shows how far it is.
+    # The settings take turns, so that a slow moment of the machine hits all of them.
     figures = measure_prefill(cases, plan)
     seconds = alternating(answering, rounds=plan.rounds, device=plan.device, title="all questions")
 
-    # Memory comes last: on a CPU, libraries would allocate theirs in the first run.
+    # Memory comes last, because libraries allocate their own in the first run on a CPU.
     for name, case in cases.items():
+        # The paper's formula counts all tokens alike, visual or text.
         own = figures[name]
         num_tokens = own["num_visual_tokens"] + own["num_text_tokens"]
         weights = weight_memory(case.family)

@@ -1,4 +1,4 @@
-"""The questions that are asked: the run's held-out questions, or questions about noise."""
+"""Questions of an efficiency report: the run's held-out questions, or questions about noise."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,19 +20,20 @@ class PrefillQuestion:
 
     text: str
     picture: Path | Image.Image
-    """A file, which is opened each time the question is asked; or a picture of noise."""
+    """A file, which is opened each time the question is asked, or a picture of noise."""
 
     def image(self) -> Image.Image:
-        """The picture."""
+        """Open the picture, if it is a file."""
         return open_picture(self.picture) if isinstance(self.picture, Path) else self.picture
 
 
 def held_out_pictures(run: Path, limit: int) -> list[PrefillQuestion]:
-    """The first question of each of the first held-out conversations with a picture.
+    """Return the first question of each held-out conversation with a picture, at most `limit`.
 
     Raises:
         UserError: the data of the run is gone.
     """
+    # The first question alone: a later one would need the answers before it.
     questions = []
     for conversation, picture in with_pictures(run)[:limit]:
         text, _ = conversation.turns[0]
@@ -42,7 +43,8 @@ def held_out_pictures(run: Path, limit: int) -> list[PrefillQuestion]:
 
 
 def made_up_questions(family: Family, limit: int) -> list[PrefillQuestion]:
-    """Questions about noise, in a square that a model with tiles cuts into several."""
+    """Make questions about noise, in a square that a model with tiles cuts into several."""
+    # The seed is fixed, so that two commands measure the same pixels.
     side = 2 * family.tile_side
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
 
@@ -55,10 +57,11 @@ def made_up_questions(family: Family, limit: int) -> list[PrefillQuestion]:
 
 
 def prompts(processor: Any, questions: Sequence[PrefillQuestion]) -> list[str]:
-    """The questions in the model's chat template.
+    """Put the questions into the model's chat template.
 
-    Without one, a question follows its placeholder.
+    Without a template, the question follows its placeholder.
     """
+    # The answers do not matter here, so a base model without a template can be measured too.
     if not processor.chat_template:
         return [f"{processor.image_token}\n{question.text}" for question in questions]
 

@@ -1,4 +1,4 @@
-"""Cells of the results table: one setting that is asked one task.
+"""Cells of the results table. A cell is one task in one setting.
 
 The harness runs the cells, and writes a file for each.
 """
@@ -13,15 +13,15 @@ from scripts.evaluate.target import EvaluationSetting
 from scripts.evaluate.tasks import HELD_OUT
 
 FAILED_FILE = "failed"
-"""File beside the job of several processes.
+"""File beside the job of several processes, if one of them fails.
 
-It holds the number, from 1, of the cell in which one of them failed.
+It holds the number, from 1, of the cell that failed.
 """
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting asked one task."""
+    """One task in one setting."""
 
     name: str
     """Name of the setting in the table, e.g. "tuned-64"."""
@@ -43,22 +43,23 @@ class Cell:
         if not path.is_file():
             return None
 
+        # Answers of another model, or to other questions, must not get into the table.
         result: dict[str, Any] = json.loads(path.read_text())
         return result if result.get("stamp") == self.stamp else None
 
 
 @dataclass(frozen=True)
 class Job:
-    """The work of one start of the harness."""
+    """The cells that one start of the harness runs, and how it loads the model."""
 
     arguments: dict[str, Any]
     """Arguments of lmms-eval's model "vzip"."""
     limit: int | None
-    """Number of questions asked of each task. None for all."""
+    """Number of questions that are asked from each task. None for all."""
     include_path: str | None
-    """Folder with a task of our own."""
+    """Folder with the task of held-out questions, which lmms-eval does not have."""
     template: dict[str, Any] | None
-    """Fields of the template that a base model is asked in. None if its processor has one."""
+    """Fields of a base model's chat template. None if its processor has one."""
     cells: list[Cell]
 
     def write(self, path: Path) -> None:
@@ -67,7 +68,7 @@ class Job:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read what `write` has written."""
+        """Read a file from `write`."""
         content = json.loads(path.read_text())
         cells = [Cell(**cell) for cell in content.pop("cells")]
         return cls(**content, cells=cells)
@@ -84,7 +85,7 @@ def make_cells(
     """List the cells of a table, setting by setting.
 
     Args:
-        settings: rows of the table.
+        settings: settings of the table.
         tasks: names of lmms-eval's tasks.
         questions: folder of the held-out questions, which come before the tasks. None to leave
             them out.
@@ -94,7 +95,8 @@ def make_cells(
     cells = []
     for setting in settings:
         for task in [HELD_OUT, *tasks]:
-            # Other budgets, or other questions, make other answers.
+            # The stamp tells everything that changes the answers, so it also names the budget and,
+            # for held-out questions, the folder that is named after their hash.
             own_stamp = {**stamp, "budget": setting.budget}
             if task == HELD_OUT:
                 if questions is None:

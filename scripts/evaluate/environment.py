@@ -1,7 +1,7 @@
 """Make `.venv-eval`, the environment of lmms-eval, on top of the packages of the running Python.
 
-lmms-eval pins packages that the recipe has in other versions, so it is not installed into
-`.venv`. torch, transformers and vzip come from `.venv`: a model answers exactly as it did after
+lmms-eval pins packages that the recipe needs in other versions, so it is not installed into
+`.venv`. torch, transformers and vzip come from `.venv`. So a model answers exactly as it did after
 tuning, and nothing large is installed twice.
 """
 
@@ -23,19 +23,20 @@ REQUIREMENTS = ROOT / "requirements-eval.txt"
 PATH_FILE = "beneath.pth"
 """File that adds the packages of the running Python to the environment."""
 STAMP_FILE = "made-of"
-"""File with a hash of what the environment was made of.
+"""File with a hash of everything that the environment depends on.
 
-It is written last, so a half-made environment has none.
+It is written last, so an unfinished environment has none.
 """
 
 
 def _own_packages() -> list[str]:
-    """Folders with the packages of the running Python."""
+    """List the folders with the packages of the running Python."""
+    # Debian's Python calls its folder dist-packages.
     return [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
 
 
 def _stamp(requirements: Path) -> str:
-    """Hash of everything the environment depends on."""
+    """Hash everything that the environment depends on."""
     ingredients = [requirements.read_text(), sys.version, *_own_packages()]
     return hashlib.sha256("\n".join(ingredients).encode()).hexdigest()
 
@@ -45,14 +46,14 @@ def _add_own_packages(folder: Path) -> None:
     variables = {"base": str(folder), "platbase": str(folder)}
     packages = Path(sysconfig.get_path("purelib", vars=variables))
 
-    # Python reads .pth files after the folder itself, so what is installed in the environment
-    # comes first.
+    # Python reads .pth files after the folder itself, so the environment's own packages come first.
     lines = [f"import site; site.addsitedir({path!r})\n" for path in _own_packages()]
     (packages / PATH_FILE).write_text("".join(lines))
 
 
 def _install(python: Path, folder: Path, requirements: Path) -> None:
     """Install the requirements with the running Python's pip. Raises UserError if pip fails."""
+    # --no-deps: the list is complete, and lmms-eval's own pins contradict the packages of .venv.
     pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"]
     process = subprocess.run(
         [*pip, "install", "--quiet", "--no-deps", "--requirement", str(requirements)],
@@ -62,15 +63,15 @@ def _install(python: Path, folder: Path, requirements: Path) -> None:
     )
     if process.returncode:
         raise UserError(
-            f"pip can't install lmms-eval into {folder}; connect to a package index and run the same "
-            f"command again:\n{process.stderr[-2000:]}"
+            f"pip can't install lmms-eval into {folder}; connect to a package index, and run the same "
+            f"command again. The end of its output:\n{process.stderr[-2000:]}"
         )
 
 
 def eval_python(folder: Path = FOLDER, *, requirements: Path = REQUIREMENTS) -> Path:
     """Return the environment's Python.
 
-    The environment is made if it is missing, or was made of other requirements.
+    Make the environment first if it is missing, or was made from other requirements.
 
     Raises:
         UserError: pip can't install the requirements.
@@ -79,12 +80,13 @@ def eval_python(folder: Path = FOLDER, *, requirements: Path = REQUIREMENTS) -> 
     stamp_file = folder / STAMP_FILE
     stamp = _stamp(requirements)
 
-    # Of two commands that start together, one makes the environment and the other waits.
+    # If two commands start together, one makes the environment and the other waits.
     with FileLock(Path(sys.prefix) / f"{folder.name}.lock"):
         if stamp_file.is_file() and stamp_file.read_text() == stamp:
             return python
 
-        print(f"making {folder.name}, once: lmms-eval and what it needs", flush=True)
+        # Start from an empty folder: it may hold half an environment, or packages of another Python.
+        print(f"making {folder.name}, once: lmms-eval and the packages it needs", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         venv.create(folder, with_pip=False, symlinks=True)
         _add_own_packages(folder)

@@ -3,8 +3,8 @@
 scripts/evaluate/main.py starts this in the environment of lmms-eval.
 
 The model is loaded once for all cells. A cell's file is written when its task is done, so a
-command that was stopped can go on from there. If a task fails, its error is printed, and the
-other tasks are run.
+command that was stopped continues behind it. If a task fails, its error is printed, and the other
+tasks are run.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def _answers(results: dict[str, Any]) -> list[dict[str, Any]]:
     """List the answers by task and number of the question."""
     answers = []
     for task, samples in results["samples"].items():
-        # The samples of several processes come one process after the other.
+        # Sort them: each of several processes has added its samples as a block.
         for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
             answer = {
                 "task": task,
@@ -49,17 +49,17 @@ def _answers(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _example_prompt(model: Vzip) -> str:
-    """The prompt of a question about a picture, which the table shows."""
+    """Return the prompt of a question about a picture, which the table shows."""
     content = [{"type": "image"}, {"type": "text", "text": "QUESTION"}]
     return model.answerer.prompt([{"role": "user", "content": content}])
 
 
 def run_cell(model: Vzip, cell: Cell, manager: TaskManager, *, limit: int | None) -> None:
-    """Ask one setting one task, and write the results of lmms-eval."""
+    """Run one task in one setting, and write the results of lmms-eval."""
     path = Path(cell.path)
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    # The model is loaded once, and switches to the cell's setting.
+    # Switch the model, which is loaded once, to the cell's setting.
     model.answerer.switch_to(cell.row, budget=cell.budget)
     comparison = model.answerer.comparison
     reducer = comparison.reducer(cell.row, budget=cell.budget)
@@ -71,17 +71,19 @@ def run_cell(model: Vzip, cell: Cell, manager: TaskManager, *, limit: int | None
         task_manager=manager,
         limit=limit,
         batch_size=model.batch_size,
+        # Our table has no standard errors, and 100,000 bootstrap samples would take minutes.
         bootstrap_iters=0,
-        # Tasks read from the command line where files for other judges go, and whether grading
-        # opens pictures again.
+        # Tasks look here for two options: where to put files for other judges, and whether to open
+        # the pictures again for grading.
         cli_args=argparse.Namespace(output_path=str(path.parent), process_with_media=False),
     )
     seconds = time.perf_counter() - start
 
-    # Only the first of several processes gets the results.
+    # If there are several processes, only the first one gets the results.
     if results is None:
         return
 
+    # The stamp tells a later command whether it can use this file.
     content = {
         "stamp": cell.stamp,
         "row": cell.name,
@@ -101,10 +103,10 @@ def run_cell(model: Vzip, cell: Cell, manager: TaskManager, *, limit: int | None
 def load_tasks(names: set[str], *, include_path: str | None) -> TaskManager:
     """Load lmms-eval's tasks, and those of a folder.
 
-    Raises UserError if one of the names is not among them.
+    Raises UserError if one of the names does not exist.
     """
-    # Listing lmms-eval's own tasks takes seconds, so they are left out where the held-out
-    # questions are all that is asked.
+    # Listing lmms-eval's own tasks takes seconds, so leave them out if only held-out questions are
+    # asked.
     has_others = names != {HELD_OUT}
     manager = TaskManager(
         "WARNING",
@@ -125,12 +127,12 @@ def load_tasks(names: set[str], *, include_path: str | None) -> TaskManager:
 @exit_on_user_error
 def main() -> None:
     """Run all cells of the job whose path is the only argument."""
-    # Look for the tasks first: an unknown name is found out before the model is loaded.
+    # Look for the tasks first, so that an unknown name is reported before the model is loaded.
     path = Path(sys.argv[1])
     job = Job.read(path)
     manager = load_tasks({cell.task for cell in job.cells}, include_path=job.include_path)
 
-    # A base model is asked in the same template as a run of its recipe.
+    # A base model gets the template of its recipe, so that it can be compared with a run.
     model = Vzip(**job.arguments)
     if job.template:
         processor = model.answerer.comparison.processor
@@ -140,10 +142,11 @@ def main() -> None:
     for number, cell in enumerate(job.cells, start=1):
         if model.rank == 0:
             print(f"[{number}/{len(job.cells)}] {cell.name}, {cell.task}", flush=True)
+        # A task runs code of its own, so it may raise anything.
         try:
             run_cell(model, cell, manager, limit=job.limit)
-        except Exception:  # a task may run any code, and so fail in any way
-            # The other processes wait for this one: end all, and let the command start them again
+        except Exception:
+            # The other processes wait for this one. End all of them: the command starts them again
             # behind this cell.
             if model.world_size > 1:
                 path.with_name(FAILED_FILE).write_text(str(number))

@@ -1,14 +1,14 @@
 """Evaluate a run, an export or a base model with lmms-eval, and print one table.
 
-The settings full, training-free and tuned are asked several tasks:
+The settings full, training-free and tuned answer several tasks:
 
 make eval RUN=runs/X                                    python -m scripts.evaluate.main runs/X
 make eval RUN=runs/X ARGS="--tasks gqa,pope --limit 100"
 make eval RUN=llava-hf/llava-1.5-7b-hf ARGS="--budget 64 128"
 
-The questions are the run's own held-out questions, or those of the embedded default, which need
-no network. The paper's tasks follow if the Hugging Face hub can be reached. Results are kept in
-RUN/eval, or in runs/eval/MODEL, and are not asked again.
+The first task is the run's own held-out questions, or those of the embedded default, which need no
+network. The paper's tasks follow if the Hugging Face hub can be reached. Results stay in RUN/eval,
+or in runs/eval/MODEL, and the same command does not ask again for them.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from vzip import UserError
 
 HUB_TIMEOUT_S = 5
 VERSION = 2
-"""Version of how questions are asked. Raise it when the same model would answer otherwise."""
+"""Version of how questions are asked. Raise it when the same model would answer differently."""
 USER_ERROR_CODE = 2
 """Exit code of a harness that has told the user what to change."""
 
@@ -47,9 +47,11 @@ def hub_answers() -> bool:
     """Whether the Hugging Face hub can be reached. Sends one request, and does not wait long."""
     if constants.HF_HUB_OFFLINE:
         return False
+
+    # An error page is an answer too: the hub is there.
     try:
         urllib.request.urlopen(constants.ENDPOINT, timeout=HUB_TIMEOUT_S).close()
-    except urllib.error.HTTPError:  # an error page is an answer too
+    except urllib.error.HTTPError:
         return True
     except OSError:
         return False
@@ -57,7 +59,7 @@ def hub_answers() -> bool:
 
 
 def _missing_keys(names: Sequence[str]) -> dict[str, str]:
-    """Return the tasks whose judge's key is not set, each with the environment variable for it."""
+    """Return the tasks whose judge needs a key that is not set, each with its variable's name."""
     missing = {}
     for name in names:
         key = BY_NAME[name].key if name in BY_NAME else None
@@ -71,16 +73,17 @@ def tasks_to_run(chosen: str | None, *, online: bool) -> tuple[list[str], list[s
     """Decide which tasks of lmms-eval are run besides the held-out questions.
 
     Args:
-        chosen: names with commas. None for the paper's tasks.
-        online: whether the hub answers, which holds the data of the tasks. If the user has turned
-            it off, chosen tasks are tried with the cache.
+        chosen: the user's names, separated by commas. None for the paper's tasks.
+        online: whether the hub, which has the data of the tasks, can be reached. If the user has
+            turned it off (HF_HUB_OFFLINE), chosen tasks are tried with the cache.
 
     Returns:
-        (names, reasons): the tasks to run, and sentences that say why others are left out.
+        (names, reasons): the tasks to run, and a sentence for each that is left out.
 
     Raises:
         UserError: a chosen task needs the network, or the key of a judge.
     """
+    # The held-out questions are always asked, so their name is no choice.
     wanted = chosen.split(",") if chosen else [task.name for task in PAPER]
     names = [name.strip() for name in wanted if name.strip() not in ("", HELD_OUT)]
 
@@ -93,10 +96,11 @@ def tasks_to_run(chosen: str | None, *, online: bool) -> tuple[list[str], list[s
                 "answer; connect, set HF_HUB_OFFLINE=1 if the data is in your cache, or leave --tasks out "
                 "to ask the held-out questions alone"
             )
+        # The paper's tasks were not asked for, so leave them out without an error.
         columns = ", ".join(task.column for task in PAPER)
         return [], [f"{constants.ENDPOINT} does not answer: left out are {columns}"]
 
-    # A task that the user has chosen must run. One of the paper's may be left out.
+    # A task that the user has chosen must run. The paper's tasks may be left out.
     missing_keys = _missing_keys(names)
     if missing_keys and chosen:
         name, key = next(iter(missing_keys.items()))
@@ -110,7 +114,8 @@ def tasks_to_run(chosen: str | None, *, online: bool) -> tuple[list[str], list[s
 
 
 def questions_to_ask(run: Path | None) -> tuple[Path | None, list[str]]:
-    """Write the held-out questions. Returns (their folder, why they are left out)."""
+    """Write the held-out questions. Return (their folder, why they are left out)."""
+    # Without them the other tasks can still run.
     try:
         return write_questions(run), []
     except UserError as error:
@@ -118,11 +123,10 @@ def questions_to_ask(run: Path | None) -> tuple[Path | None, list[str]]:
 
 
 def harness_command(python: Path, *, processes: int) -> list[str]:
-    """The command that starts the harness.
+    """Return the command that starts the harness.
 
-    It is a module, like this command, so both are found from the same working directory, and
-    relative paths mean the same to both. Several processes are started by torch's launcher, and
-    share the questions of a task.
+    The harness runs in the same working directory as this command, so a relative path means the
+    same to both. torch's launcher starts several processes, which share the questions of a task.
     """
     launcher = []
     if processes > 1:
@@ -131,9 +135,10 @@ def harness_command(python: Path, *, processes: int) -> list[str]:
 
 
 def _harness_environment(*, processes: int, online: bool) -> dict[str, str]:
+    """Return the environment variables of the harness."""
     variables = dict(os.environ)
 
-    # Without this, each file would be looked for on the hub again and again.
+    # Without this, libraries would ask the hub for each file, and wait for an answer each time.
     if not online:
         variables["HF_HUB_OFFLINE"] = "1"
 
@@ -148,7 +153,7 @@ def run_harness(job: Job, *, processes: int, online: bool) -> int:
     """Start lmms-eval in its own environment, and return its exit code.
 
     If a task fails in one of several processes, all of them end. They are started again for the
-    cells that follow.
+    remaining cells.
     """
     command = harness_command(eval_python(), processes=processes)
     variables = _harness_environment(processes=processes, online=online)
@@ -163,7 +168,7 @@ def run_harness(job: Job, *, processes: int, online: bool) -> int:
             process = subprocess.run([*command, str(path)], env=variables, check=False)
             code = process.returncode or code
 
-            # Go on behind the cell that failed. Without this file, the harness has reached the end.
+            # Continue behind the cell that failed. Without this file, the harness reached the end.
             cells = cells[int(failed.read_text()) :] if failed.is_file() else []
             failed.unlink(missing_ok=True)
 
@@ -177,7 +182,7 @@ def parse_eval_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("source", help="a run folder, or the folder or hub id of an export or a base model")
 
-    # What is asked.
+    # Options that say what is asked.
     add(
         "--budget",
         type=count,
@@ -186,13 +191,13 @@ def parse_eval_arguments() -> argparse.Namespace:
     )
     add(
         "--tasks",
-        help="names of lmms-eval's tasks, with commas (default: the paper's); "
+        help="names of lmms-eval's tasks, separated by commas (default: the paper's); "
         "held-out questions are always asked",
     )
     add("--limit", type=count, help="ask only the first questions of each task")
     add("--fresh", action="store_true", help="ask everything again")
 
-    # How it is asked.
+    # Options that say how it is asked.
     add(
         "--batch-size",
         type=count,
@@ -215,9 +220,9 @@ def parse_eval_arguments() -> argparse.Namespace:
 
 
 def num_processes(arguments: argparse.Namespace) -> int:
-    """How many processes ask questions.
+    """Return how many processes ask questions.
 
-    Raises UserError for several processes on one named device.
+    Raises UserError if both the device and the number of processes are given.
     """
     if arguments.device and arguments.processes:
         raise UserError(
@@ -226,6 +231,8 @@ def num_processes(arguments: argparse.Namespace) -> int:
         )
     if arguments.processes:
         return int(arguments.processes)
+
+    # By default each GPU gets a process.
     return 1 if arguments.device else max(1, torch.cuda.device_count())
 
 
@@ -235,7 +242,8 @@ def _cells(
     tasks: Sequence[str],
     questions: Path | None,
 ) -> list[Cell]:
-    """List the cells of the table. A result counts if the same model has made it in the same way."""
+    """List the cells of the table."""
+    # A result is used again only if it has this stamp.
     stamp = {
         "version": VERSION,
         "model": target.model,
@@ -248,8 +256,8 @@ def _cells(
 def _make_job(
     arguments: argparse.Namespace, target: Target, questions: Path | None, cells: list[Cell]
 ) -> Job:
-    """Describe to the harness how the model is loaded, and what is asked."""
-    # The harness switches from setting to setting. This is the one that it loads the model in.
+    """Describe to the harness how to load the model, and which cells to run."""
+    # The harness loads the model in this setting, and switches to the others.
     first = target.settings[0]
     model: dict[str, Any] = {
         "pretrained": arguments.source,
@@ -259,7 +267,7 @@ def _make_job(
     if first.budget:
         model["budget"] = first.budget
 
-    # An option that is not given is left to the model's own defaults.
+    # Without an option, the model's own default holds.
     for name in ("device", "dtype", "base"):
         value = getattr(arguments, name)
         if value:
@@ -287,6 +295,7 @@ def _finished(cells: Sequence[Cell]) -> list[FinishedCell]:
 
 def _show_table(arguments: argparse.Namespace, target: Target, finished: Sequence[FinishedCell]) -> None:
     """Write the table to results.json, and print it."""
+    # The file is written first, so that it exists even if nobody reads the output.
     table = table_of(finished, published_settings(target.names))
     about = {"source": arguments.source, "limit": arguments.limit}
     write_json(target.folder / "results.json", {**about, **table})
@@ -299,12 +308,12 @@ def _show_table(arguments: argparse.Namespace, target: Target, finished: Sequenc
 
 @exit_on_user_error
 def main() -> None:
-    """Ask what is not answered yet, then print the table of everything that is."""
+    """Run the tasks that have no result yet, then print the table of all results."""
     arguments = parse_eval_arguments()
     processes = num_processes(arguments)
     target = find_target(arguments)
 
-    # Decide what can be asked on this machine, and say what is left out.
+    # Decide which tasks can run on this machine, and say which are left out.
     online = hub_answers()
     tasks, reasons = tasks_to_run(arguments.tasks, online=online)
     questions, more_reasons = questions_to_ask(target.run)
@@ -313,33 +322,33 @@ def main() -> None:
     if questions is None and not tasks:
         raise UserError("there is nothing left to ask, for the reasons above")
 
-    # List what is asked, and forget older results if the user wants that.
+    # List the cells, and delete older results if the user wants that.
     cells = _cells(arguments, target, tasks, questions)
     if arguments.fresh:
         for cell in cells:
             Path(cell.path).unlink(missing_ok=True)
 
-    # Ask what has no result yet.
+    # Run the cells that have no result yet.
     code = 0
     missing = [cell for cell in cells if cell.result() is None]
     if missing:
         job = _make_job(arguments, target, questions, missing)
         code = run_harness(job, processes=processes, online=online)
 
-    # Show everything that has a result, also the tasks that an earlier command has asked.
+    # Show all results, including those of tasks that an earlier command has run.
     earlier = {path.stem for path in target.folder.glob("*/*.json")} - {HELD_OUT, *tasks}
     finished = _finished(_cells(arguments, target, [*tasks, *sorted(earlier)], questions))
     if finished:
         _show_table(arguments, target, finished)
 
-    # Fail if something is missing. The harness may have said already what to change.
+    # Fail if a result is missing. With this code, the harness has already said what to change.
     if code == USER_ERROR_CODE:
         sys.exit(code)
     unfinished = [f"{cell.name}: {cell.task}" for cell in cells if cell.result() is None]
     if unfinished:
         raise UserError(
             f"not finished, for the reasons above: {', '.join(unfinished)}\n"
-            "The same command asks only these again"
+            "Run the same command again: it asks only these"
         )
 
 

@@ -22,8 +22,8 @@ from vzip.videos import read_frames
 TEMPLATE = Path(__file__).parent / "held_out_task" / "held_out.yaml"
 FEATURES = datasets.Features(
     {
-        # What the model has seen by this question: its own media, and those of the turns before
-        # it. A video is its frames.
+        # The media of the question, and before them those of the previous turns, which the model
+        # sees too. A video is a list of its frames.
         "images": datasets.List(datasets.Image()),
         "videos": datasets.List(datasets.List(datasets.Image())),
         # The turns before the question, as JSON: [[question, true answer], ...].
@@ -48,7 +48,7 @@ def _question_settings(run: Path | None) -> DictConfig:
     config.register()
     finished = None if run is None else FinishedRun(run)
 
-    # Prefer the run's own questions: their scores can be compared with those after tuning.
+    # Prefer the run's own questions, because their scores can be compared with those after tuning.
     if finished is not None and finished.has_settings and config.asks_questions(finished.settings):
         cfg = finished.settings
         advice = "put the file there again"
@@ -63,6 +63,7 @@ def _question_settings(run: Path | None) -> DictConfig:
 
 def _encoded(frame: Any) -> dict[str, Any]:
     """Encode a frame of a video in the form that `datasets.Image` stores."""
+    # PNG loses nothing, so the model sees the same pixels as after tuning.
     buffer = io.BytesIO()
     frame.save(buffer, format="png")
     return {"bytes": buffer.getvalue(), "path": None}
@@ -76,6 +77,7 @@ def _document(question: HeldOutQuestion, folder: Path, *, num_frames: int) -> di
         folder: folder of its pictures and videos.
         num_frames: frames that the model takes of a video.
     """
+    # Without a path, `datasets` stores the bytes, and the file does not depend on this machine.
     images = [{"bytes": (folder / path).read_bytes(), "path": None} for path in question.images]
 
     videos = []
@@ -94,7 +96,8 @@ def _document(question: HeldOutQuestion, folder: Path, *, num_frames: int) -> di
 
 
 def _task(cfg: DictConfig, folder: Path, documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the task as lmms-eval reads it: what held_out.yaml leaves open."""
+    """Return the part of the task that depends on the questions. It includes held_out.yaml."""
+    # One score for each kind of question, and "all" for all of them together.
     kinds = sorted({document["kind"] for document in documents} - {"all"})
 
     metrics = []
@@ -127,23 +130,24 @@ def write_questions(run: Path | None) -> Path:
     Raises:
         UserError: the file of the questions does not exist.
     """
-    # Take the same questions as the evaluation after tuning.
+    # Take the same questions, with the same limit, as the evaluation after tuning.
     cfg = _question_settings(run)
     media_folder = Path(cfg.data.image_folder).expanduser()
     num_frames = cfg.model.get("num_frames", 1)
     questions = held_out_questions(held_out_conversations(cfg), limit=cfg.evaluate.questions)
     documents = [_document(question, media_folder, num_frames=num_frames) for question in questions]
 
-    # Equal questions share one folder, so that their answers are found again, from whichever run
-    # they come.
+    # Equal questions share one folder, whichever run they come from. Their answers carry its name,
+    # so they are found again.
     name = hashlib.sha256(repr(documents).encode()).hexdigest()[:16]
     folder = data_dir() / "questions" / name
     folder.mkdir(parents=True, exist_ok=True)
 
+    # The name says that the content is the same, so an existing file is never written again.
     if not (folder / "questions.parquet").is_file():
         with atomic_write(folder / "questions.parquet") as scratch:
             datasets.Dataset.from_list(documents, features=FEATURES).to_parquet(scratch)
 
-    # lmms-eval looks for YAML, and JSON is YAML.
+    # lmms-eval reads YAML, and every JSON file is YAML too.
     write_json(folder / f"{HELD_OUT}.yaml", _task(cfg, folder, documents))
     return folder

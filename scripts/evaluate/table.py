@@ -1,4 +1,4 @@
-"""The table of an evaluation: settings over tasks, with the paper's scores below ours.
+"""The table of an evaluation: a line for each setting, with the paper's scores below ours.
 
 A cell has the score in points, and in brackets its share of the score of `full`.
 """
@@ -17,10 +17,10 @@ FinishedCell = tuple[Cell, Mapping[str, Any]]
 
 
 def _merge_cells(cells: Sequence[FinishedCell]) -> list[dict[str, Any]]:
-    """Merge the cells of each setting into one row."""
+    """Merge the cells of each setting into one row of results.json."""
     rows: dict[str, dict[str, Any]] = {}
     for cell, result in cells:
-        # The first cell of a setting makes its row.
+        # The first cell of a setting starts its row.
         if cell.name not in rows:
             rows[cell.name] = {
                 "name": cell.name,
@@ -44,6 +44,7 @@ def _paper_rows(
     rows: Sequence[Mapping[str, Any]], published: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Return the published rows with the same setting and budget as ours, under our names."""
+    # A budget that the paper does not report has no row of the paper.
     paper = []
     for row in rows:
         for published_row in published:
@@ -61,23 +62,23 @@ def _add_percent_of_full(rows: Sequence[dict[str, Any]], asked: Mapping[str, Col
 
     Args:
         rows: rows of the table. One of them is `full`, if there is anything to compare with.
-        asked: by name of a row, the columns that the mean is taken over.
+        asked: by name of a row, the columns that count in the mean.
     """
-    # An export has no `full`, and then nothing has a share of it.
+    # An export has no setting `full`. Then there are no shares.
     scores_of_full = [row["scores"] for row in rows if row["row"] == "full"]
     full = scores_of_full[0] if scores_of_full else {}
 
     paper_columns = {task.column for task in PAPER}
 
     for row in rows:
-        # The share of each column that `full` was asked too.
+        # A column has a share only if `full` has a score in it.
         shares = {}
         for column, score in row["scores"].items():
             if full.get(column):
                 shares[column] = 100 * score / full[column]
         row["percent_of_full"] = shares
 
-        # Their mean, over the paper's tasks.
+        # The mean of the shares, over the paper's tasks alone.
         counted = [
             share
             for column, share in shares.items()
@@ -98,13 +99,13 @@ def table_of(cells: Sequence[FinishedCell], published: Sequence[Mapping[str, Any
             "percent_of_full", "average_percent", "num_questions" and "seconds".
         "paper": the published rows beside ours, with the same keys.
         "tables": lmms-eval's own tables, as text.
-        "prompt": the prompt that a question is asked in.
+        "prompt": the prompt of a question, with the model's chat template.
     """
     rows = _merge_cells(cells)
     paper = _paper_rows(rows, published)
 
-    # The paper's average is taken over the tasks that were asked here. Over all of its tasks it
-    # would be another number.
+    # Average the paper's scores over the tasks that ran here: over all of the paper's tasks, the
+    # number could not be compared with ours.
     asked = {row["name"]: row["scores"] for row in rows}
     _add_percent_of_full(rows, asked)
     _add_percent_of_full(paper, asked)
@@ -120,6 +121,7 @@ def table_of(cells: Sequence[FinishedCell], published: Sequence[Mapping[str, Any
 
 def _score_text(row: Mapping[str, Any], column: str) -> str:
     """Format a score and its share of `full`, e.g. "54.0 (90%)"."""
+    # A setting may not have run every task.
     if column not in row["scores"]:
         return ""
 
@@ -149,7 +151,8 @@ def _line(
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """List the columns in the order in which they were asked. Totals come last."""
+    """List the columns in the order of their tasks. Totals come last."""
+    # A dict keeps the order, and the sort keeps it too: it only moves the totals.
     columns = list(dict.fromkeys(column for row in rows for column in row["scores"]))
     return sorted(columns, key=lambda column: column.endswith(": all"))
 
@@ -160,7 +163,7 @@ def print_scores(table: Mapping[str, Any], *, title: str) -> None:
     for name, text in table["tables"].items():
         console.print(f"{name}\n{text}", markup=False, highlight=False, soft_wrap=True)
 
-    # The average is shown only if one of the paper's tasks was asked.
+    # The average exists only if one of the paper's tasks has run.
     columns = _columns(table["rows"])
     has_average = any(row["average_percent"] is not None for row in table["rows"])
     header = ["setting", "tokens", *columns]
@@ -168,7 +171,7 @@ def print_scores(table: Mapping[str, Any], *, title: str) -> None:
         header.append("average of full")
     header.append("seconds")
 
-    # Each of our lines is followed by the paper's, if it reports the same setting.
+    # Below each of our lines stands the paper's, if the paper reports the same setting.
     lines = []
     for row in table["rows"]:
         lines.append(_line(row["name"], row, columns, has_average=has_average))
@@ -177,4 +180,4 @@ def print_scores(table: Mapping[str, Any], *, title: str) -> None:
                 lines.append(_line("  paper", paper_row, columns, has_average=has_average))
 
     console.print(ScoreTable(header, lines).rich(title))
-    console.print(f"asked as {table['prompt']!r}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"prompt: {table['prompt']!r}", markup=False, highlight=False, soft_wrap=True)

@@ -26,16 +26,16 @@ from vzip.runs.projector import (
 )
 
 BATCH_SIZE = 8
-"""Questions answered at a time by a model. A run takes as many as after its tuning."""
+"""Questions that a model answers at a time. For a run, the number is that after its tuning."""
 LARGE_FILE = 2**28
-"""Files of this many bytes are hashed by size and time: reading a model's weights takes minutes."""
+"""Files from this size (bytes) are hashed by size and time: reading weights takes minutes."""
 MODEL_FILES = (".json", ".jinja", ".model", ".safetensors", ".bin")
 """Suffixes of the files that a model's answers depend on."""
 
 
 @dataclass(frozen=True)
 class EvaluationSetting:
-    """One setting of a model, which is one row of the results table."""
+    """One setting of a model: one line of the results table."""
 
     name: str
     """Name in the table, e.g. "tuned-64"."""
@@ -46,7 +46,7 @@ class EvaluationSetting:
 
 @dataclass(frozen=True)
 class Target:
-    """What is evaluated, and how."""
+    """The model to evaluate, its settings, and the folder of the results."""
 
     settings: list[EvaluationSetting]
     folder: Path
@@ -57,18 +57,18 @@ class Target:
     model: str
     """Identity of the weights: a hash of the files, or the hub id."""
     names: list[str | None]
-    """Names by which the paper's scores of the same model are found."""
+    """Names under which the paper may report the same model."""
     template: dict[str, Any] | None = None
-    """Fields of the template that a base model is asked in. None if its processor has one."""
+    """Fields of a base model's chat template. None if its processor has one."""
 
 
 FULL = EvaluationSetting("full", "full", None)
 
 
 def _settings_by_budget(row: str, budgets: Sequence[int | None]) -> list[EvaluationSetting]:
-    """List a setting under each budget.
+    """List a setting with each budget.
 
-    The budget is part of the name only where there are several.
+    The budget is part of the name only if there are several.
     """
     if len(budgets) == 1:
         return [EvaluationSetting(row, row, budgets[0])]
@@ -85,7 +85,9 @@ def settings_of_run(run: Path) -> list[EvaluationSetting]:
     # The other settings need the projector from which training started.
     projector = meta["base"].get("projector")
     if projector is not None and not Path(projector).is_file():
-        print(f"full and free are left out: {projector}, from which training started, no longer exists")
+        print(
+            f"full and training-free are left out: {projector}, from which training started, no longer exists"
+        )
         return tuned
 
     # Without a reducer, training-free is the same as full.
@@ -110,8 +112,8 @@ def digest(paths: Iterable[Path]) -> str:
 def recipe_template(model: str) -> dict[str, Any] | None:
     """Return the template of the recipe for a model's id, or None if there is no recipe.
 
-    A run of the recipe is asked in this template, so the base model that it is compared with must
-    be too.
+    A run of the recipe uses this template, so the base model must use it too when the two are
+    compared.
     """
     for path in sorted((ROOT / "configs" / "model").glob("*.yaml")):
         # The file of a model may inherit everything but its id from another one.
@@ -123,14 +125,18 @@ def recipe_template(model: str) -> dict[str, Any] | None:
 
 
 def _folder_of_model(arguments: argparse.Namespace) -> Path:
+    """Return the folder of the results of a model or an export."""
     if arguments.out:
         folder: Path = arguments.out
         return folder
+
+    # A hub id or a path becomes one folder name.
     return ROOT / "runs" / "eval" / str(arguments.source).strip("/").replace("/", "--")
 
 
 def _identity_of_model(source: str) -> str:
     """Hash a model's files. A hub id stands for itself."""
+    # With the path alone, a new model in the same folder would keep the old one's results.
     if not Path(source).is_dir():
         return source
 
@@ -139,7 +145,7 @@ def _identity_of_model(source: str) -> str:
 
 
 def _export_target(arguments: argparse.Namespace, export: Path) -> Target:
-    """Evaluate an export. It holds the tuned projector alone, so "tuned" is its only setting."""
+    """Make the target of an export. It has only the tuned projector, so "tuned" is its setting."""
     meta = read_meta(export)
     return Target(
         settings=_settings_by_budget("tuned", list(reducers_of(meta))),
@@ -152,7 +158,7 @@ def _export_target(arguments: argparse.Namespace, export: Path) -> Target:
 
 
 def _base_model_target(arguments: argparse.Namespace) -> Target:
-    """Evaluate a base model: full, and training-free with each budget.
+    """Make the target of a base model: full, and training-free with each budget.
 
     Raises:
         UserError: no budget is given.
@@ -164,7 +170,7 @@ def _base_model_target(arguments: argparse.Namespace) -> Target:
             "or add e.g. --budget 64"
         )
 
-    # Unlike a run's, these names always carry the budget: the next command may ask another one.
+    # These names always have the budget, because the next command may give another one.
     training_free = []
     for budget in arguments.budget:
         training_free.append(EvaluationSetting(f"free-{budget}", "free", budget))
@@ -180,7 +186,8 @@ def _base_model_target(arguments: argparse.Namespace) -> Target:
 
 
 def _run_target(arguments: argparse.Namespace, run: Path) -> Target:
-    """Evaluate a run in all of its settings."""
+    """Make the target of a run, with all of its settings."""
+    # This refuses a run that is not finished, so the files below exist.
     settings = settings_of_run(run)
 
     finished = FinishedRun(run)
@@ -195,12 +202,13 @@ def _run_target(arguments: argparse.Namespace, run: Path) -> Target:
 
 
 def find_target(arguments: argparse.Namespace) -> Target:
-    """Find out what the arguments name.
+    """Find the run, export or model that the arguments name.
 
     Raises:
-        UserError: the source is neither a finished run nor a model, or --budget does not go with
-            it.
+        UserError: the source is neither a finished run nor a model, or --budget is missing or
+            contradicts it.
     """
+    # A folder or a hub id without a tuned projector is a base model.
     folder = locate(arguments.source)
     if folder is None:
         return _base_model_target(arguments)
@@ -208,7 +216,7 @@ def find_target(arguments: argparse.Namespace) -> Target:
     # Runs and exports record the budgets that they were tuned for.
     if arguments.budget:
         raise UserError(
-            f"--budget {arguments.budget[0]}: {folder} is a run or an export, which has its own; "
+            f"--budget {arguments.budget[0]}: {folder} is a run or an export, which has its own budgets; "
             "leave --budget out"
         )
     if is_export(folder):

@@ -1,4 +1,4 @@
-"""The paper's tasks in lmms-eval: how they are scored, and what the paper reports."""
+"""The paper's tasks in lmms-eval: how they are scored, and the scores that the paper reports."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ class PaperTask:
     key: str | None = None
     """Environment variable with the key of the service that judges the answers.
 
-    None if no service does.
+    None if the task needs no judge.
     """
 
 
@@ -74,13 +74,14 @@ def scores_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
         if name in BY_NAME:
             task = BY_NAME[name]
-            # With one of its metrics missing, the sum would be another score under the same name.
+            # If a metric is missing, the sum would be another score under the same name.
             if set(task.metrics) <= set(metrics):
                 scores[task.column] = task.scale * sum(metrics[metric] for metric in task.metrics)
         elif name == HELD_OUT:
             for kind, share in metrics.items():
                 scores[f"held out: {kind}"] = 100 * share
         else:
+            # The scale of other tasks is not known, so their numbers stay.
             for metric, value in metrics.items():
                 scores[f"{name}: {metric}"] = value
 
@@ -88,10 +89,10 @@ def scores_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def published_settings(names: Sequence[str | None]) -> list[dict[str, Any]]:
-    """Return the settings that the paper reports for a model; empty if it does not report it.
+    """Return the settings that the paper reports for a model. Empty if it does not report it.
 
     Args:
-        names: what the model may be called: the name of its recipe, or an id on the hub.
+        names: possible names of the model: the name of its recipe, or an id on the hub.
     """
     models = json.loads(PUBLISHED.read_text())["models"]
     for recipe, model in models.items():

@@ -12,18 +12,18 @@ from vzip.templates.encode import IMAGE, VIDEO
 
 
 def _content(question: str, media: Mapping[str, Iterator[Any]]) -> list[dict[str, Any]]:
-    """Return the parts of a question: its pictures and videos first, as in training, then its text.
+    """Return the parts of a question: pictures and videos first, as in training, then the text.
 
     Args:
         question: text with placeholders.
-        media: the conversation's pictures and videos that no earlier question has taken, under
-            "image" and "video".
+        media: by "image" and "video", the media that no earlier question has taken.
     """
     parts: list[dict[str, Any]] = []
     for kind, placeholder in (("image", IMAGE), ("video", VIDEO)):
         for _ in range(question.count(placeholder)):
             parts.append({"type": kind, "url": next(media[kind])})
 
+    # The parts stand for the placeholders now, and the template would refuse them in the text.
     text = question
     if parts:
         text = question.replace(IMAGE, "").replace(VIDEO, "").strip()
@@ -32,7 +32,7 @@ def _content(question: str, media: Mapping[str, Iterator[Any]]) -> list[dict[str
 
 def messages(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the question as a conversation, with the turns before it and their true answers."""
-    # Each placeholder takes the next picture or video.
+    # The turns share one iterator for each kind: a placeholder takes the next picture or video.
     media = {"image": iter(document["images"]), "video": iter(document["videos"])}
 
     conversation = []
@@ -45,6 +45,6 @@ def messages(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def graded(document: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
-    """Return 1 or 0 under the question's kind and under "all"."""
+    """Return 1 for a right answer and 0 for a wrong one, under the question's kind and "all"."""
     score = float(is_correct(answers[0], document["answer"]))
     return {document["kind"]: score, "all": score}

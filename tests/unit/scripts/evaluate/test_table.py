@@ -20,28 +20,15 @@ def finished_cell(row, budget, num_tokens, **results):
     return cell, result
 
 
+MME = {"mme_perception_score,none": 1500.0, "mme_cognition_score,none": 362.0}
+
+
 @pytest.mark.parametrize(
     ("task", "metrics", "scores"),
     [
-        (
-            "gqa",
-            {"alias": "gqa", "exact_match,none": 0.619, "exact_match_stderr,none": 0.1},
-            {"GQA": 61.9},
-        ),
-        (
-            "mme",
-            {
-                "mme_perception_score,none": 1500.0,
-                "mme_cognition_score,none": 362.0,
-                "mme_cognition_score_stderr,none": "N/A",
-            },
-            {"MME": 1862.0},
-        ),
-        (
-            "mmbench_en_dev_static",
-            {"gpt_eval_score,none": 64.7, "submission,none": None},
-            {"MMB": 64.7},
-        ),
+        ("gqa", {"alias": "gqa", "exact_match,none": 0.619, "exact_match_stderr,none": 0.1}, {"GQA": 61.9}),
+        ("mme", MME | {"mme_cognition_score_stderr,none": "N/A"}, {"MME": 1862.0}),
+        ("mmbench_en_dev_static", {"gpt_eval_score,none": 64.7, "submission,none": None}, {"MMB": 64.7}),
         (HELD_OUT, {"open,none": 0.5, "open_stderr_clt,none": 0.1}, {"held out: open": 50.0}),
         ("chartqa", {"relaxed,none": 0.25}, {"chartqa: relaxed": 0.25}),
         ("mme", {"mme_perception_score,none": 1500.0}, {}),
@@ -77,7 +64,7 @@ def test_the_table_has_per_cent_of_full_and_the_papers_scores(capsys):
 
     print_scores(table, title="a model")
     printed = capsys.readouterr().out
-    for text in ("a table", "54.0 (90%)", "55.1 (89%)", "asked as 'USER: QUESTION'"):
+    for text in ("a table", "54.0 (90%)", "55.1 (89%)", "prompt: 'USER: QUESTION'"):
         assert text in printed
     assert printed.count("paper") == 3
 

@@ -1,7 +1,6 @@
 """What is evaluated: the settings of a run, an export or a base model, and the identity of its weights."""
 
 import argparse
-import json
 import os
 import shutil
 from dataclasses import asdict
@@ -35,25 +34,22 @@ def as_tuples(settings):
     return [(setting.name, setting.row, setting.budget) for setting in settings]
 
 
-def test_settings_of_a_run(run, tmp_path):
+def test_settings_of_a_run(run):
     assert as_tuples(settings_of_run(run)) == [
         ("full", "full", None),
         ("free", "free", 6),
         ("tuned", "tuned", 6),
     ]
 
-    meta = json.loads((run / "meta.json").read_text())
-    meta["other_budgets"] = OTHER_BUDGETS
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
-    names = [setting.name for setting in settings_of_run(tmp_path)]
+    edit_meta(run, lambda meta: meta.update(other_budgets=OTHER_BUDGETS))
+    names = [setting.name for setting in settings_of_run(run)]
     assert names == ["full", "free-6", "free-9", "tuned-6", "tuned-9"]
 
 
 def test_a_run_without_its_starting_projector_has_the_tuned_setting_alone(run, tmp_path, capsys):
-    moved = shutil.copytree(run, tmp_path / "run")
-    edit_meta(moved, lambda meta: meta["base"].update(projector=str(tmp_path / "gone.bin")))
-    assert as_tuples(settings_of_run(moved)) == [("tuned", "tuned", 6)]
-    assert "full and free are left out" in capsys.readouterr().out
+    edit_meta(run, lambda meta: meta["base"].update(projector=str(tmp_path / "gone.bin")))
+    assert as_tuples(settings_of_run(run)) == [("tuned", "tuned", 6)]
+    assert "full and training-free are left out" in capsys.readouterr().out
 
 
 def test_settings_of_a_base_model(tiny_folder, tmp_path):
@@ -65,29 +61,31 @@ def test_settings_of_a_base_model(tiny_folder, tmp_path):
 
 
 def test_settings_of_an_export(run, tmp_path):
-    edited = shutil.copytree(run, tmp_path / "run")
-    edit_meta(edited, lambda meta: meta.update(other_budgets=OTHER_BUDGETS))
+    edit_meta(run, lambda meta: meta.update(other_budgets=OTHER_BUDGETS))
     export = tmp_path / "export"
     export.mkdir()
-    write_hf(edited, export)
+    write_hf(run, export)
 
     target = target_of(export, tmp_path)
     assert as_tuples(target.settings) == [("tuned-6", "tuned", 6), ("tuned-9", "tuned", 9)]
     assert target.run is None
     assert target.names == [read_meta(export)["base"]["id"]]
     refused(
-        target_of, export, tmp_path, budget=[6], words=["an export, which has its own; leave --budget out"]
+        target_of,
+        export,
+        tmp_path,
+        budget=[6],
+        words=["an export, which has its own budgets; leave --budget out"],
     )
 
 
 def test_bad_sources_are_refused(run, tmp_path):
-    refused(target_of, run, tmp_path, budget=[6], words=["which has its own; leave --budget out"])
+    refused(target_of, run, tmp_path, budget=[6], words=["which has its own budgets; leave --budget out"])
     refused(target_of, "llava-hf/x", tmp_path, words=["llava-hf/x is not a run folder", "--budget 64"])
     refused(target_of, tmp_path, tmp_path, words=["is not a run folder"])
 
-    stopped = shutil.copytree(run, tmp_path / "run")
-    (stopped / "config.yaml").write_text("name: x\n")
-    refused(target_of, stopped, tmp_path, words=["has not finished: it has no result.json"])
+    (run / "config.yaml").write_text("name: x\n")
+    refused(target_of, run, tmp_path, words=["has not finished: it has no result.json"])
 
 
 def test_a_base_model_with_a_recipe_is_asked_in_the_recipes_template(run, tiny_folder, tmp_path):
@@ -99,14 +97,13 @@ def test_a_base_model_with_a_recipe_is_asked_in_the_recipes_template(run, tiny_f
 
 
 def test_other_weights_are_another_model(run, tiny_folder, tmp_path):
-    tuned = shutil.copytree(run, tmp_path / "run")
     base = shutil.copytree(tiny_folder, tmp_path / "base")
-    adapter = tuned / ADAPTER / "adapter_model.safetensors"
+    adapter = run / ADAPTER / "adapter_model.safetensors"
     adapter.parent.mkdir()
     adapter.write_bytes(b"some")
 
     def identities():
-        return target_of(tuned, tmp_path).model, target_of(base, tmp_path, budget=[6]).model
+        return target_of(run, tmp_path).model, target_of(base, tmp_path, budget=[6]).model
 
     before = identities()
     (base / "README.md").write_text("a model card changes nothing")
