@@ -13,6 +13,15 @@ def messages(*texts):
     return [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
 
 
+def encoded(kind="JPEG", mode="RGB", *, size=(20, 10), seed=0, **options):
+    """Bytes of a noisy picture of a size (width, height)."""
+    file = io.BytesIO()
+    picture = tiny.picture(seed, size[1], size[0])
+    picture = picture.convert("L").convert(mode) if mode == "I;16" else picture.convert(mode)
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
 def good(number=0):
     """An example with an image, as an entry of a data file."""
     talk = messages("<image>\nwhat?", "a cat")
@@ -68,10 +77,8 @@ def mutated(draw):
 @st.composite
 def pictures(draw):
     """The bytes of a picture, whole, cut or changed in places, or of another file."""
-    file = io.BytesIO()
     kind = draw(st.sampled_from(["PNG", "JPEG", "GIF"]))
-    tiny.picture(draw(st.integers(0, 9)), 12, 9).save(file, kind)
-    content = bytearray(file.getvalue())
+    content = bytearray(encoded(kind, size=(9, 12), seed=draw(st.integers(0, 9))))
     match draw(st.sampled_from(["whole", "cut", "changed", "other"])):
         case "cut":
             del content[draw(st.integers(0, len(content) - 1)) :]

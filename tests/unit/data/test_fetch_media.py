@@ -20,18 +20,10 @@ from data.fetch.media import fetch_media
 from data.fetch.media_index import MediaIndex
 from data.fetch.sources import open_sources
 from tests.helpers import tiny
+from tests.helpers.broken import encoded
 from tests.helpers.server import Server, client, seeded
 from vzip import UserError
 from vzip.pictures import open_picture
-
-
-def encoded(kind="JPEG", mode="RGB", *, size=(20, 10), seed=0, **options):
-    """Bytes of a noisy picture of a size (width, height)."""
-    file = io.BytesIO()
-    picture = tiny.picture(seed, size[1], size[0])
-    picture = picture.convert("L").convert(mode) if mode == "I;16" else picture.convert(mode)
-    picture.save(file, kind, **options)
-    return file.getvalue()
 
 
 def save(path, content):

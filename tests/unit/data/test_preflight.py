@@ -1,6 +1,5 @@
 """The preflight finds what would spoil a run, and its lengths are those that the model gets."""
 
-import io
 import json
 import re
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from data.preflight.lengths import measure_lengths
 from data.preflight.report import check_faults, preflight_report
 from data.preflight.show import MAX_PANELS, MAX_TURNS, draw_report, print_report
 from tests.helpers import tiny
+from tests.helpers.broken import encoded
 from tests.helpers.conversations import conversation
 from tests.helpers.examples import tokenize
 from vzip import UserError
@@ -179,17 +179,11 @@ def test_examples_that_are_too_long_are_faults_and_the_advice_helps(folder):
 # Files
 
 
-def encoded(picture):
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return file.getvalue()
-
-
 DAMAGES = {
     "missing": lambda path: path.unlink(),
     "an empty file": lambda path: path.write_bytes(b""),
     "cannot identify": lambda path: path.write_bytes(b"<html>"),
-    "9 x 7 px, but 60 x 150 when": lambda path: path.write_bytes(encoded(tiny.picture(0, 7, 9))),
+    "9 x 7 px, but 60 x 150 when": lambda path: path.write_bytes(encoded("PNG", size=(9, 7))),
     "": lambda path: path.write_bytes(path.read_bytes()[:-200]),
 }
 """Damage to a picture by the reason that is reported. A picture that is cut off has a reason of PIL's."""
@@ -223,7 +217,7 @@ def test_the_sample_depends_on_the_seed_alone(folder):
     paths = [f"many/{number}.png" for number in range(40)]
     (folder / "many").mkdir()
     for path in paths:
-        (folder / path).write_bytes(encoded(tiny.picture())[:-200])
+        (folder / path).write_bytes(encoded("PNG", size=(tiny.SIDE, tiny.SIDE))[:-200])
     conversations = [conversation("<image>", "a", name=path, image=path) for path in paths]
     sizes = dict.fromkeys(paths, (tiny.SIDE, tiny.SIDE))
 
