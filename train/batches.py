@@ -52,6 +52,7 @@ def make_batches(
         UserError: no example has a gradient, the fast path does not support the language model, or
             an example does not fit into memory.
     """
+    # Say so before the model is moved: training without a gradient would change nothing.
     has_gradient = gradient_mask(examples, trainable)
     if not has_gradient.any():
         raise UserError(
@@ -64,6 +65,7 @@ def make_batches(
     if cfg.engine == "fast":
         batcher, loss = _fast_path(cfg, family, trainable, collators, examples, plan)
     else:
+        # `train.checks` allows only one budget here, so there is one collator.
         (collator,) = collators
         batcher = PaddedBatcher(collator, examples, plan, micro=cfg.batch.micro)
         loss = ReferenceLoss(family, collator.reducer, text_has_gradient=trainable.in_language)
@@ -73,7 +75,7 @@ def make_batches(
 
 
 def gradient_mask(examples: Examples, trainable: Trainable) -> Tensor:
-    """bool[examples]: whether the trainable parameters learn from an example.
+    """Tell from which examples the trainable parameters learn: bool[examples].
 
     An example without a picture never reaches the projector. LoRA in the language model learns from
     every example.
@@ -89,24 +91,27 @@ def _fast_path(
     examples: Examples,
     plan: BatchPlan,
 ) -> tuple[PackedBatcher, FastLoss]:
-    """Pack the examples that have a gradient."""
+    """Pack the examples that have a gradient, and make the loss that runs them."""
     has_gradient = gradient_mask(examples, trainable)
 
-    # All examples begin with the same system prompt. It is run once, unless LoRA changes what the
-    # language model makes of it.
+    # All examples begin with the same system prompt. It runs only once, unless LoRA is in the
+    # language model: then its keys and values change with every step.
     placeholders = [family.placeholder_id(kind) for kind in collators[0].kinds]
     prefix = [] if trainable.in_language else shared_prefix(examples, placeholders)
 
+    # One packer per reducer, because a picture has another number of tokens with each budget.
     packers = []
     for number, collator in enumerate(collators):
         packers.append(Packer(collator, num_prefix=len(prefix), reducer=number))
 
-    # int64[reducers, examples]: tokens of an example that are run, with each reducer.
+    # int64[reducers, examples]: the tokens of each example that run with each reducer.
     num_run = torch.stack([packer.lengths(examples) for packer in packers])
     longest = int(num_run[:, has_gradient].max())
+
+    # Refuse early what the fast path can't compute exactly.
     check_language_model(family.model.config.get_text_config(), longest=len(prefix) + longest)
 
-    # As many tokens per micro batch as the memory holds.
+    # A micro batch holds as many tokens as fit into memory.
     lengths = LongestExamples(longest, prefix=len(prefix))
     packing = choose_packing(cfg, family, num_trainable=trainable.num_parameters, lengths=lengths)
     batcher = PackedBatcher(
@@ -126,6 +131,7 @@ def _fast_path(
         compiled=_is_compiled(cfg),
     )
 
+    # Say what runs. It decides the speed, and the user can't see it otherwise.
     has_flash = flash_runs(cfg, family)
     attention = "FlashAttention" if has_flash else "attention in blocks of similar length"
     print_rank0(f"fast path: {batcher}, behind a shared prefix of {len(prefix)}; {attention}")
@@ -136,8 +142,8 @@ def _fast_path(
 
 
 def _is_compiled(cfg: DictConfig) -> bool:
-    """Whether torch.compile is used. Raises UserError if it is asked for and does not work here."""
-    # Compiling takes some seconds at the start, and pays on a GPU only.
+    """Tell whether to use torch.compile. Raises UserError if it can't compile here."""
+    # Compiling takes some seconds at the start, which only a GPU makes up for.
     device = best_device()
     compiled = bool(cfg.compile) if cfg.compile is not None else device.type == "cuda"
     if compiled:
@@ -146,7 +152,7 @@ def _is_compiled(cfg: DictConfig) -> bool:
 
 
 def _print_left_out(has_gradient: Tensor) -> None:
-    """Print how many examples the fast path does not run: the others in bool[examples]."""
+    """Print how many examples the fast path leaves out: those that are false in bool[examples]."""
     num_left_out = int((~has_gradient).sum())
     if num_left_out:
         print_rank0(

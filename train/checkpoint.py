@@ -39,7 +39,7 @@ OTHER_BYTES = 100_000_000
 
 
 def environment_record(cfg: DictConfig, *, world_size: int) -> dict[str, Any]:
-    """The content of env.json: date, commit, command, versions, hardware and seed of a run."""
+    """Collect the content of env.json: date, commit, command, versions, hardware and seed."""
     environment = current_environment(best_device())
     return {
         "date": environment.date,
@@ -58,18 +58,21 @@ def environment_record(cfg: DictConfig, *, world_size: int) -> dict[str, Any]:
 
 
 def _command() -> list[str]:
-    """The command that starts this run again. For a run of a sweep it starts this run alone."""
+    """Return the command that starts this run again. In a sweep it starts this run alone."""
+    # Without Hydra, or without a sweep, it is the command as it was typed.
     job = HydraConfig.get() if HydraConfig.initialized() else None
     if job is None or job.mode is not RunMode.MULTIRUN:
         return sys.argv
 
-    # RUN, because an experiment may itself ask for a sweep.
+    # The command of a sweep would start all its runs: take the overrides of this run instead.
+    # An experiment may itself ask for a sweep, so the mode is set too.
     return [sys.argv[0], *job.overrides.task, "hydra.mode=RUN"]
 
 
 def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
-    """The settings that differ, each as "optim.lr=1e-05 there, 2e-05 now"."""
+    """List the settings that differ, each as "optim.lr=1e-05 there, 2e-05 now"."""
     changed = []
+    # The keys of both, each once, in their order: a setting may be new or gone.
     for key in dict.fromkeys([*before, *now]):
         old = before.get(key)
         new = now.get(key)
@@ -97,6 +100,7 @@ class RunFolder:
         self._check_same_run()
 
     def _check_same_run(self) -> None:
+        """Raise UserError if the folder holds another run, or something that is no run."""
         config = self.path / "config.yaml"
         if not config.is_file():
             # fresh=true deletes the folder, which must not happen to anything but a run.
@@ -104,8 +108,11 @@ class RunFolder:
                 raise UserError(f"fresh=true: {self.path} exists and holds no run; choose another name=...")
             return
 
+        # fresh=true throws the old run away, so it may have other settings.
         if self.cfg.fresh:
             return
+
+        # Only settings that change what is trained count. `identity` leaves out the others.
         changed = _changed_settings(identity(OmegaConf.load(config)), identity(self.cfg))
         if changed:
             raise UserError(
@@ -118,6 +125,8 @@ class RunFolder:
         """The content of result.json; None if the run has not finished, or starts over."""
         path = self.path / "result.json"
         is_finished = path.is_file() and not self.cfg.fresh
+
+        # All ranks must agree on whether to train, and rank 0 alone is sure to see the file.
         return broadcast_from_rank0(json.loads(path.read_text()) if is_finished else None)
 
     def begin(self, manifest: Mapping[str, Any], *, num_trainable: int, world_size: int) -> None:
@@ -140,14 +149,18 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_disk(num_trainable)
 
-            # A later command finds the run by these settings, so they are written completely.
+            # A later command compares its settings with these, so they must never be half written.
             with atomic_write(self.path / "config.yaml") as scratch:
                 scratch.write_text(OmegaConf.to_yaml(self.cfg, resolve=True))
             write_json(self.path / "env.json", environment_record(self.cfg, world_size=world_size))
             write_json(self.path / "manifest.json", manifest)
+
+        # The other ranks write into this folder, so they wait until it is there.
         barrier()
 
     def _check_same_data(self, manifest: Mapping[str, Any]) -> None:
+        """Raise UserError if the run was begun on other examples."""
+        # A new run has no manifest yet.
         recorded = self.path / "manifest.json"
         if not recorded.is_file():
             return
@@ -162,6 +175,7 @@ class RunFolder:
             )
 
     def _check_disk(self, num_trainable: int) -> None:
+        """Raise UserError if the disk can't hold the run."""
         needed = OTHER_BYTES + BYTES_PER_PARAMETER * num_trainable
         free = shutil.disk_usage(self.path).free
         if free < needed:
@@ -176,14 +190,15 @@ class RunFolder:
         engine.save(str(self.state), tag=tag, state={"step": num_done})
         barrier()
 
-        # Only now, when every rank has written its part.
+        # Delete the old state only now, when every rank has written its part of the new one.
         if is_main():
             for folder in self.state.glob("step*"):
                 if folder.name != tag:
                     shutil.rmtree(folder)
 
     def resume(self, engine: Engine) -> int:
-        """Load the newest state, if any, into the engine. Returns the steps that are done."""
+        """Load the newest state, if there is one. Return the number of steps that are done."""
+        # Rank 0 decides, because a rank that loads alone would wait for the others forever.
         has_state = broadcast_from_rank0((self.state / "latest").is_file())
         if not has_state:
             return 0
@@ -216,6 +231,7 @@ class RunFolder:
         if adapter:
             peft_model.save_pretrained(self.path / ADAPTER, state_dict=adapter)
 
+        # What loading and a model card need to know about the training.
         how_trained = {
             "num_image_tokens": engine.family.num_image_tokens(reducer),
             "template": asdict(template),

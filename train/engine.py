@@ -20,19 +20,19 @@ from vzip import UserError
 
 
 def deepspeed_config(cfg: DictConfig) -> dict[str, Any]:
-    """The config group `deepspeed`, completed from the other settings."""
+    """Complete the config group `deepspeed` from the other settings."""
     settings = OmegaConf.to_container(cfg.deepspeed, resolve=True)
     assert isinstance(settings, dict)
     return {
         **{str(key): value for key, value in settings.items()},
-        # DeepSpeed requires a micro batch size and uses it for statistics only: ours differ from
-        # one to the next.
+        # DeepSpeed requires the size of a micro batch, and uses it for statistics alone. Ours vary.
         "train_micro_batch_size_per_gpu": 1,
         # The number of micro batches differs from step to step, so `backward` marks the last one of
         # a step.
         "gradient_accumulation_steps": 1,
         "gradient_clipping": cfg.optim.max_grad_norm,
         "zero_allow_untested_optimizer": True,
+        # The progress bar shows the steps.
         "steps_per_print": None,
     }
 
@@ -67,14 +67,16 @@ class Engine:
         )
         settings = deepspeed_config(cfg)
 
-        # Share out the weights one tensor at a time: `initialize` alone would copy the whole model
-        # to the device first.
+        # Under ZeRO 3, share out the weights one tensor at a time: `initialize` alone would first
+        # copy the whole model to the device.
         if cfg.deepspeed.zero_optimization.stage == 3:
             deepspeed.zero.Init(module=loss, config_dict_or_path=settings)
 
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=loss, optimizer=optimizer, config=settings
         )
+
+        # DeepSpeed decides the device, and knows the stage that is really in use.
         self.rank = deepspeed.comm.get_rank()
         self.world_size = deepspeed.comm.get_world_size()
         self.device = torch.device(self.deepspeed.device)
@@ -96,12 +98,14 @@ class Engine:
             (cross entropy summed over all label tokens, to call `backward` on; the same over the
             label tokens that give the trainable parameters a gradient, to report)
         """
+        # Parts of the model are called outside of their modules here, so gather those parameters.
         with self.gathered_parameters():
             loss, reported = self.deepspeed(micro_batch.to(self.device))
         return loss, reported
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Add the gradient of a micro batch. After the last one, average over the ranks."""
+        # DeepSpeed averages over the ranks at a boundary, so only the last micro batch is one.
         self.deepspeed.set_gradient_accumulation_boundary(is_last)
         self.deepspeed.backward(loss)
 
@@ -111,12 +115,12 @@ class Engine:
         Returns:
             the 2-norm of all gradients before clipping
         """
-        # The schedule is ours, not DeepSpeed's.
+        # The loop computes the schedule, so DeepSpeed gets the rate of each step.
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
         # Without ZeRO every rank holds whole gradients, and the step clears them: take their norm
-        # before it. In ZeRO 2 and 3 a rank holds a part of them, and DeepSpeed knows the norm after
+        # before it. With ZeRO a rank may hold a part of them, and DeepSpeed knows the norm after
         # the step.
         if self.deepspeed.zero_optimization_stage() == 0:
             norm = self._gradient_norm()
@@ -127,19 +131,20 @@ class Engine:
         return norm
 
     def _gradient_norm(self) -> float:
+        """Compute the 2-norm of all gradients, before DeepSpeed clips them."""
         gradients = [p.grad for p in self.trainable.parameters.values() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
     def sum_over_ranks(self, value: Tensor) -> float:
-        """The sum of a scalar over all ranks. Called by all ranks."""
+        """Add up a scalar over all ranks, in place. Called by all ranks."""
         deepspeed.comm.all_reduce(value)
         return float(value.item())
 
     def gathered_parameters(self) -> AbstractContextManager[None]:
-        """Gather, under ZeRO 3, parameters outside of submodules (LLaVA-NeXT's image_newline).
+        """Gather the parameters outside of submodules under ZeRO 3 (LLaVA-NeXT's image_newline).
 
         DeepSpeed gathers the parameters of a submodule when it runs, but not these. Use this around
-        calls of parts of the model.
+        calls of parts of the model. Without ZeRO 3 it does nothing.
         """
         loose = list(self.family.model.model.parameters(recurse=False))
         gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
@@ -149,6 +154,7 @@ class Engine:
 
     def save(self, folder: str, tag: str, state: dict[str, Any]) -> None:
         """Write trainable parameters, optimizer and `state`. Called by all ranks."""
+        # Frozen weights are many gigabytes, and the base model has them already.
         self.deepspeed.save_checkpoint(folder, tag=tag, client_state=state, exclude_frozen_parameters=True)
 
     def load(self, folder: str) -> dict[str, Any]:
@@ -157,6 +163,7 @@ class Engine:
         Raises:
             UserError: the state was written by another number of ranks or in another ZeRO stage.
         """
+        # A state holds no frozen weights, so their names are missing in it.
         try:
             _, state = self.deepspeed.load_checkpoint(folder, load_module_strict=False)
         except (OSError, RuntimeError, KeyError, AssertionError) as error:
@@ -175,21 +182,23 @@ class Engine:
         """
         family = self.family
 
-        # The projector may carry LoRA itself, so both are found by their names.
+        # LoRA may be inside the projector, so modules don't separate the two: names do.
         tuned = {}
         for name, parameter in family.model.named_parameters():
             if name.startswith(family.projector_name) or "lora_" in name:
                 tuned[name] = parameter
 
+        # Under ZeRO 3 a rank holds a part of each tensor: gather all parts, then copy.
         with deepspeed.zero.GatheredParameters(list(tuned.values()), enabled=self.is_sharded):
             copies = {name: value.detach().to("cpu", copy=True) for name, value in tuned.items()}
 
+        # Rename both to what their readers expect: `transformers` for the projector, peft for LoRA.
         projector = {}
         adapter = {}
         for name, value in copies.items():
             if "lora_" in name:
                 adapter[f"base_model.model.{name}"] = value
             else:
-                # peft renames the layer that it wraps.
+                # peft has put ".base_layer" into the names of the layers that it wraps.
                 projector[name.replace(".base_layer", "")] = value
         return projector, adapter

@@ -24,8 +24,9 @@ def training_subset(cfg: DictConfig) -> Subset:
     The held-out conversations are prepared too, to find mistakes before the model is loaded.
 
     Raises:
-        UserError: as `prepare` does, or the hosts hold different data.
+        UserError: see `prepare`; or the hosts hold different data.
     """
+    # One rank of a host prepares, and the others open what it wrote.
     subset = main_first(lambda: prepare(selection(cfg)))
     _report_left_out(subset)
 
@@ -37,7 +38,7 @@ def training_subset(cfg: DictConfig) -> Subset:
 
 def _report_left_out(subset: Subset) -> None:
     """Print which examples were left out. Raises UserError if the hosts hold different data."""
-    # Each host prepares its own copy of the data.
+    # Each host prepares its own copy of the data. Different copies would train a mixture of runs.
     manifest = subset.manifest
     hashes = all_gather_list([manifest["hash"] + manifest["media_hash"]])
     if len(set(hashes)) > 1:
@@ -45,7 +46,7 @@ def _report_left_out(subset: Subset) -> None:
             f"the hosts' copies of {manifest['data']['name']} or its pictures differ; make them the same"
         )
 
-    # The first ones by name, then how many there are.
+    # Print the first examples that were left out by name, then the number of all.
     for line in subset.left_out:
         print_rank0(line)
 
@@ -59,7 +60,7 @@ def _report_left_out(subset: Subset) -> None:
 
 
 def held_out_conversations(cfg: DictConfig) -> list[Conversation]:
-    """The conversations of `data.held_out`."""
+    """Return the conversations of `data.held_out`."""
     return list(prepare(held_out(cfg)).conversations())
 
 
@@ -73,6 +74,7 @@ def training_examples(cfg: DictConfig, subset: Subset, template: Template, token
     max_tokens = cfg.data.max_tokens
     examples = main_first(lambda: subset.examples(template, tokenizer, max_tokens=max_tokens))
 
+    # Say what the run learns from, and what it does not.
     manifest = subset.manifest
     sources = [f"{source} {count:,}" for source, count in manifest["num_rows_by_source"].items()]
     digest = manifest["hash"][:12]
@@ -82,6 +84,7 @@ def training_examples(cfg: DictConfig, subset: Subset, template: Template, token
     if num_cut:
         print_rank0(f"  {num_cut} examples cut at data.max_tokens={max_tokens}")
 
+    # A cut may remove all answers of an example, which then has nothing to learn from.
     num_without_answer = manifest["num_rows"] - len(examples)
     if num_without_answer:
         print_rank0(f"  {num_without_answer} examples left out: the cut leaves no answer in them")
@@ -110,12 +113,16 @@ def training_collators(
     Raises:
         UserError: a kind of media that the model does not support, or a cache that does not fit.
     """
+    # Only video models have this setting.
     num_frames = cfg.model.get("num_frames", 1)
 
+    # Without a cache, each collator opens pictures itself.
     media = None
     if cfg.data.cache:
         # A cache holds the features of one reducer. `train.checks` allows no more.
         (reducer,) = reducers
+
+        # The cache must belong to the same model, reducer, processor and examples.
         settings = cache_settings(
             family,
             reducer,

@@ -42,16 +42,18 @@ class Environment:
 
     @property
     def short_commit(self) -> str:
-        """The commit in 7 digits, "-dirty" if tracked files differ from it; "unknown" without git."""
+        """The commit in 7 digits, "-dirty" if tracked files differ from it; or "unknown"."""
         if self.commit is None:
             return "unknown"
 
+        # Untracked files ("??") don't change what the commit computes.
         is_dirty = any(not line.startswith("??") for line in self.modified_files)
         return self.commit[:7] + ("-dirty" if is_dirty else "")
 
 
 def _git(*arguments: str) -> str | None:
-    """The output of a git command in the repository; None if it fails or git is not installed."""
+    """Return the output of a git command in the repository; None if it fails or git is missing."""
+    # -C, because a command may be started in any folder.
     command = ["git", "-C", str(ROOT), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -61,12 +63,12 @@ def _git(*arguments: str) -> str | None:
 
 
 def current_commit() -> str | None:
-    """The hash of the repository's commit; None without git or outside of a repository."""
+    """Return the hash of the repository's commit; None without git or outside of a repository."""
     return _git("rev-parse", "HEAD")
 
 
 def best_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -85,16 +87,17 @@ def current_environment(device: torch.device) -> Environment:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the GPU, or of the processor."""
+    """Return the name of the GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
 
+    # Linux knows the model of the processor. `platform` often knows its architecture alone.
     model = re.search(r"^model name\s*: (.*)$", _cpuinfo(), re.MULTILINE)
     return model[1] if model else platform.processor()
 
 
 def native_dtype() -> str:
-    """The precision that the frozen weights have by default: "bfloat16" or "float32".
+    """Return the default precision of the frozen weights: "bfloat16" or "float32".
 
     A processor without instructions for bf16 takes several times longer in bf16 than in float32.
     """
@@ -103,5 +106,5 @@ def native_dtype() -> str:
 
 
 def _cpuinfo() -> str:
-    """What Linux says about the processor; empty on other systems."""
+    """Return Linux's description of the processor; empty on other systems."""
     return CPUINFO.read_text() if CPUINFO.is_file() else ""

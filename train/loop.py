@@ -18,7 +18,7 @@ from vzip import UserError
 
 
 def learning_rate(step: int, *, num_steps: int, peak: float, warmup: float) -> float:
-    """The learning rate of a step: a linear warmup, then a cosine that reaches zero at `num_steps`.
+    """Compute the learning rate: a linear warmup, then a cosine that reaches zero at `num_steps`.
 
     Args:
         step: number of the step, from 0.
@@ -26,10 +26,12 @@ def learning_rate(step: int, *, num_steps: int, peak: float, warmup: float) -> f
         peak: the rate after the warmup.
         warmup: share of the steps that warm up, rounded up to whole steps.
     """
+    # The first step already learns: it has the rate 1 / num_warmup of the peak, not 0.
     num_warmup = math.ceil(warmup * num_steps)
     if step < num_warmup:
         return peak * (step + 1) / num_warmup
 
+    # Then from the peak, at the first step after the warmup, along half a cosine.
     decayed = (step - num_warmup) / (num_steps - num_warmup)
     return peak * 0.5 * (1 + math.cos(math.pi * decayed))
 
@@ -69,7 +71,7 @@ def train_step(
         loss_sum += reported
         engine.backward(loss * scale, is_last=number == num_micro_batches)
 
-    # The optimizer step.
+    # The weights change here, and nowhere else.
     num_steps = batches.plan.num_steps
     lr = learning_rate(step, num_steps=num_steps, peak=cfg.optim.lr, warmup=cfg.optim.warmup)
     grad_norm = engine.optimizer_step(lr)
@@ -93,8 +95,8 @@ def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, 
     Raises:
         UserError: the loss is not finite, or a picture can't be loaded any more.
     """
-    num_steps = batches.plan.num_steps
     # Steps since the saved state are taken again, so their metrics are dropped.
+    num_steps = batches.plan.num_steps
     first = run.resume(engine)
     tracker.forget_from(first)
 
@@ -104,6 +106,7 @@ def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, 
     is_shown = engine.rank == 0
     bar = progress(steps, total=num_steps, start=first, title="tune", unit="step", shown=is_shown)
     for step in bar:
+        # The time of a step includes waiting for its pictures.
         start = time.perf_counter()
         metrics = train_step(engine, batches, micro_batches, step, cfg)
         seconds = time.perf_counter() - start
@@ -114,6 +117,7 @@ def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, 
         tracker.log(step, metrics)
         bar.set_postfix_str(_summary(metrics), refresh=False)
 
+        # A loss that is not finite has already spoiled the weights: no later step can repair them.
         loss = metrics["train/loss"]
         if not math.isfinite(loss):
             raise UserError(
@@ -121,14 +125,14 @@ def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, 
                 f"with fresh=true"
             )
 
-        # The result follows the last step at once, so its state is not saved.
+        # Save every few steps, except after the last one: the result follows it at once.
         num_done = step + 1
         if num_done % cfg.save_every == 0 and num_done < num_steps:
             run.save_state(engine, num_done)
 
 
 def _summary(metrics: dict[str, float]) -> str:
-    """What the progress bar shows of a step."""
+    """Write what the progress bar shows of a step."""
     loss = metrics["train/loss"]
     tokens_per_s = metrics["train/tokens_per_s"]
     return f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s, {metrics['train/memory_gb']:.1f} GB"

@@ -31,10 +31,8 @@ from vzip.templates.encode import IGNORED
 
 
 def visual_tokens(family: Family, reducer: Reducer, batch: MicroBatch, kind: str) -> Tensor:
-    """float[n, d_llm]: the projected tokens of all images, or all videos, of a micro batch.
-
-    With a feature cache, the tower and the reducer have run before. Otherwise they run here.
-    """
+    """Compute the visual tokens of all images, or all videos, of a micro batch: float[n, d_llm]."""
+    # With a feature cache, the tower and the reducer have run before. Otherwise they run here.
     media = batch.media[kind]
     if isinstance(media, VisualFeatures):
         features = media
@@ -45,14 +43,15 @@ def visual_tokens(family: Family, reducer: Reducer, batch: MicroBatch, kind: str
 
 
 def embed(family: Family, reducer: Reducer, batch: MicroBatch) -> Tensor:
-    """float[..., d_llm]: what the language model receives for the ids int64[...] of a micro batch.
+    """Turn the ids int64[...] of a micro batch into the language model's input: float[..., d_llm].
 
-    Placeholders are replaced by visual tokens.
+    Visual tokens replace the placeholders.
     """
-    # Pictures come first, whatever the examples hold, so that every rank runs the same modules in
-    # the same order.
+    # Project the pictures first, so that every rank runs the same modules in the same order,
+    # whatever its examples hold.
     tokens_by_kind = {kind: visual_tokens(family, reducer, batch, kind) for kind in batch.media}
 
+    # Embed all ids. The placeholders are embedded too, and replaced below.
     embeddings: Tensor = family.model.get_input_embeddings()(batch.input_ids)
     for kind, tokens in tokens_by_kind.items():
         num_placeholders = batch.num_placeholders[kind]
@@ -63,8 +62,8 @@ def embed(family: Family, reducer: Reducer, batch: MicroBatch) -> Tensor:
             is_placeholder = batch.input_ids == family.placeholder_id(kind)
             embeddings = embeddings.masked_scatter(is_placeholder.unsqueeze(-1), tokens.to(embeddings.dtype))
         else:
-            # Without a picture there is a blank one. It gets a gradient of zero, but it must run:
-            # under ZeRO 3 the ranks wait for each other in every module.
+            # A micro batch without a picture holds a blank one. Its gradient is zero, but it must
+            # run: under ZeRO 3 the ranks wait for each other in every module.
             embeddings = embeddings + (0.0 * tokens.sum()).to(embeddings.dtype)
     return embeddings
 
@@ -94,16 +93,19 @@ class ReferenceLoss(nn.Module):
         """
         embeddings = embed(self.family, self.reducer, batch)
 
-        # Each layer keeps only its input, and runs again in the backward pass.
+        # Checkpointing saves memory: each layer keeps only its input, and runs again in the
+        # backward pass.
         language = self.family.language_model
         checkpointed = {}
         for layer in language.layers:
             checkpointed[layer] = partial(checkpoint, layer.forward, use_reentrant=False)
         with replaced_forwards(checkpointed):
             output = language(inputs_embeds=embeddings, attention_mask=batch.attention_mask, use_cache=False)
+
+        # The float32 logits of all tokens are the largest tensor of this path.
         logits: Tensor = self.model.lm_head(output.last_hidden_state)
 
-        # The output at a token predicts the next one.
+        # The output at a token predicts the next token, so outputs and labels are shifted by one.
         logits = logits[:, :-1]
         targets = batch.labels[:, 1:]
         losses = F.cross_entropy(
@@ -114,7 +116,8 @@ class ReferenceLoss(nn.Module):
         )
         loss_by_example = losses.view_as(targets).sum(dim=1)
 
-        # An example without a picture is counted, but gives a projector no gradient.
+        # Report the loss of the examples that teach something: without a picture, an example gives
+        # the projector no gradient.
         placeholders = [self.family.placeholder_id(kind) for kind in batch.media]
         is_placeholder = torch.isin(batch.input_ids, torch.tensor(placeholders, device=losses.device))
         has_gradient = is_placeholder.any(dim=1) | self.text_has_gradient
@@ -128,9 +131,9 @@ class FastLoss(nn.Module):
 
     Args:
         family: the adapter around the model.
-        reducers: reduce the pictures. A micro batch says which of them is its own.
-        prefix: ids that every example begins with, and that are not among the packed ones.
-        settings: of `PackedLanguage`.
+        reducers: reduce the pictures. Each micro batch names the one that it uses.
+        prefix: ids that every example begins with. The packed examples leave them out.
+        settings: settings of `PackedLanguage`.
     """
 
     def __init__(
@@ -155,16 +158,20 @@ class FastLoss(nn.Module):
         """Compute the cross entropy, summed over label tokens.
 
         Returns:
-            (the sum, the same without a gradient). All packed examples are learned from.
+            (the sum, the same sum without a gradient): all packed examples have a gradient
         """
+        # A micro batch belongs to one of the budgets.
         embeddings = embed(self.family, self.reducers[batch.reducer], batch)
 
         # Attention sees the prefix before each example, and no other example.
         segments = Segments(batch.lengths, self.prefix_by_layer)
         hidden = self.language(embeddings, segments, batch.at_labels)
+
+        # Logits are computed only where a label follows, in chunks, and never kept.
         loss = cross_entropy(self.model.lm_head, hidden, batch.targets)
 
-        # A rank without examples runs a single token, so that all ranks run the same modules.
+        # A rank without examples runs a single token that counts as zero, so that all ranks run the
+        # same modules.
         if not batch.num_examples:
             loss = 0.0 * loss
         return loss, loss.detach()

@@ -21,16 +21,16 @@ from vzip.cost import blocked_memory, generation_memory, head_width, packed_memo
 from vzip.families import Family
 from vzip.fast.attention import has_flash
 
-# Tokens of a micro batch below which matrix products get slower.
+# With fewer tokens in a micro batch, matrix products get slower.
 MIN_TOKENS = 2048
 
-# Tokens of a micro batch above which matrix products get no faster.
+# With more tokens in a micro batch, matrix products get no faster.
 MAX_TOKENS = 16_384
 
-# Micro batches are planned in multiples of so many tokens.
+# Micro batches are planned in multiples of this many tokens.
 MULTIPLE = 256
 
-# Share of the memory that is lost between tensors.
+# Share of the memory that is lost in gaps between tensors.
 LOST_SHARE = 0.04
 
 # Bytes that CUDA and its libraries take.
@@ -41,6 +41,8 @@ DEEPSPEED_BUCKET = 500_000_000
 
 # DeepSpeed's default limit of gathered parameters under ZeRO 3.
 DEEPSPEED_LIVE = 1_000_000_000
+
+# Where Linux mounts control groups, which limit the memory of containers.
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -90,7 +92,8 @@ class Card:
 
 
 def card_of(cfg: DictConfig) -> Card:
-    """The card of this rank: `memory_gb`, the GPU, or a share of half of the machine's memory."""
+    """Return this rank's card: `memory_gb`, the GPU, or a share of half of the machine's memory."""
+    # The user's number wins: it can plan for a card that is not here.
     if cfg.memory_gb is not None:
         return Card(int(cfg.memory_gb * 1e9), f"memory_gb={cfg.memory_gb:g}")
 
@@ -99,7 +102,8 @@ def card_of(cfg: DictConfig) -> Card:
         name = f"the {gpu.total_memory / 1e9:.1f} GB of {gpu.name} (memory_gb=null)"
         return Card(gpu.total_memory, name)
 
-    # On a CPU, half of the memory is left to other programs, and the ranks share the rest.
+    # On a CPU, half of the memory is left to other programs, and the ranks share the rest. In a
+    # container the machine has more memory than the process may use, so the lower limit counts.
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     num_ranks = int(os.environ.get("LOCAL_SIZE", "1"))
     share = min([machine, *_cgroup_limits()]) // 2 // num_ranks
@@ -108,7 +112,7 @@ def card_of(cfg: DictConfig) -> Card:
 
 
 def _cgroup_limits() -> Iterator[int]:
-    """The memory limits in bytes of this process' control groups, which containers set."""
+    """Yield the memory limits in bytes of this process' control groups, which containers set."""
     # The line of version 2 of control groups begins with "0::".
     own_group = ""
     listing = Path("/proc/self/cgroup")
@@ -129,12 +133,15 @@ def _cgroup_limits() -> Iterator[int]:
 
 
 def smallest_card(cfg: DictConfig) -> Card:
-    """The card of the rank that has the least memory. Called by all ranks."""
+    """Return the card of the rank that has the least memory. Called by all ranks."""
+    # All ranks must plan the same micro batches, so the smallest card decides.
     return min(all_gather_list([card_of(cfg)]), key=lambda card: card.memory)
 
 
 def resident_memory(cfg: DictConfig, family: Family, *, num_trainable: int, world_size: int) -> int:
-    """Bytes that one rank holds at all times: weights, gradients, moments, DeepSpeed's and CUDA's.
+    """Estimate the bytes that one rank holds at all times.
+
+    They are those of weights, gradients and moments, of DeepSpeed's buffers, and of CUDA.
 
     Args:
         cfg: the run's settings.
@@ -145,8 +152,8 @@ def resident_memory(cfg: DictConfig, family: Family, *, num_trainable: int, worl
     zero = cfg.deepspeed.zero_optimization
     weights = weight_memory(family, quantize=cfg.quantize)
 
-    # Gradients and two moments in float32. The trainable parameters themselves are among the
-    # weights.
+    # Gradients and two moments in float32, 4 bytes each. The trainable parameters themselves are
+    # among the weights.
     training = 12 * num_trainable
 
     # ZeRO keeps a copy of the trainable parameters, and a buffer whose size does not depend on the
@@ -155,8 +162,8 @@ def resident_memory(cfg: DictConfig, family: Family, *, num_trainable: int, worl
         bucket = int(zero.get("reduce_bucket_size", DEEPSPEED_BUCKET))
         training += 4 * num_trainable + 4 * bucket
 
-    # ZeRO 3 shares the weights over the ranks, or moves them to the host, and gathers some of them
-    # at a time.
+    # ZeRO 3 shares the weights over the ranks, or moves them to the host. It gathers some of them
+    # at a time, at 2 bytes each.
     if zero.stage == 3:
         own_share = 0 if "offload_param" in zero else weights // world_size
         most_gathered = 2 * int(zero.get("stage3_max_live_parameters", DEEPSPEED_LIVE))
@@ -166,10 +173,8 @@ def resident_memory(cfg: DictConfig, family: Family, *, num_trainable: int, worl
 
 
 def flash_runs(cfg: DictConfig, family: Family) -> bool:
-    """Whether FlashAttention runs.
-
-    Without a GPU, `memory_gb` plans for a card elsewhere, and is taken to mean one that has it.
-    """
+    """Tell whether FlashAttention runs."""
+    # Without a GPU, `memory_gb` plans for a card elsewhere, which probably has FlashAttention.
     if not torch.cuda.is_available():
         return cfg.memory_gb is not None
 
@@ -178,10 +183,8 @@ def flash_runs(cfg: DictConfig, family: Family) -> bool:
 
 
 def micro_batch_memory(cfg: DictConfig, family: Family, packing: Packing, lengths: LongestExamples) -> int:
-    """Bytes that a packed micro batch takes beside `resident_memory`.
-
-    With several budgets it is that of the smallest one, whose micro batches hold the most pictures.
-    """
+    """Estimate the bytes that a packed micro batch takes beside `resident_memory`."""
+    # The smallest of several budgets takes the most: its micro batches hold the most pictures.
     reducer = min(build_reducers(cfg), key=family.num_tile_tokens)
     memory = packed_memory(
         family,
@@ -200,13 +203,14 @@ def micro_batch_memory(cfg: DictConfig, family: Family, packing: Packing, length
 
 
 def largest_fitting(room: int, memory_of: Callable[[int], int], *, smallest: int = MULTIPLE) -> int:
-    """The largest size of a micro batch that fits, in tokens; 0 if none does.
+    """Find the largest size of a micro batch that fits, in tokens; 0 if none does.
 
     Args:
         room: bytes for the micro batch.
-        memory_of: bytes that a micro batch of so many tokens takes.
+        memory_of: returns the bytes that a micro batch of some tokens takes.
         smallest: the least tokens to try. Other sizes are larger by multiples of 256, up to 16,384.
     """
+    # The memory grows with the size, so that a binary search finds the last size that fits.
     sizes = range(smallest, max(MAX_TOKENS, smallest) + 1, MULTIPLE)
     num_fitting = bisect_right(sizes, room, key=memory_of)
     return sizes[num_fitting - 1] if num_fitting else 0
@@ -221,11 +225,12 @@ def fit_packing(
     lengths: LongestExamples,
     world_size: int,
 ) -> Packing:
-    """The largest micro batch that a card holds, but none that is larger than useful.
+    """Choose the largest micro batch that a card holds, but not more tokens than make it faster.
 
     Raises:
-        UserError: as `choose_packing` does.
+        UserError: see `choose_packing`.
     """
+    # What the weights leave free is for the micro batch.
     resident = resident_memory(cfg, family, num_trainable=num_trainable, world_size=world_size)
     room = card.usable - resident
     if room <= 0:
@@ -234,7 +239,7 @@ def fit_packing(
     def memory_of(tokens: int, *, recompute: bool) -> int:
         return micro_batch_memory(cfg, family, Packing(tokens, recompute), lengths)
 
-    # Settings of the user are taken as they are.
+    # The user's own number of tokens is used even if it seems too large: this is an estimate.
     tokens = cfg.batch.tokens
     recompute = cfg.batch.recompute
     if tokens is not None:
@@ -255,20 +260,22 @@ def fit_packing(
     if recompute is None and packing.tokens < MIN_TOKENS:
         packing = largest(recompute=True)
 
-    # Not even the longest example alone fits.
+    # Say how much is missing if not even the longest example alone fits.
     if not packing.tokens:
         needed = resident + memory_of(smallest, recompute=packing.recompute)
         what = f"weights, moments and an example of {lengths.longest} tokens"
         raise _card_too_small(card, what, needed)
 
-    # Each micro batch draws one of several budgets: cut many of them, and the same ones on every
-    # machine.
+    # With several budgets, each micro batch draws one. Small micro batches draw often, and a size
+    # that does not depend on the memory draws the same budgets on every machine.
     if len(budgets_of(cfg)) > 1:
         packing = replace(packing, tokens=min(packing.tokens, max(MIN_TOKENS, smallest)))
     return packing
 
 
 def _card_too_small(card: Card, what: str, needed: int) -> UserError:
+    """Make the error about a card that can't hold `what`, which needs so many bytes."""
+    # A card of this size would hold it, with the share that is lost between tensors.
     gigabytes = needed / (1 - LOST_SHARE) / 1e9
     return UserError(
         f"{what} need {gigabytes:.1f} GB, more than {card.name}; use a larger card (hardware=80gb "
@@ -278,6 +285,7 @@ def _card_too_small(card: Card, what: str, needed: int) -> UserError:
 
 
 def _check_longest_example(tokens: int, longest: int) -> None:
+    """Raise UserError if a micro batch can't hold the longest example, which is never cut."""
     if tokens < longest:
         raise UserError(
             f"batch.tokens={tokens} is less than the {longest} tokens of the longest example; set at "
@@ -288,10 +296,10 @@ def _check_longest_example(tokens: int, longest: int) -> None:
 def choose_packing(
     cfg: DictConfig, family: Family, *, num_trainable: int, lengths: LongestExamples
 ) -> Packing:
-    """The size of micro batches: the settings in `batch`, or the largest that all ranks can hold.
+    """Choose the size of micro batches: the settings in `batch`, or the largest that fits.
 
-    MLPs are recomputed only when memory is short: when fewer than 2,048 tokens, or the longest
-    example, would not fit. Called by all ranks.
+    It fits if all ranks can hold it. MLPs are recomputed only when memory is short: when 2,048
+    tokens, or the longest example, would not fit otherwise. Called by all ranks.
 
     Args:
         cfg: the run's settings.
@@ -309,7 +317,7 @@ def choose_packing(
         cfg, family, card, num_trainable=num_trainable, lengths=lengths, world_size=world_size
     )
 
-    # A setting of the user is taken as it is, with a warning if it seems too large.
+    # Only the user's own number of tokens can be too large here. Warn, because it may still fit.
     needed = resident_memory(cfg, family, num_trainable=num_trainable, world_size=world_size)
     needed += micro_batch_memory(cfg, family, packing, lengths)
     if needed > card.memory:
@@ -322,7 +330,9 @@ def choose_packing(
 def fitting_questions(
     cfg: DictConfig, family: Family, *, longest: int, num_trainable: int, world_size: int
 ) -> int:
-    """The questions of one `generate` call: `evaluate.batch`, or as many as the memory holds.
+    """Choose how many questions one `generate` call takes: at most `evaluate.batch`.
+
+    It takes fewer if the memory holds no more.
 
     Called by all ranks.
 
@@ -337,7 +347,7 @@ def fitting_questions(
     resident = resident_memory(cfg, family, num_trainable=num_trainable, world_size=world_size)
     room = card.usable - resident
 
-    # A single question is tried in any case.
+    # Try a single question in any case: this is an estimate.
     num_fitting = max(1, room // generation_memory(family, num_tokens=longest))
     if num_fitting < cfg.evaluate.batch:
         print_rank0(

@@ -37,6 +37,8 @@ def load_family(cfg: DictConfig) -> tuple[Family, Any]:
 
     # The processor comes first: it loads at once, and shows whether the model is there.
     processor = load_unreduced_processor(cfg)
+
+    # Random weights are for benchmarks and dry runs: they need no download.
     cls = get_class(cfg.model["_target_"])
     if cfg.weights == "random":
         torch.manual_seed(cfg.seed)
@@ -44,7 +46,8 @@ def load_family(cfg: DictConfig) -> tuple[Family, Any]:
     else:
         model = _load_from_id(cls.load_model, cfg, dtype=getattr(torch, cfg.model.dtype))
 
-    # The starting projector: the base model's own, or one from a file, in float32 to be tuned.
+    # The starting projector is the base model's own, or one from a file. It is tuned in float32,
+    # because AdamW's small steps would round away in bf16.
     family: Family = cls(model, anyres=tile_order(cfg))
     family.projector.float()
     if cfg.model.projector and cfg.weights == "pretrained":
@@ -60,7 +63,7 @@ def load_unreduced_processor(cfg: DictConfig) -> Any:
     """Load the processor at `model.id`, which counts all visual tokens.
 
     Raises:
-        UserError: there is none.
+        UserError: nothing is there.
     """
     return _load_from_id(get_class(cfg.model["_target_"]).load_processor, cfg)
 
@@ -70,6 +73,7 @@ def _load_from_id(load: Callable[..., Any], cfg: DictConfig, **settings: Any) ->
     try:
         return load(cfg.model.id, **settings)
     except OSError as error:
+        # What helps depends on where the model should have come from: `make data`, or the hub.
         is_prepared_here = str(cfg.model.id).startswith(str(data_dir()))
         if is_prepared_here:
             advice = "run `make data` to prepare the embedded default and the tiny models"
@@ -88,6 +92,7 @@ def _build_model(cfg: DictConfig) -> Any:
 
 def count_model(cfg: DictConfig) -> Family:
     """Build the model on the meta device, without memory, to count parameters and FLOPs."""
+    # The projector is in float32, as in training, so that its bytes are counted right.
     with torch.device("meta"):
         family: Family = get_class(cfg.model["_target_"])(_build_model(cfg), anyres=tile_order(cfg))
         family.projector.float()
@@ -107,9 +112,10 @@ def quantize_language_model(family: Family, quantize: str | None) -> None:
     if quantize is None:
         return
 
-    # It warns at each product that int8 goes through float16.
+    # bitsandbytes would warn at each int8 product that the inputs are cast to float16.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+    # The layers are replaced while they are listed, so list them first.
     make_layer = _nf4_layer if quantize == "nf4" else _int8_layer
     device = best_device()
     for name, layer in list(frozen_linears(family)):
@@ -124,8 +130,10 @@ def quantize_language_model(family: Family, quantize: str | None) -> None:
 
 
 def _nf4_layer(layer: nn.Linear) -> Any:
-    """The layer in 4 bits. bitsandbytes quantizes the weight when it moves to a device."""
+    """Make the layer in 4 bits. bitsandbytes quantizes the weight when it moves to a device."""
     import bitsandbytes
+
+    # On the meta device, because the weight is replaced below: this saves a copy.
 
     quantized = bitsandbytes.nn.Linear4bit(
         layer.in_features,
@@ -142,8 +150,10 @@ def _nf4_layer(layer: nn.Linear) -> Any:
 
 
 def _int8_layer(layer: nn.Linear) -> Any:
-    """The layer in 8 bits. bitsandbytes quantizes the weight when it moves to a device."""
+    """Make the layer in 8 bits. bitsandbytes quantizes the weight when it moves to a device."""
     import bitsandbytes
+
+    # Without float16 weights, because these are frozen. Large inputs skip the quantization.
 
     quantized = bitsandbytes.nn.Linear8bitLt(
         layer.in_features,

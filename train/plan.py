@@ -29,15 +29,16 @@ MFU = 0.4
 # (height, width) of a typical picture, for data whose settings give no size.
 COCO_SIZE = (480, 640)
 
-# Text tokens that all examples begin with: about as many as Vicuna's system prompt has.
+# Text tokens that all examples are assumed to begin with: about those of Vicuna's system prompt.
 NUM_PREFIX = 40
 
-# Numbers of tiles that the plan shows.
+# The plan shows images of at most this many different numbers of tiles.
 MAX_SIZES = 5
 
 
 def print_plan(cfg: DictConfig, *, world_size: int) -> None:
-    """Print what a run trains, its visual tokens before and after, steps, FLOPs, memory and time."""
+    """Print what a run trains, its visual tokens, steps, FLOPs, memory and time."""
+    # Build everything that the run would build, but without weights: so the checks are the same.
     family = count_model(cfg)
     reducers = build_reducers(cfg)
     reducer = build_reducer(cfg)
@@ -55,7 +56,7 @@ def print_plan(cfg: DictConfig, *, world_size: int) -> None:
         num_text_tokens=cfg.data.expected.text_tokens,
     )
 
-    # With a feature cache and no questions, a run frees the towers.
+    # With a feature cache and no questions, a run frees the towers, so their memory does not count.
     if cfg.data.cache and not asks_questions(cfg):
         family.drop_towers()
     memory = _memory_lines(
@@ -66,6 +67,7 @@ def print_plan(cfg: DictConfig, *, world_size: int) -> None:
         world_size=world_size,
     )
 
+    # The lines of the table, in the order in which a reader asks: what, how much, how long.
     reducer_names = "; ".join(repr(each) for each in reducers)
     if len(reducers) > 1:
         reducer_names += "; the plan is for the largest"
@@ -85,7 +87,8 @@ def print_plan(cfg: DictConfig, *, world_size: int) -> None:
 
 
 def _typical_example(family: Family, cfg: DictConfig, reducer: Reducer) -> tuple[int, int]:
-    """(pictures that the tower sees, visual tokens) of a typical example of the data."""
+    """Return (pictures that the tower sees, visual tokens) of a typical example of the data."""
+    # The tower sees the frames of a video one by one, and the tiles of an image.
     expected = cfg.data.expected
     if expected.get("media", "image") == "video":
         num_frames = cfg.model.get("num_frames", 1)
@@ -96,12 +99,13 @@ def _typical_example(family: Family, cfg: DictConfig, reducer: Reducer) -> tuple
 
 
 def _token_lines(family: Family, cfg: DictConfig, reducer: Reducer) -> dict[str, str]:
-    """What the budget means: tokens of images with different numbers of tiles, and of a video."""
+    """Show what the budget means: tokens of images with few and many tiles, and of a video."""
+    # Sizes with the same number of tiles have similar numbers of tokens, so show one of them.
     full = Identity()
     size_by_tiles = {family.num_tiles(size): size for size in family.image_sizes}
     numbers = sorted(size_by_tiles)
     if len(numbers) > MAX_SIZES:
-        # Some of them, at even distances, the smallest and the largest included.
+        # Show some of them at even distances, with the smallest and the largest.
         step = (len(numbers) - 1) / (MAX_SIZES - 1)
         numbers = [numbers[round(index * step)] for index in range(MAX_SIZES)]
 
@@ -133,7 +137,7 @@ def _token_lines(family: Family, cfg: DictConfig, reducer: Reducer) -> dict[str,
 
 
 def _step_lines(cfg: DictConfig, cost: ExampleCost, *, world_size: int) -> dict[str, str]:
-    """The data, the steps, and the FLOPs of the run."""
+    """Show the data, the steps, and the FLOPs of the run."""
     expected = cfg.data.expected
     num_examples = _num_examples(cfg)
     plan = batch_plan(cfg, num_examples=num_examples, world_size=world_size)
@@ -155,11 +159,12 @@ def _step_lines(cfg: DictConfig, cost: ExampleCost, *, world_size: int) -> dict[
 
 
 def _num_examples(cfg: DictConfig) -> int:
+    """Estimate the examples of the run, without its data."""
     return round(cfg.data.expected.rows * cfg.data.fraction)
 
 
 def _flops(cfg: DictConfig, cost: ExampleCost, *, world_size: int) -> int:
-    """FLOPs of the whole run."""
+    """Count the FLOPs of the whole run, at a typical example's cost."""
     plan = batch_plan(cfg, num_examples=_num_examples(cfg), world_size=world_size)
     return cost.total * plan.size * plan.num_steps
 
@@ -167,7 +172,7 @@ def _flops(cfg: DictConfig, cost: ExampleCost, *, world_size: int) -> int:
 def _memory_lines(
     cfg: DictConfig, family: Family, *, num_trainable: int, num_visual_tokens: int, world_size: int
 ) -> dict[str, str]:
-    """The micro batch of one rank and the memory that it takes, or why none fits.
+    """Show the micro batch of one rank and the memory that it takes, or why none fits.
 
     Args:
         cfg: the run's settings.
@@ -176,8 +181,8 @@ def _memory_lines(
         num_visual_tokens: visual tokens of a typical example.
         world_size: ranks.
     """
-    expected = cfg.data.expected
     # The memory that is taken at all times, and on top of it that of a micro batch.
+    expected = cfg.data.expected
     card = card_of(cfg)
     memory = resident_memory(cfg, family, num_trainable=num_trainable, world_size=world_size)
     if cfg.engine == "reference":
@@ -187,6 +192,7 @@ def _memory_lines(
     else:
         longest = num_visual_tokens + min(expected.longest, cfg.data.max_tokens)
         lengths = LongestExamples(longest, NUM_PREFIX)
+        # The plan says why nothing fits, and still shows everything else.
         try:
             packing = fit_packing(
                 cfg, family, card, num_trainable=num_trainable, lengths=lengths, world_size=world_size
@@ -208,7 +214,7 @@ def _memory_lines(
 
 
 def _time_lines(cfg: DictConfig, cost: ExampleCost, *, world_size: int) -> dict[str, str]:
-    """How long the run takes on an H100, and on this machine."""
+    """Estimate how long the run takes on an H100, and on this machine."""
     flops = _flops(cfg, cost, world_size=world_size)
     on_h100 = flops / H100_PEAK / MFU
     here = flops / _measured_peak() / MFU / world_size
@@ -219,12 +225,13 @@ def _time_lines(cfg: DictConfig, cost: ExampleCost, *, world_size: int) -> dict[
 
 
 def _measured_peak() -> float:
-    """FLOP/s of a bf16 matrix product on this machine."""
+    """Measure the FLOP/s of a bf16 matrix product on this machine."""
+    # Large enough to keep the device busy. A CPU is slower, so it gets a smaller one.
     device = best_device()
     size = 8192 if device.type == "cuda" else 1024
     matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
 
-    # Take the fastest of some, because other programs take time too.
+    # Take the fastest of five, because other programs slow some of them down.
     fastest = math.inf
     for _ in range(5):
         start = time.perf_counter()
@@ -236,7 +243,7 @@ def _measured_peak() -> float:
 
 
 def _duration(seconds: float) -> str:
-    """The seconds in the largest unit of which there are at least two."""
+    """Write seconds in the largest unit of which there are at least two: "2.5 hours"."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

@@ -19,17 +19,17 @@ T = TypeVar("T")
 
 
 def get_rank() -> int:
-    """The number of this process; 0 without other processes."""
+    """Return the number of this process; 0 without other processes."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def get_world_size() -> int:
-    """The number of processes."""
+    """Return the number of processes."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, which prints and writes."""
+    """Tell whether this is rank 0, which prints and writes."""
     return get_rank() == 0
 
 
@@ -53,6 +53,8 @@ def broadcast_from_rank0(value: Any) -> Any:
     """Return rank 0's value on every rank: the ranks of other hosts do not see its files."""
     if not distributed.is_initialized():
         return value
+
+    # torch replaces the items of a list in place.
     box = [value]
     distributed.broadcast_object_list(box, src=0)
     return box[0]
@@ -62,6 +64,8 @@ def all_gather_list(values: list[Any]) -> list[Any]:
     """Return the values of all ranks, in the order of the ranks, on every rank."""
     if not distributed.is_initialized():
         return list(values)
+
+    # torch fills a list that has one place per rank. Then join the lists of all ranks.
     values_by_rank: list[list[Any]] = [[] for _ in range(get_world_size())]
     distributed.all_gather_object(values_by_rank, values)
     return [value for values_of_rank in values_by_rank for value in values_of_rank]
@@ -94,14 +98,16 @@ def init_distributed() -> None:
     if distributed.is_initialized():
         return
 
+    # DeepSpeed takes seconds to import, and most modules need only the functions above.
     import deepspeed
 
+    # Without a launcher or srun, this process is the only rank.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if "RANK" not in os.environ:
         os.environ.update(_srun_ranks(os.environ) or _single_rank())
 
-    # DeepSpeed's all-reduce in shared memory, for CPUs, is compiled for a minute, and again
-    # whenever a flag changes.
+    # For CPUs, DeepSpeed would compile its all-reduce in shared memory. That takes a minute, and
+    # again whenever a flag changes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     if torch.cuda.is_available():
@@ -122,7 +128,7 @@ def leave_distributed() -> None:
 
 
 def _take_gpu(local_rank: int) -> None:
-    """Select this rank's GPU, before the first collective operation would use GPU 0 on all ranks."""
+    """Select this rank's GPU. Otherwise the first collective would use GPU 0 on all ranks."""
     num_gpus = torch.cuda.device_count()
     if local_rank >= num_gpus:
         raise UserError(
@@ -134,7 +140,8 @@ def _take_gpu(local_rank: int) -> None:
 
 
 def _single_rank() -> dict[str, str]:
-    """The variables that a launcher would set for a single process."""
+    """Return the variables that a launcher would set for a single process."""
+    # Port 0 makes the system choose a free one, so that several runs on a machine don't collide.
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -149,7 +156,7 @@ def _single_rank() -> dict[str, str]:
 
 
 def _srun_ranks(slurm: Mapping[str, str]) -> dict[str, str]:
-    """The variables that a launcher would set, if srun started several tasks; else empty.
+    """Return the variables that a launcher would set, if srun started several tasks; else nothing.
 
     Only the variables of a step (SLURM_STEP_...) tell: an sbatch script outside of a step has
     SLURM_PROCID, and the shell of salloc has SLURM_NTASKS. Task 0 runs on the first host of the
@@ -174,16 +181,16 @@ def _srun_ranks(slurm: Mapping[str, str]) -> dict[str, str]:
 
 
 def _first_host(nodelist: str) -> str:
-    """The first host of Slurm's compact list: node07 for "node[07-09,12],login1"."""
-    # Up to the first comma that is not in brackets; then the first number or range in each pair of
-    # brackets.
+    """Return the first host of Slurm's compact list: node07 for "node[07-09,12],login1"."""
+    # Take all up to the first comma outside of brackets. Then replace each pair of brackets by the
+    # first number in it.
     first_entry = re.match(r"(?:[^,\[]|\[[^]]*])+", nodelist)
     assert first_entry, nodelist
     return re.sub(r"\[(\w+)[^]]*]", r"\1", first_entry[0])
 
 
 def _tasks_per_node(counts: str) -> list[int]:
-    """Slurm's compact list of task counts, one per node: [2, 2, 1] for "2(x2),1"."""
+    """Unpack Slurm's compact list of tasks per node: [2, 2, 1] for "2(x2),1"."""
     tasks: list[int] = []
     for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
         tasks += [int(number)] * int(times or 1)

@@ -28,10 +28,11 @@ NUM_SAMPLES = 4
 
 
 def memory_gb(device: torch.device) -> float:
-    """The peak memory so far in GB: of the GPU, or of this process."""
+    """Return the peak memory so far in GB: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
 
+    # macOS counts in bytes, Linux in KiB.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024
     return peak * unit / 1e9
@@ -69,6 +70,7 @@ class Tracker:
             if is_complete and json.loads(line)["step"] < step:
                 valid.append(line)
 
+        # A kill during the writing must not lose the metrics of all steps.
         with atomic_write(self.path) as scratch:
             scratch.write_text("".join(valid))
 
@@ -76,6 +78,8 @@ class Tracker:
         """Add the metrics of a step."""
         if not self.is_main:
             return
+
+        # The file is closed after each step, so that a kill loses no step that is finished.
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.wandb:
@@ -86,10 +90,12 @@ class Tracker:
 
         Args:
             settings: the answers of each setting.
-            pictures: of the tokens that the reducer keeps.
+            pictures: files that show the tokens that the reducer keeps.
         """
         if not self.wandb:
             return
+
+        # wandb takes seconds to import, and runs without it need not wait.
         import wandb
 
         # The scores, each under its own name in the run's summary.
@@ -105,6 +111,7 @@ class Tracker:
             shares = row["metrics"].values()
             scores.add_data(row["name"], row["num_visual_tokens"], row["num_questions"], *shares)
 
+        # A few answers of each setting show what a score means.
         columns = ["image", "question", "expected", "answer"]
         samples = wandb.Table(columns=["row", *columns])
         for setting in settings:
@@ -114,7 +121,7 @@ class Tracker:
         images = [wandb.Image(str(path)) for path in pictures]
         self.wandb.log({"eval/scores": scores, "eval/answers": samples, "eval/kept_tokens": images})
 
-        # All that `vzip.load` needs.
+        # Send the files that `vzip.load` needs, so that others can use the projector.
         projector = wandb.Artifact(
             f"projector-{self.wandb.id}", type="model", metadata=read_meta(self.folder)
         )
@@ -126,6 +133,8 @@ class Tracker:
         """Wait until wandb has received everything, but not forever."""
         if not self.wandb:
             return
+
+        # wandb keeps everything in this folder too, so that nothing is lost without a network.
         folder = Path(self.wandb.dir).parent
         try:
             self.wandb.finish()
@@ -140,12 +149,15 @@ def _start_wandb(folder: Path, cfg: DictConfig) -> Any:
     """Start the run in wandb: online with working credentials and a network, else offline."""
     import wandb
 
+    # A slow network must neither delay the training for long nor end it.
     settings = wandb.Settings(
         silent=True,
         init_timeout=INIT_TIMEOUT,
         finish_timeout=FINISH_TIMEOUT,
         finish_timeout_raises=True,
     )
+
+    # A resumed run continues its curves in wandb, because it has the same id.
     start = partial(
         wandb.init,
         project=cfg.track.project,
@@ -167,13 +179,14 @@ def _start_wandb(folder: Path, cfg: DictConfig) -> Any:
     except wandb.errors.Error as error:
         reason = " ".join(str(error).split())
         print(f"wandb can't be reached, the run is tracked offline: {reason}")
+
         # Without teardown, the failed start would keep the run's id.
         wandb.teardown()
         return start(mode="offline")
 
 
 def _has_key() -> bool:
-    """Whether wandb finds credentials. Raises wandb.errors.Error for malformed ones."""
+    """Tell whether wandb finds credentials. Raises wandb.errors.Error for malformed ones."""
     import wandb
 
     wandb.setup(wandb.Settings(silent=True))
@@ -181,7 +194,8 @@ def _has_key() -> bool:
 
 
 def _wandb_id(folder: Path) -> str:
-    """The id of the run in its wandb project. Resuming keeps it, starting over makes a new one."""
+    """Return the run's id in wandb. Resuming keeps it, and starting over makes a new one."""
+    # The id lies in the run's folder, which starting over deletes.
     path = folder / "wandb" / "id"
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)

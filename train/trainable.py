@@ -40,10 +40,12 @@ def make_trainable(family: Family, tune: DictConfig, *, seed: int = 0) -> Traina
     Args:
         family: the adapter around the model.
         tune: the config group `tune`.
-        seed: of LoRA's first weights.
+        seed: seed of LoRA's first weights.
     """
+    # LoRA comes first, because it adds parameters that are opened below.
     peft_model = _add_lora(family, tune.lora, seed=seed) if tune.lora else None
 
+    # Freeze everything, then open what is on the list.
     family.model.requires_grad_(False)
     opened = {}
     for name, parameter in family.model.named_parameters():
@@ -51,15 +53,17 @@ def make_trainable(family: Family, tune: DictConfig, *, seed: int = 0) -> Traina
         is_tuned_projector = tune.projector and name.startswith(family.projector_name)
         if is_lora or is_tuned_projector:
             parameter.requires_grad_(True)
-            # Also in a float64 model: DeepSpeed supports no higher precision.
+
+            # In float32 even in a float64 model: DeepSpeed supports no higher precision.
             parameter.data = parameter.data.float()
             opened[name] = parameter
 
-    # Nothing else is trainable, whatever peft did.
+    # Check that nothing else is trainable, whatever peft did.
     assert opened
     for name, parameter in family.model.named_parameters():
         assert parameter.requires_grad == (name in opened), name
 
+    # LoRA in the language model also learns from examples without a picture.
     in_language = any(parameter.requires_grad for parameter in family.language_model.parameters())
     return Trainable(opened, in_language, peft_model)
 
@@ -72,6 +76,7 @@ def _add_lora(family: Family, lora: DictConfig, *, seed: int) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
+    # Find the linear layers of the part that LoRA adapts.
     target = family.projector if lora.target == "projector" else family.language_model
     targets = {id(module) for module in target.modules() if isinstance(module, nn.Linear)}
 
@@ -79,7 +84,7 @@ def _add_lora(family: Family, lora: DictConfig, *, seed: int) -> Any:
     names = [name for name, module in family.model.named_modules() if id(module) in targets]
     pattern = "|".join(re.escape(name) for name in names)
 
-    # peft draws the first of the two matrices of a layer at random.
+    # peft draws the first matrix of each layer at random, so the seed makes runs repeatable.
     torch.manual_seed(seed)
     config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=pattern)
     return get_peft_model(family.model, config)
@@ -92,12 +97,15 @@ def print_trainable(family: Family, trainable: Trainable) -> None:
         "projector": family.projector,
         "language model": family.language_model,
     }
+
+    # A tied head shares the weights of the embeddings, which count in the language model too.
     is_tied = family.lm_head.weight is family.model.get_input_embeddings().weight
     parts["head (tied)" if is_tied else "head"] = family.lm_head
 
     table = Table("part", "state", title="trainable parts", title_justify="left")
     table.add_column("parameters", justify="right")
     table.add_column("trainable", justify="right")
+    # A part is trainable if any of its parameters is: with LoRA, most of them are frozen.
     for title, module in parts.items():
         num_total = 0
         num_trainable = 0
@@ -108,6 +116,7 @@ def print_trainable(family: Family, trainable: Trainable) -> None:
         state = "[TRAINABLE]" if num_trainable else "[Frozen]"
         table.add_row(title, state, f"{num_total:,}", f"{num_trainable:,}")
 
+    # Without markup, because rich would read "[Frozen]" as the name of a style.
     console = Console(markup=False)
     console.print(table)
     num_tensors = len(trainable.parameters)

@@ -16,7 +16,7 @@ CONTROL = "random"
 
 
 def control_settings(cfg: DictConfig) -> DictConfig:
-    """The settings of the control of a run. It has a folder of its own, and resumes by itself.
+    """Make the settings of a run's control, which has a folder of its own and resumes by itself.
 
     Raises:
         UserError: the run's reducer is not VisionZip.
@@ -28,6 +28,7 @@ def control_settings(cfg: DictConfig) -> DictConfig:
             f"leave control out"
         )
 
+    # As many tokens as VisionZip keeps. A budget counts those of several tiles together.
     tokens_per_tile = reducer.dominant + reducer.contextual
     budget_tiles = get_class(cfg.model["_target_"]).budget_tiles
     random_reducer = {
@@ -36,11 +37,12 @@ def control_settings(cfg: DictConfig) -> DictConfig:
         "anyres": tile_order(cfg),
     }
 
-    # Replaced, not merged: Random does not have the other settings of VisionZip.
+    # Replace the group instead of merging into it: Random does not have VisionZip's other settings.
     settings = OmegaConf.to_container(cfg, resolve=True)
     settings["reducer"] = random_reducer
 
-    # The baselines are those of the run itself, and a feature cache holds VisionZip's tokens.
+    # The run itself has asked the baselines, and a feature cache holds VisionZip's tokens. If the
+    # run has no name, the control gets one that is made of its settings.
     changes = {
         "evaluate": {"baselines": False},
         "data": {"cache": False},
@@ -51,7 +53,7 @@ def control_settings(cfg: DictConfig) -> DictConfig:
 
 
 def has_control(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the results of a run include those of its control."""
+    """Tell whether the results of a run include those of its control."""
     return any(row["name"] == CONTROL for row in rows)
 
 
@@ -68,6 +70,7 @@ def add_control(
     Returns:
         all results
     """
+    # In its own folder the control is called "tuned".
     all_rows = list(rows)
     for row in control_rows:
         all_rows.append({**row, "name": CONTROL})

@@ -88,7 +88,8 @@ class AnswerFiles:
         self.folder = folder
 
     def load(self, setting: str) -> list[dict[str, Any]] | None:
-        """The answers of a setting, on every rank; None if it was not asked."""
+        """Return the answers of a setting, on every rank; None if it was not asked."""
+        # Other hosts may not see the file, and all ranks must agree on whether to generate.
         path = self.folder / f"answers_{setting}.json"
         return broadcast_from_rank0(json.loads(path.read_text()) if path.is_file() else None)
 
@@ -133,7 +134,8 @@ class Evaluator:
             print_rank0("no evaluation: data.held_out is not set, or evaluate.questions is 0")
 
     def _example(self, question: HeldOutQuestion) -> Example:
-        """The question as token ids, with the turns before it, and with the pictures so far."""
+        """Encode a question with the turns and pictures before it. The model writes the answer."""
+        # None stands for the answer that is asked for.
         tokenizer = self.processor.tokenizer
         turns = [*question.previous_turns, (question.text, None)]
         ids, labels = encode(self.template, tokenizer, turns)
@@ -145,9 +147,10 @@ class Evaluator:
         if not self.cfg.evaluate.baselines:
             return []
 
+        # The identity keeps all tokens, on the same path as the reducers.
         full = self.ask("full", [Identity()])
 
-        # A run that keeps all tokens has no other setting before tuning.
+        # For a run that keeps all tokens, `free` would be the same as `full`.
         if isinstance(reducers[0], Identity):
             return full
         return full + self.ask("free", reducers)
@@ -171,7 +174,7 @@ class Evaluator:
             if len(reducers) > 1:
                 setting = f"{name}-{budget_of(self.runner.family, reducer)}"
 
-            # Generating is slow, so the answers are kept as soon as they are there.
+            # Generating is slow, so the answers of each setting are written at once.
             answers = self.answers.load(setting)
             if answers is None:
                 answers = self._generate_all(reducer, title=f"evaluate {setting}")
@@ -185,6 +188,7 @@ class Evaluator:
 
         The ranks share the work. Each of them returns all answers.
         """
+        # A random reducer draws the same tokens whenever the questions are asked.
         torch.manual_seed(self.cfg.seed)
         family = self.runner.family
         num_frames = self.cfg.model.get("num_frames", 1)
@@ -195,7 +199,7 @@ class Evaluator:
             )
             batches = self._own_batches(collator)
 
-            # (number of the question, text, visual tokens), of this rank.
+            # This rank's answers: (number of the question, text, visual tokens).
             answers: list[tuple[int, str, int]] = []
             for numbers in progress(batches, total=len(batches), title=title, unit="batch", shown=is_main()):
                 examples = [self.examples[number] for number in numbers]
@@ -203,16 +207,21 @@ class Evaluator:
                     texts, num_visual_tokens = self._generate(collator, examples)
                 answers += zip(numbers, texts, num_visual_tokens, strict=True)
 
-        # Questions that were asked twice are graded once.
+        # Join the answers of all ranks. A question that was asked twice is graded once.
         graded = {}
         for number, text, num_visual_tokens in all_gather_list(answers):
             graded[number] = self.questions[number].graded(text, num_visual_tokens=num_visual_tokens)
         return [graded[number] for number in range(len(self.questions))]
 
     def _own_batches(self, collator: Collator) -> list[list[int]]:
-        """The numbers of the questions that this rank asks. Every rank has as many batches."""
+        """Choose the questions that this rank asks, in batches of their numbers.
+
+        Every rank has the same number of batches.
+        """
         num_questions = len(self.questions)
         world_size = get_world_size()
+
+        # Deal the questions out in turn, so that each rank gets some of each kind.
         own = list(range(get_rank(), num_questions, world_size))
 
         # Under ZeRO 3 the ranks must generate equally often: a rank with fewer questions asks its
@@ -221,7 +230,7 @@ class Evaluator:
         last = own[-1] if own else 0
         own += [last] * (num_per_rank - len(own))
 
-        # As many questions at a time as the memory holds.
+        # Choose the batch for the longest question: any batch may hold several such questions.
         longest = max(self._num_tokens(collator, example) for example in self.examples)
         size = fitting_questions(
             self.cfg,
@@ -233,7 +242,8 @@ class Evaluator:
         return [own[start : start + size] for start in range(0, len(own), size)]
 
     def _num_tokens(self, collator: Collator, example: Example) -> int:
-        """Tokens of a question after expansion, with images of the family's usual size."""
+        """Count a question's tokens after expansion, with images of the family's usual size."""
+        # The ids have one placeholder per picture, which becomes all its visual tokens.
         num_images = len(example.media.get("image", ()))
         num_videos = len(example.media.get("video", ()))
         num_text = len(example.ids) - num_images - num_videos
@@ -252,19 +262,20 @@ class Evaluator:
         """
         family = self.runner.family
 
-        # Padded on the left, so that the answers begin at the same position.
+        # Pad on the left, so that the answers of all questions begin at the same position.
         batch = collator(examples, left=True).to(self.runner.device)
         inputs: dict[str, Any] = {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
         }
+
+        # A batch without a picture holds a blank one, which the model would refuse as an argument.
         for kind, num_placeholders in batch.num_placeholders.items():
             media = batch.media[kind].normalized(family.model.dtype)
             if num_placeholders:
                 inputs |= media.arguments
             elif self.runner.is_sharded:
-                # No question of this batch has a picture, but those of other ranks may: run the
-                # same modules.
+                # Questions of other ranks may have pictures, so run the same modules as they do.
                 family.project(family.visual_features(kind, media, collator.reducer))
 
         answers = generate_answers(
@@ -278,13 +289,13 @@ class Evaluator:
         )
         texts = [answer.text for answer in answers]
 
-        # Each visual token has one placeholder in the prompt.
+        # Count the visual tokens by their placeholders in the prompt: each token has one.
         placeholders = torch.tensor([family.placeholder_id(kind) for kind in batch.media])
         is_placeholder = torch.isin(batch.input_ids.cpu(), placeholders)
         return texts, is_placeholder.sum(dim=1).tolist()
 
     def _stop_settings(self) -> dict[str, Any]:
-        """What ends an answer: the template's end token, or the text that it writes behind one."""
+        """Choose what ends an answer: the template's end token, or the text behind an answer."""
         tokenizer = self.processor.tokenizer
         if self.template.end:
             return {"ends": {tokenizer.convert_tokens_to_ids(self.template.end)}}
@@ -295,14 +306,14 @@ class Evaluator:
 
         All ranks run the tower, because they may share its weights. Rank 0 writes.
         """
-        # Several questions may share a picture.
+        # Collect the pictures in order, each once: several questions may share one.
         pictures: list[Path] = []
         for example in self.examples:
             for path in example.media.get("image", ()):
                 if path not in pictures:
                     pictures.append(path)
 
-        # A random reducer draws the tokens that it keeps.
+        # A random reducer draws the tokens that it keeps, so seed the draw.
         torch.manual_seed(self.cfg.seed)
         image_processor = self.processor.image_processor
         files = []

@@ -53,11 +53,13 @@ class HeldOutQuestion:
         return list(self.conversation.videos[: self._num_placeholders(VIDEO)])
 
     def _num_placeholders(self, placeholder: str) -> int:
+        """Count a kind of placeholder in this question and the turns before it."""
+        # Each placeholder takes the next picture, so their number says how many have been shown.
         turns = self.conversation.turns[: self.turn + 1]
         return sum(question.count(placeholder) for question, _ in turns)
 
     def graded(self, answer: str, *, num_visual_tokens: int) -> dict[str, Any]:
-        """The record of an answer in answers_SETTING.json."""
+        """Grade an answer. Return its record in answers_SETTING.json."""
         conversation = self.conversation
         return {
             "num_visual_tokens": num_visual_tokens,
@@ -71,7 +73,8 @@ class HeldOutQuestion:
 
 
 def held_out_questions(conversations: Iterable[Conversation], *, limit: int) -> list[HeldOutQuestion]:
-    """The first `limit` questions of the conversations, in order."""
+    """Return the first `limit` questions of the conversations, in order."""
+    # Each turn is a question of its own. The last conversation may have too many.
     questions: list[HeldOutQuestion] = []
     for conversation in conversations:
         questions += [HeldOutQuestion(conversation, turn) for turn in range(len(conversation.turns))]
@@ -81,11 +84,12 @@ def held_out_questions(conversations: Iterable[Conversation], *, limit: int) -> 
 
 
 def is_correct(answer: str, expected: str) -> bool:
-    """Whether two answers are equal, apart from case and punctuation around them."""
+    """Tell whether two answers are equal, apart from case and punctuation around them."""
     return _normalized(answer) == _normalized(expected)
 
 
 def _normalized(answer: str) -> str:
+    """Remove space and punctuation around an answer, and make it lower case: " No." is "no"."""
     return answer.strip().strip(string.punctuation).strip().lower()
 
 
@@ -108,7 +112,7 @@ class SettingAnswers:
 
 
 def score(name: str, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The scores of a setting: the share of correct answers, for each kind of question and for all.
+    """Compute a setting's share of correct answers, for each kind of question and for all.
 
     Args:
         name: of the setting.
@@ -116,10 +120,11 @@ def score(name: str, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     correct_by_kind: dict[str, list[bool]] = defaultdict(list)
     for answer in answers:
-        # Questions without a kind have the kind "all", and count once.
+        # Questions without a kind have the kind "all". The set makes them count once.
         for kind in {answer["kind"], "all"}:
             correct_by_kind[kind].append(answer["correct"])
 
+    # "all" comes last, as in the printed table.
     kinds = [kind for kind in correct_by_kind if kind != "all"]
     metrics = {}
     for kind in [*kinds, "all"]:
