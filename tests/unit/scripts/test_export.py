@@ -19,11 +19,6 @@ from tests.helpers.runs import attached, save_run, tune
 from vzip.runs.projector import WEIGHTS
 
 
-@pytest.fixture
-def run(tmp_path, tiny_folder):
-    return save_run(tmp_path / "run", tune(attached(tiny_folder)), tiny_folder)
-
-
 def arguments(run, to, **options):
     """The arguments of the command."""
     defaults = {"out": None, "base": None, "budget": None, "copy": False, "force": False}

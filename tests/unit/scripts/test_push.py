@@ -1,7 +1,5 @@
 """Sending an export to the hub, as far as that goes without a network."""
 
-import sys
-
 import pytest
 from huggingface_hub import constants
 
@@ -9,16 +7,14 @@ from scripts import push
 from tests.helpers.errors import refused
 
 
-def test_a_dry_run_lists_the_files_that_links_lead_to(tmp_path, capsys, monkeypatch):
+def test_a_dry_run_lists_the_files_that_links_lead_to(tmp_path, call, monkeypatch):
     folder = tmp_path / "hf"
     folder.mkdir()
     (folder / "README.md").write_text("---\ntags: [vzip]\n---\n")
     (tmp_path / "shard").write_bytes(bytes(5_000_000))
     (folder / "model-1.safetensors").symlink_to(tmp_path / "shard")
-    monkeypatch.setattr(sys, "argv", ["push.py", str(folder), "--repo", "me/model", "--private", "--dry-run"])
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    push.main()
-    printed = capsys.readouterr().out
+    printed = call(push.main, folder, "--repo", "me/model", "--private", "--dry-run")
     assert "model-1.safetensors" in printed
     assert printed.count("5.000") == 2  # of the file, and of all
     assert f"{folder} to me/model, private if it is new" in printed

@@ -1,7 +1,6 @@
 """Runs compared without wandb, and what wandb is told to show."""
 
 import json
-import sys
 
 import pytest
 import yaml
@@ -119,22 +118,20 @@ def test_the_curves_are_drawn(tmp_path, monkeypatch):
         assert lines == {"one": [[0, 1.5], [1, 0.5]], "two": [[0, 1.5], [1, 0.5]]}
 
 
-def test_files_are_written_into_new_folders_or_refused(tmp_path, monkeypatch):
+def test_files_are_written_into_new_folders_or_refused(tmp_path, call):
     save_run(tmp_path / "runs", "one")
     results = tmp_path / "new" / "RESULTS.md"
-    command = ["report.py", "--runs", str(tmp_path / "runs"), "--results", str(results)]
-    monkeypatch.setattr(sys, "argv", command)
-    main.__wrapped__()
+    words = ["--runs", tmp_path / "runs", "--results", results]
+    call(main, *words)
     assert "### one" in results.read_text()
     assert (tmp_path / "runs" / "report.png").is_file()
     assert [path.name for path in results.parent.iterdir()] == ["RESULTS.md"]
 
-    monkeypatch.setattr(sys, "argv", [*command, "--curves", str(results / "report.png")])
-    with pytest.raises(UserError, match=r"--curves=.*RESULTS.md/report.png can't be written: .*File exists"):
-        main.__wrapped__()
-    monkeypatch.setattr(sys, "argv", [*command, "--results", str(results / "x")])
+    message = r"--curves=.*RESULTS.md/report.png can't be written: .*File exists"
+    with pytest.raises(UserError, match=message):
+        call(main, *words, "--curves", results / "report.png")
     with pytest.raises(UserError, match=r"--results=.*RESULTS.md/x can't be written"):
-        main.__wrapped__()
+        call(main, *words, "--results", results / "x")
 
 
 def test_the_dashboard_is_specified_without_a_network():

@@ -1,7 +1,6 @@
 """The benchmark of the vision tower: a baseline that computes the same, and the command."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -86,14 +85,13 @@ def test_the_share_in_common_compares_sets():
     assert bench_tower.share_in_common(one, other) == (1 + 3 / 4) / 2
 
 
-def test_the_command_measures_prints_and_writes(monkeypatch, capsys, tmp_path):
+@pytest.mark.slow
+def test_the_command_measures_prints_and_writes(monkeypatch, call, tmp_path):
     path = tmp_path / "tower.json"
-    options = ["--dtype", "float32", "bfloat16", "--batch", "1", "2", "--rounds", "2", "--json", str(path)]
+    options = ["--dtype", "float32", "bfloat16", "--batch", 1, 2, "--rounds", 2, "--json", path]
     monkeypatch.setattr(bench_tower, "clip_large", lambda: SMALL)
-    monkeypatch.setattr(sys, "argv", ["tower", *options])
-    bench_tower.main()
+    printed = call(bench_tower.main, *options)
 
-    printed = capsys.readouterr().out
     rows = json.loads(path.read_text())["rows"]
     cases = [(row["dtype"], row["batch"]) for row in rows]
     assert cases == [("float32", 1), ("float32", 2), ("bfloat16", 1), ("bfloat16", 2)]

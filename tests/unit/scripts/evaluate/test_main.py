@@ -37,12 +37,8 @@ def test_tasks_that_need_the_network_are_left_out_without_one(monkeypatch):
     assert names == []
     assert all(word in reason for word in ("does not answer", "GQA", "MMVet"))
     assert evaluation.tasks_to_run(HELD_OUT, online=False) == ([], [])
-    refused(
-        evaluation.tasks_to_run,
-        f"gqa, pope,{HELD_OUT}",
-        online=False,
-        words=["--tasks gqa,pope: ", "does not answer; connect"],
-    )
+    words = ["--tasks gqa,pope: ", "does not answer; connect"]
+    refused(evaluation.tasks_to_run, f"gqa, pope,{HELD_OUT}", online=False, words=words)
 
     # With HF_HUB_OFFLINE the user says that the data is in the cache.
     monkeypatch.setattr(evaluation.constants, "HF_HUB_OFFLINE", True)
@@ -64,13 +60,8 @@ def test_a_result_counts_if_it_was_made_with_the_same_settings(run, tmp_path):
     settings = settings_of_run(run)
 
     def cells(limit=None, questions="abc"):
-        return make_cells(
-            settings,
-            ["gqa"],
-            questions=tmp_path / questions,
-            folder=tmp_path,
-            stamp={"limit": limit},
-        )
+        stamp = {"limit": limit}
+        return make_cells(settings, ["gqa"], questions=tmp_path / questions, folder=tmp_path, stamp=stamp)
 
     first, *others = cells()
     names = [(cell.name, cell.task) for cell in cells()]
@@ -89,11 +80,10 @@ def test_a_result_counts_if_it_was_made_with_the_same_settings(run, tmp_path):
     assert [cell.task for cell in cells] == ["gqa"]
 
 
-def test_nothing_left_to_ask_is_refused(run, tmp_path, monkeypatch):
+def test_nothing_left_to_ask_is_refused(run, tmp_path, monkeypatch, call):
     monkeypatch.setenv("VZIP_DATA", str(tmp_path))  # the embedded default's questions are not here
     monkeypatch.setattr(evaluation, "hub_answers", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["main.py", str(run)])
-    refused(evaluation.main.__wrapped__, words=["nothing left to ask"])
+    refused(call, evaluation.main, run, words=["nothing left to ask"])
 
 
 def test_each_of_several_processes_has_a_device_of_its_own():

@@ -13,6 +13,7 @@ from scripts.evaluate.questions import write_questions
 from scripts.evaluate.tasks import HELD_OUT
 from tests.conftest import ROOT
 from tests.helpers import tiny
+from tests.helpers.broken import messages
 from train import config
 from vzip.templates.encode import encode, vicuna
 from vzip.templates.jinja import chat_template
@@ -22,20 +23,9 @@ CONVERSATIONS = [
         "id": "a",
         "image": ["0.png", "1.png"],
         "type": "open",
-        "conversations": [
-            {"from": "human", "value": "which <image>?"},
-            {"from": "gpt", "value": "A cat."},
-            {"from": "human", "value": "and\n<image>"},
-            {"from": "gpt", "value": "a dog"},
-        ],
+        "conversations": messages("which <image>?", "A cat.", "and\n<image>", "a dog"),
     },
-    {
-        "id": "b",
-        "conversations": [
-            {"from": "human", "value": " 1 + 1? "},
-            {"from": "gpt", "value": "2"},
-        ],
-    },
+    {"id": "b", "conversations": messages(" 1 + 1? ", "2")},
 ]
 
 
@@ -70,12 +60,8 @@ def test_questions_are_asked_as_in_training(run_with_questions):
     # The prompt has the same ids as the recipe's own encoding of the conversation up to the question.
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = chat_template(vicuna(), tokenizer)
-    first = ("which <image>?", "A cat.")
-    prompts = [
-        [("which <image>?", None)],
-        [first, ("and\n<image>", None)],
-        [(" 1 + 1? ", None)],
-    ]
+    second = [("which <image>?", "A cat."), ("and\n<image>", None)]
+    prompts = [[("which <image>?", None)], second, [(" 1 + 1? ", None)]]
     for document, turns in zip(documents, prompts, strict=True):
         messages = held_out.messages(document)
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from dataclasses import replace
 
 import pytest
@@ -39,13 +38,8 @@ def texts_in(figure):
 
 
 def point(series, tokens, score, seed=None):
-    return {
-        "series": series,
-        "num_visual_tokens": tokens,
-        "seed": seed,
-        "run": "here",
-        "metrics": {"open": score, "all": score},
-    }
+    measured = {"run": "here", "metrics": {"open": score, "all": score}}
+    return {"series": series, "num_visual_tokens": tokens, "seed": seed, **measured}
 
 
 def test_one_budget_is_drawn_as_bars():
@@ -100,13 +94,8 @@ def test_scores_are_drawn_from_runs_alone(runs, tmp_path, finished_run):
     assert drawn >= {("random", 6), ("tuned", 8), ("full", 16)}
     both, no_dominant, no_contextual = read(inputs.folder, "without-dominant")["variants"]
     assert both["tuned"]["all"] == pytest.approx((0.8 + 0.81) / 2)  # the mean over seeds
-    assert no_dominant == {
-        "name": "no dominant",
-        "dominant": 0,
-        "contextual": 6,
-        "free": {"all": 0.5},
-        "tuned": {"all": 0.8},
-    }
+    scores = {"free": {"all": 0.5}, "tuned": {"all": 0.8}}
+    assert no_dominant == {"name": "no dominant", "dominant": 0, "contextual": 6, **scores}
     assert (no_contextual["dominant"], no_contextual["free"]) == (6, {"all": 0.5})
     assert no_contextual["tuned"] is None
 
@@ -136,16 +125,14 @@ def test_recovery_without_a_score_is_refused(runs, tmp_path, monkeypatch):
     refused(figures.write_figure, inputs, "recovery", words=["has no score with VisionZip", "--budgets"])
 
 
-def test_a_model_without_a_run_is_drawn_too(tmp_path, monkeypatch, capsys):
+def test_a_model_without_a_run_is_drawn_too(tmp_path, call):
     source = tiny.save_llava(tmp_path / "model", "onevision")
     pictures = [tmp_path / "wide.png", tmp_path / "square.png"]
     tiny.picture(1, 40, 90).save(pictures[0])
     tiny.picture(2).save(pictures[1])
     out = tmp_path / "out"
-    options = ["--pictures", *map(str, pictures), "--budgets", "4", "9", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["main.py", str(source), *options])
-    figures.main.__wrapped__()
-    printed = capsys.readouterr().out
+    options = ["--pictures", *pictures, "--budgets", 4, 9, "--out", out]
+    printed = call(figures.main, source, *options)
     assert "recovery is left out" in printed and "only a finished run has" in printed
 
     maps = read(out, "attention-maps")
@@ -160,7 +147,7 @@ def test_a_model_without_a_run_is_drawn_too(tmp_path, monkeypatch, capsys):
     assert sorted(path.suffix for path in out.iterdir()) == [".json"] * 4 + [".png"] * 4
 
 
-def test_bad_input_is_refused_with_what_to_do(runs, tmp_path, tiny_folder, monkeypatch):
+def test_bad_input_is_refused_with_what_to_do(runs, tmp_path, tiny_folder, call):
     refused(inputs_of, tiny_folder, tmp_path, pictures=[], words=["not a run folder", "--pictures", "--out"])
     refused(inputs_of, tiny_folder, tmp_path, out=None, words=["--out"])
     text = tmp_path / "text.png"
@@ -177,5 +164,5 @@ def test_bad_input_is_refused_with_what_to_do(runs, tmp_path, tiny_folder, monke
     words = ["--out=", "text.png/x", "can't be written"]
     refused(figures.write_figure, inputs, "attention-maps", words=words)
 
-    monkeypatch.setattr(sys, "argv", ["main.py", str(tiny_folder), "--figures", "histogram"])
-    refused(figures.main.__wrapped__, words=["--figures histogram", "attention-maps"])
+    words = ["--figures histogram", "attention-maps"]
+    refused(call, figures.main, tiny_folder, "--figures", "histogram", words=words)

@@ -1,7 +1,5 @@
 """Which runs can be compared, and their scores."""
 
-import pytest
-
 from scripts.figures.scores import comparable_scores, same_but_budget, without_a_part
 from tests.helpers import tiny
 from tests.helpers.errors import refused
@@ -58,20 +56,17 @@ def test_runs_that_measured_something_else_are_left_out_or_refused(runs, tmp_pat
     refused(comparable_scores, unfinished, words=["has not finished"])
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
+def test_a_run_tuned_in_another_way_is_no_other_seed(runs, finished_run):
+    known = summary(comparable_scores(runs / "mine"))
+    changes = [
         {"batch": {"size": 64}},
         {"data": {"held_out": "q.json", "text_examples": False}},
         {"quantize": "nf4"},
         {"model": {"dtype": "x"}},
-    ],
-    ids=str,
-)
-def test_a_run_tuned_in_another_way_is_no_other_seed(runs, finished_run, changes):
-    known = summary(comparable_scores(runs / "mine"))
-    finished_run(runs / "other", VisionZip(budget=6), seed=2, **changes)
-    assert summary(comparable_scores(runs / "mine")) == known
+    ]
+    for number, change in enumerate(changes):
+        finished_run(runs / f"other{number}", VisionZip(budget=6), seed=2, **change)
+        assert summary(comparable_scores(runs / "mine")) == known, change
 
 
 def test_settings_without_an_effect_keep_runs_comparable(runs, finished_run):
@@ -87,21 +82,21 @@ def test_settings_without_an_effect_keep_runs_comparable(runs, finished_run):
     assert ("tuned", 6, 3) in summary(comparable_scores(runs / "seed2"))
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
+def test_a_run_that_can_not_be_read_is_left_out_or_refused(runs, capsys):
+    broken = runs / "again"
+    damages = [
         ("meta.json", '{"format": 99}'),
         ("result.json", '{"rows": ['),
         ("result.json", "[]"),
         ("config.yaml", "data: {a: ["),
         ("config.yaml", "- 1"),
-    ],
-)
-def test_a_run_that_can_not_be_read_is_left_out_or_refused(runs, capsys, name, content):
-    broken = runs / "again"
-    (broken / name).write_text(content)
-    scores = summary(comparable_scores(runs / "mine", [runs / "more"]))
-    assert ("tuned", 6, 1) not in scores and ("tuned", 6, 0) in scores
-    assert f"{broken} is left out: " in capsys.readouterr().out
-    refused(comparable_scores, broken, words=[str(broken)])
-    refused(comparable_scores, runs / "mine", [broken], words=[str(broken)])
+    ]
+    for name, content in damages:
+        whole = (broken / name).read_text()
+        (broken / name).write_text(content)
+        scores = summary(comparable_scores(runs / "mine", [runs / "more"]))
+        assert ("tuned", 6, 1) not in scores and ("tuned", 6, 0) in scores
+        assert f"{broken} is left out: " in capsys.readouterr().out
+        refused(comparable_scores, broken, words=[str(broken)])
+        refused(comparable_scores, runs / "mine", [broken], words=[str(broken)])
+        (broken / name).write_text(whole)

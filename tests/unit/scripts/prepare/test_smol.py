@@ -9,6 +9,7 @@ import pytest
 from scripts.prepare import smol, tiny
 from tests.conftest import ROOT
 from tests.helpers import tiny as tiny_models
+from tests.helpers.broken import messages
 from vzip.errors import UserError
 
 QUESTIONS = [
@@ -32,29 +33,20 @@ def test_a_training_conversation_asks_some_questions_about_one_picture(tmp_path)
 
     assert (first["id"], first["image"]) == ("test-0", "test/0.png")
     answers = [message["value"] for message in first["conversations"] if message["from"] == "gpt"]
-    yesno = [answer for answer in answers if answer in ("yes", "no")]
-    assert len(answers) == 4 and len(yesno) == 1
+    assert len(answers) == 4 and len([answer for answer in answers if answer in ("yes", "no")]) == 1
 
     # The picture is in front of the first question only.
     questions = [message["value"] for message in first["conversations"] if message["from"] == "human"]
     assert [question.startswith("<image>\n") for question in questions] == [True, False, False, False]
-    assert second["conversations"] == [
-        {"from": "human", "value": "<image>\nwhat shape?"},
-        {"from": "gpt", "value": "square"},
-    ]
+    assert second["conversations"] == messages("<image>\nwhat shape?", "square")
 
 
 def test_a_held_out_question_is_a_conversation_with_its_type(tmp_path):
     conversations = split(tmp_path, held_out=True)
 
-    assert [each["id"] for each in conversations] == [
-        "test-0-0",
-        "test-0-1",
-        "test-0-2",
-        "test-0-3",
-        "test-1-0",
-    ]
-    assert sorted(each["type"] for each in conversations) == ["open", "open", "open", "open", "yesno"]
+    names = ["test-0-0", "test-0-1", "test-0-2", "test-0-3", "test-1-0"]
+    assert [each["id"] for each in conversations] == names
+    assert sorted(each["type"] for each in conversations) == ["open"] * 4 + ["yesno"]
     assert all(each["conversations"][0]["value"].startswith("<image>\n") for each in conversations)
 
     # The same questions as in training conversations, in the same order.
