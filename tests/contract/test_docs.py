@@ -4,7 +4,10 @@ import re
 import shlex
 
 import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
 
+import vzip
 from tests.conftest import ROOT
 from tests.helpers.configs import composed
 
@@ -15,7 +18,7 @@ ROOMS = ("configs/", "data/", "docs/", "scripts/", "tests/", "train/", "vzip/")
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 TUNING = {"tune", "data", "data-check", "cache"}
 
-PLACEHOLDERS = {"NAME", "KEY", "HASH", "FOLDER", "my-run"}
+PLACEHOLDERS = {"NAME", "KEY", "HASH", "FOLDER", "my-run", "stride"}
 """Words that stand for a name of the reader's."""
 
 STARTERS = ("make ", "python ", "deepspeed ", "srun ", "pip ", "wandb ", ".venv")
@@ -85,7 +88,8 @@ def test_paths_exist():
     for page, text in TEXTS.items():
         for span in code_spans(text):
             path = span.split(":")[0]
-            is_path = path.startswith(ROOMS) and " " not in path
+            # `train/loss` is a metric: a path ends with a suffix or with a slash.
+            is_path = path.startswith(ROOMS) and bool(re.search(r"(\.\w+|/|\*)$", path))
             if not is_path or any(word in path for word in PLACEHOLDERS):
                 continue
             if not list(ROOT.glob(path.rstrip("/"))):
@@ -133,3 +137,16 @@ def test_settings_exist(page):
 
         # The settings of a real model are all there is; a model is one itself.
         composed(span) if match[1] == "model" else composed("model=llava-7b", span)
+
+
+def test_the_reducer_that_docs_show_works(tiny_folder):
+    (code,) = re.findall(r"```python\n(.*?)```", TEXTS["docs/extending.md"], re.DOTALL)
+    names = {}
+    exec(code, names)
+
+    model = LlavaForConditionalGeneration.from_pretrained(tiny_folder)
+    pixel_values = torch.rand(2, 3, 56, 56)
+    with vzip.attach(model, reducer=names["Stride"](budget=5)) as handle:
+        assert handle.num_image_tokens() == 5
+        features = model.model.get_image_features(pixel_values).pooler_output
+        assert [len(image) for image in features] == [5, 5]
