@@ -1,4 +1,4 @@
-"""Tiny models with random weights, whole on disk as a user's would be: built in well under a second, never downloaded."""
+"""Tiny models, processors and data. They are built in well under a second, and never downloaded."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>", "<vi
 
 
 def tokenizer(special=tuple(SPECIAL)):
-    """Bytes, and the special tokens of all templates: 263 ids."""
+    """A tokenizer of bytes, with the special tokens of all templates: 263 ids."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -51,14 +51,13 @@ def tokenizer(special=tuple(SPECIAL)):
 
 
 def pinpoints(grid=GRID):
-    """(height, width) that an image of several tiles is fitted into: 2 to 9 tiles behind the base tile."""
+    """(height, width) that an image of several tiles is fitted into: 2 to 9 tiles beside the base tile."""
     side = grid * PATCH
-    return [
-        [rows * side, columns * side] for rows, columns in ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (3, 3))
-    ]
+    shapes = [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (3, 3)]
+    return [[rows * side, columns * side] for rows, columns in shapes]
 
 
-KINDS = {  # a family's model_type, its vision tower, and what else its config holds
+KINDS = {  # (model_type of the family, vision tower, more of the config)
     "clip": ("llava", "clip", {}),
     "dinov2": ("llava", "dinov2", {}),
     "siglip": ("llava", "siglip", {"vision_feature_select_strategy": "full"}),
@@ -98,23 +97,33 @@ def architecture(kind="clip", *, grid=GRID, layers=LAYERS, width=32):
         "vocab_size": len(SPECIAL) + 256,
         "max_position_embeddings": 2048,
     }
-    tiles = {"image_grid_pinpoints": pinpoints(grid)} if kind in TILED else {"image_seq_length": grid * grid}
-    if kind == "mini-gemini":
-        more = {"high_resolution_config": {"depths": [1, 1], "hidden_sizes": [8, 16], "image_size": 8 * grid}}
-    videos = {"video_token_index": SPECIAL.index("<video>")} if kind in ("onevision", "video") else {}
-    return {
+    config = {
         "vision_config": vision,
         "text_config": text,
         "image_token_index": SPECIAL.index("<image>"),
         "vision_feature_layer": -2,
-        **tiles,
-        **videos,
         **more,
     }
+    if kind in TILED:
+        config["image_grid_pinpoints"] = pinpoints(grid)
+    else:
+        config["image_seq_length"] = grid * grid
+    if kind == "mini-gemini":
+        config["high_resolution_config"] = {
+            "depths": [1, 1],
+            "hidden_sizes": [8, 16],
+            "image_size": 8 * grid,
+        }
+    if kind in ("onevision", "video"):
+        config["video_token_index"] = SPECIAL.index("<video>")
+    return config
 
 
 def llava(kind="clip", *, seed=0, dtype=torch.float32, **shape):
-    """A model of a kind with weights scaled up, so that attention is not near uniform and top-k is no tie."""
+    """A model of a kind in `KINDS`.
+
+    Its weights are scaled up, so that attention is far from uniform and the order of saliency is clear.
+    """
     torch.manual_seed(seed)
     model = families()[KINDS[kind][0]].from_architecture(architecture(kind, **shape), dtype=torch.float32)
     with torch.no_grad():
@@ -129,7 +138,8 @@ def llava(kind="clip", *, seed=0, dtype=torch.float32, **shape):
 
 def processor(kind="clip", *, grid=GRID):
     """The processor of `llava(kind, grid=grid)`."""
-    side, (model_type, tower, _) = grid * PATCH, KINDS[kind]
+    side = grid * PATCH
+    model_type, tower, _ = KINDS[kind]
     has_cls = tower != "siglip"
     square = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     layout = {
@@ -165,89 +175,100 @@ def save_llava(folder: Path, kind="clip", *, seed=0, **shape) -> Path:
 
 
 def picture(seed=0, height=SIDE, width=None) -> Image.Image:
-    """A noisy picture, by default a square: no two patches alike."""
+    """A picture of noise, by default a square. No two patches are alike."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (height, width or height, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
 
 
 def video(seed=0, num_frames=3) -> list[Image.Image]:
-    """Noisy frames."""
+    """Frames of noise."""
     return [picture(1000 * seed + frame) for frame in range(num_frames)]
 
 
 def save_mixed_data(folder: Path, kind: str) -> Path:
-    """12 rows of pictures of mixed sizes, of two pictures, of text, and, for models that take them, of videos."""
-    sizes, rows = [(SIDE, SIDE), (40, 90), (150, 60)], []
+    """Write 12 examples with pictures of mixed sizes, two pictures, text alone, and videos if the model takes them."""
+    sizes = [(SIDE, SIDE), (40, 90), (150, 60)]
+    images = folder / "images"
+    (images / "noise").mkdir(parents=True, exist_ok=True)
+
+    records = []
     for index in range(12):
-        row, prefix = {"id": f"row-{index}"}, ""
+        record = {"id": f"row-{index}"}
+        prefix = ""
         if index % 4 == 3 and kind in VIDEO:
-            row["video"], prefix = f"clips/{index}", "<video>\n"
-            (folder / "images" / row["video"]).mkdir(parents=True)
+            record["video"] = f"clips/{index}"
+            prefix = "<video>\n"
+            (images / record["video"]).mkdir(parents=True)
             for frame, image in enumerate(video(index, 4)):
-                image.save(folder / "images" / row["video"] / f"{frame}.png")
+                image.save(images / record["video"] / f"{frame}.png")
         elif index % 6 != 5:
-            names = [f"noise/{index}-{number}.png" for number in range(2 if index % 4 == 0 else 1)]
-            (folder / "images" / "noise").mkdir(parents=True, exist_ok=True)
-            for number, name in enumerate(names):
-                picture(index + 100 * number, *sizes[(index + number) % 3]).save(folder / "images" / name)
-            row["image"], prefix = names, "<image>\n" * len(names)
-        question = {"from": "human", "value": f"{prefix}what is in {index}?"}
-        row["conversations"] = [question, {"from": "gpt", "value": f"noise {index % 7}"}]
-        rows.append(row)
+            num_images = 2 if index % 4 == 0 else 1
+            record["image"] = [f"noise/{index}-{number}.png" for number in range(num_images)]
+            prefix = "<image>\n" * num_images
+            for number, name in enumerate(record["image"]):
+                picture(index + 100 * number, *sizes[(index + number) % 3]).save(images / name)
+
+        record["conversations"] = [
+            {"from": "human", "value": f"{prefix}what is in {index}?"},
+            {"from": "gpt", "value": f"noise {index % 7}"},
+        ]
+        records.append(record)
+
     target = folder / "train.json"
-    target.write_text(json.dumps(rows))
+    target.write_text(json.dumps(records))
     return target
 
 
 def save_data(folder: Path, num_examples=24, *, text_only=2, held_out=False, seed=0) -> Path:
-    """Write rows in LLaVA's format with their pictures below `folder`/images: the path of the JSON file."""
-    rows = []
+    """Write examples in LLaVA's format, with their pictures below `folder`/images: the path of the JSON file."""
+    split = "test" if held_out else "train"
+    images = folder / "images"
+    (images / "noise").mkdir(parents=True, exist_ok=True)
+
+    records = []
     for index in range(num_examples):
-        name = f"noise/{'test' if held_out else 'train'}{index}.png"
-        path = folder / "images" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture(seed * 1000 + index).save(path)
-        question, answer = f"what is in picture {index}?", f"noise {index % 7}"
-        row = {"id": f"row-{index}", "image": name, "conversations": []}
-        if index < text_only:
-            del row["image"]
-        turns = 1 if held_out else 1 + index % 3
-        for turn in range(turns):
-            prefix = "<image>\n" if "image" in row and turn == 0 else ""
-            row["conversations"] += [
-                {"from": "human", "value": prefix + question},
-                {"from": "gpt", "value": answer},
+        record = {"id": f"row-{index}"}
+        name = f"noise/{split}{index}.png"
+        picture(seed * 1000 + index).save(images / name)
+        if index >= text_only:
+            record["image"] = name
+
+        record["conversations"] = []
+        num_turns = 1 if held_out else 1 + index % 3
+        for turn in range(num_turns):
+            prefix = "<image>\n" if "image" in record and turn == 0 else ""
+            record["conversations"] += [
+                {"from": "human", "value": f"{prefix}what is in picture {index}?"},
+                {"from": "gpt", "value": f"noise {index % 7}"},
             ]
         if held_out:
-            row["type"] = "open" if index % 2 else "yesno"
-        rows.append(row)
-    target = folder / ("test.json" if held_out else "train.json")
-    target.write_text(json.dumps(rows))
+            record["type"] = "open" if index % 2 else "yesno"
+        records.append(record)
+
+    target = folder / f"{split}.json"
+    target.write_text(json.dumps(records))
     return target
 
 
 def media_arguments(kind, processed):
-    """The model's arguments for the images, or the videos, that a processor returned."""
+    """Pick the model's arguments for the images, or the videos, from what a processor returned."""
     return MediaInputs.from_processed(kind, processed).arguments
 
 
 def reduce(handle, pixel_values):
-    """What the attached reducer makes of float[B, 3, height, width]: the tokens before the projector."""
+    """Reduce float[B, 3, height, width] with an attached reducer: its output before the projector."""
     return handle.reducer(handle.family.vision_tokens(handle.reducer, pixel_values))
 
 
 def exact(model):
-    """The model with its norms in its own precision: transformers' own compute in float32, float64 models too."""
+    """Make the norms of a model compute in its own precision. Those of transformers use float32 in float64 models too."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
 
             def forward(hidden, module=module):
-                return (
-                    module.weight
-                    * hidden
-                    * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
-                )
+                variance = hidden.pow(2).mean(-1, keepdim=True)
+                return module.weight * hidden * torch.rsqrt(variance + module.variance_epsilon)
 
             module.forward = forward
     return model
