@@ -26,7 +26,8 @@ def bench_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def check_gpu(parser: argparse.ArgumentParser, shapes: Sequence[str]) -> None:
-    """Exit with a message if a shape needs a GPU, which this machine lacks."""
+    """Exit with a message if a shape needs a GPU and this machine has none."""
+    # The published sizes would take hours on a CPU, and more memory than most machines have.
     large = [name for name in shapes if name != "tiny"]
     if large and not torch.cuda.is_available():
         parser.error(f"--shape {large[0]} needs a GPU, and there is none; `--shape tiny` is for a CPU")
@@ -39,5 +40,6 @@ def print_environment(record: Mapping[str, Any]) -> None:
 
 def print_table(table: Table, *lines: str) -> None:
     """Print a table, and lines below it."""
+    # A file has no width, and rich would wrap the table at 80 columns.
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
     console.print(table, *lines, sep="\n")

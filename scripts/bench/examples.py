@@ -1,6 +1,6 @@
 """Examples for the benchmark of tuning: random ids of the recorded lengths, and pictures of noise.
 
-Also how much of them is necessary: the tokens and the operations that the gradient needs, each counted once.
+It also counts the tokens and operations that the gradient needs, each once: the necessary work.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ LENGTHS = Path(__file__).with_name("mix665k_tenth_lengths.npz")
 # Tokens that each of these examples begins with: BOS, the system prompt, and "USER: ".
 NUM_PREFIX = 35
 
-# Questions of an example.
+# The most questions of an example.
 MAX_TURNS = 3
 
 # Different pictures of noise.
@@ -36,7 +36,7 @@ NUM_PICTURES = 16
 # Llama's special tokens, which have the first ids.
 NUM_SPECIAL_IDS = 3
 
-# Tiles on each side of a picture, if a model cuts pictures. Most pictures of the mix have as many.
+# Tiles on each side of a picture, for models that cut pictures. Most pictures of the mix have them.
 TILES = 2
 
 
@@ -54,7 +54,7 @@ class Noise:
         self.num_tokens = family.num_image_tokens(reducer, self.size)
         self.lookup = lookup_table("image", CLIPImageProcessorPil())
 
-        # uint8[NUM_PICTURES, (tiles,) 3, side, side]. The tiles are there only if the model cuts pictures.
+        # uint8[NUM_PICTURES, (tiles,) 3, side, side]: only models that cut pictures have tiles.
         num_tiles = family.num_tiles(self.size)
         tiles = (num_tiles,) if num_tiles > 1 else ()
         generator = torch.Generator().manual_seed(0)
@@ -63,12 +63,15 @@ class Noise:
         )
 
     def _inputs(self, pictures: Tensor) -> MediaInputs:
+        """Wrap pictures as a processor's output."""
+        # A model that cuts pictures also needs their sizes, to put the tiles together.
         is_tiled = pictures.dim() == 5
         extra = {"image_sizes": torch.tensor([self.size] * len(pictures))} if is_tiled else {}
         return MediaInputs(pictures, extra, self.lookup)
 
     def load(self, kind: str, examples: Sequence[Example]) -> MediaInputs:
         """Implement `Media.load`."""
+        # Examples share a few pictures: the time to run one does not depend on what it shows.
         numbers = [example.index % NUM_PICTURES for example in examples if kind in example.media]
         return self._inputs(self.pictures[numbers])
 
@@ -83,15 +86,16 @@ class Noise:
 
 def make_collator(family: Family, reducer: Reducer) -> Collator:
     """Make the collator of the examples that `make_examples` returns."""
+    # A collator reads only the ids for padding from the processor: `Noise` makes the pictures.
     processor = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0, eos_token_id=2))
     return Collator(processor, family, reducer, media=Noise(family, reducer))
 
 
 def make_examples(family: Family, *, num_examples: int, seed: int = 0) -> Examples:
-    """Draw examples with the recorded lengths, and with the mix's share of examples without a picture.
+    """Draw examples with the recorded lengths and the mix's share of examples without a picture.
 
     Ids are random, but all examples have the same first 35. In an example without a picture, a
-    third of the tokens are labels, the mean of the other examples: the real number was not
+    third of the tokens are labels. That is the mean of the other examples: the real number was not
     recorded.
     """
     with np.load(LENGTHS) as recorded:
@@ -99,7 +103,7 @@ def make_examples(family: Family, *, num_examples: int, seed: int = 0) -> Exampl
         label_lengths = recorded["label_tokens"]
         lengths_without_picture = recorded["text_only_tokens"]
 
-    # Text ids are drawn from all but the special ones and the placeholder.
+    # Draw text ids from all but the special ones and the placeholder, which have other meanings.
     generator = np.random.default_rng(seed)
     image_id = family.placeholder_id("image")
     vocabulary = np.arange(NUM_SPECIAL_IDS, family.model.config.text_config.vocab_size)
@@ -111,7 +115,7 @@ def make_examples(family: Family, *, num_examples: int, seed: int = 0) -> Exampl
         text = np.concatenate([prefix, generator.choice(vocabulary, length - NUM_PREFIX)])
         return _example(text, int(num_labels), image, size=(side, side))
 
-    # The mix's share of examples without a picture.
+    # Keep the mix's share of examples without a picture: the fast path does not run them.
     num_recorded = len(text_lengths) + len(lengths_without_picture)
     num_without = round(num_examples * len(lengths_without_picture) / num_recorded)
     examples = []
@@ -132,6 +136,7 @@ def _example(text: np.ndarray, num_labels: int, image: int | None, *, size: tupl
         image: id of the image's placeholder.
         size: (height, width) of the image.
     """
+    # Each answer needs a label, so an example with few labels has fewer turns.
     num_turns = min(MAX_TURNS, num_labels)
     num_questions = len(text) - NUM_PREFIX - num_labels
     labels = np.full(len(text), IGNORED)
@@ -168,6 +173,8 @@ def necessary_tokens(example: Example, num_visual: int) -> int:
     if not example.media:
         return 0
 
+    # The token before the last label predicts it, and is the last one that must run. The
+    # placeholder counts as all visual tokens.
     labelled = [position for position, label in enumerate(example.labels) if label != IGNORED]
     return labelled[-1] - 1 + num_visual - NUM_PREFIX
 
@@ -180,6 +187,7 @@ def necessary_flops(family: Family, reducer: Reducer, examples: Sequence[Example
     the forward. Its last layer, apart from keys and values, and the head are needed only where a
     label follows.
     """
+    # Tower and projector, for one picture.
     size = (TILES * family.tile_side, TILES * family.tile_side)
     num_visual = family.num_image_tokens(reducer, size)
     picture = example_cost(
@@ -190,7 +198,7 @@ def necessary_flops(family: Family, reducer: Reducer, examples: Sequence[Example
         num_text_tokens=0,
     )
 
-    # All tokens go through all layers but the last one, which needs their keys and values alone.
+    # All tokens go through all layers but the last. There most tokens need only keys and values.
     text_config = family.model.config.text_config
     language = family.language_model
     last_layer = language.layers[-1]
@@ -204,7 +212,8 @@ def necessary_flops(family: Family, reducer: Reducer, examples: Sequence[Example
         if not num_tokens:
             continue
 
-        # Attention is causal: half of the full matrix, without the part that the prefix spends on itself.
+        # Attention is causal, so half of the full matrix counts. The prefix's own part does not,
+        # because it runs only once for all examples.
         attention = attention_flops(text_config, NUM_PREFIX + num_tokens)
         attention -= attention_flops(text_config, NUM_PREFIX)
         forward = num_tokens * per_token + example.num_labels * per_label + attention // 2

@@ -1,11 +1,10 @@
-"""Measure the data loader on this machine's CPU: pictures per second, and seconds to the first batch.
+"""Measure the data loader on this machine's CPU: pictures per second, time to the first batch.
 
 Examples and pictures are made up, in the shapes of LLaVA's instruction data. The JPEGs have its
 usual sizes. They are noise with the spectrum of photographs (power falls with the square of the
-frequency) and some grain. Their quality is such that a picture of 640 x 480 pixels takes the 160 KB
-that COCO's take, so that decoding costs as much. Texts have the recorded lengths of LLaVA's mix.
-The path from file to packed micro batch is that of training. The padding of engine=reference is
-counted, too.
+frequency) and some grain. A picture of 640 x 480 pixels takes 160 KB, like COCO's, so that decoding
+costs the same. Texts have the recorded lengths of LLaVA's mix. The path from file to packed micro
+batch is that of training. The command also counts the padding of engine=reference.
 
 python -m scripts.bench.loader --model next --seconds 10 --workers 1 2 --json loader.json
 """
@@ -42,7 +41,8 @@ from vzip.pictures import open_picture
 from vzip.reducers.visionzip import VisionZip
 from vzip.templates.encode import IGNORED
 
-# (height, width) of pictures, with their weights: COCO; COCO, VG and GQA; GQA; book covers; TextVQA.
+# (height, width) of the pictures, and how many have that size. They are typical of COCO, of Visual
+# Genome and GQA, of book covers, and of TextVQA.
 SIZES = {
     (480, 640): 9,
     (640, 480): 4,
@@ -52,14 +52,17 @@ SIZES = {
     (768, 1024): 1,
 }
 
+# At this quality a picture of 640 x 480 pixels takes 160 KB, like COCO's.
 JPEG_QUALITY = 88
 
 # Standard deviation of the grain, in levels of 0 to 255.
 GRAIN = 7.0
 
+# Settings of a processor that makes squares of 336 pixels.
 SQUARE = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
 
-# Config and processor, which default to the published models of 336 pixels, and a middle budget's reducer.
+# Config, processor and reducer of each model. The defaults of the config are those of the published
+# model of 336 pixels, and the reducer has a middle budget.
 MODELS: dict[str, tuple[Any, Any, VisionZip]] = {
     "llava": (LlavaConfig, CLIPImageProcessorPil, VisionZip(dominant=54, contextual=10)),
     "next": (LlavaNextConfig, LlavaNextImageProcessorPil, VisionZip(dominant=27, contextual=5)),
@@ -73,7 +76,7 @@ MICRO = 16
 
 def photograph(generator: np.random.Generator, height: int, width: int) -> Image.Image:
     """Make a picture of noise with the spectrum and the correlated channels of a photograph."""
-    # The mean (frequency 0) is set to zero here: its level is added below.
+    # Dividing by infinity removes the mean (frequency 0), whose level is added below.
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = np.inf
 
@@ -83,7 +86,7 @@ def photograph(generator: np.random.Generator, height: int, width: int) -> Image
         normalized: np.ndarray = field / field.std()
         return normalized
 
-    # Channels share most of their noise: the light.
+    # The channels of a photograph are alike, so they share most of their noise: the light.
     light = noise()
     channels = []
     for _ in range(3):
@@ -107,7 +110,7 @@ def write_pictures(folder: Path, *, seed: int = 0) -> dict[str, tuple[int, int]]
 
 
 def recorded_lengths() -> tuple[np.ndarray, np.ndarray]:
-    """Text tokens of the mix's examples with a picture, and of those without, each in random order."""
+    """Read the text tokens of the mix's examples, with and without a picture, in random order."""
     generator = np.random.default_rng(0)
     with np.load(LENGTHS) as recorded:
         with_picture = generator.permutation(recorded["text_tokens"])
@@ -118,7 +121,7 @@ def recorded_lengths() -> tuple[np.ndarray, np.ndarray]:
 def loader_examples(
     lengths: tuple[np.ndarray, np.ndarray], sizes: Mapping[str, tuple[int, int]], image_id: int
 ) -> Iterator[Example]:
-    """Make up examples of some lengths. A third of each one's tokens are labels.
+    """Make up examples of some lengths. A third of the tokens of each are labels.
 
     Args:
         lengths: text tokens of examples with a picture, and of those without.
@@ -136,6 +139,7 @@ def loader_examples(
             ids[1] = image_id
             media["image"] = (Path(name),)
 
+        # The answer comes last.
         num_labels = length // 3
         labels = [IGNORED] * (length - num_labels) + ids[length - num_labels :]
         yield Example(ids, labels, media, sizes=(sizes[name],) if media else ())
@@ -149,6 +153,7 @@ def write_examples(examples: Iterator[Example], target: Path) -> None:
 
 def make_loader_collator(model: str) -> Collator:
     """Make the collator of a model of 336 pixels, without its weights."""
+    # The family needs the config alone, because the tower does not run here.
     config_class, processor_class, reducer = MODELS[model]
     config = config_class()
     family = families()[config.model_type](SimpleNamespace(config=config))
@@ -160,7 +165,7 @@ def make_loader_collator(model: str) -> Collator:
 
 
 def milliseconds(work: Callable[[Path], Any], paths: list[Path], *, rounds: int) -> float:
-    """Measure the CPU time per picture, which other programs don't add to: the median over rounds."""
+    """Measure the CPU time per picture: the median over rounds. Other programs don't add to it."""
     seconds = []
     for _ in range(rounds):
         start = time.process_time()
@@ -171,7 +176,11 @@ def milliseconds(work: Callable[[Path], Any], paths: list[Path], *, rounds: int)
 
 
 def stage_times(model: str, paths: list[Path], *, rounds: int) -> dict[str, float]:
-    """CPU milliseconds per picture: to open it, and to open and process it to uint8 and to float32."""
+    """Measure the CPU milliseconds to open a picture, and to process it to uint8 and to float32.
+
+    The times to process a picture include opening it.
+    """
+    # Training sends uint8 and normalizes on the device; stock trainers normalize on the CPU.
     process = MODELS[model][1](**SQUARE)
 
     def to_uint8(path: Path) -> Any:
@@ -188,7 +197,7 @@ def stage_times(model: str, paths: list[Path], *, rounds: int) -> dict[str, floa
 
 
 def _pixels(batch: MicroBatch) -> Tensor:
-    """uint8[images, ...]: the pixels of a micro batch."""
+    """Return the pixels of a micro batch: uint8[images, ...]."""
     images = batch.media["image"]
     assert isinstance(images, MediaInputs)
     return images.pixels
@@ -203,10 +212,11 @@ def pictures_per_s(batches: MicroBatches, *, num_workers: int, seconds: float, r
     """Measure the pictures per second of all workers together, in each round."""
     stream = loader(batches, first=0, num_workers=num_workers)
 
-    # Wait until all workers have started.
+    # Wait until all workers have started, which takes seconds and happens once in a run.
     for _ in range(2 * num_workers):
         next(stream)
 
+    # Each round counts what arrives within the seconds, and divides by the time it really took.
     rates = []
     for _ in range(rounds):
         count = 0
@@ -228,27 +238,38 @@ def first_batch(tokens: Path, pictures: Path, collator: Collator) -> tuple[Micro
     Returns:
         (the micro batches of an epoch, seconds until their order is known and until the first one is built)
     """
+    # First the order of an epoch, which needs the lengths of all examples.
     start = time.perf_counter()
     examples = Examples.open(tokens, pictures)
     plan = BatchPlan(size=BATCH_SIZE, world_size=1, num_steps=len(examples) // BATCH_SIZE, seed=0)
     batches, _ = pack_batches(collator, examples, plan, tokens=TOKENS)
     order_s = time.perf_counter() - start
 
+    # Then the first micro batch, with the start of a worker.
     next(loader(batches, first=0, num_workers=1))
     return batches, {"order_s": order_s, "first_batch_s": time.perf_counter() - start}
 
 
 def _share_of_padding(lengths: Tensor) -> float:
-    """The share of token slots that are padding, for lengths int64[micro batches, examples]."""
+    """Compute the share of token slots that are padding.
+
+    Args:
+        lengths: int64[micro batches, examples], tokens of each example.
+    """
+    # Each example of a micro batch is padded to the longest one.
     num_slots = lengths.amax(dim=1).sum().item() * lengths.shape[1]
     return 1 - lengths.sum().item() / num_slots
 
 
 def padding(batches: MicroBatches, collator: Collator) -> dict[str, float]:
-    """The share of an epoch's token slots that the reference path pads, in the drawn and in its own order."""
+    """Compute the share of padding in an epoch of the reference path.
+
+    Once for the order in which examples are drawn, and once for the order that the path makes of it.
+    """
     batcher = PaddedBatcher(collator, batches.batcher.examples, batches.plan, micro=MICRO)
     lengths = batcher.lengths[0]
 
+    # The path sorts the examples of a step by length before it cuts them.
     ordered = []
     for step, examples in enumerate(batches.examples_by_step.tolist()):
         ordered += [spec.examples for spec in batcher.cut(step, examples)]
@@ -298,6 +319,7 @@ def measure_loader(model: str, arguments: argparse.Namespace, folder: Path) -> d
 
 
 def _rate_cell(rates: Sequence[float], num_workers: int) -> str:
+    """Write the median, least and most pictures per second, and the median of one worker."""
     median = statistics.median(rates)
     return f"{median:.0f} ({min(rates):.0f} to {max(rates):.0f}); {median / num_workers:.0f} a worker"
 

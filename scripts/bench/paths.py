@@ -40,6 +40,7 @@ class EnginePath:
         self.batches = batches
         self.device = device
         self.parameters = list(loss.family.projector.parameters())
+
         # At a learning rate of 0 the weights stay, so that all steps can be compared.
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0)
         self.collated: list[list[MicroBatch]] = []
@@ -47,8 +48,11 @@ class EnginePath:
 
     def collate(self, step: int) -> list[MicroBatch]:
         """Build the micro batches of a step on the CPU, as the workers of a data loader do."""
+        # Micro batches have numbers that count on from step to step.
         indices = range(self.batches.first_index(step), self.batches.first_index(step + 1))
         micro_batches = [self.batches[index] for index in indices]
+
+        # The GPU copies pinned memory while it computes.
         if self.device.type == "cuda":
             return [micro_batch.pin_memory() for micro_batch in micro_batches]
         return micro_batches
@@ -71,6 +75,7 @@ class EnginePath:
             micro_batches: those of `collate`.
             lap: called with the name of each stage when it is over.
         """
+        # Dividing by the labels of the whole step gives its mean, however it is cut.
         num_labels = self.batches.num_labels(step)
         for micro_batch in micro_batches:
             on_device = micro_batch.to(self.device)
@@ -94,7 +99,7 @@ class EnginePath:
         self._next_step = (self._next_step + 1) % len(self.collated)
 
     def gradient(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """float32[parameters of the projector]: the gradient over some micro batches of step 0."""
+        """Compute the gradient over some micro batches of step 0: float32[projector parameters]."""
         self.backward(0, micro_batches)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         gradient = torch.cat([values.flatten() for values in gradients])
@@ -147,7 +152,7 @@ def make_fast(
     tokens: int,
     device: torch.device,
 ) -> EnginePath:
-    """The path of `make tune`, with micro batches of `tokens` packed tokens."""
+    """Make the path of `make tune`, with micro batches of `tokens` packed tokens."""
     batches, prefix = pack_batches(make_collator(family, reducer), examples, plan, tokens=tokens)
 
     # Compiled kernels pay on a GPU only, as in training.
@@ -165,7 +170,7 @@ def make_reference(
     micro: int,
     device: torch.device,
 ) -> EnginePath:
-    """The stock path, with the vision tower of the authors' code, and `micro` examples per micro batch."""
+    """Make the stock path, with the authors' vision tower and `micro` examples per micro batch."""
     batcher = PaddedBatcher(make_collator(family, reducer), examples, plan, micro=micro)
     batches = MicroBatches(batcher, plan, rank=0, has_gradient=has_media(examples))
     loss = ReferenceLoss(with_released_tower(family), reducer, text_has_gradient=False)
@@ -176,6 +181,7 @@ def with_released_tower(family: Family) -> Family:
     """Return the family with its tower run as in the authors' code."""
     eager = eager_copy(family.tower)
 
+    # A subclass of the family's own class, so that everything but the tower stays.
     class WithReleasedTower(type(family)):  # type: ignore[misc]
         tower = eager
 
@@ -186,7 +192,7 @@ def with_released_tower(family: Family) -> Family:
 
 
 def fitting_tokens(family: Family, reducer: Reducer, device: torch.device) -> int:
-    """The packed tokens of a micro batch that the GPU holds beside the weights, but no more than useful.
+    """Choose the packed tokens of a micro batch: what the GPU holds, but at most 16,384.
 
     Raises:
         UserError: not even a small micro batch fits.
@@ -209,7 +215,9 @@ def fitting_tokens(family: Family, reducer: Reducer, device: torch.device) -> in
 
 
 def kept_bytes(language: PackedLanguage, lengths: Sequence[int], prefix: Sequence[int] = ()) -> int:
-    """Count the bytes that the fast path's language model keeps for the backward pass, without its weights.
+    """Count the bytes that the fast path's language model keeps for the backward pass.
+
+    Weights don't count.
 
     Args:
         language: the language model.
@@ -225,9 +233,12 @@ def kept_bytes(language: PackedLanguage, lengths: Sequence[int], prefix: Sequenc
         device=model.device,
         dtype=model.dtype,
     )
+
+    # Autograd also saves weights. They are there anyway, so they don't count.
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
-    # By address. All tensors stay alive: otherwise a later one could get the address of an earlier one.
+    # Tensors that share memory count once, so keep them by address. All of them stay alive here:
+    # otherwise a later tensor could get the address of an earlier one.
     saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -244,11 +255,12 @@ def kept_bytes(language: PackedLanguage, lengths: Sequence[int], prefix: Sequenc
 
 
 def kept_widths(family: Family, batch: PackedBatch, prefix: Sequence[int], device: torch.device) -> float:
-    """Measure what a layer of the fast path keeps for the backward pass.
+    """Measure how many bytes a layer of the fast path keeps for the backward pass.
 
-    The unit is bytes per token in bf16, divided by the width. It is the difference between language
-    models of four layers and of three.
+    Returns:
+        bytes per token in bf16, divided by the width of the model
     """
+    # The difference between four layers and three leaves out what is kept outside of the layers.
     config = family.model.config.text_config
     num_bytes = []
     for num_layers in (3, 4):

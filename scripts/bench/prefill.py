@@ -1,10 +1,9 @@
 """Time prefill and generated tokens for several numbers of visual tokens.
 
-The models have the shapes of configs/model and random weights, behind a reducer that `vzip.attach`
-puts there. With the shape "tiny", for a CPU, widths and depths are a fraction of the published
-ones, and pictures keep their 576 patches. "LM" is the prefill of ready embeddings, as the paper
-measures it; "all" starts at the pixels. Beside each ratio is the one that the cost formula of
-`vzip.cost` gives.
+The models have the shapes of configs/model and random weights. `vzip.attach` puts a reducer in front
+of them. The shape "tiny", for a CPU, has a fraction of the published widths and depths, and pictures
+keep their 576 patches. "LM" is the prefill of ready embeddings, which the paper measures. "all"
+starts at the pixels. Beside each ratio stands the one that the cost formula of `vzip.cost` gives.
 
 python -m scripts.bench.prefill --shape tiny --batch 1 8 --json prefill.json
 """
@@ -29,7 +28,8 @@ from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
 
-# Models of each table, by shape. The first one keeps all tokens, the last one has each of the budgets.
+# The models of each table, by shape. The first one keeps all tokens, and the last one has each of
+# the budgets.
 SHAPES: dict[str, Sequence[tuple[str, ...]]] = {
     "tiny": (("llava-7b",), ("next-7b",), ("llava-7b", "llava-13b")),
     "llava-7b": (("llava-7b",),),
@@ -68,7 +68,7 @@ def build_family(name: str, *, tiny: bool, device: torch.device) -> Family:
 def noise_inputs(
     family: Family, reducer: Reducer, *, batch: int, num_text: int = NUM_TEXT
 ) -> dict[str, Tensor]:
-    """Make the model's arguments: for each prompt one square picture of noise, and random text around it.
+    """Make the model's arguments: for each prompt a square picture of noise in random text.
 
     Args:
         family: around the model.
@@ -81,12 +81,12 @@ def noise_inputs(
     device = weight.device
     has_tiles = family.budget_tiles > 1
 
-    # Two tiles on each side make five, with the base tile.
+    # A picture of two tiles on each side has five tiles, with the small copy of the whole picture.
     side = 2 * family.tile_side if has_tiles else family.tile_side
     tiles = (family.num_tiles((side, side)),) if has_tiles else ()
     pixel_shape = (batch, *tiles, 3, family.tile_side, family.tile_side)
 
-    # The ids below the placeholder's are text.
+    # The ids below the placeholder's are text. The visual tokens stand in the middle of it.
     placeholder = family.placeholder_id("image")
     num_visual = family.num_image_tokens(reducer, (side, side))
     ids = torch.randint(placeholder, (batch, num_visual + num_text), device=device)
@@ -105,7 +105,7 @@ def make_cases(families: Mapping[str, Family], *, batch: int) -> dict[str, Prefi
     *_, last = families
     pairs: dict[str, tuple[Family, Reducer]] = {f"{first}, all": (families[first], Identity())}
 
-    # The same model twice if there is only one.
+    # If there is only one model, it is both the first and the last.
     tiles = families[last].budget_tiles
     for budget in BUDGETS[tiles]:
         pairs[f"{last}, {budget}"] = (families[last], VisionZip(budget=budget, tiles=tiles))
@@ -117,7 +117,7 @@ def make_cases(families: Mapping[str, Family], *, batch: int) -> dict[str, Prefi
 
 
 def print_prefill(title: str, figures: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print the table of some cases: milliseconds, and how much faster each case is than the first one."""
+    """Print the table of some cases: their milliseconds, and their speed relative to the first."""
     table = Table(title=title, title_justify="left")
     table.add_column("model, tokens")
     columns = (
@@ -135,11 +135,12 @@ def print_prefill(title: str, figures: Mapping[str, Mapping[str, Any]]) -> None:
     for column in columns:
         table.add_column(column, justify="right")
 
-    # Ratios compare with the first case.
+    # Ratios compare with the first case, which keeps all tokens.
     base = next(iter(figures.values()))
     for name, row in figures.items():
         cells = [f"{row['num_visual_tokens']:,}"]
         for part in PARTS:
+            # The formula has no figure for a generated token.
             seconds = row[part]["median_s"]
             cells += [f"{1000 * seconds:,.1f}", f"{base[part]['median_s'] / seconds:.2f}"]
             if part != "token":
@@ -152,7 +153,8 @@ def print_prefill(title: str, figures: Mapping[str, Mapping[str, Any]]) -> None:
 def run_series(
     names: Sequence[str], *, tiny: bool, batches: Sequence[int], plan: TimingPlan
 ) -> list[dict[str, Any]]:
-    """Measure some models in each batch size, and print the tables. The models are freed afterwards."""
+    """Measure some models in each batch size, and print the tables."""
+    # Both models of a comparison must be there at once, because the cases take turns.
     families = {name: build_family(name, tiny=tiny, device=plan.device) for name in names}
     scale = "tiny, float32" if tiny else "bf16"
     series = []

@@ -1,9 +1,9 @@
-"""Run a vision tower as the authors' VisionZip code does: the baseline for ours, for towers with a CLS token.
+"""Run a vision tower with a CLS token in the same steps as the authors' VisionZip code.
 
-Source: repository dvlab-research/VisionZip, `visionzip/clip_encoder.py`. The tower returns the
-hidden states and the whole attention maps of all layers, for which attention has to be the eager
-one. One row of the maps of the last layer but one is used, with that layer's keys, which a hook
-catches.
+This is the baseline for our tower. Source: repository dvlab-research/VisionZip,
+`visionzip/clip_encoder.py`. The tower returns the hidden states and the whole attention maps of all
+layers, which only eager attention computes. The code uses one row of the maps of the last layer but
+one. A hook keeps that layer's keys.
 """
 
 import copy
@@ -20,7 +20,8 @@ LAYER = -2
 
 
 def eager_copy(tower: nn.Module) -> nn.Module:
-    """Return a copy of the tower with eager attention that shares the weights."""
+    """Copy the tower with eager attention. Both share the weights."""
+    # A deep copy takes objects of this dictionary instead of copying them.
     shared = {id(parameter): parameter for parameter in tower.parameters()}
     eager: Any = copy.deepcopy(tower, shared)
     eager.set_attn_implementation("eager")
@@ -29,7 +30,7 @@ def eager_copy(tower: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def released_tokens(tower: Any, pixel_values: Tensor) -> VisionTokens:
-    """Compute what a reducer takes, as `vzip.tap.run_tower` does.
+    """Compute the input of a reducer. `vzip.tap.run_tower` does the same.
 
     Args:
         tower: an `eager_copy`.
@@ -38,6 +39,7 @@ def released_tokens(tower: Any, pixel_values: Tensor) -> VisionTokens:
     layout = tower_layout(tower.config)
     assert layout.has_cls and tower.config._attn_implementation == "eager"
 
+    # The keys are not among the tower's outputs, so a hook on their projection keeps them.
     layers = list(tower.get_submodule(layout.layers).children())
     key_projection = layers[LAYER].get_submodule(layout.keys)
     keys: list[Tensor] = []
@@ -47,6 +49,7 @@ def released_tokens(tower: Any, pixel_values: Tensor) -> VisionTokens:
     finally:
         handle.remove()
 
+    # Saliency is the attention from CLS (token 0) to the patches, averaged over the heads.
     maps = outputs.attentions[LAYER]  # [B, heads, N, N]
     num_heads = maps.shape[1]
     return VisionTokens(

@@ -1,4 +1,4 @@
-"""The models that the benchmarks run: shapes of configs/model, or fractions of them, with random weights."""
+"""The models of the benchmarks: shapes of configs/model, or fractions, with random weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,10 +22,11 @@ TINY_DIVISORS = {
     "num_key_value_heads": 16,
 }
 
-# A head of 32,000 tokens is 1/50 of a 7B model's work for a token, but would be half of the tiny model's.
+# A head of 32,000 tokens is 1/50 of a 7B model's work for a token. It would be half of the work of
+# the tiny model.
 TINY_VOCABULARY = 512
 
-# At the tiny width, weights of this size make outputs as large as those of 0.02 at a width of 4,096.
+# At the tiny width, this spread of the weights makes outputs as large as 0.02 does at 4,096.
 TINY_INITIALIZER_RANGE = 0.08
 
 
@@ -45,10 +46,11 @@ class Shape:
 
     @property
     def reducer(self) -> VisionZip:
+        """VisionZip with the budget, which counts the tokens of several tiles together."""
         return VisionZip(budget=self.budget, tiles=self.family.budget_tiles)
 
     def with_layers(self, num_layers: int) -> Self:
-        """The same shape with another number of layers in the language model."""
+        """Return the same shape with another number of layers in the language model."""
         text = self.architecture["text_config"] | {"num_hidden_layers": num_layers}
         return replace(self, architecture=self.architecture | {"text_config": text})
 
@@ -69,13 +71,15 @@ def shape_of(name: str) -> Shape:
 
 
 def tiny_shape() -> Shape:
-    """A LLaVA-1.5 for a CPU, in the proportions of the 7B model.
+    """Make a LLaVA-1.5 for a CPU, in the proportions of the 7B model.
 
     Steps and micro batches have half as many examples, so that the share of padding stays the same.
     """
     # Dividing all sizes alike keeps the proportions of vision tower and language model.
     large = shape_of("llava-7b")
     architecture = shrink(large.architecture, TINY_DIVISORS)
+
+    # Only the vocabulary and the spread of the weights don't follow the divisors.
     architecture["image_token_index"] = TINY_VOCABULARY - 1
     architecture["text_config"] |= {
         "vocab_size": TINY_VOCABULARY,
@@ -85,7 +89,8 @@ def tiny_shape() -> Shape:
 
 
 def shrink(architecture: Mapping[str, Any], divisors: Mapping[str, int]) -> dict[str, Any]:
-    """Divide the sizes in a model's config, and in the configs inside it, by the divisors of their names."""
+    """Divide the sizes in a model's config by the divisors of their names."""
+    # A config holds those of the tower and of the language model.
     small = {}
     for name, value in architecture.items():
         if isinstance(value, Mapping):
@@ -98,7 +103,8 @@ def shrink(architecture: Mapping[str, Any], divisors: Mapping[str, int]) -> dict
 
 
 def random_family(shape: Shape, *, device: torch.device, dtype: torch.dtype) -> Family:
-    """Make a shape's model on the device, with random weights that don't learn."""
+    """Make a shape's model on the device, with frozen random weights."""
+    # The weights are made on the device at once: a copy of 7B on the CPU would take minutes.
     torch.manual_seed(0)
     with torch.device(device):
         model = shape.family.from_architecture(shape.architecture, dtype=dtype)
@@ -106,7 +112,7 @@ def random_family(shape: Shape, *, device: torch.device, dtype: torch.dtype) -> 
 
 
 def tunable_family(shape: Shape, *, device: torch.device, dtype: torch.dtype) -> Family:
-    """Make a shape's model for tuning: frozen, with a projector in float32 that learns."""
+    """Make a shape's model for tuning: only the projector learns, in float32."""
     family = random_family(shape, device=device, dtype=dtype)
     sharpen_attention(family.tower)
     family.projector.float().requires_grad_(True)
@@ -115,12 +121,13 @@ def tunable_family(shape: Shape, *, device: torch.device, dtype: torch.dtype) ->
 
 @torch.no_grad()
 def sharpen_attention(tower: nn.Module) -> None:
-    """Scale queries and keys until attention is as far from uniform as in a trained tower.
+    """Draw the weights of queries and keys so that attention is as uneven as in a trained tower.
 
-    From uniform attention, rounding would choose the most salient patches. A query or key of a
-    normalized token gets the variance 2.5; then the 54 most salient of ViT-L's 576 patches have 59
-    % of what CLS gives to patches.
+    With the usual random weights attention is almost uniform, and rounding would choose the most
+    salient patches.
     """
+    # A query or key of a normalized token gets the variance 2.5. Then the 54 most salient of
+    # ViT-L's 576 patches have 59 % of the attention that CLS gives to patches.
     config: Any = tower.config
     for name, parameter in tower.named_parameters():
         if name.endswith(("q_proj.weight", "k_proj.weight")):

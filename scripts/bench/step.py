@@ -1,17 +1,17 @@
 """Compare optimizer steps of the fast path with those of the reference path, in alternation.
 
-Both have the same weights and the same batches. The reference is the stock path. Examples of
-similar length are padded to the longest one. Every layer of the language model is checkpointed, and
-logits are computed for all tokens in float32. Examples without a picture run like the others. The
-vision tower returns the attention maps of all layers, as in the authors' code. The fast path is
-that of `make tune`. The micro batches of both are built before, as by a loader's workers. Both end
-a step with AdamW, at a learning rate of 0, so that the weights stay.
+Both have the same weights and the same batches. The reference is the stock path: it pads examples of
+similar length to the longest one, checkpoints every layer of the language model, and computes
+float32 logits of all tokens. It also runs examples without a picture, and its vision tower returns
+the attention maps of all layers, like the authors' code. The fast path is that of `make tune`. The
+micro batches of both are built before, as a loader's workers would. Both end a step with AdamW, at
+a learning rate of 0, so that the weights stay.
 
 Examples have the recorded lengths of LLaVA's mix. The shape "tiny" has Vicuna's proportions and 576
 patches behind VisionZip(54, 10), for a CPU. The other shapes are published models with random
 weights, for one GPU. Necessary is what the gradient needs, each once: the tower up to the hooked
-layer, the language model forward, and backward to its inputs. The last layer's MLP and the head are
-needed only where a label follows.
+layer, and the language model forward and backward to its inputs. The last layer's MLP and the head
+count only where a label follows.
 
 python -m scripts.bench.step --shape llava-7b next-7b llava-13b --json bench.json
 """
@@ -52,18 +52,19 @@ from vzip.families import Family
 SHAPES = ("tiny", "llava-7b", "llava-13b", "next-7b")
 PATHS = ("reference", "fast")
 
-# Largest difference between the gradients of both paths, relative to the reference's. In bf16, 32
-# layers of random weights make a difference of 0.1.
+# The largest difference that is allowed between the gradients of both paths, relative to the
+# reference's. In bf16, 32 layers of random weights make a difference of 0.1.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 
-# A second comparison has so few examples and layers that rounding hides no mistake. In bf16 it makes 0.03.
+# A second comparison has so few examples and layers that rounding hides no mistake. In bf16,
+# rounding makes a difference of 0.03 there.
 FEW_EXAMPLES = 10
 FEW_LAYERS = 4
 FEW_TOKENS = 2048
 FEW_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.08}
 
-# Stages of a step. The tower's begins with the copy to the device; the reducer's lies between tower
-# and projector.
+# Stages of a step. The tower's stage begins with the copy to the device. The reducer's stage lies
+# between tower and projector.
 STAGES = ("data", "tower", "reducer", "language forward", "backward", "optimizer")
 
 # Examples of the tenth of LLaVA's mix that the paper tunes on.
@@ -71,13 +72,16 @@ TENTH = 66_529
 
 
 def plan_of(examples: Examples, *, num_steps: int) -> BatchPlan:
-    """The steps that take each example once."""
+    """Plan steps that take each example once."""
     return BatchPlan(size=len(examples) // num_steps, world_size=1, num_steps=num_steps, seed=0)
 
 
 def compare(gradient: Tensor, expected: Tensor, dtype: str, tolerance: float) -> float:
-    """Return the difference of two gradients, relative to the expected one. Exit if it is more than
-    rounding."""
+    """Return the difference of two gradients, relative to the expected one.
+
+    Exits if it is more than rounding.
+    """
+    # Written as "not ... <=", so that a gradient of NaN is refused too.
     norm = torch.linalg.vector_norm
     error = float(norm(gradient - expected) / norm(expected))
     if not error <= tolerance:
@@ -90,8 +94,8 @@ def compare(gradient: Tensor, expected: Tensor, dtype: str, tolerance: float) ->
 
 def step_difference(fast: EnginePath, reference: EnginePath, dtype: str, tolerance: float) -> float:
     """Compare the gradients of both paths over a whole step."""
-    # In bf16 both run the fast path's tower. Rounding chooses the least salient kept patch there,
-    # and with random weights the gradient depends on which one it is.
+    # In bf16 both run the fast path's tower. The two towers round differently, so they may keep
+    # another least salient patch. With random weights that changes the gradient.
     if dtype != "float32":
         loss = ReferenceLoss(fast.loss.family, fast.loss.reducers[0], text_has_gradient=False)
         reference = EnginePath(loss, reference.batches, reference.device)
@@ -101,8 +105,8 @@ def step_difference(fast: EnginePath, reference: EnginePath, dtype: str, toleran
 
 
 def few_examples_difference(shape: Shape, *, device: torch.device, dtype: str) -> float:
-    """Compare the gradients of a few examples, in several micro batches, through a language model
-    of few layers."""
+    """Compare the gradients of a few examples through a language model of few layers."""
+    # The examples make several micro batches on both paths, so that adding up is compared too.
     forget_kernels(device)
     family = tunable_family(shape.with_layers(FEW_LAYERS), device=device, dtype=getattr(torch, dtype))
     examples = make_examples(family, num_examples=FEW_EXAMPLES)
@@ -114,8 +118,8 @@ def few_examples_difference(shape: Shape, *, device: torch.device, dtype: str) -
 
 
 def forget_kernels(device: torch.device) -> None:
-    """Free the kernels of other shapes and precisions: beyond a limit, torch.compile silently
-    compiles no more."""
+    """Free the compiled kernels of other shapes and precisions."""
+    # torch.compile keeps a limited number of them, and beyond it silently compiles no more.
     if device.type == "cuda":
         torch.compiler.reset()
 
@@ -143,6 +147,7 @@ class Laps:
 
 def stage_seconds(path: EnginePath) -> dict[str, float]:
     """Time each of `STAGES` in step 0. Waiting after each stage makes the step slower."""
+    # Hooks end a stage where a module begins or ends.
     lap = Laps(path.device)
     family = path.loss.family
     handles = [
@@ -157,18 +162,19 @@ def stage_seconds(path: EnginePath) -> dict[str, float]:
     path.update()
     lap("optimizer")
 
+    # Other steps must run without the hooks, which wait for the device.
     for handle in handles:
         handle.remove()
     return {stage: lap.seconds[stage] for stage in STAGES}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median, the least and the most of some values."""
+    """Return the median, the least and the most of some values."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 def rates(amounts: Sequence[float], seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-    """The spread of amounts per second, by path. Both paths do the same amount in a round."""
+    """Return the spread of amounts per second, by path. Both do the same amount in a round."""
     by_path = {}
     for name, times in seconds.items():
         by_path[name] = spread([amount / time for amount, time in zip(amounts, times, strict=True)])
@@ -190,6 +196,7 @@ def time_steps(fast: EnginePath, reference: EnginePath) -> dict[str, Any]:
             lambda name=name, path=path: stages.update({name: stage_seconds(path)}), fast.device
         )
 
+    # Ratios are taken within a round, in which the machine is equally fast for both.
     ratios = [slow / quick for slow, quick in zip(seconds["reference"], seconds["fast"], strict=True)]
     num_tokens = [fast.batches.num_tokens(step) for step in range(plan.num_steps)]
     return {
@@ -221,7 +228,7 @@ def measure_step(shape: Shape, arguments: argparse.Namespace, device: torch.devi
     for name in sorted({"float32", arguments.dtype}):
         few_differences[name] = few_examples_difference(shape, device=device, dtype=name)
 
-    # The first step of the fast path, with the time to compile its kernels.
+    # Time the first step of the fast path, which also compiles its kernels.
     forget_kernels(device)
     lap = Laps(device)
     fast = make_fast(family, shape.reducer, examples, plan, tokens=tokens, device=device)
@@ -229,10 +236,11 @@ def measure_step(shape: Shape, arguments: argparse.Namespace, device: torch.devi
     fast.update()
     lap("first step")
 
+    # Then compare the gradients of a whole step, through all layers.
     reference = make_reference(family, shape.reducer, examples, plan, micro=micro, device=device)
     difference = step_difference(fast, reference, arguments.dtype, TOLERANCE[arguments.dtype])
 
-    # The timed steps begin with micro batches that are ready.
+    # Build all micro batches now, so that the timed steps don't wait for pictures.
     fast.collate_all()
     reference.collate_all()
     timed = time_steps(fast, reference)
@@ -274,6 +282,7 @@ def _necessary(
         num_tokens += sum(necessary_tokens(example, num_visual) for example in examples)
         flops.append(necessary_flops(family, shape.reducer, examples))
 
+    # MFU is the necessary operations per second, as a share of what the device can do.
     peak, peak_from = peak_flops(fast.device, family.model.dtype)
     micro_batch = fast.collated[0][0]
     assert isinstance(micro_batch, PackedBatch)
@@ -292,6 +301,7 @@ def _necessary(
 
 def _cell(value: float | Mapping[str, float] | None, form: str, scale: float) -> str:
     """Write a figure, or a spread as "median (least to most)"."""
+    # Peak memory is not known on every system.
     if value is None:
         return ""
     if isinstance(value, Mapping):
@@ -318,6 +328,8 @@ def print_step(name: str, figures: Mapping[str, Any]) -> None:
     add("memory beside the weights, GB", figures["peak_bytes"], ".2f", scale=1e-9)
     if name != "tiny":
         add("the whole tenth, from these steps, minutes", figures["tenth_minutes"], ",.1f")
+
+    # The stages of one step, below the figures of all steps.
     for stage in STAGES:
         add(f"  {stage}, s", {path: figures["stage_s"][path][stage] for path in PATHS}, ".3f")
 
@@ -369,7 +381,7 @@ def main() -> None:
         figures["shapes"][name] = measure_step(shape_of(name), arguments, device)
         print_step(name, figures["shapes"][name])
 
-        # Written after each model: a machine may be taken back at any time.
+        # Write after each model, so that a command that is stopped keeps what it has measured.
         if arguments.json is not None:
             write_json(arguments.json, figures)
 

@@ -1,8 +1,8 @@
-"""Compare the vision tower and the reducer with the authors' code, at the shape of CLIP ViT-L/14-336.
+"""Compare the vision tower and the reducer with the authors' code, in CLIP ViT-L/14-336's shape.
 
-The weights are random, with attention as far from uniform as in a trained tower. Both paths have
-the same weights, pictures and reducer, and must keep the same tokens. In float32 these are exactly
-the same ones; in bf16 the least salient kept token may differ.
+The weights are random, with attention as uneven as in a trained tower. Both paths have the same
+weights, pictures and reducer. In float32 they must keep exactly the same tokens. In bf16 the least
+salient kept token may differ.
 
 python -m scripts.bench.tower --dtype float32 bfloat16 --batch 1 4 --json tower.json
 """
@@ -32,7 +32,7 @@ REDUCER = VisionZip(dominant=54, contextual=10)
 
 
 def clip_large() -> dict[str, Any]:
-    """The config of CLIP ViT-L/14-336, LLaVA-1.5's vision tower."""
+    """Return the config of CLIP ViT-L/14-336, LLaVA-1.5's vision tower."""
     config: dict[str, Any] = shape_of("llava-7b").architecture["vision_config"]
     return config
 
@@ -43,24 +43,26 @@ def make_tower(architecture: dict[str, Any], *, device: torch.device, dtype: tor
     with torch.device(device):
         tower: nn.Module = AutoModel.from_config(AutoConfig.for_model(**architecture), dtype=dtype)
 
+    # From uniform attention, rounding would choose the kept tokens.
     sharpen_attention(tower)
     return tower.requires_grad_(False).eval()
 
 
 @torch.no_grad()
 def reduce_ours(tower: nn.Module, pixel_values: Tensor, reducer: VisionZip = REDUCER) -> ReducerOutput:
-    """Run tower and reducer on float[B, 3, height, width], as an attached model does."""
+    """Run tower and reducer on float[B, 3, height, width], like an attached model."""
     return reducer(run_tower(tower, pixel_values, feature_layer=LAYER, num_dropped=1, attention_layer=LAYER))
 
 
 @torch.no_grad()
 def reduce_released(tower: nn.Module, pixel_values: Tensor, reducer: VisionZip = REDUCER) -> ReducerOutput:
-    """Run the same as the authors' code does. `tower` is an `eager_copy`."""
+    """Run the same in the steps of the authors' code. `tower` is an `eager_copy`."""
     return reducer(released_tokens(tower, pixel_values))
 
 
 def share_in_common(one: ReducerOutput, other: ReducerOutput) -> float:
-    """The share of kept and merged-into tokens that both outputs have in common."""
+    """Compute the share of kept and merged-into tokens that both outputs have in common."""
+    # Per picture first, then the mean over the pictures.
     shares = []
     for tokens, other_tokens in zip(_kept(one), _kept(other), strict=True):
         shares.append(len(set(tokens) & set(other_tokens)) / len(tokens))
@@ -86,6 +88,7 @@ def measure_tower(tower: nn.Module, *, batch: int, rounds: int, device: torch.de
     dtype = next(tower.parameters()).dtype
     pixels = torch.randn(batch, 3, config.image_size, config.image_size, device=device, dtype=dtype)
 
+    # Both share the weights, so the copy takes no memory for them.
     eager = eager_copy(tower)
     works: dict[str, Callable[[], ReducerOutput]] = {
         "released": lambda: reduce_released(eager, pixels),
@@ -98,13 +101,14 @@ def measure_tower(tower: nn.Module, *, batch: int, rounds: int, device: torch.de
     for name, work in works.items():
         peaks[name] = peak_memory(lambda name=name, work=work: outputs.update({name: work()}), device)
 
+    # In float32, other tokens mean a mistake. Then times would compare different computations.
     released, ours = outputs["released"], outputs["ours"]
     same_tokens = torch.equal(released.slots, ours.slots)
     if dtype == torch.float32 and not same_tokens:
         sys.exit(f"batch {batch}, float32: the two paths keep different tokens; their times say nothing")
     difference = (released.features - ours.features).float().norm() / released.features.float().norm()
 
-    # Ratios are taken within a round, where the machine is equally fast for both.
+    # Ratios are taken within a round, in which the machine is equally fast for both.
     seconds = alternating(works, rounds=rounds, device=device)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     ratios = [slow / fast for slow, fast in zip(seconds["released"], seconds["ours"], strict=True)]
@@ -138,6 +142,7 @@ def print_tower(rows: list[dict[str, Any]]) -> None:
     for column in columns:
         table.add_column(column, justify="right")
 
+    # If all tokens are the same, show how far rounding moves their features.
     for row in rows:
         same_tokens = f"{row['in_common']:.1%}"
         if row["same_tokens"]:
@@ -172,7 +177,7 @@ def main() -> None:
         dtype = getattr(torch, name)
         tower = make_tower(config, device=device, dtype=dtype)
 
-        # What libraries allocate when they first run would count as memory of the first measurement.
+        # Run once before: what libraries allocate at first would count in the first measurement.
         reduce_released(eager_copy(tower), torch.randn(size, device=device, dtype=dtype))
 
         for batch in arguments.batch:

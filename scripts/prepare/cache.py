@@ -1,4 +1,4 @@
-"""Compute the reducer's output of a run's subset once: `data.cache=true` then tunes from that.
+"""Compute the reducer's output for a run's examples once, so that `data.cache=true` tunes from it.
 
 make cache MODEL=llava-7b        python -m scripts.prepare.cache model=llava-7b
 """
@@ -22,18 +22,21 @@ from vzip.runs.projector import fingerprint
 
 
 def cache_features(cfg: DictConfig) -> Path:
-    """Compute the cache of a run, or what is missing of it, and return its folder."""
+    """Compute the cache of a run, or what is missing of it. Return its folder."""
     reducer = config.build_reducer(cfg)
     template = config.instantiate_target(cfg.model.template)
     num_frames = cfg.model.get("num_frames", 1)
     family, processor = load_family(cfg)
 
-    # Before the data is looked at, which takes longer.
+    # Check the reducer first, because preparing the data takes longer.
     family.check_reducer(reducer)
     family.check_cacheable(reducer)
 
+    # The same examples, in the same order, as in the run that tunes from the cache.
     subset = prepare(config.selection(cfg))
     examples = subset.examples(template, processor.tokenizer, max_tokens=cfg.data.max_tokens)
+
+    # A run refuses a cache of other settings, so they are written with it.
     settings = cache_settings(
         family,
         reducer,
@@ -43,7 +46,7 @@ def cache_features(cfg: DictConfig) -> Path:
         num_frames=num_frames,
     )
 
-    # Only the tower runs, but it stands in the whole model.
+    # Only the tower runs. It moves to its device with the whole model.
     family.model.to("cuda" if torch.cuda.is_available() else "cpu")
     media = ProcessedMedia(processor, family.without_weights(), reducer, num_frames=num_frames)
     return make_cache(
@@ -59,7 +62,7 @@ def cache_features(cfg: DictConfig) -> Path:
 @hydra.main(config_path="../../configs", config_name="tune", version_base="1.3")
 @exit_on_user_error
 def main(cfg: DictConfig) -> None:
-    # The checks of a run that tunes from the cache, before the work instead of after it.
+    # Check the settings as a run that tunes from the cache would, before the work and not after it.
     check(OmegaConf.merge(cfg, {"data": {"cache": True}}))
 
     start = time.perf_counter()

@@ -23,20 +23,22 @@ from train.models import count_model, load_unreduced_processor
 def main(cfg: DictConfig) -> None:
     check(cfg)
 
-    # Neither lengths nor files need the weights, so the model is built without them.
+    # The checks need no weights, so the model is built without them, in seconds.
     family = count_model(cfg).without_weights()
     reducer = config.build_reducer(cfg)
     family.check_reducer(reducer)
 
-    # The held-out questions are looked at too: a mistake in them must not show after the tuning.
+    # Prepare the held-out questions too. Otherwise a mistake in them would show after the tuning.
     subset = prepare(config.selection(cfg))
     if config.asks_questions(cfg):
         prepare(config.held_out(cfg))
 
+    # Tokenize as the run will, so that its labels and lengths are checked, not an estimate.
     template = config.instantiate_target(cfg.model.template)
     tokenizer = load_unreduced_processor(cfg).tokenizer
     examples = subset.examples(template, tokenizer, max_tokens=cfg.data.max_tokens)
 
+    # An example's length depends on the reducer, and on the sizes of its pictures.
     num_frames = cfg.model.get("num_frames", 1)
     lengths = measure_lengths(examples.table, family, reducer, num_frames=num_frames)
     check_subset(

@@ -38,11 +38,12 @@ def fetch_instructions(address: str, path: Path) -> None:
 
 
 def print_fetched(subset: Subset) -> None:
-    """Print what was drawn and what was left out, by source."""
+    """Print how many examples were drawn, left out and replaced, by source."""
     manifest = subset.manifest
     num_drawn = manifest["num_rows_by_source"]
 
-    # Examples that are bad in the data file itself were never drawn, so nothing replaced them.
+    # Count by source. An example that is bad in the data file itself was never drawn, so it has no
+    # "replaced".
     left_out: Counter[str] = Counter()
     replaced: Counter[str] = Counter()
     for example in manifest["bad_rows"]:
@@ -52,6 +53,8 @@ def print_fetched(subset: Subset) -> None:
     table = Table(
         "source", "examples", "left out", "replaced", title=subset.folder.name, title_justify="left"
     )
+
+    # A source may have lost all its examples, so the names come from both counts.
     for source in sorted({*num_drawn, *left_out}):
         table.add_row(
             source,
@@ -66,6 +69,7 @@ def print_fetched(subset: Subset) -> None:
         f"{replaced.total():,}",
     )
 
+    # Below the table, name what was left out, and where the manifest lies.
     console = Console()
     console.print(table)
     for line in subset.left_out:
@@ -78,15 +82,17 @@ def print_fetched(subset: Subset) -> None:
 def main(cfg: DictConfig) -> None:
     check(cfg)
 
+    # A file that is there is used, wherever it came from.
     path = Path(cfg.data.path).expanduser()
     if not path.exists() and cfg.data.address:
         fetch_instructions(cfg.data.address, path)
 
-    # Held-out questions have pictures of their own, in the same folder.
+    # Held-out questions have pictures of their own, so fetch those too.
     selections = [config.selection(cfg)]
     if config.asks_questions(cfg):
         selections.append(config.held_out(cfg))
 
+    # Preparing a selection fetches the pictures that it lacks.
     sources = open_sources(cfg.data.pictures, Client())
     for selection in selections:
         subset = prepare(selection, sources=sources, replace_unreachable=cfg.data.replace_unreachable)

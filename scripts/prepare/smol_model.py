@@ -25,11 +25,15 @@ from scripts.prepare.tiny import rename_token
 ONNX_FILE = "vit_s_focus.onnx"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# The encoder was trained on pictures of 518 pixels. Ours have 112: 64 patches.
+# The encoder was trained on pictures of 518 pixels. Ours have 112, which makes 64 patches.
 TRAINED_SIDE = 518
 SIDE = 112
 PATCH = 14
+
+# The hidden state that the projector receives.
 FEATURE_LAYER = -3
+
+# ImageNet's mean and standard deviation, which the encoder was trained with.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -66,12 +70,12 @@ CHAT_TEMPLATE = (
 
 
 def load_encoder(path: Path) -> Dinov2Model:
-    """Load the encoder of the ONNX file, and resample its position embeddings to pictures of `SIDE`
-    pixels."""
+    """Load the encoder of the ONNX file, with position embeddings for pictures of `SIDE` pixels."""
+    # Load it in its trained size first, because its own code resamples the embeddings.
     weights = _encoder_weights(path)
     trained = _encoder(TRAINED_SIDE, weights)
 
-    # The model looks at this tensor's length only, to see that the number of patches differs.
+    # The method reads only the shape of these tokens: another number of patches makes it resample.
     num_tokens = (SIDE // PATCH) ** 2 + 1
     tokens = torch.zeros(1, num_tokens, ENCODER_SHAPE["hidden_size"])
     with torch.no_grad():
@@ -81,13 +85,13 @@ def load_encoder(path: Path) -> Dinov2Model:
 
 
 def _encoder_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in an ONNX file, under the names of `transformers`."""
+    """Read the weights in an ONNX file, under the names of `transformers`."""
     graph = onnx.load(str(path)).graph
     constants = {}
     for item in graph.initializer:
         constants[item.name] = torch.from_numpy(onnx.numpy_helper.to_array(item).copy())
 
-    # Most weights have the right name already.
+    # Most weights have the right name already, behind a prefix.
     weights = {}
     unnamed = {}
     for name, value in constants.items():
@@ -96,15 +100,15 @@ def _encoder_weights(path: Path) -> dict[str, Tensor]:
         else:
             unnamed[tuple(value.shape)] = value
 
-    # Matrices have no name of their own, but the nodes that multiply by them have. They are stored
+    # Matrices have no name of their own, but the nodes that multiply by them do. They are stored
     # transposed.
     for node in graph.node:
         if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in constants:
             module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             weights[f"{module}.weight"] = constants[node.input[1]].T.contiguous()
 
-    # Position embeddings are two constants: that of CLS, and those of the patches. Only their
-    # shapes tell which they are.
+    # Position embeddings are two constants: one of CLS, and one of all patches. Only their shapes
+    # tell which they are.
     width = ENCODER_SHAPE["hidden_size"]
     num_patches = (TRAINED_SIDE // PATCH) ** 2
     positions = [unnamed[1, 1, width], unnamed[1, num_patches, width]]
@@ -113,10 +117,8 @@ def _encoder_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _encoder(side: int, weights: dict[str, Tensor]) -> Dinov2Model:
-    """Build the encoder for pictures of `side` pixels, and load all of `weights`.
-
-    `from_pretrained` renames weights where a version of `transformers` has other names than the ONNX file.
-    """
+    """Build the encoder for pictures of `side` pixels, and load all of `weights`."""
+    # `from_pretrained` renames weights if this version of `transformers` has other names.
     config = Dinov2Config(image_size=side, **ENCODER_SHAPE)
     model, report = Dinov2Model.from_pretrained(
         None, config=config, state_dict=dict(weights), output_loading_info=True
@@ -126,7 +128,8 @@ def _encoder(side: int, weights: dict[str, Tensor]) -> Dinov2Model:
 
 
 def load_language(folder: Path) -> tuple[Any, Any]:
-    """Load (language model, tokenizer) from the GGUF file. An unused special token becomes `<image>`."""
+    """Load (language model, tokenizer) from the GGUF file."""
+    # The file holds 4-bit weights, which become ordinary float32 ones.
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file=GGUF_FILE,
@@ -134,6 +137,8 @@ def load_language(folder: Path) -> tuple[Any, Any]:
         quantization_config=GgufConfig(dequantize=True),
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
+
+    # Renaming an unused special token to `<image>` leaves the embeddings at their size.
     return model.eval(), rename_token(tokenizer, "<empty_output>", "<image>")
 
 
@@ -148,8 +153,9 @@ def init_projector(model: LlavaForConditionalGeneration, pixel_values: Tensor) -
         model: its projector is changed in place.
         pixel_values: float32[B, 3, SIDE, SIDE], pictures that the features are measured on.
     """
+    # The features of all patches of all pictures, without CLS: float32[patches, d].
     hidden = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[FEATURE_LAYER]
-    features = hidden[:, 1:].flatten(0, 1)  # without CLS
+    features = hidden[:, 1:].flatten(0, 1)
     mean = features.mean(dim=0)
     std = features.std(dim=0)
 
@@ -161,7 +167,7 @@ def init_projector(model: LlavaForConditionalGeneration, pixel_values: Tensor) -
     projector.linear_1.weight.copy_(weight)
     projector.linear_1.bias.copy_(-weight @ mean)
 
-    # Noise of any scale first, then divide by how much too wide the output is.
+    # Take noise of any scale, measure how much too wide the output is, and divide by that.
     projector.linear_2.weight.copy_(torch.randn(projector.linear_2.weight.shape, generator=generator))
     projector.linear_2.bias.zero_()
     spread = projector(features).std() / model.get_input_embeddings().weight.std()
@@ -211,7 +217,7 @@ def build_smol_model(wheels: Path, pictures: Sequence[Path], target: Path) -> No
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 
-    # Pictures are processed as they will be in training.
+    # Process the pictures as training will, because the scale depends on it.
     processor = smol_processor(tokenizer)
     images = [Image.open(path).convert("RGB") for path in pictures]
     init_projector(model, processor.image_processor(images, return_tensors="pt")["pixel_values"])

@@ -1,8 +1,8 @@
-"""Prepare the processors of the tiny models (`model=next-tiny` and the like).
+"""Prepare the processors of the tiny models, such as `model=next-tiny`.
 
-They have the embedded default's tokenizer, and pictures of 112 pixels. The models' weights are
-random and made at each start, from the architecture in their config, so only the processors are
-written. `scripts.prepare.smol` runs this.
+They have the embedded default's tokenizer, and pictures of 112 pixels. Only processors are written:
+each run makes random weights from the architecture in the model's config. `scripts.prepare.smol`
+runs this.
 """
 
 import json
@@ -15,8 +15,11 @@ import yaml
 
 from data.paths import ROOT
 
+# Pictures of all tiny models, in pixels.
 SIDE = 112
 PATCH = 14
+
+# Settings of the processors: square pictures, and a tower whose CLS token is left out.
 SQUARE = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
 WITH_CLS = {
     "patch_size": PATCH,
@@ -32,6 +35,7 @@ def rename_token(tokenizer: Any, old: str, new: str) -> Any:
     """Return the tokenizer with a special token under another name."""
     from transformers import AutoTokenizer
 
+    # A tokenizer can't rename a token, so replace the name in its files.
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         for path in Path(scratch).glob("tokenizer*.json"):
@@ -80,8 +84,8 @@ def _mini_gemini(architecture: dict[str, Any], tokenizer: Any) -> Any:
     return mini_gemini.make_processor(mini_gemini.MiniGeminiConfig(**architecture), tokenizer)
 
 
-# Builds the processor of a tiny model from its architecture and a tokenizer, by the module of the
-# model's family.
+# Functions that build the processor of a tiny model from its architecture and a tokenizer, by the
+# module of the model's family.
 PROCESSORS = {
     "llava": _llava,
     "llava_next": _llava_next,
@@ -92,7 +96,8 @@ PROCESSORS = {
 
 
 def tiny_models() -> dict[str, dict[str, Any]]:
-    """The family and the architecture of each tiny model, by the name of its config."""
+    """Return the architecture of each tiny model with its family, by the name of its config."""
+    # The module of the family's class names it: vzip.families.llava_next.LlavaNext.
     models = {}
     for path in sorted((ROOT / "configs" / "model").glob("*-tiny.yaml")):
         model = yaml.safe_load(path.read_text())["model"]
@@ -102,29 +107,31 @@ def tiny_models() -> dict[str, dict[str, Any]]:
 
 
 def prepare_tiny(tokenizer_folder: Path, target: Path) -> None:
-    """Write a folder for each tiny model below `target`, unless it has them for the same
-    architectures already.
+    """Write a folder for each tiny model below `target`, unless they are there.
 
     Args:
         tokenizer_folder: the embedded default's model.
-        target: the folder.
+        target: the folder of all tiny models.
     """
+    # Folders for other architectures are written again.
     models = tiny_models()
     stamp_file = target / "prepared.json"
     if stamp_file.is_file() and json.loads(stamp_file.read_text()) == models:
         return
 
+    # transformers takes seconds to import, so import it only when it is needed.
     from transformers import AutoTokenizer
 
     tokenizer = rename_token(AutoTokenizer.from_pretrained(tokenizer_folder), VIDEO_TOKEN, "<video>")
     shutil.rmtree(target, ignore_errors=True)
 
     for name, architecture in models.items():
+        # `vzip` chooses the family by the model's type, so each folder has a config that names it.
         settings = dict(architecture)
         model_type = settings.pop("model_type")
         processor = PROCESSORS[model_type](settings, tokenizer)
         processor.save_pretrained(target / name)
         (target / name / "config.json").write_text(json.dumps({"model_type": model_type}))
 
-    # Written last: without it, everything is prepared again.
+    # The stamp comes last: without it, everything is prepared again.
     stamp_file.write_text(json.dumps(models))
