@@ -1,4 +1,4 @@
-"""Training examples in LLaVA's form.
+"""Parse training examples in LLaVA's form.
 
 An example is `{"id", "image", "video", "conversations": [{"from", "value"}, ...]}`.
 Source of the format: repository haotian-liu/LLaVA, `docs/Finetune_Custom_Data.md`; with videos,
@@ -65,7 +65,7 @@ def _texts(messages: Any) -> list[str]:
 
     Raises ValueError if they do not alternate.
     """
-    # ShareGPT cuts long talks into pieces, and a piece may start with an answer. LLaVA skips it too.
+    # ShareGPT cuts long talks into pieces, which may start with an answer. LLaVA skips it too.
     if isinstance(messages, list) and messages and _speaker(messages[0]) == "gpt":
         messages = messages[1:]
 

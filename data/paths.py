@@ -56,7 +56,7 @@ def delete_leftovers(folder: Path, name: str | None = None) -> None:
 
     Args:
         folder: where `atomic_write` wrote.
-        name: delete only those of the target with this name; by default those of all targets.
+        name: delete only those of the target with this name. By default those of all targets.
     """
     prefix = "" if name is None else name[:MAX_PREFIX]
     for file in folder.glob(f"{escape(prefix)}*.vzip-tmp"):

@@ -1,7 +1,7 @@
-"""From examples to a micro batch: padded, or packed one behind the other.
+"""Build micro batches from examples: padded, or packed one behind the other.
 
-Legend of shapes: M examples of a micro batch, L tokens of its longest example; T tokens of packed
-examples, n of them followed by a label.
+Legend of shapes: M examples of a micro batch, L tokens of its longest example. If packed: T tokens
+of all examples together, n of them followed by a label.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -147,7 +147,7 @@ class Collator:
             self.pad_id = tokenizer.eos_token_id
 
     def lengths(self, examples: Examples) -> Tensor:
-        """int64[examples]: tokens of each example after expansion, without opening any file.
+        """int64[examples]: count the tokens of each example after expansion. Opens no file.
 
         An image whose size is not known counts as one of the family's usual size.
         """
@@ -227,7 +227,7 @@ class Collator:
 
 
 def _visual_shapes(examples: Examples) -> Iterator[tuple[Sizes, int]]:
-    """(sizes of the images, number of videos) of each example, from whole columns."""
+    """Yield (sizes of the images, number of videos) of each example, from whole columns."""
     # Building 66,000 `Example` objects would take seconds.
     columns = zip(
         examples.column("num_images").tolist(),
@@ -260,7 +260,7 @@ class Packer:
         self.placeholders = [collator.family.placeholder_id(kind) for kind in collator.kinds]
 
     def lengths(self, examples: Examples) -> Tensor:
-        """int64[examples]: tokens of each example that are run."""
+        """int64[examples]: count the tokens of each example that are run."""
         tails = num_tail_tokens(examples.flat_tokens(), self.placeholders)
         return self.collator.lengths(examples) - self.num_prefix - torch.from_numpy(tails)
 
@@ -289,7 +289,7 @@ class Packer:
             input_ids += ids[self.num_prefix : stop]
             lengths.append(stop - self.num_prefix)
 
-        # A rank without examples must run the same modules as the others, or they wait for ever.
+        # A rank without examples runs the same modules too. Otherwise the others wait for ever.
         if not expanded.ids:
             input_ids = targets = [self.collator.pad_id]
             lengths = [1]
@@ -307,7 +307,7 @@ class Packer:
         )
 
     def _num_tail_tokens(self, ids: Sequence[Ids]) -> list[int]:
-        """Tokens at the end of each expanded example that are not run."""
+        """Count the tokens at the end of each expanded example that are not run."""
         if not ids:
             return []
 

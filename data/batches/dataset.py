@@ -92,8 +92,8 @@ class PaddedBatcher:
         # i % world_size. Every second round is reversed, so that no rank always has the longest.
         in_turns: list[MicroBatchSpec] = []
         for number, start in enumerate(range(0, len(specs), self.plan.world_size)):
-            of_ranks = specs[start : start + self.plan.world_size]
-            in_turns += of_ranks[::-1] if number % 2 else of_ranks
+            one_per_rank = specs[start : start + self.plan.world_size]
+            in_turns += one_per_rank[::-1] if number % 2 else one_per_rank
 
         return in_turns
 
@@ -192,24 +192,24 @@ class MicroBatches(Dataset[MicroBatch]):
         return len(self._specs)
 
     def first_index(self, step: int) -> int:
-        """Index of this rank's first micro batch of a step."""
+        """Return the index of this rank's first micro batch of a step."""
         return self._first_indices[step]
 
     def num_micro_batches(self, step: int) -> int:
-        """Micro batches of a step, the same number on every rank."""
+        """Count the micro batches of a step. Every rank has the same number."""
         return self._first_indices[step + 1] - self._first_indices[step]
 
     def num_labels(self, step: int) -> int:
-        """Label tokens of the whole step, on all ranks."""
+        """Count the label tokens of the whole step, on all ranks."""
         return int(self._num_labels[self.examples_by_step[step]].sum())
 
     def num_grad_labels(self, step: int) -> int:
-        """Label tokens of the step's examples that have a gradient, on all ranks."""
+        """Count the label tokens of the step's examples that have a gradient, on all ranks."""
         examples = self.examples_by_step[step]
         return int(self._num_labels[examples][self.has_gradient[examples]].sum())
 
     def num_tokens(self, step: int) -> int:
-        """Tokens of the step's examples on all ranks, after expansion and without padding."""
+        """Count the tokens of the step on all ranks, after expansion and without padding."""
         return self._num_tokens[step]
 
     def __getitem__(self, index: int) -> MicroBatch:
@@ -239,14 +239,14 @@ def _draw_order(num_examples: int, plan: BatchPlan) -> Tensor:
 
 
 def _cut_steps(batcher: Batcher, examples_by_step: Tensor) -> list[list[MicroBatchSpec]]:
-    """All ranks' micro batches, by step."""
+    """Cut each step into the micro batches of all ranks."""
     return [batcher.cut(step, examples) for step, examples in enumerate(examples_by_step.tolist())]
 
 
 def _own_micro_batches(
     specs_by_step: Sequence[Sequence[MicroBatchSpec]], *, rank: int, world_size: int
 ) -> list[MicroBatchSpec]:
-    """A rank's micro batches of all steps: numbers rank, rank + world_size, ... of each step."""
+    """Take a rank's micro batches of all steps: rank, rank + world_size, ... of each step."""
     own: list[MicroBatchSpec] = []
     for specs in specs_by_step:
         own += specs[rank::world_size]
@@ -299,7 +299,7 @@ def explain_workers() -> Iterator[None]:
 
 
 def usable_workers(num_workers: int) -> int:
-    """The number of data workers, but no more than the CPUs that this process may use."""
+    """Limit the number of data workers to the CPUs that this process may use."""
     # Containers and schedulers may give a process fewer CPUs than the machine has.
     if hasattr(os, "sched_getaffinity"):
         return min(num_workers, len(os.sched_getaffinity(0)))

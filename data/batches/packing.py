@@ -41,7 +41,7 @@ def shared_prefix(examples: Examples, placeholders: Sequence[int]) -> list[int]:
     first_medium = tokens.first(np.isin(tokens.ids, placeholders))
     first_label = tokens.first(tokens.labels != IGNORED)
 
-    # Examples of text alone do not count: a projector learns nothing from them, so they are not run.
+    # Examples of text alone do not count. A projector learns nothing from them: they are not run.
     has_media = first_medium < tokens.lengths
     if not has_media.any():
         return []

@@ -55,8 +55,9 @@ def cache_settings(
     Raises:
         UserError: this reducer's output can't be cached for this model.
     """
-    # Another processor may resize or crop differently, and so give other features.
     family.check_cacheable(reducer)
+
+    # Another processor may resize or crop differently, and so give other features.
     processors = {}
     for kind in family.kinds:
         processors[kind] = _processor_settings(getattr(processor, f"{kind}_processor"))
@@ -141,7 +142,7 @@ class CacheLayout:
             ) from error
 
     def to_json(self) -> dict[str, Any]:
-        """The content of `cache.json`."""
+        """Return the content of `cache.json`."""
         return {
             "settings": self.settings,
             "num_rows": self.num_examples,
@@ -158,7 +159,7 @@ class CacheLayout:
         return -(-self.num_examples // self.examples_per_shard)
 
     def examples_in(self, shard: int) -> range:
-        """Numbers of the examples in a shard."""
+        """Return the numbers of the examples in a shard."""
         first = shard * self.examples_per_shard
         return range(first, min(first + self.examples_per_shard, self.num_examples))
 
@@ -185,7 +186,7 @@ def key_of(settings: Mapping[str, Any]) -> str:
 
 
 def folder_of(parent: Path, settings: Mapping[str, Any]) -> Path:
-    """The folder for features of these settings."""
+    """Return the folder for features of these settings."""
     return parent / f"cache-{key_of(settings)}"
 
 
@@ -276,7 +277,7 @@ class CachedMedia:
         order = shard.get_slice(f"{kind}.order")[begin[1] : end[1]]
         features = shard.get_slice(f"{kind}.features")[begin[2] : end[2]]
 
-        # In the shard, `order` counts from the shard's first token. -1 is `image_newline` and stays.
+        # In the shard, `order` counts from its first token. -1 is `image_newline`, and stays.
         order = torch.where(order < 0, order, order - begin[2])
         return VisualFeatures(features, order, counts)
 

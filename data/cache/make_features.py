@@ -197,9 +197,9 @@ def write_features(
         start=layout.num_examples - num_missing,
     )
     with explain_workers(), bar:
-        for shard, of_shard in batches_by_shard.items():
+        for shard, shard_batches in batches_by_shard.items():
             # A shard is written whole or not at all, so the next command need not look inside.
-            tensors = _compute_shard(of_shard, loaded, maker, bar)
+            tensors = _compute_shard(shard_batches, loaded, maker, bar)
             content = save(tensors, metadata=layout.metadata(shard))
             with atomic_write(shard_path(folder, shard)) as scratch:
                 scratch.write_bytes(content)

@@ -49,7 +49,7 @@ def check_lost_sources(
     """
     usable = set(positions)
     for source, num_wanted in drawn.wanted.items():
-        # A small source may be lost as a whole: few examples of a large data set spoil no run.
+        # A small source may be lost as a whole: a few missing examples do not spoil a run.
         num_usable = len(usable.intersection(drawn.candidates[source]))
         num_lost = num_wanted - num_usable
         if num_usable >= num_wanted / 2 or num_lost <= MAX_BAD_SHARE * drawn.num_wanted:

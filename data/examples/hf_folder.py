@@ -84,7 +84,7 @@ class HfFolder:
 
     def read(self, path: str) -> bytes:
         """Return the bytes of the picture with a path that `entries` made."""
-        # The name is NUMBER OF THE ROW-NUMBER OF THE PICTURE-HASH.
+        # The name is ROW-NUMBER-HASH, see `entries`.
         position, number, _ = Path(path).name.split("-")
         pictures = _stored_pictures(self._row(int(position)))
         return self._bytes(pictures[int(number)])
@@ -123,7 +123,7 @@ class HfFolder:
             columns = ", ".join(dataset.column_names)
             raise UserError(f"data.path={self.path} has no column 'conversations', only {columns}")
 
-        # As Arrow, pictures come as they are stored. Otherwise `datasets` would decode each of them.
+        # In Arrow form, pictures come as they are stored. Otherwise `datasets` would decode them.
         names = [name for name in PICTURE_COLUMNS + OTHER_COLUMNS if name in dataset.column_names]
         return dataset.select_columns(names).with_format("arrow")
 

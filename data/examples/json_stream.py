@@ -124,7 +124,7 @@ def read_list(file: TextIO, path: Path) -> Iterator[Any]:
 
     Raises UserError, with line and column, if it is not valid JSON.
     """
-    # An empty list has a bracket where another has its first entry.
+    # An empty list has no entry between its brackets.
     window = _TextWindow(file, path)
     window.take("[")
     if window.peek() == "]":

@@ -253,8 +253,8 @@ class _MediaCheck:
             for kind, paths in example.media.items():
                 media += [(kind, path, example.source) for path in paths]
 
-        # A server that is down now may answer later. By default its pictures are waited for,
-        # because replacing them would make another subset than on other machines.
+        # A server that is down now may answer later. By default this ends the command, because
+        # replacements would make another subset than on other machines.
         faults = fetch_media(media, self.image_folder, sources=self.sources, media_index=self.media_index)
         if not self.replace_unreachable:
             self._check_all_answered(faults)
@@ -285,7 +285,7 @@ class _MediaCheck:
             if fault is not None and not self.sources.get(example.source):
                 self.bad.append(BadExample(example.id, example.source, fault))
 
-        # The first call gets the whole subset. Later ones get replacements, which do not enlarge it.
+        # The first call gets the whole subset. Later calls get replacements, which don't enlarge it.
         if not self.num_examples:
             self.num_examples = len(examples)
         check_bad_share(self.bad, self.num_examples)

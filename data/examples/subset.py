@@ -90,7 +90,7 @@ def draw_subset(
             f"data.sources={list(sources or ())}: the data has no {unknown}; it has {sorted(by_source)}"
         )
 
-    # Take the decimal that the user wrote: as a binary number, 0.07 of 100 would be rounded up to 8.
+    # Take the decimal that the user wrote: in binary, 0.07 of 100 would be rounded up to 8.
     share = Fraction(str(fraction))
     candidates = {}
     wanted = {}

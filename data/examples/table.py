@@ -24,7 +24,7 @@ from data.paths import atomic_write, data_dir
 from data.progress import progress
 from vzip import UserError
 
-VERSION = 3
+VERSION = 4
 """Version of the table.
 
 Raise it when this file or `parse_conversation` changes what it makes of the same data.
@@ -159,9 +159,10 @@ def _bad_record(position: int, entry: Any, reason: str) -> dict[str, Any]:
         name = str(entry.get("id", name))
 
     # JSON can hold half of a surrogate pair, but Arrow refuses it as text: "?" takes its place.
+    # The source is not known, because the paths that name it may be wrong too.
     return {
         "id": name.encode(errors="replace").decode(),
-        "source": "rows",
+        "source": "invalid",
         "fault": reason.encode(errors="replace").decode(),
         "digest": "",
         "has_media": False,
@@ -211,7 +212,7 @@ def _short_hash(*content: Any) -> str:
 
 
 def open_table(path: str | Path) -> Table:
-    """Open the table of a data file or folder; make it if it is missing, or if the data changed.
+    """Open the table of a data file or folder. Make it if it is missing, or if the data changed.
 
     Args:
         path: a JSON list, a file of JSON lines, or a folder of Hugging Face `datasets`.
@@ -228,7 +229,7 @@ def open_table(path: str | Path) -> Table:
             f"names the file"
         )
 
-    # The first hash stays the same when the data changes, so the old table can be found and deleted.
+    # The first hash stays when the data changes, so the old table can be found and deleted.
     folder = data_dir() / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     where = _short_hash(str(path))

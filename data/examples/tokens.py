@@ -163,9 +163,9 @@ class FlatTokens(NamedTuple):
 class Examples(Sequence[Example]):
     """Tokenized conversations in columns.
 
-    The file is mapped, so opening it takes no time, and all ranks and workers of a machine share one
-    copy. A conversation that the cut left without a label is not an example: `table` has a record of
-    it, which is skipped here.
+    The file is mapped, so opening it takes no time, and all ranks and workers of a machine share
+    one copy. A conversation that the cut left without a label is not an example: `table` has a
+    record of it, which is skipped here.
 
     Args:
         table: the columns of `SCHEMA`.
@@ -234,9 +234,9 @@ class Examples(Sequence[Example]):
         return len(self._rows)
 
     def __getitem__(self, index: Any) -> Example:
+        # The table also has records that are no examples, so the numbers differ.
         row = int(self._rows[index])
 
-        # Examples may lie anywhere in the table, because those without a label are skipped.
         media = {}
         for kind in KINDS:
             paths = self.table[f"{kind}s"][row].as_py()

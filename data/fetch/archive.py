@@ -174,7 +174,7 @@ class Archive:
         except (zlib.error, struct.error, ValueError) as error:
             raise NotFoundError(f"{name} is damaged: {error}") from error
 
-        # The file may have changed since its directory was read, or a proxy may have sent a web page.
+        # The file may have changed since its directory was read, or a proxy has sent a web page.
         if len(data) != member.file_size or zlib.crc32(data) != member.CRC:
             raise NotFoundError(
                 f"{name} is damaged: it has another checksum than the zip file's directory says"

@@ -319,8 +319,8 @@ class Client:
         if length > self.max_bytes:
             raise NotFoundError(f"{url}: has {length:,} bytes; at most {self.max_bytes:,} are allowed")
 
-        # read1() returns the bytes that are there. read() would wait for a whole chunk, and so could
-        # pass the deadline.
+        # read1() returns the bytes that are there. read() would wait for a whole chunk, maybe past
+        # the deadline.
         data = bytearray()
         while chunk := response.read1(CHUNK):
             data += chunk

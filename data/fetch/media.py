@@ -26,8 +26,6 @@ from vzip.videos import check_video
 
 MAX_FAILURES = 50
 """Give up a source if so many of its first requests fail, or so many in a row get no answer."""
-NUM_READS = 2
-"""How often a file is read if it comes damaged, because it may have broken on the way."""
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 """Errors of a folder that can't be written to."""
 BAD_PATH = {
@@ -183,12 +181,12 @@ class _Fetcher:
         return Fault("; ".join(reasons), final)
 
     def _fetch_from(self, source: Source, kind: str, path: str) -> Checked:
-        # Read again only if the file is damaged: for all other faults the client has tried again.
-        for _ in range(NUM_READS - 1):
-            with suppress(_DamagedError):
-                return self._store(kind, path, source.read(path))
-
-        return self._store(kind, path, source.read(path))
+        """Store a file of a source in the folder. Read it once more if it comes damaged."""
+        try:
+            return self._store(kind, path, source.read(path))
+        except _DamagedError:
+            # It may have broken on the way. After all other faults, the client tries again itself.
+            return self._store(kind, path, source.read(path))
 
     def _store(self, kind: str, path: str, data: bytes) -> Checked:
         """Put a file into the folder, if it is whole."""
@@ -283,7 +281,7 @@ def fetch_media(
     media_index: MediaIndex,
     num_threads: int = 32,
 ) -> dict[str, Fault]:
-    """Make sure that pictures and videos are whole in a folder; fetch missing and damaged ones.
+    """Make sure that a folder holds whole pictures and videos. Fetch missing and damaged ones.
 
     Files whose entry in the index still holds are not looked at again. Fetched bytes are written
     unchanged, even if they are another kind of picture than the name says.

@@ -98,7 +98,7 @@ def as_messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
 
 
 def as_figures(turns: Sequence[Turn]) -> str:
-    """Return the timings of a setting's turns as a Markdown table. Empty before the first answer."""
+    """Make a Markdown table of a setting's timings. Empty before the first answer."""
     lines = []
     for number, turn in enumerate(turns, start=1):
         answer = turn.answer

@@ -85,7 +85,7 @@ def eval_python(folder: Path = FOLDER, *, requirements: Path = REQUIREMENTS) -> 
         if stamp_file.is_file() and stamp_file.read_text() == stamp:
             return python
 
-        # Start from an empty folder: it may hold half an environment, or packages of another Python.
+        # Start from an empty folder: it may hold half an environment, or one of another Python.
         print(f"making {folder.name}, once: lmms-eval and the packages it needs", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         venv.create(folder, with_pip=False, symlinks=True)
