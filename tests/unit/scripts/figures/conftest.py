@@ -1,6 +1,7 @@
 """Finished runs to compare, written without training."""
 
 import json
+import shutil
 
 import pytest
 from omegaconf import OmegaConf
@@ -26,7 +27,7 @@ def _row(name, reducer, seed):
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def finished_run(tiny_folder):
     """A function that writes what a comparison needs of a finished run."""
 
@@ -48,10 +49,10 @@ def finished_run(tiny_folder):
     return write
 
 
-@pytest.fixture
-def runs(tmp_path, finished_run):
-    """The run `mine` with 6 tokens, among others: another seed, other budgets, an ablation, random tokens."""
-    folder = tmp_path / "runs"
+@pytest.fixture(scope="session")
+def seven_runs(tmp_path_factory, finished_run):
+    """The run `mine` of 6 tokens among others: another seed, 8 tokens, an ablation, random tokens, several budgets."""
+    folder = tmp_path_factory.mktemp("seven") / "runs"
     mine = VisionZip(budget=6)
     finished_run(folder / "mine", mine, rows=("full", "free", "tuned", "random"))
     finished_run(folder / "again", mine, seed=1)
@@ -62,3 +63,9 @@ def runs(tmp_path, finished_run):
     elastic = ("full", "free-4", "free-6", "tuned-4", "tuned-6")
     finished_run(folder / "elastic", VisionZip(budget=4), others=[mine], rows=elastic)
     return folder
+
+
+@pytest.fixture
+def runs(seven_runs, tmp_path):
+    """A copy of `seven_runs`, which a test may change."""
+    return shutil.copytree(seven_runs, tmp_path / "runs")
