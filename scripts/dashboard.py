@@ -21,6 +21,7 @@ from vzip import UserError
 
 SETTINGS = ("full", "free", "tuned", "random")
 """The settings of a run, by their names in its results."""
+
 BUDGETS = (4, 8, 16, 64, 128, 160, 192, 320, 640)
 """Budgets that a run with several may have: those of `+exp=elastic`, and the paper's."""
 TITLE = "Full, training-free and tuned"
@@ -33,10 +34,13 @@ def line_plots(metrics: dict[str, str]) -> list[Any]:
 
 def result_panels() -> list[Any]:
     """Make the panels of scores, answers, and pictures of kept tokens."""
+    # A run with one budget has "tuned", and a run with several has "tuned-BUDGET".
     tuned = wr.SummaryMetric("eval/tuned_all")
     by_budget = []
     for setting in ("free", "tuned"):
         by_budget += [f"eval/{setting}-{budget}_all" for budget in BUDGETS]
+
+    # What may explain a score: learning rate and budget.
     columns = []
     for metric in (wr.Config("optim.lr"), wr.Config("reducer.budget"), tuned):
         columns.append(wr.ParallelCoordinatesPlotColumn(metric=metric))
@@ -101,6 +105,7 @@ def make_report(entity: str, project: str) -> wr.Report:
 
 def specification(workspace: ws.Workspace, report: wr.Report) -> dict[str, Any]:
     """Return the content of both as JSON. The package has no public way to get it."""
+    # `_to_model` is private, but this is the content that `save` would send.
     models = {"workspace": workspace._to_model(), "report": report._to_model()}
     content = {}
     for name, model in models.items():
@@ -129,6 +134,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("dashboard.json"), help="file of --dry-run")
     arguments = parser.parse_args()
 
+    # A dry run needs no account, so it writes a placeholder.
     entity = arguments.entity
     if entity is None:
         entity = "ENTITY" if arguments.dry_run else default_entity()
@@ -143,6 +149,8 @@ def main() -> None:
             f"a report of {len(report.blocks)} blocks"
         )
         return
+
+    # Print each address as soon as the page is there, because the second page may fail.
     try:
         for page in (workspace, report):
             page.save()

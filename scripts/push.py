@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+# Import from the repository, whatever folder this file is started in.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from huggingface_hub import HfApi, get_token
@@ -20,7 +21,7 @@ from train.cli import exit_on_user_error
 from vzip import UserError
 
 HUB_ERRORS = HfHubHTTPError.__bases__
-"""Errors of the hub's client: OSError, and that of its HTTP library, which depends on its version."""
+"""Errors of the hub's client: OSError, and the error of the HTTP library that its version uses."""
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -30,6 +31,8 @@ def files_of(folder: Path) -> list[Path]:
     """
     if not has_our_card(folder):
         raise UserError(f"{folder} is not an export; make one with `make export RUN=... TO=hf`")
+
+    # Without --copy, an export links to the base model's files. A link to nothing is no file.
     files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
     gone = [path.name for path in files if not path.is_file()]
     if gone:
@@ -42,6 +45,7 @@ def files_of(folder: Path) -> list[Path]:
 
 def print_files(folder: Path, files: list[Path]) -> None:
     """Print the files and their sizes. For a link, the size of the file that it leads to."""
+    # Show what would be sent, so that --dry-run can be checked.
     table = Table("file", "MB")
     table.columns[1].justify = "right"
     total = 0
@@ -62,6 +66,9 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
         raise UserError(
             "there is no token for the hub; run `hf auth login`, or set HF_TOKEN, with one that may write"
         )
+
+    # A repository that exists keeps its visibility. One commit holds all files, so that a failure
+    # leaves nothing half sent.
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
@@ -86,10 +93,13 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="list the files, and send nothing")
     args = parser.parse_args()
 
+    # Check the name before the files, because --dry-run must find this mistake too.
     try:
         validate_repo_id(args.repo)
     except HFValidationError as error:
         raise UserError(f"--repo {args.repo}: {error}") from error
+
+    # List the files, with the names and sizes that others will see.
     files = files_of(args.folder)
     visibility = "private" if args.private else "public"
     print(f"{args.folder} to {args.repo}, {visibility} if it is new")

@@ -1,4 +1,4 @@
-"""Compare the runs of a folder without wandb: a picture of their curves, and a table of each in RESULTS.md.
+"""Compare the runs of a folder without wandb: a picture of curves, and tables in RESULTS.md.
 
 Each finished run gets a block in the marked part of RESULTS.md: what was run, when, on what, and
 its scores. The block of a run that is no longer in the folder stays, and everything outside the
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import matplotlib
 
+# Draw into files, because a server has no screen.
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
@@ -49,6 +50,8 @@ def read_runs(folder: Path) -> list[FinishedRun]:
     """
     if not folder.is_dir():
         raise UserError(f"--runs={folder} is no folder; give the one that runs were written to, e.g. runs")
+
+    # A folder that can't be read must not hide the others.
     runs = []
     num_left_out = 0
     for run in find_runs(folder):
@@ -71,6 +74,7 @@ def _read_all(run: FinishedRun) -> None:
     if run.is_finished:
         block(run)
     else:
+        # Each of these reads a file. A run that is still training has no results.
         _ = run.config, run.env, run.metrics
 
 
@@ -84,11 +88,13 @@ def block(run: FinishedRun) -> str:
 
 def _what_was_run(run: FinishedRun) -> str:
     """Say what the command did: model, seed, steps, time, losses, data and questions."""
+    # The command without the folder that the program stood in.
     program, *arguments = run.env["command"]
     command = " ".join([Path(program).name, *arguments])
     result = run.result
     seconds = sum(line["train/step_s"] for line in run.metrics)
 
+    # A run may have been stopped before its first step, and may ask no questions.
     losses = ""
     if run.metrics:
         first, last = run.metrics[0]["train/loss"], run.metrics[-1]["train/loss"]
@@ -116,14 +122,16 @@ def _where_it_ran(run: FinishedRun) -> str:
 
 
 def update(text: str, blocks: Mapping[str, str]) -> str:
-    """Put the blocks of runs into the text of RESULTS.md, in place of their old blocks, sorted by name.
+    """Put the blocks of runs into the text of RESULTS.md, in place of their old blocks.
+
+    All blocks are sorted by name.
 
     Raises:
         UserError: the marked part has no end.
     """
-    # What stands before the marked part and behind it is kept as it is.
+    # The text before and behind the marked part stays unchanged. The first report adds the part.
     before, begin, rest = text.partition(BEGIN)
-    if not begin:  # the first report
+    if not begin:
         before = f"{text.rstrip()}\n\n## Runs\n\n"
         rest = f"\n{END}\n"
     inside, end, after = rest.partition(END)
@@ -132,7 +140,7 @@ def update(text: str, blocks: Mapping[str, str]) -> str:
             f"the results file has {BEGIN!r}, but not {END!r} behind it; put that line where the runs end"
         )
 
-    # The blocks of the last report, each from its heading on, then those of today's runs.
+    # Take the blocks of the last report, each from its heading on. The new ones replace them.
     merged = {}
     for part in re.split(r"^### ", inside, flags=re.MULTILINE)[1:]:
         name = part.split("\n", 1)[0]
@@ -145,6 +153,7 @@ def update(text: str, blocks: Mapping[str, str]) -> str:
 
 def draw_curves(runs: Sequence[FinishedRun], target: Path) -> None:
     """Draw all metrics over the steps, one line per run."""
+    # Colours repeat after eight runs, and then the style of the line changes.
     metrics = CURVES | SPEED
     figure, axes = pyplot.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
     for axis, (name, title) in zip(axes.flat, metrics.items(), strict=True):
@@ -160,6 +169,7 @@ def draw_curves(runs: Sequence[FinishedRun], target: Path) -> None:
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
 
+    # All pictures have the same lines, so one legend is enough.
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
     with output("--curves", target), atomic_write(target) as scratch:
@@ -185,6 +195,7 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = read_runs(arguments.runs)
 
+    # Only finished runs have scores to write. The curves below also show runs that train.
     blocks = {run.name: block(run) for run in runs if run.is_finished}
     results = arguments.results
     text = results.read_text() if results.is_file() else "# Results\n"

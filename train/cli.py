@@ -1,6 +1,6 @@
-"""What every command shares: errors without a traceback, and the types of its arguments.
+"""What all commands share: errors without a traceback, and the types of arguments.
 
-This module imports neither torch nor Hydra, so that a command that needs neither of them starts at once.
+This module imports neither torch nor Hydra, so that commands without them start at once.
 """
 
 import argparse
@@ -17,6 +17,8 @@ from typing import ParamSpec
 from vzip.errors import UserError
 
 P = ParamSpec("P")
+
+# Numbers of the errors for a full disk, and for a user's quota that is used up.
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C ended, the same as in shells."""
@@ -24,6 +26,7 @@ INTERRUPTED = 130
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Tell whether the GPU's memory ran out. Only a loaded torch can have raised that error."""
+    # Without an import: a command that has not loaded torch must not wait for it here.
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
@@ -53,6 +56,7 @@ def exit_on_user_error(command: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        # Ctrl-C is no Exception in Python, so it is named.
         try:
             command(*args, **kwargs)
         except (Exception, KeyboardInterrupt) as error:
@@ -63,13 +67,15 @@ def exit_on_user_error(command: Callable[P, None]) -> Callable[P, None]:
         else:
             return
 
-        # Rank 0 prints the same message, and its launcher ends the other ranks before they print it again.
+        # Rank 0 prints the same message. The others wait, so that the launcher ends them first.
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)
+
+        # `os._exit` below would lose what is not yet written.
         sys.stdout.flush()
         print(f"error: {message}", file=sys.stderr, flush=True)
 
-        # Other ranks may wait for this one in a collective operation, which no normal exit can leave.
+        # Another rank may wait for this one in a collective, and a normal exit would hang with it.
         os._exit(code)
 
     return run
@@ -87,6 +93,7 @@ def writable(text: str) -> Path:
 
     Raises ArgumentTypeError if that fails.
     """
+    # A benchmark of hours must not fail at the end because its file has no folder.
     path = Path(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

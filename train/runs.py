@@ -67,6 +67,7 @@ class FinishedRun:
 
     def setting(self, name: str, default: Any = None) -> Any:
         """Return a setting such as "data.path", or the default if the run has no such setting."""
+        # Go down one group per part of the name. An older run may lack a group.
         value: Any = self.config if self.has_settings else {}
         for key in name.split("."):
             if not isinstance(value, dict) or key not in value:
@@ -80,7 +81,8 @@ class FinishedRun:
 
         Raises UserError if the run has no scores yet.
         """
-        from vzip.runs.projector import read_finished  # it imports torch
+        # Imported here, because it imports torch.
+        from vzip.runs.projector import read_finished
 
         return read_finished(self.path)
 
@@ -96,7 +98,7 @@ class FinishedRun:
 
     @property
     def scores(self) -> list[dict[str, Any]]:
-        """The scores of each setting. Empty if no questions were asked, or the run is still training."""
+        """The scores of each setting; empty before the run has finished, or without questions."""
         return list(self.result["rows"]) if self.is_finished else []
 
     @cached_property
@@ -110,6 +112,7 @@ class FinishedRun:
 
     def answers(self, setting: str) -> list[dict[str, Any]] | None:
         """Read the answers in a setting such as "full". None if it was not asked."""
+        # A run asks no baselines with evaluate.baselines=false, so a file may be missing.
         name = f"answers_{setting}.json"
         if not (self.path / name).is_file():
             return None
@@ -118,6 +121,7 @@ class FinishedRun:
 
     def _text(self, name: str, consequence: str) -> str:
         """Read a file. `consequence` says what is wrong if it is missing."""
+        # Say what is missing, and why that matters to the user.
         path = self.path / name
         if not path.is_file():
             raise UserError(f"{self.path} has no {name}, so {consequence}; give a folder that a run wrote")
@@ -127,6 +131,8 @@ class FinishedRun:
             raise UserError(f"{path} can't be read: {error}") from error
 
     def _parsed(self, name: str, text: str) -> Any:
+        """Parse JSON that stands in a file of the run."""
+        # A copy of a run may be damaged, and a traceback would not name the file.
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:

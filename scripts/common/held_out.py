@@ -18,6 +18,7 @@ from vzip.templates.encode import Template
 
 def _pictures(cfg: DictConfig) -> list[tuple[Conversation, Path]]:
     """List the held-out conversations with a picture, each with the path of its first one."""
+    # Several images may stand in a conversation, and the first one is enough to show it.
     folder = Path(cfg.data.image_folder).expanduser()
     pictures = []
     for conversation in held_out_conversations(cfg):
@@ -58,13 +59,13 @@ def held_out_with_pictures(run: Path) -> list[tuple[Conversation, Path]]:
 def ask_training_free(
     run: Path, comparison: Comparison, reducer: Reducer, *, name: str, folder: Path
 ) -> dict[str, Any]:
-    """Ask a run's held-out questions with its base model and starting projector, behind any reducer.
+    """Ask a run's held-out questions with its base model and starting projector, and any reducer.
 
     Args:
         run: a finished run.
         comparison: opened on that run.
-        reducer: in front of the projector.
-        name: of the setting.
+        reducer: reduces the tokens in front of the projector.
+        name: name of the setting.
         folder: keeps the answers, as answers_NAME.json, so that they are not asked for again.
 
     Returns:
@@ -74,12 +75,17 @@ def ask_training_free(
         UserError: the run has no held-out questions, it was tuned with LoRA, its starting projector
             is gone, or the reducer does not fit the model.
     """
+    # LoRA changes the weights of the model itself, so the base model is no longer there.
     finished = FinishedRun(run)
     if (run / ADAPTER).is_dir():
         raise UserError(
             f"{run} was tuned with LoRA, so its base model can't be asked; give other finished runs as --runs"
         )
-    comparison.attach("full").detach()  # this leaves the starting projector in the model
+
+    # This leaves the starting projector in the model.
+    comparison.attach("full").detach()
+
+    # Ask in the format that the run was trained with. Answers that are in the folder are read.
     evaluator = Evaluator(
         finished.settings,
         SingleDevice(comparison.family),

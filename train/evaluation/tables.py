@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+# Stands below the table in model cards.
 LEGEND = (
     "Share of held-out questions answered as expected. `full`: all visual tokens; `free`: reduced, "
     "training-free; `tuned`: reduced, with the tuned projector; `random`: as many random tokens, with "
@@ -38,6 +39,7 @@ class ScoreTable:
 
     def markdown(self) -> str:
         """Write the table in Markdown, without a line end behind it."""
+        # The ruler aligns the columns: text on the left, numbers on the right.
         ruler = ["---"] + ["--:"] * (len(self.header) - 1)
         lines = [self.header, ruler, *self.lines]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -55,13 +57,14 @@ def score_table(rows: Sequence[Mapping[str, Any]]) -> ScoreTable:
         rows: the settings in result.json, each with "name", "num_visual_tokens", "num_questions"
             and "metrics".
     """
-    # The scores that the per cents refer to. A run may have been made without them.
+    # Find the scores that the per cents refer to. A run without baselines has none.
     kinds = score_kinds(rows)
     full: Mapping[str, float] = {}
     for row in rows:
         if row["name"] == "full":
             full = row["metrics"]
 
+    # One line per setting. `full` itself needs no per cents, and a score of 0 allows none.
     lines = []
     for row in rows:
         line = [row["name"], f"{row['num_visual_tokens']:,}", f"{row['num_questions']:,}"]
@@ -81,18 +84,20 @@ def format_share(share: float) -> str:
 
 
 def gap_closed(rows: Sequence[Mapping[str, Any]], kind: str, *, suffix: str = "") -> float | None:
-    """Return which share of the gap between `free` and `full` is closed by `tuned`. None without a gap.
+    """Compute how much of the gap between `free` and `full` `tuned` closes; None without a gap.
 
     Args:
         rows: the settings in result.json.
         kind: kind of questions.
         suffix: what the names of `free` and `tuned` end with in a run with several budgets, e.g. "-64".
     """
+    # `full` has no budget, so all budgets compare with the same one.
     share_by_name = {row["name"]: row["metrics"].get(kind) for row in rows}
     full = share_by_name.get("full")
     free = share_by_name.get(f"free{suffix}")
     tuned = share_by_name.get(f"tuned{suffix}")
 
+    # Without a baseline, or if the reduced model is as good as the full one, nothing can be closed.
     if full is None or free is None or tuned is None or full <= free:
         return None
     return float((tuned - free) / (full - free))
@@ -109,10 +114,12 @@ def print_results(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
         print(f"{title}: tuned; no questions were asked, `make eval RUN={title}` asks those of lmms-eval")
         return
 
+    # Without wrapping, so that the path can be copied from the terminal.
     console = Console()
     console.print(title, soft_wrap=True, highlight=False)
     console.print(score_table(rows).rich())
 
+    # Below the table, the result in one line for each kind of question and each budget.
     tuned_names = [row["name"] for row in rows if row["name"].startswith("tuned")]
     for kind in score_kinds(rows):
         for name in tuned_names:
