@@ -1,3 +1,1 @@
-"""Checkpoints in the layouts of transformers and of original code, read into classes of
-`transformers`.
-"""
+"""Read checkpoints in the layout of `transformers`, or of a model's original code."""

@@ -1,6 +1,4 @@
-"""Models and processors in the layout of `transformers`, loaded completely or refused with a
-reason.
-"""
+"""Load models and processors in the layout of `transformers`, or say why they can't be loaded."""
 
 import pickle
 from collections.abc import Iterator
@@ -47,6 +45,7 @@ def load_hf_model(model_class: Any, path: str, *, dtype: torch.dtype) -> Any:
     with _explained(path):
         model, info = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
 
+    # Tensors that the model does not have are no problem: they can't change an answer.
     missing = info["missing_keys"]
     if missing:
         raise UserError(f"{path} lacks the weights {list_names(missing)}; get the whole checkpoint")
@@ -57,7 +56,7 @@ def load_hf_processor(path: str) -> Any:
     """Load the processor of a folder or hub id.
 
     Raises:
-        OSError: it has no processor.
+        OSError: the folder or hub id has no processor.
         UserError: its files are broken.
     """
     with _explained(path):

@@ -69,7 +69,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
                 f"{file} can't be read: it does not hold tensors by name; "
                 "give a state dict, best as safetensors"
             )
-        # A saved tensor may be a parameter.
+        # A saved tensor may be a parameter, which would ask for gradients.
         tensors[name] = value.detach()
     return tensors
 
@@ -84,10 +84,11 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def _download(path: str, pattern: str) -> Path:
-    """The folder `path`, or a snapshot of the hub id `path` with the pattern's files and the index."""
+    """Return the folder `path`, or download the pattern's files and the index of a hub id."""
     if Path(path).is_dir():
         return Path(path)
 
+    # A path that can't be a hub id is a folder that is missing, which callers expect as OSError.
     try:
         return Path(snapshot_download(path, allow_patterns=[pattern, "*.index.json"]))
     except HFValidationError as error:
@@ -95,7 +96,8 @@ def _download(path: str, pattern: str) -> Path:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index of shards names. Raises UserError if one is missing."""
+    """List the files that an index of shards names. Raises UserError if one is missing."""
+    # A broken download may be valid JSON of another form.
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -116,7 +118,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
         OSError: there is no such folder or hub id.
         UserError: there are no weights, a shard is missing, or a file is broken.
     """
-    # Of a hub id, only the files of one format are downloaded at a time.
+    # Hub ids often have both formats. Try one at a time, so that only one is downloaded.
     for single, pattern in _FORMATS.items():
         folder = _download(path, pattern)
         if (folder / single).is_file():

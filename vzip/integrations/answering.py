@@ -26,11 +26,12 @@ MAX_NEW_TOKENS = 1024
 """Most tokens of an answer whose question sets no limit, as in lmms-eval's own LLaVA."""
 
 Messages = list[dict[str, Any]]
-"""Messages, as described above."""
+"""One conversation; the module's docstring has its form."""
 
 
 def _whole_number(name: str, value: Any) -> int:
-    """Read a whole number from a command line. Raises UserError if it is not one, or below 1."""
+    """Read a whole number from a command line. Raises UserError for anything else, and below 1."""
+    # int() alone would also take " 7 ", "1_000" and numbers below 0.
     text = str(value)
     if not text.isdecimal() or int(text) < 1:
         raise UserError(f"{name}={value} must be a whole number, at least 1")
@@ -65,6 +66,7 @@ class GenerationSettings:
         Raises:
             UserError: a setting is unknown, missing, or out of its range.
         """
+        # A mistyped setting must not be ignored: the scores would be those of another setting.
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(arguments) - set(known))
         if unknown:
@@ -89,6 +91,7 @@ class GenerationSettings:
 
     def _check(self) -> None:
         """Raise UserError for an unknown dtype, or for two settings that exclude each other."""
+        # Refuse a wrong value here, before a large model is loaded for minutes.
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype} must be one of: {', '.join(DTYPES)}")
 
@@ -240,7 +243,7 @@ class Answerer:
             if own_images:
                 images.append(own_images)
 
-        # Processors do not take empty lists.
+        # Processors fail on empty lists, so a kind that is absent is left out.
         media = {"images": images, "videos": videos}
         return {name: items for name, items in media.items() if items}
 
@@ -251,8 +254,8 @@ class Answerer:
         Args:
             conversations: each with its question last, any number of images, and videos if the
                 model takes them.
-            asked: what a harness asks for: `max_new_tokens`, `temperature`, `top_p`, `num_beams`,
-                `do_sample`, and `until`, strings that end an answer. Others are ignored.
+            asked: arguments of a harness: `max_new_tokens`, `temperature`, `top_p`, `num_beams`,
+                `do_sample`, and `until`, the strings that end an answer. Others are ignored.
 
         Raises:
             UserError: the model does not take a kind of media.
@@ -278,6 +281,7 @@ class Answerer:
         prompt_lengths = inputs["attention_mask"].sum(dim=1).tolist()
         generated = []
         for answer, prompt_length in zip(answers, prompt_lengths, strict=True):
+            # Harnesses compare the cut text, but speed counts every token that was generated.
             text = cut(answer.text, asked.get("until"))
             generated.append(Generated(text, prompt_length, len(answer.token_ids)))
         return generated

@@ -44,7 +44,8 @@ class Vzip(lmms):  # type: ignore[misc]
     """A run, an export or a base model, in one of its settings.
 
     Args:
-        arguments: those of `--model_args`, `--batch_size` and `--device`; see `GenerationSettings`.
+        arguments: what stands in `--model_args`, `--batch_size` and `--device`; see
+            `GenerationSettings`.
 
     Raises:
         UserError: an argument is wrong, or the model can't be loaded.
@@ -61,6 +62,7 @@ class Vzip(lmms):  # type: ignore[misc]
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
 
+        # One named device for all processes would put every copy of the model on the same GPU.
         device = arguments.get("device")
         if device and self.world_size > 1:
             raise UserError(f"device={device}: {self.world_size} processes need a device each; leave it out")
@@ -79,9 +81,7 @@ class Vzip(lmms):  # type: ignore[misc]
         return self.task_dict[task][split][number]
 
     def _batches(self, requests: Sequence[Any]) -> Iterator[list[int]]:
-        """Yield the numbers of the requests in batches; those of one have equal generation
-        arguments.
-        """
+        """Yield the numbers of the requests in batches with equal generation arguments."""
         # Requests with different arguments, such as the longest answer, can't share a call.
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
@@ -108,11 +108,12 @@ class Vzip(lmms):  # type: ignore[misc]
                     results[number] = _result(answer)
                 progress.update(len(batch))
 
+        # Batches were grouped by their arguments, so restore the order of the requests.
         return [results[number] for number in range(len(requests))]
 
     def _answer(self, requests: Sequence[Any]) -> list[Generated]:
         """Answer one batch of requests."""
-        # A request holds a function that makes its messages from a document of the data set.
+        # lmms-eval passes no messages, but a function that makes them from a document of the task.
         conversations = []
         for request in requests:
             _, messages_of, _, number, task, split = request.args
@@ -138,6 +139,8 @@ class Vzip(lmms):  # type: ignore[misc]
         while True:
             (answer,) = self.answerer.answers([messages], asked)
             answers.append(answer.text)
+
+            # The task sees a copy of the answers, because it may change its list.
             next_round = messages_of(
                 document,
                 round_idx=len(answers),
@@ -151,5 +154,5 @@ class Vzip(lmms):  # type: ignore[misc]
             messages, _, _, info = next_round
 
     def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:
-        """Refuse: lmms-eval's tasks for chat models generate answers, and never need likelihoods."""
+        """Refuse, because lmms-eval's tasks for chat models never need likelihoods."""
         raise NotImplementedError("vzip generates answers; choose a task of output_type generate_until")

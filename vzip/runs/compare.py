@@ -49,7 +49,7 @@ def check_tuned_budget(budget: int | None, tuned: Collection[int]) -> None:
     """Check that a projector was tuned for a budget; None means the first one.
 
     Raises:
-        UserError: it was not.
+        UserError: the projector was not tuned for this budget.
     """
     if budget is not None and budget not in tuned:
         budgets = ", ".join(map(str, tuned))
@@ -75,28 +75,32 @@ def _load_base(
     Raises:
         UserError: it can't be loaded; the message ends with the advice.
     """
+    # A base model that has moved is the usual reason, so the message says how to name its new path.
     try:
         model = family_class.load_model(source, dtype=dtype)
         processor = family_class.load_processor(source)
     except (OSError, UserError) as error:
         raise UserError(f"the base model {source} can't be loaded: {error}\n{advice}") from error
 
-    # The projector is tuned, and saved, in float32.
+    # The projector is tuned and saved in float32, so it must not lose bits here.
     family = family_class(model.eval().requires_grad_(False), anyres=anyres)
     family.projector.float()
     return family, processor
 
 
 def _load_base_of_run(folder: Path, meta: Mapping[str, Any], *, base: str | None) -> tuple[Family, Any]:
-    """Load the base model of a run, or the one that an export holds, as the run had it."""
+    """Load the base model that a run or an export belongs to, with the precision of the run."""
     source = base or meta["base"]["id"]
     advice = _GIVE_BASE
+
+    # An export holds its base model. Another one beside it could only be a mistake.
     if is_export(folder):
         if base is not None:
             raise UserError(f"base={base}: {folder} is an export, which holds its base model; leave base out")
         source = str(folder)
         advice = _EXPORT_AGAIN
 
+    # A later version may know families that this one lacks.
     model_type = meta["base"]["model_type"]
     if model_type not in families():
         raise UserError(
@@ -164,6 +168,7 @@ def _read_projectors(family: Family, folder: Path, meta: Mapping[str, Any]) -> _
             load_weights(family, start)
             base = _copies(parameters)
 
+    # Copies, because the parameters themselves change with each setting.
     load_weights(family, folder / WEIGHTS)
     return _Projectors(parameters, base, tuned=_copies(parameters))
 
@@ -177,8 +182,8 @@ class Comparison:
     Attributes:
         family: the family of the model. Outside `row` the model has no reducer.
         processor: the base model's, with the chat template that the projector was tuned with.
-        reducers: those of a run by budget, the first one first; empty for a base model.
-        meta: meta.json of a run, or what an export has in its place; empty for a base model.
+        reducers: the reducers of a run by budget, the first one first; empty for a base model.
+        meta: meta.json of a run, or the same entries of an export; empty for a base model.
         adapter: peft's model around the model; None without LoRA.
     """
 
@@ -201,9 +206,12 @@ class Comparison:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """The settings that the model has, of `SETTINGS`."""
+        """The names from `SETTINGS` that this model can answer in."""
+        # A base model was never tuned.
         if self._projectors is None:
             return ("full", "free")
+
+        # Both other settings need the base's projector, which an export lacks.
         return ("tuned",) if self._projectors.base is None else SETTINGS
 
     @classmethod
@@ -228,8 +236,8 @@ class Comparison:
             device: by default a GPU if there is one.
 
         Raises:
-            UserError: it is neither a finished run nor a model, the base model can't be found, or
-                it is not the run's.
+            UserError: the source is neither a finished run nor a model, the base model can't be
+                found, or it is not the one that the run was tuned on.
         """
         # The weights are read on the CPU, and moved once all of them are in place.
         folder = locate(source)
@@ -300,12 +308,13 @@ class Comparison:
         if row == "full":
             return Identity()
 
+        # Without a run there is no first budget that could be the default.
         if not self.reducers:
             if budget is None:
                 raise UserError("a base model needs a budget: give budget=..., e.g. budget=64")
             return VisionZip(budget=budget, tiles=self.family.budget_tiles)
 
-        # Training-free needs no projector of its own, so it can have any budget.
+        # Training-free has no projector of its own, so only "tuned" is bound to the run's budgets.
         if row == "tuned":
             check_tuned_budget(budget, self.reducers)
         first = next(iter(self.reducers.values()))
@@ -313,6 +322,8 @@ class Comparison:
             return first
         if budget in self.reducers:
             return self.reducers[budget]
+
+        # Another budget keeps the reducer's other settings, so that both can be compared.
         return with_budget(first, budget, tiles=self.family.budget_tiles)
 
     def _why_missing(self, row: str) -> str:
@@ -336,6 +347,8 @@ class Comparison:
         if projectors is not None:
             weights = projectors.tuned if row == "tuned" else projectors.base
             assert weights is not None
+
+            # Values are copied into the parameters, which LoRA and the reducer's handle refer to.
             with torch.no_grad():
                 for name, value in weights.items():
                     projectors.parameters[name].copy_(value)
@@ -343,9 +356,12 @@ class Comparison:
 
     @contextmanager
     def row(self, row: str, *, budget: int | None = None) -> Iterator[tuple[Any, Any]]:
-        """Yield (model, processor) of a setting while the block runs. Raises UserError as
-        `reducer`.
+        """Yield (model, processor) of a setting while the block runs.
+
+        Raises:
+            UserError: as `reducer`.
         """
+        # LoRA was tuned too, so the settings before tuning must not have it.
         hides_adapter = self.adapter is not None and row != "tuned"
         without_adapter = self.adapter.disable_adapter() if hides_adapter else nullcontext()
         with self.attach(row, budget=budget) as handle, without_adapter:
@@ -372,8 +388,8 @@ def load(
         device: by default a GPU if there is one.
 
     Raises:
-        UserError: it is not a finished run, it was not tuned for the budget, the base model can't
-            be found, or it is not the run's.
+        UserError: the path is not a finished run, the run was not tuned for the budget, the base
+            model can't be found, or it is not the one that the run was tuned on.
     """
     # A wrong budget is refused before anything large is loaded.
     meta = read_meta(locate(path) or Path(path))

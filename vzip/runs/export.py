@@ -5,9 +5,9 @@ if it has moved since the run. It raises UserError if the run is not a finished 
 model is not the run's.
 
 `write_hf` writes a complete model. The base's shards are linked where they hold no tensor of the
-projector. The tuned projector stands in a shard of its own, in float32, as it was trained:
+projector. The tuned projector gets a shard of its own, in float32, the precision of its training.
 `from_pretrained` casts it to the model's precision (bfloat16 keeps 8 of its 24 bits), `vzip.load`
-does not. Under the key `vzip`, `config.json` has what meta.json of a run has.
+does not. `config.json` holds the entries of the run's meta.json under the key `vzip`.
 """
 
 import json
@@ -62,7 +62,8 @@ def _open(run: Path, base: str | None) -> tuple[Comparison, str]:
     """Open a finished run on the CPU; returns it with the folder or hub id of its base."""
     if is_export(run):
         raise UserError(f"{run} is an export itself; give the folder of the run that it was made from")
-    # A run that was stopped before its results is refused before its model is loaded.
+
+    # Refuse a run without results before its model is loaded, which takes minutes.
     read_finished(run)
     comparison = Comparison.open(run, base=base, device="cpu")
     return comparison, base or comparison.meta["base"]["id"]
@@ -73,6 +74,7 @@ def _merge(comparison: Comparison) -> Family:
 
     The comparison is used up.
     """
+    # Attaching copies the tuned projector into the model. Detaching takes away the reducer alone.
     comparison.attach("tuned").detach()
     if comparison.adapter is not None:
         comparison.adapter.merge_and_unload()
@@ -88,7 +90,7 @@ def _projector_copies(family: Family) -> dict[str, Tensor]:
 
 
 def base_name(base: str) -> str:
-    """A name for a base model: a hub id stays, of a folder only the last part.
+    """Return a name for a base model: its hub id, or the last part of its folder.
 
     Paths of one machine must not leak into an export.
     """
@@ -109,6 +111,8 @@ def _base_shards(base: str, family_class: type[Family]) -> list[Path]:
     folder = Path(base)
     if not folder.is_dir():
         folder = Path(snapshot_download(base, allow_patterns=["model*.safetensors", INDEX]))
+
+    # Only shards that the index names: a folder may hold files of an older save beside them.
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
@@ -140,6 +144,7 @@ def _add_shard(shard: Path, folder: Path, projector_name: str, *, copy: bool) ->
         if not f"model.{name.removeprefix('model.')}".startswith(projector_name):
             others.append(name)
 
+    # The old projector must go: a reader that found two of them could take either.
     if len(others) < len(names):
         tensors = load_file(shard)
         save_file({name: tensors[name] for name in others}, target, metadata={"format": "pt"})
@@ -157,12 +162,14 @@ def _save_model(family: Family, folder: Path) -> None:
         if not name.startswith(family.projector_name):
             weights[name] = tensor
     family.model.save_pretrained(folder, state_dict=weights)
+
+    # Readers look for a single file first, and would then never open the projector's shard.
     if (folder / SINGLE).is_file():
         (folder / SINGLE).rename(folder / ONLY_SHARD)
 
 
 def _write_index(folder: Path) -> None:
-    """Write the index of all shards. Each tensor is in only one, so that no reader has to choose."""
+    """Write the index of all shards, and check that each tensor is in only one of them."""
     weight_map: dict[str, str] = {}
     total_size = 0
     for shard in folder.glob("*.safetensors"):
@@ -209,6 +216,7 @@ def write_hf(
         budget: the default of `vzip.load`, one that the projector was tuned for.
         copy: copy the base's shards where they would be linked.
     """
+    # A wrong budget is refused first: merging uses up the comparison.
     comparison, base = _open(run, base)
     reducers = _with_first(comparison.reducers, budget)
     has_lora = comparison.adapter is not None
@@ -221,12 +229,15 @@ def write_hf(
     if not shards:
         _save_model(family, folder)
     save_file(_projector_copies(family), folder / WEIGHTS, metadata={"format": "pt"})
+
+    # The index comes after all shards, because it lists what they hold.
     _write_index(folder)
 
     comparison.processor.save_pretrained(folder)
     family.model.generation_config.save_pretrained(folder)
 
-    # What a run has in meta.json, except that the base is now the export itself.
+    # The entries of the run's meta.json, except that the base model is now the export itself. The
+    # fingerprint is taken again, because merged LoRA has changed the weights.
     meta = comparison.meta | projector_meta(
         family,
         *reducers,
@@ -302,6 +313,7 @@ def write_llava(run: Path, folder: Path, *, base: str | None = None) -> None:
     torch.save(tensors, folder / f"{MM_PROJECTOR}.bin")
     save_file(tensors, folder / f"{MM_PROJECTOR}.safetensors", metadata={"format": "pt"})
 
+    # LLaVA's loader takes the model's settings from this folder, and the weights from the base.
     config = _llava_loader_config(family, comparison.processor, base)
     if config is not None:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -336,8 +348,8 @@ def write_peft(run: Path, folder: Path, *, base: str | None = None) -> None:
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
     comparison, base = _open(run, base)
-    # peft loads LoRA of the language model as it is. LoRA of the projector can't stand in a module
-    # that is saved completely, so it is merged.
+    # peft loads LoRA of the language model unchanged. It saves the projector as a complete module,
+    # which can't have LoRA inside, so LoRA of the projector is merged.
     if _has_language_lora(comparison):
         comparison.attach("tuned").detach()
         family = comparison.family
@@ -349,11 +361,13 @@ def write_peft(run: Path, folder: Path, *, base: str | None = None) -> None:
         config = LoraConfig(target_modules=DUMMY_TARGET_MODULES)
         tensors = {}
 
+    # `modules_to_save` makes peft replace the base's projector by the complete one in the file.
     config.modules_to_save = [family.projector_name]
     config.base_model_name_or_path = base
     config.inference_mode = True
     config.save_pretrained(folder)
 
+    # peft finds tensors by their names in its own model, which wraps the base model.
     for name, tensor in _projector_copies(family).items():
         tensors[f"base_model.model.{name}"] = tensor
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})

@@ -51,6 +51,7 @@ _REQUIRED = (
 """What meta.json of every run has."""
 
 _NUM_SAMPLES = 16
+"""Values of each tensor that a fingerprint covers."""
 
 
 # The model that a projector belongs to
@@ -62,12 +63,15 @@ def fingerprint(family: Family) -> str:
     It covers the names, the shapes and some values of the tensors. Values are compared as bfloat16,
     so that the precision in which the model was loaded does not matter.
     """
+    # Sorted by name, because another version of transformers may list parameters in another order.
     digest = hashlib.sha256()
     for name, tensor in sorted(family.model.named_parameters()):
+        # Tuning changes the projector, and must not change the fingerprint.
         if name.startswith(family.projector_name):
             continue
 
-        # A few values of each tensor are enough to tell two models apart, and take no time.
+        # A few values of each tensor are enough to tell two models apart, and take no time. A model
+        # on the meta device has shapes but no values.
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         if not tensor.is_meta:
             values = tensor.detach().flatten()
@@ -110,6 +114,7 @@ def projector_meta(
     budgets = [budget_of(family, reducer) for reducer in reducers]
     assert len(set(budgets)) == len(budgets), f"two of the reducers {reducers} have the same budget"
 
+    # The first reducer is the default when the run is loaded.
     descriptions = [family.describe_reduction(reducer) for reducer in reducers]
     others = zip(budgets[1:], descriptions[1:], strict=True)
     return {
@@ -139,7 +144,7 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[s
     save_file(on_cpu, new_weights)
     new_meta.write_text(json.dumps(meta, indent=2))
 
-    # Each replacement is atomic.
+    # Each replacement is atomic. meta.json comes last: a folder that has it is complete.
     new_weights.replace(folder / WEIGHTS)
     new_meta.replace(folder / META)
 
@@ -160,6 +165,7 @@ def locate(source: str | Path) -> Path | None:
         UserError: the path does not exist and can't be a hub id. A path like ME/NAME can be one,
             even if there is a folder ME, unless ME holds runs.
     """
+    # A mistyped run folder must not be looked up on the hub, so find out whether this is a path.
     folder = Path(source)
     beside_runs = any(folder.parent.glob(f"*/{_RUN_CONFIG}"))
     is_path = folder.is_absolute() or str(source).startswith(".") or beside_runs
@@ -198,6 +204,7 @@ def is_export(folder: Path) -> bool:
 
 def _has_entry(meta: Any, name: str) -> bool:
     """Whether meta.json has an entry, such as "base.id"."""
+    # A broken file may hold text or a number where an object is expected.
     for key in name.split("."):
         if not isinstance(meta, dict) or key not in meta:
             return False
@@ -206,7 +213,7 @@ def _has_entry(meta: Any, name: str) -> bool:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Read meta.json of a run, or what an export has in its place.
+    """Read meta.json of a run, or the same entries in config.json of an export.
 
     Raises:
         UserError: the folder is neither, the run did not finish, or the file is broken.
@@ -214,6 +221,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     exported = is_export(folder)
     path = folder / (CONFIG if exported else META)
     if not path.is_file():
+        # A run writes config.yaml at its start, and meta.json with its tuned projector.
         is_run = (folder / _RUN_CONFIG).is_file()
         state = "is a run that has not finished" if is_run else "is not a run folder"
         raise UserError(
@@ -242,6 +250,8 @@ def read_finished(run: Path) -> dict[str, Any]:
         UserError: as `read_meta`, and for a run that was stopped before its results.
     """
     meta = read_meta(run)
+
+    # A projector that was copied without its run has no config.yaml, and needs no results.
     if (run / _RUN_CONFIG).is_file() and not (run / RESULT).is_file():
         raise UserError(
             f"{run} is a run that has not finished: it has no {RESULT}; "
@@ -287,8 +297,9 @@ def check_fits(meta: Mapping[str, Any], family: Family, reducer: Reducer) -> Non
     """Check that the projector of a meta.json belongs to a model and a reducer.
 
     Raises:
-        UserError: it does not; the message has the reason.
+        UserError: the projector does not belong to them; the message has the reason.
     """
+    # The type is compared first: it explains more than a fingerprint that differs.
     base = meta["base"]
     if base["model_type"] != family.model_type:
         raise UserError(
@@ -311,6 +322,7 @@ def check_fits(meta: Mapping[str, Any], family: Family, reducer: Reducer) -> Non
             "attach what it was trained with"
         )
 
+    # The projector has adapted to the order of tiles too, in families that cut pictures into tiles.
     orders_tiles = "anyres" in family.describe_reduction(reducer)
     if orders_tiles and family.anyres != anyres_of(meta):
         raise UserError(
@@ -347,8 +359,10 @@ def load_projector(handle: Handle, folder: str | Path) -> None:
     """Put the tuned projector of a run into an attached model.
 
     Raises:
-        UserError: it is not a finished run, or belongs to another base model, reducer or budget.
+        UserError: the folder is not a finished run, or its projector belongs to another base model,
+            reducer or budget.
     """
+    # Everything is checked before the first weight changes.
     folder = Path(folder)
     meta = read_meta(folder)
     check_fits(meta, handle.family, handle.reducer)

@@ -1,6 +1,4 @@
-"""Conversation templates: as token ids and labels (`encode`), and as Jinja chat templates
-(`jinja`).
-"""
+"""Conversation templates, as token ids and labels (`encode`) and as Jinja templates (`jinja`)."""
 
 from vzip.templates.encode import chatml, mistral, plain, vicuna
 

@@ -1,13 +1,13 @@
 """Conversation templates: from turns of text to token ids and labels, built piece by piece.
 
-Each piece is tokenized by itself, in the place where it stands. So the boundary between a question
-and an answer is never split differently than in the model's own training, and labels need no
+Each piece is tokenized by itself, as the text that follows the piece before it. So the boundary
+between a question and an answer is split as in the model's own training, and labels need no
 counting of characters. Source of the Vicuna format: repository haotian-liu/LLaVA,
 `llava/conversation.py` (`conv_vicuna_v1`) and `llava/train/train.py` (`preprocess_v1`).
 
 A control token (`</s>`, `<|im_end|>`, ...) is set by its id, and only where the template writes it.
-Spelled in a question or an answer it is ordinary text, like `USER:` and `[INST]`: no example can
-end its own turn or open another one. LLaVA's code takes such spellings for the tokens, and then
+A question or an answer that spells one holds ordinary text, like `USER:` and `[INST]`: no example
+can end its own turn or open another one. LLaVA's code takes such spellings for the tokens, and then
 masks the whole example with a "tokenization mismatch".
 
 `<image>` and `<video>` are placeholders in a question, and text in an answer. The reader of the
@@ -51,7 +51,7 @@ class Template:
     """Tokens that `system`, `user` and `assistant` spell."""
     adds_bos: bool = False
     captions: bool = False
-    """Conversations are captions: one question, of which only the placeholders stay."""
+    """Whether a conversation is one caption, and its question keeps only the placeholders."""
 
 
 # Ids of one piece of text
@@ -71,7 +71,8 @@ def _ids_after(tokenizer: Any, anchor: str, text: str) -> list[int]:
     if not anchor:
         return _ids(tokenizer, text)
 
-    # Tokenize both together, and take away the anchor's own ids.
+    # Tokenize both together, and take away the anchor's own ids. This works only if no token spans
+    # the boundary.
     anchor_ids = _ids(tokenizer, anchor)
     ids = _ids(tokenizer, anchor + text)
     if ids[: len(anchor_ids)] != anchor_ids:
@@ -88,7 +89,7 @@ def _anchor_after(tokenizer: Any, control: str) -> str:
     tokenizer that is not "legacy" puts no space before it. It does not put one after a newline
     either, which is a token of its own and never joins with what follows.
     """
-    # The first id is the control token's.
+    # Compare "a" after the control token, whose own id is the first, with "a" by itself.
     ids: list[int] = tokenizer.encode(control + "a", add_special_tokens=False)[1:]
     return "" if ids == _ids(tokenizer, "a") else "\n"
 
@@ -111,7 +112,7 @@ def _control_id(template: Template, tokenizer: Any, control: str) -> int:
 
 
 def _split(text: str, tokens: Sequence[str]) -> tuple[str, Iterator[tuple[str, str]]]:
-    """Cut `text` at the tokens that it spells: the text before the first, and (token, text) pairs."""
+    """Cut `text` at the tokens that it spells. Returns the text before, and (token, text) pairs."""
     if not tokens:
         return text, iter(())
 
@@ -152,6 +153,7 @@ def place_media(question: str) -> str:
     if not front:
         return question
 
+    # White space is stripped as in LLaVA's code, also around a text that was in the right order.
     text = question.replace(IMAGE, "").replace(VIDEO, "").strip()
     return (front + text).strip()
 
@@ -182,8 +184,8 @@ def _prompt_ids(
     Args:
         template: the conversation's template.
         tokenizer: the model's tokenizer.
-        question: the question, which may spell control tokens: they are text.
-        before: what the template writes before this turn: the system prompt or the separator.
+        question: the question. Control tokens that it spells are ordinary text.
+        before: text of the template before this turn: the system prompt or the separator.
         anchor: the anchor of `before`.
         control_anchor: the anchor of text after a control token.
     """
@@ -215,8 +217,7 @@ def _prompt_ids(
 
 def _answer_ids(template: Template, tokenizer: Any, answer: str) -> list[int]:
     """Tokenize an answer with its prefix, its suffix and its end token."""
-    # A prefix, which is a space, follows the last word of the prompt: any word will do as the
-    # anchor.
+    # A prefix is a space, which follows the last word of the prompt. Any word can be the anchor.
     anchor = "a" if template.answer_prefix else ""
     text = template.answer_prefix + answer + template.answer_suffix
     ids = _ids_after(tokenizer, anchor, text)
@@ -226,7 +227,7 @@ def _answer_ids(template: Template, tokenizer: Any, answer: str) -> list[int]:
 
 
 def _check_turns(template: Template, tokenizer: Any, turns: Sequence[tuple[str, str | None]]) -> None:
-    """Raise UserError if the template needs a BOS token that is missing, or takes captions alone."""
+    """Raise UserError if a BOS token is missing, or a caption has several turns."""
     if template.adds_bos and tokenizer.bos_token_id is None:
         raise UserError(
             f"the {template.name!r} template starts with a BOS token, "
@@ -263,6 +264,7 @@ def encode(
     """
     _check_turns(template, tokenizer, turns)
 
+    # Text after a control token may need another space than text at the start, so find out once.
     ids = [tokenizer.bos_token_id] if template.adds_bos else []
     labels = [IGNORED] * len(ids)
     control_anchor = _anchor_after(tokenizer, template.end) if template.end else ""
@@ -281,17 +283,19 @@ def encode(
         )
         ids += prompt_ids
         labels += [IGNORED] * len(prompt_ids)
-        # Generation starts here.
+
+        # A prompt for generation ends here, where the model writes its answer.
         if answer is None:
             return ids, labels
 
+        # The end token has loss too: the model has to learn where its answer ends.
         answer_ids = _answer_ids(template, tokenizer, answer)
         ids += answer_ids
         labels += answer_ids
         before = template.separator
         anchor = control_anchor
 
-    # The last answer has a separator behind it too, as in training of these models.
+    # A separator also follows the last answer, as in the training of these models.
     separator_ids = _text_ids(tokenizer, template.separator, control_anchor)
     return ids + separator_ids, labels + [IGNORED] * len(separator_ids)
 

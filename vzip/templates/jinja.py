@@ -43,9 +43,10 @@ def _literal(text: str) -> str:
 
 
 def _space_after_token(tokenizer: Any) -> str:
-    """The space that text after a token needs so that it is tokenized as by itself, as in training.
+    """Return the space that text after a token needs to get the ids that it has by itself.
 
-    It is empty unless the tokenizer puts a space before the start of a text alone.
+    Training tokenizes such text by itself. The space is empty unless the tokenizer puts one before
+    the start of a text, and nowhere else.
     """
     # Compare text after a token with the same text by itself.
     token: str = tokenizer.bos_token or tokenizer.eos_token
@@ -54,13 +55,12 @@ def _space_after_token(tokenizer: Any) -> str:
 
 
 def chat_template(template: Template, tokenizer: Any) -> str:
-    """Write a template as Jinja text, for conversations as `vzip.templates.encode.encode` makes
-    them.
+    """Write a template as Jinja text, which makes the prompts of `vzip.templates.encode.encode`.
 
     A message's content is a string, or a list of parts of the types "image", "video" and "text".
     Pictures and videos go to the front, each followed by a newline, as in training. Each part of
-    text begins a new line, because evaluation harnesses cut a question at its pictures, and leave
-    what stood between the pieces to the template.
+    text begins a new line: evaluation harnesses cut a question at its pictures, and leave the text
+    between the pieces to the template.
 
     Raises:
         UserError: the template takes captions, which are not conversations.
@@ -74,7 +74,8 @@ def chat_template(template: Template, tokenizer: Any) -> str:
     # In training, text after a placeholder is tokenized by itself.
     space = _space_after_token(tokenizer)
 
-    # The template writes the BOS token if the tokenizer does not add it to a text.
+    # Write the BOS token only if the tokenizer does not add it to a text: two of them would change
+    # the answers.
     opening = template.system
     tokenizer_adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     if template.adds_bos and not tokenizer_adds_bos:
@@ -90,7 +91,7 @@ def chat_template(template: Template, tokenizer: Any) -> str:
         "ANSWER_PREFIX": _literal(template.answer_prefix),
         "ANSWER_END": _literal(template.answer_suffix + template.end + template.separator),
     }
-    # In one pass, so that the texts of a template may spell the names.
+    # Put all expressions in at once: a text of the template that spells a name must stay a text.
     return re.sub(
         r"{{ ([A-Z_]+) }}",
         lambda name: f"{{{{ {expressions[name[1]]} }}}}",

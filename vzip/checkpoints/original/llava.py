@@ -92,7 +92,7 @@ def _check_config(path: str, config: Mapping[str, Any]) -> None:
 
 def _llava_config(config: Mapping[str, Any], vision: Any) -> Any:
     """Make the LlavaConfig of a checked config.json and a CLIPVisionConfig."""
-    # With "cls_patch" the tower's CLS token is kept too.
+    # LLaVA's default is "patch". With "cls_patch" the tower's CLS token is one visual token more.
     text = text_config(config)
     strategy = _STRATEGIES[config.get("mm_vision_select_feature", "patch")]
     num_patches = (vision.image_size // vision.patch_size) ** 2
@@ -112,6 +112,7 @@ def _llava_config(config: Mapping[str, Any], vision: Any) -> Any:
 
 def _llava_weights(path: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Read the checkpoint's tensors, named as in `LlavaForConditionalGeneration`."""
+    # The tensor tells a LLaVA-1.6 even if its config.json does not mention tiles.
     weights = read_weights(path)
     if "model.image_newline" in weights:
         raise _llava_next_error(path, "it has model.image_newline")
@@ -144,7 +145,7 @@ def load_model(path: str, *, dtype: torch.dtype) -> Any:
     _check_config(path, config)
     tower, vision = find_clip(path, config["mm_vision_tower"])
 
-    # A checkpoint in which the tower was tuned holds it.
+    # A checkpoint holds its tower only if that was tuned. Otherwise it is the public CLIP.
     tensors = _llava_weights(path, config)
     if not any(name.startswith("model.vision_tower.") for name in tensors):
         tensors |= clip_weights(path, tower, dtype)
@@ -167,7 +168,7 @@ def _find_file(path: str, name: str) -> Path | None:
 def _read_tokenizer(path: str, config: Mapping[str, Any]) -> Any:
     """Load the tokenizer as it was saved. Raises UserError if it can't be loaded."""
     try:
-        # transformers would convert tokenizer.model itself, but with other ids for white space.
+        # transformers would convert tokenizer.model too, but with other ids for white space.
         pieces = _find_file(path, "tokenizer.model")
         if pieces is not None and _find_file(path, "tokenizer.json") is None:
             return sentencepieces.load_sentencepiece_tokenizer(path, pieces)
@@ -182,7 +183,7 @@ def _read_tokenizer(path: str, config: Mapping[str, Any]) -> Any:
 
 
 def load_tokenizer(path: str) -> Any:
-    """Load the checkpoint's tokenizer, and add `<image>`, whose id is the original vocab_size.
+    """Load the checkpoint's tokenizer, and add `<image>` behind its vocabulary.
 
     LLaVA's code has no such token. It cuts the text at `<image>`, and puts IMAGE_TOKEN_INDEX (-200)
     between the pieces.
@@ -196,15 +197,15 @@ def load_tokenizer(path: str) -> Any:
     tokenizer = _read_tokenizer(path, config)
 
     if IMAGE not in tokenizer.get_vocab():
-        # A padded vocabulary has a few rows without a token. More than that is another model's
-        # tokenizer.
+        # `<image>` must get the id vocab_size, so fill the few ids that a padded vocabulary leaves
+        # without a token. If more are left, the tokenizer is another model's.
         num_spare = size - len(tokenizer)
         if 0 <= num_spare < VOCABULARY_MULTIPLE:
             unused = [AddedToken(f"<unused_{index}>", special=True) for index in range(num_spare)]
             tokenizer.add_tokens(unused, special_tokens=True)
         tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
 
-    # The model's embedding has the row of `<image>` behind the original vocabulary.
+    # The model's embedding has the vector of `<image>` behind those of the original vocabulary.
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     if image_id != size:
         raise UserError(
@@ -212,7 +213,7 @@ def load_tokenizer(path: str) -> Any:
             f"{size}, which must be the id after the last one; get the checkpoint's own tokenizer files"
         )
 
-    # As llava/train/train.py does.
+    # Llama has no token for padding; llava/train/train.py takes the unknown token too.
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token
     return tokenizer
@@ -231,6 +232,8 @@ def load_processor(path: str) -> Any:
     """
     config = read_config(path)
     _check_config(path, config)
+
+    # The tower's own folder says how its pictures are resized and normalized.
     tower, vision = find_clip(path, config["mm_vision_tower"])
     try:
         pads = config.get("image_aspect_ratio") == "pad"
@@ -247,6 +250,6 @@ def load_processor(path: str) -> Any:
         chat_template=chat_template(vicuna(), tokenizer),
         patch_size=vision.patch_size,
         vision_feature_select_strategy=_STRATEGIES[config.get("mm_vision_select_feature", "patch")],
-        # CLIP's CLS.
+        # CLIP's CLS, which the processor subtracts again if the strategy drops it.
         num_additional_image_tokens=1,
     )

@@ -118,12 +118,12 @@ def _check_config(path: str, config: Mapping[str, Any]) -> None:
 
 
 def _convnext_config(path: str, tensors: Mapping[str, Tensor], image_size: int) -> Any:
-    """Make the ConvNextConfig of tensors with our names. Raises UserError for less than four
-    stages.
-    """
+    """Make the ConvNextConfig of tensors with our names. Raises UserError if a stage is missing."""
+    # No file describes this tower, so count the layers of each stage, and measure their width.
     widths = []
     depths = []
     for stage in range(4):
+        # The depthwise convolution is in every layer, once.
         pattern = re.compile(rf"stages\.{stage}\.layers\.(\d+)\.dwconv\.weight")
         layers = {}
         for name, tensor in tensors.items():
@@ -166,12 +166,13 @@ def _find_open_clip(path: str, name: str) -> Path:
     Raises:
         UserError: it is in neither place.
     """
+    # In each folder safetensors come first: they load faster, and can't hold code.
     for folder in tower_locations(path, name):
         for file in _OPEN_CLIP_FILES:
             if (folder / file).is_file():
                 return folder / file
 
-    # It is not on this machine.
+    # No folder has it, so download it. The public repository has PyTorch's format alone.
     hub_id = HUB_TOWERS.get(Path(name).name, name)
     try:
         return Path(hf_hub_download(hub_id, _OPEN_CLIP_FILES[-1]))
@@ -190,6 +191,7 @@ def _open_clip_weights(file: Path) -> dict[str, Tensor]:
         if not _OPEN_CLIP_UNUSED.fullmatch(name):
             tensors[name] = tensor
 
+    # A tensor that nobody reads would mean that this is another architecture.
     unknown = [name for name in tensors if not _CONVNEXT.fullmatch(name)]
     if unknown:
         raise UserError(
@@ -208,6 +210,7 @@ def convnext_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in weights.items():
         match = _CONVNEXT.fullmatch(key)
         if match:
+            # A name has several of these parts, e.g. ".blocks." and ".conv_dw.".
             name = match[1]
             for theirs, ours in _CONVNEXT_NAMES.items():
                 name = name.replace(theirs, ours)
@@ -250,6 +253,7 @@ def load_model(path: str, *, dtype: torch.dtype) -> MiniGeminiForConditionalGene
         UserError: it is one of the "HD" models or another architecture, a tower can't be found,
             files are missing or broken, or the weights are not exactly the model's.
     """
+    # Settings and the first tower are checked before the weights, which take long to read.
     config = read_config(path)
     _check_config(path, config)
     tower, vision = find_clip(path, config["mm_vision_tower"], HUB_TOWERS)
@@ -285,7 +289,8 @@ def load_processor(path: str) -> LlavaProcessor:
     config = read_config(path)
     _check_config(path, config)
     _, vision = find_clip(path, config["mm_vision_tower"], HUB_TOWERS)
-    # The processor needs the size of the pictures alone.
+
+    # The processor needs only the size of the pictures, so no weights are read for this config.
     high = ConvNextConfig(image_size=config["image_size_aux"])
 
     tokenizer = load_tokenizer(path)

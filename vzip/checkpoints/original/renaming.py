@@ -110,13 +110,14 @@ def language_weights(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -
         if not LANGUAGE.fullmatch(name) or name.endswith(DERIVED):
             continue
 
+        # Only these two have a vector for each token of the vocabulary.
         value = _grow(name, tensor, config) if name in (_EMBEDDING, _HEAD) else tensor
         if name == _HEAD:
             renamed[name] = value
         else:
             renamed[f"model.language_model.{name.removeprefix('model.')}"] = value
 
-    # A tied head is not saved.
+    # A tied head is not saved, but the check of the model's tensors expects it.
     if config.get("tie_word_embeddings") and _EMBEDDING in weights:
         renamed.setdefault(_HEAD, renamed["model.language_model.embed_tokens.weight"])
     return renamed
@@ -143,6 +144,7 @@ def projector_weights(weights: Mapping[str, Tensor], source: str = "the checkpoi
         if match:
             tensors[match[1]] = tensor
 
+    # Another type of projector has other layers, which our model could not hold.
     if tensors.keys() != _PROJECTOR_NAMES.keys():
         present = f"mm_projector.* has {sorted(tensors)}" if tensors else "there is no mm_projector.*"
         raise UserError(
@@ -150,7 +152,7 @@ def projector_weights(weights: Mapping[str, Tensor], source: str = "the checkpoi
             f"{sorted(_PROJECTOR_NAMES)}, can be loaded (not linear, nor another depth)"
         )
 
-    # ZeRO-3 leaves an empty tensor on each rank unless the parts are gathered.
+    # ZeRO-3 shards weights over the ranks. A save that does not gather them writes empty tensors.
     empty = sorted(name for name, tensor in tensors.items() if tensor.numel() == 0)
     if empty:
         raise UserError(
@@ -177,11 +179,12 @@ def read_projector(path: Path) -> dict[str, Tensor]:
     except UserError as error:
         raise UserError(f"projector {error}") from error
 
-    # Ours has the names of transformers already.
+    # Our own file has the names of transformers already.
     is_llavas = any("mm_projector" in name for name in tensors)
     if not is_llavas:
         return tensors
 
+    # More than a projector is probably a whole model, which has to be given as the base model.
     others = [name for name in tensors if not PROJECTOR.fullmatch(name)]
     if others:
         raise UserError(
@@ -197,8 +200,9 @@ def read_projector(path: Path) -> dict[str, Tensor]:
 def tower_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the vision tower's tensors as in `LlavaForConditionalGeneration`.
 
-    The result is empty if the checkpoint has none.
+    The result is empty if the checkpoint holds no tower.
     """
+    # The prefix varies: newer versions of transformers save no ".vision_model." inside.
     renamed = {}
     for name, tensor in weights.items():
         match = TOWER.fullmatch(name)
@@ -240,6 +244,7 @@ def check_tensors(path: str, tensors: Mapping[str, Tensor], expected: Mapping[st
     Raises:
         UserError: some are missing, superfluous or of another shape; it names them.
     """
+    # Collect all problems for one message, because they often have one common cause.
     problems = []
     missing = expected.keys() - tensors.keys()
     if missing:
@@ -276,7 +281,7 @@ def build_model(
     Raises:
         UserError: the tensors are not exactly those of the model.
     """
-    # On the meta device the model has shapes, but takes no memory.
+    # Check before anything is copied. On the meta device a model has shapes, but takes no memory.
     with torch.device("meta"):
         check_tensors(path, tensors, model_class(config).state_dict())
 

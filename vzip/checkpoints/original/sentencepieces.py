@@ -14,6 +14,7 @@ from vzip.errors import UserError
 
 def _piece_scores(model_file: Path) -> dict[str, float]:
     """Read the score of each piece. Raises UserError if the file is not a SentencePiece model."""
+    # Imported here, because only checkpoints without tokenizer.json need this package.
     from sentencepiece import SentencePieceProcessor
 
     pieces = SentencePieceProcessor()
@@ -55,7 +56,8 @@ def load_sentencepiece_tokenizer(path: str, model_file: Path) -> Any:
     add_bos_token = get_tokenizer_config(path).get("add_bos_token", True)
     tokenizer = LlamaTokenizer.from_pretrained(path, add_bos_token=add_bos_token)
 
-    # The sort is stable: merges of equal score keep the order of their ids.
+    # Put the merges into the order of SentencePiece: a merge is as good as the score of its result.
+    # The sort is stable, so merges of equal score keep the order of their ids.
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["model"]["merges"].sort(key=lambda pair: -scores[pair[0] + pair[1]])
     tokenizer.backend_tokenizer.model = Tokenizer.from_str(json.dumps(backend)).model

@@ -42,7 +42,7 @@ def find_clip(path: str, name: str, hub_ids: Mapping[str, str] | None = None) ->
     Raises:
         UserError: the tower can't be found, or is not a CLIP.
     """
-    # The hub id, unless there is a folder of this name.
+    # A folder on this machine comes first. Without one, the name is looked up on the hub.
     tower = (hub_ids or {}).get(Path(name).name, name)
     for folder in tower_locations(path, name):
         if (folder / "config.json").is_file():
@@ -58,6 +58,7 @@ def find_clip(path: str, name: str, hub_ids: Mapping[str, str] | None = None) ->
             f"put its folder beside the checkpoint's: {error}"
         ) from error
 
+    # A complete CLIP has a text tower too. Its vision part is read from it.
     if model_type not in ("clip", "clip_vision_model"):
         raise UserError(
             f"{path}, config.json: mm_vision_tower {name!r} is of the type {model_type!r}; "
@@ -77,6 +78,7 @@ def clip_weights(path: str, tower: str, dtype: torch.dtype) -> dict[str, Tensor]
     Raises:
         UserError: the weights are not complete.
     """
+    # The message has to name the checkpoint: its user never asked for this tower.
     try:
         model = hf.load_hf_model(CLIPVisionModel, tower, dtype=dtype)
     except (OSError, UserError) as error:
