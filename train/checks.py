@@ -1,12 +1,9 @@
 """Check the settings of a run before any work starts.
 
-The types and limits of single settings stand in train/settings.py. Here are the checks of names,
-which Hydra leaves out for settings that are added with a plus, and the rules about settings that do
-not go together.
+The types and limits of single settings stand in train/settings.py. This module checks names, because
+Hydra accepts any name that is added with a plus. It also refuses settings that do not go together.
 """
 
-import difflib
-from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
 from enum import Enum
 from types import UnionType
@@ -15,44 +12,33 @@ from typing import Any, get_args
 from omegaconf import DictConfig, OmegaConf
 
 from train.config import budgets_of
-from train.settings import Config, GradientEngine, LoraSettings, ReducerSettings, check_not_renamed
+from train.settings import (
+    Config,
+    GradientEngine,
+    LoraSettings,
+    ReducerSettings,
+    check_not_renamed,
+    unknown_setting,
+)
 from vzip import UserError
 from vzip.errors import check_choice
 
 OPEN_GROUPS = {"reducer": ReducerSettings}
 """Groups whose members have settings of their own, with the settings that are common to them."""
+
+# What messages call the types.
 TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def check(cfg: DictConfig) -> None:
     """Check all settings. Raises UserError for the first one that is wrong."""
+    # Single settings come first, because the rules below read them.
     _check_group("", cfg, Config)
     for group, schema in OPEN_GROUPS.items():
         _check_group(f"{group}.", cfg[group], schema, is_open=True)
     _check_tune(cfg)
     _check_deepspeed(cfg)
     _check_budgets(cfg)
-
-
-def setting_names(schema: Any = Config, prefix: str = "") -> Iterator[str]:
-    """Yield the full names of all settings, such as "optim.lr". An open group counts as one setting."""
-    for field in fields(schema):
-        if is_dataclass(field.type):
-            yield from setting_names(field.type, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name
-
-
-def _unknown(name: str) -> UserError:
-    """Make the error about a name that is no setting, with the most similar name."""
-    names = list(setting_names())
-    by_last_part = {known.rsplit(".", 1)[-1]: known for known in names}
-    similar = difflib.get_close_matches(name, names, 1)
-    if not similar:  # the group may be missing, as in "lr"
-        last_parts = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last_part, 1)
-        similar = [by_last_part[part] for part in last_parts]
-    hint = f"; did you mean {similar[0]}?" if similar else ""
-    return UserError(f"{name} is no setting{hint}")
 
 
 def _check_group(prefix: str, group: DictConfig, schema: Any, *, is_open: bool = False) -> None:
@@ -64,13 +50,15 @@ def _check_group(prefix: str, group: DictConfig, schema: Any, *, is_open: bool =
         schema: the dataclass that lists them.
         is_open: whether settings that are not listed are allowed.
     """
+    # A wrong name is an error even if its value would be right.
     known = {field.name: field for field in fields(schema)}
     for key in group:
         name = f"{prefix}{key}"
         check_not_renamed(name)
         if key not in known and not is_open:
-            raise _unknown(name)
+            raise unknown_setting(name)
 
+    # An open group may leave a setting out: the reducer's class has its own default.
     for key, field in known.items():
         if key not in group:
             continue
@@ -82,16 +70,18 @@ def _check_group(prefix: str, group: DictConfig, schema: Any, *, is_open: bool =
 
 def _check_value(name: str, value: Any, field: Field[Any]) -> None:
     """Check the type and the limits of one setting."""
-    kinds = get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
+    # Hydra has already refused null where it is not allowed.
     if value is None:
-        return  # the schema refuses null where it is not allowed
-    for kind in kinds:
-        if isinstance(kind, type) and issubclass(kind, Enum):
-            check_choice(name, str(value), [member.value for member in kind])
-        elif kind in TYPES and not _is_a(value, kind):
-            raise UserError(f"{name}={value} must be {TYPES[kind]}")
-        break  # the second kind of a union is null
+        return
 
+    # A setting that may be null has a union of two types, and null is the second one.
+    kind = get_args(field.type)[0] if isinstance(field.type, UnionType) else field.type
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        check_choice(name, str(value), [member.value for member in kind])
+    elif kind in TYPES and not _is_a(value, kind):
+        raise UserError(f"{name}={value} must be {TYPES[kind]}")
+
+    # The type is right, so the limits can be compared.
     check = field.metadata.get("check")
     if check is not None:
         check(name, value)
@@ -99,6 +89,7 @@ def _check_value(name: str, value: Any, field: Field[Any]) -> None:
 
 def _is_a(value: Any, kind: type) -> bool:
     """Tell whether a value has a type. A whole number is a number too, but true is no number."""
+    # In Python, true is also the whole number 1.
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, int | float) if kind is float else isinstance(value, kind)
@@ -114,6 +105,8 @@ def _check_tune(cfg: DictConfig) -> None:
                 "use tune=projector or tune=projector_lora"
             )
         return
+
+    # `tune.lora` is open in the schema, because it may be null: check what it holds here.
     if not OmegaConf.is_dict(lora):
         raise UserError(
             f"tune.lora={lora} must be null or a mapping; use tune=projector_lora or tune=language_lora"
@@ -127,7 +120,7 @@ def _check_deepspeed(cfg: DictConfig) -> None:
     check_choice("deepspeed.zero_optimization.stage", stage, (0, 1, 2, 3))
     if cfg.quantize and stage == 3:
         raise UserError(
-            f"quantize={cfg.quantize} does not go with ZeRO 3, which can't share quantised weights: "
+            f"quantize={cfg.quantize} does not go with ZeRO 3, which can't share quantized weights: "
             f"set deepspeed=zero0"
         )
 
@@ -138,7 +131,7 @@ def _check_budgets(cfg: DictConfig) -> None:
     if not OmegaConf.is_list(cfg.reducer.get("budget")):
         return
 
-    # Each conflicting setting, with the reason why it conflicts.
+    # Collect the conflicting settings, each with the reason and what to do.
     conflicts = {}
     if cfg.engine == GradientEngine.reference:
         conflicts["engine=reference"] = "a budget is drawn for each packed micro batch: set engine=fast"
@@ -151,6 +144,7 @@ def _check_budgets(cfg: DictConfig) -> None:
         if value is not None:
             conflicts[f"reducer.{name}={value}"] = "each budget is split at the paper's ratio: leave it out"
 
+    # Report the first conflict: the next run reports the next one.
     for setting, reason in conflicts.items():
         raise UserError(
             f"reducer.budget={budgets} does not go with {setting}, because {reason}; or give a single budget"

@@ -22,7 +22,7 @@ from data.examples.prepare import Selection
 from data.paths import ROOT, data_dir
 from train.cli import exit_on_user_error
 from train.hardware import native_dtype
-from train.settings import Config, GradientEngine, LoraSettings, ReducerSettings, check_not_renamed
+from train.settings import Config, GradientEngine, LoraSettings, ReducerSettings, check_argument
 from vzip import UserError
 from vzip.errors import check_choice
 from vzip.families.anyres import ANYRES
@@ -30,6 +30,7 @@ from vzip.reducers import Reducer
 
 NOT_PART_OF_A_RUN = ("fresh", "dry_run", "name", "runs", "track")
 """Settings that may change without making another run."""
+
 NOT_PART_OF_DATA = ("address", "pictures", "replace_unreachable", "num_workers")
 """Settings of the group `data` that may change without making another run.
 
@@ -38,8 +39,10 @@ They say how the data gets here, and not what it is.
 
 HELP_WIDTH = 100
 """Columns of the help text."""
+
 HELP_INDENT = 30
 """Columns of the names in the help text, in front of the descriptions."""
+
 NESTED = {"reducer": ReducerSettings, "tune.lora": LoraSettings}
 """Settings that are groups, though the schema leaves them open."""
 
@@ -48,13 +51,11 @@ NESTED = {"reducer": ReducerSettings, "tune.lora": LoraSettings}
 def register() -> None:
     """Make the schema and the resolvers known to Hydra, such as `${data_dir:}`.
 
-    A renamed setting on the command line ends the command here, because Hydra would refuse it without
-    the new name.
+    A renamed or mistyped setting on the command line ends the command here, because Hydra would refuse it
+    without the right name.
     """
-    # A plus adds a setting, a tilde deletes one.
     for argument in sys.argv[1:]:
-        name, _, _ = argument.lstrip("+~").partition("=")
-        check_not_renamed(name)
+        check_argument(argument)
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("data_dir", lambda: str(data_dir()), replace=True)
     OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
@@ -70,12 +71,12 @@ def compose_settings(*overrides: str) -> DictConfig:
 
 
 def _field_texts(schema: type) -> dict[str, str]:
-    """Read the descriptions of a dataclass's fields, by their names.
-
-    They are the strings below the fields. Python does not keep them, so they are read from the source.
-    """
+    """Read the descriptions of a dataclass's fields, by their names: the strings below the fields."""
+    # Python does not keep these strings, so they are read from the source.
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(schema))).body
     assert isinstance(body, ast.ClassDef)
+
+    # A string belongs to the field above it.
     texts: dict[str, str] = {}
     name = ""
     for statement in body.body:
@@ -91,6 +92,8 @@ def describe_settings(schema: Any = Config, prefix: str = "") -> Iterator[tuple[
     texts = _field_texts(schema)
     for field in fields(schema):
         name = f"{prefix}{field.name}"
+
+        # A group is listed by its settings. A nested one is a setting itself, too.
         group = field.type if is_dataclass(field.type) else NESTED.get(name)
         if group is None or name in NESTED:
             yield name, texts[field.name]
@@ -104,6 +107,7 @@ def settings_help() -> str:
     lines = []
     for name, description in describe_settings():
         text = textwrap.fill(description, HELP_WIDTH, initial_indent=indent, subsequent_indent=indent)
+
         # The name takes the place of the first line's indentation.
         lines.append(f"{name} ".ljust(HELP_INDENT) + text[HELP_INDENT:])
     return "\n".join(lines)
@@ -117,6 +121,7 @@ def instantiate_target(node: DictConfig, **more: Any) -> Any:
     try:
         return instantiate(node, **more)
     except InstantiationException as error:
+        # Hydra wraps every error. One of ours already says what to do.
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise UserError(
@@ -133,6 +138,8 @@ def budgets_of(cfg: DictConfig) -> list[Any]:
     budget = cfg.reducer.get("budget")
     if not OmegaConf.is_list(budget):
         return [budget]
+
+    # Budgets name settings in the results, so each may stand there once. `true` is no number here.
     budgets = list(budget)
     are_counts = all(type(each) is int and each >= 1 for each in budgets)
     if not budgets or not are_counts or len(set(budgets)) < len(budgets):
@@ -144,14 +151,15 @@ def budgets_of(cfg: DictConfig) -> list[Any]:
 
 
 def build_reducers(cfg: DictConfig) -> list[Reducer]:
-    """Build one reducer per budget. A budget counts the tokens of `Family.budget_tiles` tiles together."""
-    # `anyres` stands among the reducer's settings, but belongs to the family.
+    """Build one reducer per budget."""
+    # `anyres` stands among the reducer's settings, but belongs to the family: check it, and leave
+    # it out.
     tile_order(cfg)
     settings = OmegaConf.create({key: value for key, value in cfg.reducer.items() if key != "anyres"})
     if "budget" not in settings:
         return [instantiate_target(settings)]
 
-    # Users count the tokens of several tiles together, reducers those of one.
+    # A budget counts the tokens of several tiles together, so reducers get their number.
     tiles = get_class(cfg.model["_target_"]).budget_tiles
     return [instantiate_target(settings, budget=budget, tiles=tiles) for budget in budgets_of(cfg)]
 
@@ -204,6 +212,8 @@ def _check_micro(cfg: DictConfig, world_size: int) -> None:
     size = cfg.batch.size
     if size % (cfg.batch.micro * world_size) == 0:
         return
+
+    # Name the sizes that would fit, if there are any.
     fitting = [micro for micro in range(1, size + 1) if size % (micro * world_size) == 0]
     advice = f"choose a multiple of {world_size}, or engine=fast"
     if fitting:
@@ -218,6 +228,7 @@ def batch_plan(cfg: DictConfig, *, num_examples: int, world_size: int) -> BatchP
 
     Raises UserError if it can't be cut that way.
     """
+    # Steps of fewer examples than asked for would be another experiment, so refuse them.
     if not num_examples:
         raise UserError(
             f"no example of data.path={cfg.data.path} has an answer to learn from within "
@@ -246,16 +257,19 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     """Return the settings that make a run what it is. Two runs that share them are the same run."""
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
+
+    # Leave out what changes where a run goes, or how its data gets here, but not what it learns.
     own = {str(name): value for name, value in settings.items() if name not in NOT_PART_OF_A_RUN}
     own["data"] = {name: value for name, value in own["data"].items() if name not in NOT_PART_OF_DATA}
     return own
 
 
 def run_name(cfg: DictConfig) -> str:
-    """`name`, or a name made of model, reducer, budgets, trainable parts, seed and a hash."""
+    """Return `name`, or make one of model, reducer, budgets, trainable parts, seed and a hash."""
     if cfg.name:
         return str(cfg.name)
-    # The hash keeps runs apart that differ in settings the name does not show.
+
+    # The hash tells runs apart that differ in other settings.
     digest = hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:6]
     reducer = cfg.reducer["_target_"].rsplit(".", 1)[-1].lower()
     budgets = budgets_of(cfg) if "budget" in cfg.reducer else []

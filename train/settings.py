@@ -5,10 +5,11 @@ has a function that checks them. A default of MISSING means that the YAML files 
 Two groups are open, because their members have settings of their own: `reducer` and `deepspeed`.
 """
 
+import difflib
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -345,3 +346,48 @@ class Config:
     """Print the plan, and stop."""
     control: bool = False
     """Also tune a projector for as many random tokens: the setting `random` in the results."""
+
+
+def setting_names(schema: Any = Config, prefix: str = "") -> Iterator[str]:
+    """Yield the full names of all settings, such as "optim.lr". An open group counts as one setting."""
+    for setting in fields(schema):
+        if is_dataclass(setting.type):
+            yield from setting_names(setting.type, f"{prefix}{setting.name}.")
+        else:
+            yield prefix + setting.name
+
+
+def unknown_setting(name: str) -> UserError:
+    """Make the error about a name that is no setting, with the most similar name."""
+    names = list(setting_names())
+    by_last_part = {known.rsplit(".", 1)[-1]: known for known in names}
+    similar = difflib.get_close_matches(name, names, 1)
+    if not similar:  # the group may be missing, as in "lr"
+        last_parts = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last_part, 1)
+        similar = [by_last_part[part] for part in last_parts]
+    hint = f"; did you mean {similar[0]}?" if similar else ""
+    return UserError(f"{name} is no setting{hint}")
+
+
+def check_argument(argument: str) -> None:
+    """Check the name of a setting on the command line, NAME=VALUE.
+
+    Hydra checks it too, but it does not know renamed settings, and it suggests no similar name. Names of
+    open groups, and those that a plus adds, are left to Hydra and to `train.checks`.
+
+    Raises:
+        UserError: the setting was renamed, or there is none of this name.
+    """
+    name, equals, _ = argument.lstrip("+~").partition("=")
+    check_not_renamed(name)
+    if argument.startswith(("+", "~", "-")) or not equals:
+        return
+
+    closed = [group.name for group in fields(Config) if is_dataclass(group.type)]
+    group, _, rest = name.partition(".")
+    if not rest or group not in closed:
+        return
+    names = list(setting_names())
+    is_part = any(name.startswith(f"{known}.") for known in names)
+    if name not in names and not is_part:
+        raise unknown_setting(name)
