@@ -23,6 +23,7 @@ class Handle:
     """
 
     def __init__(self, model: Any, reducer: Reducer, *, anyres: str = "released") -> None:
+        # Check first: a reducer that does not fit must leave the model unchanged.
         self.family = family_of(model, anyres=anyres)
         self.reducer = reducer
         self.family.check_reducer(reducer)
@@ -32,9 +33,9 @@ class Handle:
     def num_image_tokens(self, image_size: tuple[int, int] | None = None) -> int:
         """Count the placeholders that an image of `image_size` = (height, width) pixels takes.
 
-        Without a size: an image of the tower's own size, or, if images are cut into tiles, a square
-        of 5 tiles. LLaVA-OneVision does not cut an image that shares its example with others; use
-        `processor` to count those.
+        Without a size, this counts an image of the tower's own size, or, if images are cut into
+        tiles, a square of 5 tiles. LLaVA-OneVision does not cut an image that shares its example
+        with others; use `processor` to count those.
         """
         return self.family.num_image_tokens(self.reducer, image_size)
 
@@ -43,11 +44,12 @@ class Handle:
         return self.family.num_video_tokens(self.reducer, num_frames)
 
     def processor(self, processor: Any) -> Any:
-        """Return a copy of the model's processor that expands media to the reduced number of tokens."""
+        """Copy the model's processor, so that it writes one placeholder for each token that stays."""
+        # A shallow copy shares its parts with the original, but has methods of its own.
         reduced = copy.copy(processor)
 
-        # These three methods are where processors of transformers count placeholders.
-
+        # Processors of transformers count placeholders in three methods. These two write those of
+        # one image, or of one video, into the text.
         def replace_image_token(image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
             inputs = MediaInputs.from_processed("image", image_inputs)
             token: str = reduced.image_token
@@ -59,11 +61,13 @@ class Handle:
             return token * self.family.num_processed_tokens(self.reducer, "video", inputs, video_idx)
 
         def get_num_multimodal_tokens(image_sizes: Any = None, video_sizes: Any = None, **kwargs: Any) -> Any:
+            # Processors of models without videos do not take `video_sizes`.
             sizes = {"image_sizes": image_sizes}
             if video_sizes is not None:
                 sizes["video_sizes"] = video_sizes
             counts = processor._get_num_multimodal_tokens(**sizes, **kwargs)
 
+            # Replace the unreduced numbers.
             if image_sizes is not None:
                 counts.num_image_tokens = [self.num_image_tokens(tuple(size)) for size in image_sizes]
             if video_sizes is not None:
@@ -118,6 +122,8 @@ def attach(
     Raises:
         UserError: an unsupported model, contradicting settings, a budget larger than an image.
     """
+    # Budgets and counts are VisionZip's.
+    # A budget counts one tile or several: that depends on the family of the model.
     if reducer is None:
         tiles = family_of(model).budget_tiles
         reducer = VisionZip(budget=budget, tiles=tiles, dominant=dominant, contextual=contextual)

@@ -53,6 +53,7 @@ class MediaInputs:
         pixel_names = [name for name in PIXEL_NAMES[kind] if processed.get(name) is not None]
         assert pixel_names, f"no pixels of any {kind} among {', '.join(processed)}"
 
+        # Sizes and counts belong to images alone.
         extra = {}
         for name in EXTRA_NAMES if kind == "image" else ():
             if processed.get(name) is not None:
@@ -107,6 +108,7 @@ def lookup_table(kind: str, processor: Any) -> Tensor:
     ramp = torch.arange(256, dtype=torch.uint8).view(LOOKUP_SIDE, LOOKUP_SIDE, 1)
     picture = Image.fromarray(ramp.expand(LOOKUP_SIDE, LOOKUP_SIDE, 3).contiguous().numpy())
 
+    # Settings under which the processor has nothing to resize or cut.
     square = {"height": LOOKUP_SIDE, "width": LOOKUP_SIDE}
     settings: dict[str, Any] = {"size": square, "crop_size": square}
     if hasattr(processor, "image_grid_pinpoints"):
@@ -117,6 +119,7 @@ def lookup_table(kind: str, processor: Any) -> Tensor:
         pixels: Tensor = MediaInputs.from_processed(kind, processed).pixels
         return pixels.reshape(-1, 3, 256)[0]
 
+    # Without arithmetic, the values must come back in their order.
     untouched = first_tile(do_rescale=False, do_normalize=False)
     assert torch.equal(untouched, ramp.view(1, 256).expand(3, 256)), (
         f"{type(processor).__name__} changes pixels where it should not"
@@ -219,6 +222,7 @@ class FrameProcessor:
         processed = [
             self._process_video(video, settings) for video in make_batched_videos(_convert_to_rgb(videos))
         ]
+        # Videos are stacked, so they must be of the same length.
         counts = [len(frames) for frames in processed]
         if len(set(counts)) > 1:
             raise UserError(
@@ -231,6 +235,7 @@ class FrameProcessor:
         frames = [_frame_to_picture(frame) for frame in video]
         check_num_frames(len(frames))
 
+        # Frames are processed like pictures. With tiles, each has its base tile alone.
         processed = self.image_processor(frames, return_tensors="pt", **settings)
         pixels = MediaInputs.from_processed("image", processed).pixels
         return pixels[:, 0] if self.has_tiles else pixels
@@ -269,6 +274,7 @@ def load_video_processor(processor_class: Any, path: str) -> Any:
     if is_torchvision_available():
         return AutoProcessor.from_pretrained(path)
 
+    # The parts are loaded one by one; the rest of the file is settings of the processor.
     settings, _ = processor_class.get_processor_dict(path)
     parts = {"processor_class", *processor_class.get_attributes()}
     own_settings = {name: value for name, value in settings.items() if name not in parts}

@@ -100,6 +100,7 @@ def layer_index(layer: int, num_layers: int, *, setting: str = "vision_feature_l
     if not isinstance(layer, int):
         raise UserError(f"{setting}={layer!r} is not one layer; a reducer needs one, e.g. -2")
 
+    # Negative numbers count from the end; hidden state 0 is the embeddings.
     hidden_state = layer if layer >= 0 else layer + num_layers + 1
     if not 1 <= hidden_state <= num_layers:
         raise UserError(
@@ -125,6 +126,7 @@ def cls_attention(queries: Tensor, keys: Tensor) -> Tensor:
     Returns:
         float[B, P].
     """
+    # One row of the attention map is enough: that of CLS.
     scale = queries.shape[-1] ** -0.5
     scores = (queries[:, :, :1] @ keys.transpose(2, 3)).mul(scale)
     return scores.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
@@ -146,6 +148,7 @@ def received_attention(queries: Tensor, keys: Tensor, max_scores: int = MAX_SCOR
     num_images, num_heads, num_tokens, head_dim = keys.shape
     scale = head_dim**-0.5
 
+    # The map of all queries would be large, so it is computed for some queries at a time.
     scores_per_query = num_images * num_heads * num_tokens
     num_queries = max(1, max_scores // scores_per_query)
 
@@ -172,6 +175,7 @@ def captured(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
         return hook
 
+    # The hooks are removed even if the block raises.
     handles = [module.register_forward_hook(store_as(name)) for name, module in modules.items()]
     try:
         yield outputs
@@ -216,6 +220,7 @@ def run_tower(
     layout = tower_layout(tower.config)
     layers = list(tower.get_submodule(layout.layers).children())
 
+    # The outputs to catch, and the last layer that one of them needs.
     last_layer = layer_index(feature_layer, len(layers))
     hooked = {"features": layers[last_layer]}
     if attention_layer is not None:
@@ -242,6 +247,7 @@ def run_tower(
 @torch.no_grad()
 def _with_attention(tokens: VisionTokens, queries: Tensor, keys: Tensor, config: Any) -> VisionTokens:
     """Add saliency and keys, computed from a layer's projections float[B, N, d]."""
+    # Saliency and keys only choose tokens, so no gradient goes through them.
     query_heads = split_heads(queries, config.num_attention_heads)
     key_heads = split_heads(keys, config.num_attention_heads)
     saliency_of = cls_attention if tokens.has_cls else received_attention

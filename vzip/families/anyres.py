@@ -57,6 +57,7 @@ class Grid:
         num_rows = rows * side
         num_columns = columns * side
 
+        # The picture fills the grid along one side; the rest of the other side is padding.
         top = left = 0
         if width / height > num_columns / num_rows:
             top = (num_rows - int(round(height * (num_columns / width), 7))) // 2
@@ -88,6 +89,7 @@ class Grid:
         if self.max_tiles is None:
             return self.num_rows, self.num_columns
 
+        # Up to 10 % more along each side are not pooled.
         max_patches = self.max_tiles * self.side**2
         ratio = math.sqrt(self.num_rows * self.num_columns / max_patches)
         if ratio <= 1.1:
@@ -112,6 +114,7 @@ class Grid:
             tile: int64[...]: the tile of each patch; 1 is the first tile after the base tile.
             patches: int64[...]: the patch within the tile.
         """
+        # Row and column of the patch in the stitched grid, in which tiles stand row by row.
         row = (tile - 1) // self.columns * self.side + patches // self.side
         column = (tile - 1) % self.columns * self.side + patches % self.side
         return row * (self.columns * self.side) + column
@@ -145,10 +148,12 @@ def released_order(
     if grid is None:
         return torch.cat([tokens[0], tokens.new_tensor([-1])])
 
+    # Dominant patches of all tiles but the base tile, sorted by their position in the grid.
     tile = torch.arange(1, num_tiles, device=dominant.device).unsqueeze(1)
     patches = dominant[1:, num_cls:] - int(has_cls)
     by_raster = grid.raster(tile, patches).flatten().argsort()
 
+    # In `tokens`, each row is a tile: CLS, dominant patches, contextual tokens.
     base = tokens[0]
     kept_patches = tokens[1:, num_cls:num_dominant].flatten()[by_raster]
     cls_tokens = tokens[1:, :num_cls].flatten()
@@ -168,6 +173,7 @@ def spatial_order(positions: Sequence[Tensor], grid: Grid | None) -> Tensor:
     Returns:
         int64[n + newlines]: indices into the image's tokens, tile after tile; -1 is `image_newline`.
     """
+    # The base tile comes first, in its own raster.
     base = positions[0].argsort()
     if grid is None:
         return torch.cat([base, base.new_tensor([-1])])

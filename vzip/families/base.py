@@ -100,6 +100,7 @@ class Family:
         if cls.original is not None and cls.original.is_original(config):
             return cls.original.load_model(path, dtype=dtype)
 
+        # transformers would load another family's weights and only warn that none of them fit.
         model_type = config.get("model_type")
         if model_type != cls.model_type:
             raise UserError(
@@ -197,6 +198,7 @@ class Family:
         config = self.model.config
         num_layers = config.vision_config.num_hidden_layers
 
+        # The features' own layer, and that of the attention if it comes later.
         run = layer_index(config.vision_feature_layer, num_layers) + 1
         if reducer.uses_attention and reducer.layer is not None:
             run = max(run, layer_index(reducer.layer, num_layers, setting="reducer.layer") + 1)
@@ -241,6 +243,8 @@ class Family:
     def describe_reduction(self, reducer: Reducer) -> dict[str, Any]:
         """Return the reducer's name and settings, and the order of tiles, for checkpoints."""
         settings = {"name": reducer.name, **reducer.settings()}
+
+        # Without a reduction, the model's own code orders the tokens.
         if not isinstance(reducer, Identity):
             settings["anyres"] = self.anyres
         return settings
@@ -281,10 +285,12 @@ class Family:
         **options: Any,
     ) -> VisionTokens:
         """Run a tower up to the layers that the model and the reducer ask for."""
+        # A caller of the patched method may ask for another layer than the config does.
         feature_layer = options.pop("vision_feature_layer", None)
         if feature_layer is None:
             feature_layer = self.model.config.vision_feature_layer
 
+        # Attention is computed only for reducers that read it.
         attention_layer = None
         if reducer.uses_attention:
             attention_layer = feature_layer if reducer.layer is None else reducer.layer
@@ -337,6 +343,7 @@ class Family:
         Raises:
             UserError: a reducer is attached already.
         """
+        # An attribute of the instance hides the method of its class.
         inner = self.model.model
         if set(self.patched_methods) & set(vars(inner)):
             raise UserError("a reducer is attached to this model already; call detach() on its handle first")
@@ -365,6 +372,7 @@ def _patched(method: Callable[..., Any], family: Family, kind: str, reducer: Red
         more_arguments = arguments.pop("kwargs", {})
         arguments |= more_arguments
 
+        # Pixels and sizes are inputs; everything else is an option of the tower.
         inputs = MediaInputs.from_processed(kind, arguments)
         options = {
             name: value
@@ -378,6 +386,7 @@ def _patched(method: Callable[..., Any], family: Family, kind: str, reducer: Red
         features = adapter.visual_features(kind, inputs, reducer, **options)
         tokens = adapter.project(features)
 
+        # The model wants the tokens of each image, or video, apart.
         of_each = list(torch.split(tokens, features.counts.tolist()))
         return BaseModelOutputWithPooling(
             pooler_output=torch.stack(of_each) if kind in family_class.stacked else of_each

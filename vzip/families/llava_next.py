@@ -67,6 +67,7 @@ def _reduce_visible(
     Returns:
         The tokens float[tiles, n, d], and the patch of each token, int64[tiles, n].
     """
+    # Index [tiles, 1] and [P] give the visible patches of each tile.
     rows = tiles.unsqueeze(1)
     visible = VisionTokens(
         features=tokens.features[rows, patches],
@@ -78,6 +79,7 @@ def _reduce_visible(
     if len(patches) <= budget:
         return visible.features, patches.expand(len(tiles), -1)
 
+    # The reducer numbers the visible patches; `patches` gives their numbers in the tile.
     output = reducer(visible)
     return output.features, patches[torch.cat([output.dominant, output.contextual], dim=1)]
 
@@ -134,6 +136,7 @@ class LlavaNext(Family):
 
     def num_image_tokens(self, reducer: Reducer, image_size: tuple[int, int] | None = None) -> int:
         """Count the placeholders of an image; by default of a square of 2 x 2 tiles and a base tile."""
+        # The paper counts 5 tiles for an image.
         size = image_size or (2 * self.tile_side, 2 * self.tile_side)
         return self.num_grid_tokens(reducer, self.grid_of(size))
 
@@ -143,10 +146,12 @@ class LlavaNext(Family):
         if grid is None:
             return tile_tokens + 1  # image_newline
 
+        # All tiles, padding included.
         order = self.tile_order(reducer)
         if order == "released":
             return tile_tokens * grid.num_tiles
 
+        # The visible patches only, and a newline after each row.
         num_rows, num_columns = grid.pooled
         if order == "model":
             return tile_tokens + num_rows * (num_columns + 1)
@@ -209,6 +214,7 @@ class LlavaNext(Family):
         if tokens.has_cls and output.dominant.shape[1] > 0:
             num_cls = int(not output.dominant[:, 0].any().item())
 
+        # Tiles of all images stand one after the other.
         images = []
         first_tile = 0
         for grid, count in zip(grids, tiles_of(grids), strict=True):
@@ -247,6 +253,7 @@ class LlavaNext(Family):
 
         reduced: dict[int, tuple[Tensor, Tensor]] = {}
         for (rows, columns), tiles in groups.items():
+            # Numbers of the visible patches within a tile.
             raster = [row * side + column for row in rows for column in columns]
             patches = torch.tensor(raster, dtype=torch.int64, device=device)
             features, positions = _reduce_visible(
@@ -255,6 +262,7 @@ class LlavaNext(Family):
             for index, tile in enumerate(tiles):
                 reduced[tile] = (features[index], positions[index])
 
+        # Each image is the tokens of its tiles, in the raster of the picture.
         images = []
         first_tile = 0
         for grid, count in zip(grids, tiles_of(grids), strict=True):
@@ -266,6 +274,7 @@ class LlavaNext(Family):
         return VisualFeatures.join(images)
 
     def project(self, features: VisualFeatures) -> Tensor:
+        # Without a reduction, the model's own code packs the projected tokens.
         if isinstance(features, UnpackedFeatures):
             return torch.cat(self.pack(self.run_projector(features.features), features))
 

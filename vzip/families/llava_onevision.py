@@ -45,6 +45,7 @@ class LlavaOnevision(LlavaNext):
     # ---- Tiles ----
 
     def grid_of(self, image_size: tuple[int, int]) -> Grid:
+        # "anyres_max_9" pools images of more than 9 tiles.
         max_tiles = int(self.model.config.vision_aspect_ratio.removeprefix("anyres_max_"))
         return replace(super().grid_of(image_size), max_tiles=max_tiles)
 
@@ -54,6 +55,7 @@ class LlavaOnevision(LlavaNext):
         if "batch_num_images" not in inputs.extra:
             return grids
 
+        # One count for each example, one grid for each image.
         counts = [int(count) for count in inputs.extra["batch_num_images"]]
         is_alone = []
         for count in counts:
@@ -112,6 +114,7 @@ class LlavaOnevision(LlavaNext):
                 image_sizes=None,
             )
 
+        # A row of indices for each video, with -1 (the newline) at its end.
         frames = VisualFeatures.in_order(features, num_media=num_videos)
         order = F.pad(frames.order.view(num_videos, -1), (0, 1), value=-1)
         return VisualFeatures(features, order.flatten(), frames.counts + 1)
@@ -119,6 +122,7 @@ class LlavaOnevision(LlavaNext):
     def pack(self, tokens: Tensor, features: UnpackedFeatures) -> list[Tensor]:
         inner = self.model.model
         if features.kind == "video":
+            # The model pools each frame, and ends each video with a newline.
             frames = inner.apply_pooling(tokens).flatten(0, 1)
             newline = inner.image_newline.to(frames)[None]
             return [torch.cat([video, newline]) for video in frames.chunk(len(features.num_tiles))]

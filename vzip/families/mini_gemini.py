@@ -40,6 +40,7 @@ class MiniGemini(Family):
         side = config.high_resolution_config.image_size
         picture = torch.empty(1, 3, side, side, **settings)
 
+        # On the meta device nothing is computed, only counted.
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             inner.mine(patches, picture)
         return int(counter.get_total_flops())
@@ -49,6 +50,7 @@ class MiniGemini(Family):
 
     def vision_tokens(self, reducer: Reducer, pixel_values: Tensor, **options: Any) -> VisionTokens:
         """Run CLIP on the small picture, and mine its patches in the large one, float[B, 3, side, side]."""
+        # The reducer reads CLIP's attention, and gets the mined patches as features.
         inner: Any = self.model.model
         small_pictures = inner.low_resolution(pixel_values)
         patches = super().vision_tokens(reducer, small_pictures, **options).without_cls()

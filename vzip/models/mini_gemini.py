@@ -80,6 +80,7 @@ def check_mini_gemini_config(config: MiniGeminiConfig) -> None:
     one layer.
     """
     high: Any = config.high_resolution_config
+    # Each side must hold a whole number of ConvNeXt patches for each CLIP patch.
     stride = high.patch_size * config.grid
     if high.image_size % stride:
         raise UserError(
@@ -173,6 +174,7 @@ class PatchInfoMining(nn.Module):
         high_features = high_features.to(low_features.dtype)
         regions = cut_regions(high_features, low_features.shape[1])
 
+        # One query for each patch, M keys and values in its region.
         queries = self.query(low_features).unsqueeze(2)
         keys = self.key(regions)
         scores = queries @ (keys.transpose(2, 3) / keys.shape[-1] ** 0.5)
@@ -191,6 +193,7 @@ def cut_regions(high_features: Tensor, num_patches: int) -> Tensor:
     Raises:
         UserError: N is no square, or S no multiple of its root.
     """
+    # Patches form a square grid, each with a square region.
     batch, channels, height, width = high_features.shape
     grid = math.isqrt(num_patches)
     if grid * grid != num_patches or height != width or height % grid:

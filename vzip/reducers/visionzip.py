@@ -50,6 +50,7 @@ def select_dominant(saliency: Tensor, num_dominant: int, *, has_cls: bool, keep_
     with_cls = has_cls and keep_cls and num_dominant > 0
     num_patches = num_dominant - int(with_cls)
 
+    # A stable sort gives ties to the first patch in raster order.
     by_saliency = saliency.argsort(dim=1, descending=True, stable=True)
     in_raster_order = by_saliency[:, :num_patches].sort(dim=1).values
 
@@ -69,6 +70,7 @@ def remaining_tokens(dominant: Tensor, num_tokens: int, *, has_cls: bool) -> Ten
     Returns:
         int64[B, R]: indices into the N vision tokens.
     """
+    # Mark all tokens, and unmark the dominant ones and CLS.
     is_left = torch.ones(dominant.shape[0], num_tokens, dtype=torch.bool, device=dominant.device)
     is_left.scatter_(1, dominant, False)
     is_left[:, : int(has_cls)] = False
@@ -91,11 +93,13 @@ def assign_to_targets(keys: Tensor, num_contextual: int) -> tuple[Tensor, Tensor
         Indices of the targets int64[C] and of the others int64[R - C] among the remaining patches,
         and the number of the target that each other token is assigned to, int64[B, R - C].
     """
+    # With a step that does not divide R, the tokens after the last target are no targets.
     num_remaining = keys.shape[1]
     step = max(1, num_remaining // num_contextual)
     index = torch.arange(num_remaining, device=keys.device)
     is_target = (index % step == 0) & (index < step * num_contextual)
 
+    # Cosine similarity, in float32 at least.
     directions = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
     similarity = directions[:, ~is_target] @ directions[:, is_target].transpose(1, 2)
     return index[is_target], index[~is_target], similarity.argmax(dim=2)
@@ -116,11 +120,13 @@ def merge(targets: Tensor, others: Tensor, assigned: Tensor, how: str) -> Tensor
     Returns:
         float[B, C, d], in the precision of `targets`.
     """
+    # Sums over clusters are matrix products with a 0/1 matrix, in float32 at least.
     accurate = torch.promote_types(targets.dtype, torch.float32)
     members = F.one_hot(assigned, targets.shape[1]).transpose(1, 2).to(accurate)
     sizes = members.sum(dim=2, keepdim=True)
     total = members @ others.to(accurate)
 
+    # An empty cluster has the sum 0, so its target is unchanged.
     if how == "sum":
         merged = targets + total / sizes.clamp(min=1)
     else:
@@ -185,6 +191,7 @@ class VisionZip:
         # An error message shows the budget the way the user gave it.
         self._tiles = 1 if budget is None else tiles
 
+        # The counts of one tile: given, or split from the budget.
         tile_budget = None if budget is None else budget_of_a_tile(budget, tiles)
         if tile_budget is not None and dominant is None and contextual is None:
             dominant, contextual = split_budget(tile_budget)
@@ -227,6 +234,7 @@ class VisionZip:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def num_tokens(self, num_patches: int, *, has_cls: bool, num_dropped: int) -> int:
+        # CLS can be kept beside the patches, but is never merged.
         num_tokens = self.dominant + self.contextual
         keeps_cls = has_cls and self.keep_cls and self.dominant > 0
         available = num_patches + int(keeps_cls)
