@@ -38,9 +38,7 @@ def family_with(kind, dtype=torch.float32, anyres="released"):
     return family
 
 
-@cache
-def with_towers(kind, dtype, anyres):
-    return family_with(kind, dtype, anyres)
+with_towers = cache(family_with)
 
 
 @cache
@@ -53,16 +51,7 @@ def without_towers(kind, dtype, anyres):
 class TwoRuns:
     """The same examples for a model that sees pictures, and for one that has a cache and no towers."""
 
-    def __init__(
-        self,
-        folder,
-        kind,
-        reducer=RELEASED,
-        *,
-        anyres="released",
-        texts=None,
-        dtype=torch.float32,
-    ):
+    def __init__(self, folder, kind, reducer=RELEASED, *, anyres="released", texts=None, dtype=torch.float32):
         self.examples = examples_of(texts or texts_of(kind), folder)
         self.reducer = reducer
         self.with_towers = with_towers(kind, dtype, anyres)
@@ -95,9 +84,9 @@ class TwoRuns:
         examples = self.chosen(numbers)
         return self.from_pictures(examples), self.from_cache(examples)
 
-    def tokens(self, numbers=None):
+    def tokens(self):
         """Projected tokens by kind: (from pictures, by the model's own patched method; from the cache)."""
-        from_pictures, from_cache = self.batches(numbers)
+        from_pictures, from_cache = self.batches()
         model = self.with_towers.model
         expected = {}
         actual = {}
