@@ -1,4 +1,6 @@
-"""Every adapter and reducer on disk is complete, and transformers keeps its parts where adapters expect them."""
+"""Every adapter and reducer on disk is complete, and transformers keeps its parts where adapters
+expect them.
+"""
 
 import functools
 import importlib
@@ -53,7 +55,8 @@ def test_the_model_takes_its_features_from_the_patched_method(kind):
     inner.get_image_features = replaced
     with torch.no_grad():
         output = model(**inputs)
-    moved = f"{type(inner).__name__} does not use its get_image_features any more: adapt its file in vzip/families"
+    name = type(inner).__name__
+    moved = f"{name} does not use its get_image_features any more: adapt its file in vzip/families"
     assert len(returned) == 1, moved
     assert torch.equal(output.image_hidden_states.reshape_as(returned[0]), returned[0]), moved
     model.generate(**inputs, **GREEDY)

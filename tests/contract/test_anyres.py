@@ -1,4 +1,6 @@
-"""Images of several tiles: how many tokens they take, and where each token stands, against slow transcriptions."""
+"""Images of several tiles: how many tokens they take, and where each token stands, against slow
+transcriptions.
+"""
 
 import functools
 

@@ -1,4 +1,6 @@
-"""README and docs name only what is there: links, paths, make targets, settings. The commands run in test_readme.py."""
+"""README and docs name only what is there: links, paths, make targets, settings. The commands run in
+test_readme.py.
+"""
 
 import re
 import shlex

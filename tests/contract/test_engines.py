@@ -123,7 +123,9 @@ def make_collator(kind, family, examples, reducer):
 
 
 def assert_equal_gradients(kind, examples, reducer, *, world_size, micro, tokens, recompute):
-    """The fast path on some ranks gives the gradient and the loss of the reference path on one. Returns the gradient."""
+    """The fast path on some ranks gives the gradient and the loss of the reference path on one.
+    Returns the gradient.
+    """
     family = cached_family(kind)
     collator = make_collator(kind, family, examples, reducer)
     alone = BatchPlan(size=len(examples), world_size=1, num_steps=1, seed=0)

@@ -1,4 +1,6 @@
-"""Tuning from a feature cache is tuning from pictures: the same features, loss and gradients for every family and reducer."""
+"""Tuning from a feature cache is tuning from pictures: the same features, loss and gradients for every
+family and reducer.
+"""
 
 from functools import cache
 

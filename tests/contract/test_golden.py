@@ -31,7 +31,9 @@ def error(got, want):
 
 
 def pictures(tiles, counts):
-    """Pad float[all tiles, 3, H, W] to float[images, most tiles, 3, H, W], with zeros after an image's last tile."""
+    """Pad float[all tiles, 3, H, W] to float[images, most tiles, 3, H, W], with zeros after an image's
+    last tile.
+    """
     padded = torch.zeros(len(counts), max(counts), *tiles.shape[1:])
     for image, part in enumerate(tiles.split(counts)):
         padded[image, : len(part)] = part
@@ -40,7 +42,9 @@ def pictures(tiles, counts):
 
 @pytest.fixture(scope="module", params=sorted(path.name for path in GOLDEN.iterdir() if path.is_dir()))
 def case(request):
-    """Return settings and tensors of a case, a function that loads its model, and the pictures as the model takes them."""
+    """Return settings and tensors of a case, a function that loads its model, and the pictures as the
+    model takes them.
+    """
     folder = GOLDEN / request.param
     kind = json.loads((folder / "model" / "config.json").read_text())["model_type"]
     if kind not in vzip.families.families():

@@ -1,4 +1,6 @@
-"""The rules of the house: sizes, imports in one direction, one thought a line, no path of one machine, docstrings."""
+"""The rules of the house: sizes, imports in one direction, one thought a line, no path of one machine,
+docstrings.
+"""
 
 import ast
 import re

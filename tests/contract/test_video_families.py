@@ -59,7 +59,9 @@ def batch(processor, examples=EXAMPLES, side="right", num_frames=3, first_pictur
 
 @torch.no_grad()
 def frame_features(model, pixel_values_videos, num_tokens):
-    """float[videos, frames, T, d_llm], and OneVision's newlines float[videos, 1, d_llm]; Video-LLaVA has none."""
+    """float[videos, frames, T, d_llm], and OneVision's newlines float[videos, 1, d_llm]; Video-LLaVA
+    has none.
+    """
     tokens = model.model.get_video_features(pixel_values_videos=pixel_values_videos).pooler_output
     num_videos, num_frames = pixel_values_videos.shape[:2]
     tokens = tokens.reshape(num_videos, -1, tokens.shape[-1])

@@ -17,7 +17,9 @@ def members(group):
 
 @cache
 def composed(*overrides):
-    """The settings that `make tune ARGS="OVERRIDES"` runs with. Do not change them: other tests share them."""
+    """The settings that `make tune ARGS="OVERRIDES"` runs with. Do not change them: other tests share
+    them.
+    """
     return config.compose_settings(*overrides)
 
 

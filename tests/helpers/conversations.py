@@ -5,5 +5,7 @@ from tests.helpers.broken import messages
 
 
 def conversation(*texts, name="", **fields):
-    """A conversation of these texts, questions and answers in turn. `fields` are `image`, `video`, `source` and the like."""
+    """A conversation of these texts, questions and answers in turn. `fields` are `image`, `video`,
+    `source` and the like.
+    """
     return parse_conversation({"id": name, "conversations": messages(*texts), **fields})

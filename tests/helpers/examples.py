@@ -76,7 +76,9 @@ def examples_of(texts, folder):
 
 
 def tokenize(conversations, template, folder, *, max_tokens=2048, sizes=None):
-    """The conversations as `Examples` in a file, with images in `folder`, by default all of the size of a tile."""
+    """The conversations as `Examples` in a file, with images in `folder`, by default all of the size
+    of a tile.
+    """
     if sizes is None:
         sizes = {path: (tiny.SIDE, tiny.SIDE) for source in conversations for path in source.images}
     target = folder / "tokens.arrow"
@@ -142,7 +144,9 @@ def process(processor, texts, examples, *, side="right"):
 
 
 def without_padding(pixels, expected):
-    """`pixels` with zeros where `expected` has tiles of zeros. They pad images of few tiles, and no model looks at them."""
+    """`pixels` with zeros where `expected` has tiles of zeros. They pad images of few tiles, and no
+    model looks at them.
+    """
     if pixels.shape != expected.shape or expected.dim() != 5:
         return pixels
     is_padding = ~expected.flatten(2).any(dim=2)

@@ -1,4 +1,6 @@
-"""A small copy of LLaVA's mix-665k: its sources in their shares, its paths and kinds of examples, and its pictures."""
+"""A small copy of LLaVA's mix-665k: its sources in their shares, its paths and kinds of examples, and
+its pictures.
+"""
 
 import io
 import json
@@ -44,7 +46,9 @@ def _text_example(draw, number):
 
 
 def _picture_example(draw, source, number):
-    """Short questions about a picture, or a long talk, with the picture before or behind the first question."""
+    """Short questions about a picture, or a long talk, with the picture before or behind the first
+    question.
+    """
     path = PATHS[source].format(number, draw.choice(["", "_2"]))
     is_long = source == "coco" and number % 2
     turns = []

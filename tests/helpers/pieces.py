@@ -8,8 +8,28 @@ LICENSE = Path(__file__).resolve().parents[2] / "LICENSE"
 NUM_PIECES = 1000
 
 WHOLE_WORDS = (
-    "ASSISTANT INST What Where Say Be kind is it A a red car On the road Two and Describe assistant answers"
-).split()
+    "ASSISTANT",
+    "INST",
+    "What",
+    "Where",
+    "Say",
+    "Be",
+    "kind",
+    "is",
+    "it",
+    "A",
+    "a",
+    "red",
+    "car",
+    "On",
+    "the",
+    "road",
+    "Two",
+    "and",
+    "Describe",
+    "assistant",
+    "answers",
+)
 """Words that become one piece each, at the start of a word (`▁car`) and inside of one (`car`)."""
 
 
@@ -22,7 +42,8 @@ def save_sentencepiece_model(folder: Path):
         # Seen behind other letters as well, a word is merged before its space is.
         lines += [f"{word} x{word} y{word} z{word}?"] * 300
 
-    # As in LLaMA: `USER` is one piece inside of a text, and two behind a space (`▁US`, `ER`). LLaVA's masks count on it.
+    # As in LLaMA: `USER` is one piece inside of a text, and two behind a space (`▁US`, `ER`).
+    # LLaVA's masks count on it.
     lines += ["US US US ER xER yER"] * 300
     lines += ["xUSER yUSER zUSER"] * 100
 

@@ -33,8 +33,9 @@ PAGE = b"<html><body>Sorry, this picture is not available.</body></html>"
 
 
 def client(**settings):
-    """A client that waits little between attempts, but long for an answer: a busy machine is no fault of the server.
+    """Make a client that waits little between attempts, but long for an answer.
 
+    A busy machine is no fault of the server.
     A test of a server that stalls gives a shorter `read_s`.
     """
     return Client(**{"attempts": 3, "first_wait_s": 0.01, **settings})
@@ -54,12 +55,14 @@ def seeded(faults, share, *, seed=0):
 
 
 class Server:
-    """`with Server(folder, plan) as server:` serves a folder's files at `server.url`, with ranges, and as the hub does.
+    """A web server of a folder's files, with ranges, that also answers as the hub does.
+
+    Use it as `with Server(folder, plan) as server:`; its address is `server.url`.
 
     Args:
         folder: what is served.
-        plan: the faults of a path ("/a/b.jpg"): a list is used up, request by request; a text holds for ever. It is a dict,
-            or a function such as `seeded` makes.
+        plan: the faults of a path ("/a/b.jpg"), as a dict or a function such as `seeded` makes. A list of
+            faults is used up, request by request. A text holds for ever.
         delay_s: wait before each answer.
         retry_after: header of answers with status 429 and 503.
         trickle_s: wait between two bytes of "trickle".

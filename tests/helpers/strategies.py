@@ -24,7 +24,9 @@ def ready_collator(num_tokens=2):
 
 @st.composite
 def bodies(draw, *, pictures=True):
-    """(ids, labels) as a template gives them: a start without labels, turns, an answer, and something behind it."""
+    """(ids, labels) as a template gives them: a start without labels, turns, an answer, and something
+    behind it.
+    """
     words = st.sampled_from([IMAGE_ID, 50, 51, 52] if pictures else [50, 51, 52])
     ids = list(draw(st.sampled_from(STARTS)))
     labels = [IGNORED] * len(ids)

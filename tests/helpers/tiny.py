@@ -77,7 +77,9 @@ VIDEO = tuple(kind for kind, (model_type, *_) in KINDS.items() if "video" in fam
 
 
 def architecture(kind="clip", *, grid=GRID, layers=LAYERS, width=32):
-    """Arguments of the config of a kind in `KINDS`, with a tower of `layers` layers on `grid` x `grid` patches."""
+    """Arguments of the config of a kind in `KINDS`, with a tower of `layers` layers on `grid` x `grid`
+    patches.
+    """
     _, tower, more = KINDS[kind]
     vision = {
         "hidden_size": width,
@@ -187,7 +189,9 @@ def video(seed=0, num_frames=3) -> list[Image.Image]:
 
 
 def save_mixed_data(folder: Path, kind: str) -> Path:
-    """Write 12 examples with pictures of mixed sizes, two pictures, text alone, and videos if the model takes them."""
+    """Write 12 examples with pictures of mixed sizes, two pictures, text alone, and videos if the
+    model takes them.
+    """
     sizes = [(SIDE, SIDE), (40, 90), (150, 60)]
     images = folder / "images"
     (images / "noise").mkdir(parents=True, exist_ok=True)
@@ -221,7 +225,9 @@ def save_mixed_data(folder: Path, kind: str) -> Path:
 
 
 def save_data(folder: Path, num_examples=24, *, text_only=2, held_out=False, seed=0) -> Path:
-    """Write examples in LLaVA's format, with their pictures below `folder`/images: the path of the JSON file."""
+    """Write examples in LLaVA's format, with their pictures below `folder`/images: the path of the
+    JSON file.
+    """
     split = "test" if held_out else "train"
     images = folder / "images"
     (images / "noise").mkdir(parents=True, exist_ok=True)
@@ -262,7 +268,9 @@ def reduce(handle, pixel_values):
 
 
 def exact(model):
-    """Make the norms of a model compute in its own precision. Those of transformers use float32 in float64 models too."""
+    """Make the norms of a model compute in its own precision. Those of transformers use float32 in
+    float64 models too.
+    """
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
 

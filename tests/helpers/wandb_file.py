@@ -1,7 +1,7 @@
 """Read back what wandb wrote offline: the records that `wandb sync` would send.
 
-The file is LevelDB's log format: after 7 bytes, blocks of 32 KiB with chunks of (checksum, length, type) and bytes; a record is
-one chunk, or a first one, middle ones and a last one.
+The file has LevelDB's log format. After 7 bytes come blocks of 32 KiB, which hold chunks of (checksum,
+length, type) and bytes. A record is one chunk, or a first one, middle ones and a last one.
 """
 
 import struct

@@ -1,4 +1,6 @@
-"""A model's data from nothing: fetched from a server that misbehaves, killed, resumed, checked, cached, tuned on."""
+"""A model's data from nothing: fetched from a server that misbehaves, killed, resumed, checked,
+cached, tuned on.
+"""
 
 import json
 import signal
@@ -66,7 +68,9 @@ def manifests():
 
 @pytest.fixture(scope="module")
 def fetched(folder, settings):
-    """(manifest, server, last command) of a subset whose first command was killed, and which a second one resumed."""
+    """(manifest, server, last command) of a subset whose first command was killed, and which a second
+    one resumed.
+    """
     with Server(folder / "published", seeded(FAULTS, 0.2), delay_s=0.3) as server:
         command = module("prepare.fetch", "model=llava-7b", *mix.settings(server.url, folder))
         process = subprocess.Popen(

@@ -132,10 +132,12 @@ SCRIPT = """
     request = Instance("generate_until_multi_round", asked, 0, {"task": "rounds", "doc_id": 0, "repeats": 1})
     (answers,) = model.generate_until_multi_round([request])
     assert len(answers) == 3 and [entry[0] for entry in seen] == [None, 1, 2, 3], seen
-    assert [entry[1] for entry in seen[1:]] == [answers[:1], answers[:2], answers] and seen[2][2] == "info 1", seen
+    assert [entry[1] for entry in seen[1:]] == [answers[:1], answers[:2], answers], seen
+    assert seen[2][2] == "info 1", seen
 
     # Requests with different settings share no batch, and answers come back in the order of the requests.
-    (task,) = get_task_dict(["vzip_held_out"], TaskManager(include_path=questions, include_defaults=False), "chat").values()
+    manager = TaskManager(include_path=questions, include_defaults=False)
+    (task,) = get_task_dict(["vzip_held_out"], manager, "chat").values()
     task.build_all_requests(limit=4, rank=0, world_size=1)
     model.task_dict["vzip_held_out"] = task.dataset
     requests = task.instances
@@ -170,7 +172,9 @@ SCRIPT = """
 
 
 def save_stand_in(folder, task):
-    """Write a task that is lmms-eval's TextVQA with 4 questions about pictures of noise, and short answers."""
+    """Write a task that is lmms-eval's TextVQA with 4 questions about pictures of noise, and short
+    answers.
+    """
     rows = []
     for number in range(4):
         rows.append(

@@ -57,7 +57,9 @@ def assert_only_the_projector_differs(model, base):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_family_is_tuned_alike_on_one_rank_and_sharded_and_loads(tmp_path, kind):
-    """In the smallest micro batches under ZeRO 3, one rank has images, another a video, another nothing to run."""
+    """In the smallest micro batches under ZeRO 3, one rank has images, another a video, another
+    nothing to run.
+    """
     folder = tiny.save_llava(tmp_path / "model", kind)
     tiny.save_mixed_data(tmp_path, kind)
     runs = tmp_path / "runs"

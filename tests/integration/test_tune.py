@@ -1,4 +1,6 @@
-"""The recipe, from command line to run folder, on a tiny model: same results on any ranks, resume, refusals."""
+"""The recipe, from command line to run folder, on a tiny model: same results on any ranks, resume,
+refusals.
+"""
 
 import json
 import sys
@@ -91,7 +93,8 @@ SHARED = "+deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
     ],
 )
 def test_zero_stages_agree_also_if_a_rank_has_no_image(settings, runs, plain, zero, cut):
-    # In micro batches of one example, those of text leave a rank without an image. Packed, the last one is empty.
+    # In micro batches of one example, those of text leave a rank without an image. Packed, the last
+    # one is empty.
     tune([*settings, f"name={zero}", f"deepspeed={zero}", *cut.split()], ranks=2)
     assert_same_run(runs / zero, plain)
 

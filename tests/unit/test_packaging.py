@@ -1,4 +1,6 @@
-"""What pyproject.toml promises: every imported package is declared, pins fit the ranges, imports stay light."""
+"""What pyproject.toml promises: every imported package is declared, pins fit the ranges, imports stay
+light.
+"""
 
 import ast
 import re

@@ -1,4 +1,6 @@
-"""Of a zip file only the wanted members are read, and never a wrong one, whatever is in it and wherever it lies."""
+"""Of a zip file only the wanted members are read, and never a wrong one, whatever is in it and
+wherever it lies.
+"""
 
 import random
 import struct

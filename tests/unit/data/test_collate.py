@@ -1,4 +1,6 @@
-"""Examples become micro batches, padded or packed, with what the model's own processor makes of their files."""
+"""Examples become micro batches, padded or packed, with what the model's own processor makes of their
+files.
+"""
 
 import pickle
 import shutil
@@ -184,7 +186,8 @@ def test_a_collator_is_light_enough_for_workers_that_get_a_copy(kind):
 
 @pytest.mark.parametrize("template", [vicuna(), chatml("be kind")], ids=lambda template: template.name)
 def test_a_cut_example_has_as_many_placeholders_as_images_and_videos(tmp_path, template):
-    # An image without its placeholder makes the model refuse the batch in the middle of a run. The number of images
+    # An image without its placeholder makes the model refuse the batch in the middle of a run. The
+    # number of images
     # matters too: LLaVA-OneVision cuts only an image that is alone in its example into tiles.
     source = conversation(
         "<image>\nwhat?", "a cat", "and <image><video>?", "a dog", image=["1.jpg", "2.jpg"], video="1.mp4"

@@ -1,4 +1,6 @@
-"""A feature cache: made once, also in several attempts, read by example, and refused if it belongs to another run."""
+"""A feature cache: made once, also in several attempts, read by example, and refused if it belongs to
+another run.
+"""
 
 import json
 import pickle

@@ -1,4 +1,6 @@
-"""Every picture of a subset is whole in its folder, or has a reason, whatever servers, files, disks and kills do."""
+"""Every picture of a subset is whole in its folder, or has a reason, whatever servers, files, disks
+and kills do.
+"""
 
 import errno
 import io
@@ -229,7 +231,9 @@ def test_a_file_that_changed_or_went_is_looked_at_again(tmp_path):
 
 @contextmanager
 def read_only(folder):
-    """Nobody may write to a folder, as on a disk that is mounted read-only; root may write whatever the mode says."""
+    """Nobody may write to a folder, as on a disk that is mounted read-only; root may write whatever
+    the mode says.
+    """
 
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")

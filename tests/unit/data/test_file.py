@@ -1,4 +1,6 @@
-"""One file comes whole or not at all: from the hub with the hub's client, from other addresses by plain HTTP."""
+"""One file comes whole or not at all: from the hub with the hub's client, from other addresses by
+plain HTTP.
+"""
 
 import shutil
 from collections import namedtuple

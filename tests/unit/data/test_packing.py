@@ -13,7 +13,9 @@ from vzip.templates.encode import IGNORED
 
 
 def slow_num_tail_tokens(example):
-    """The tail, token by token: a token is needed if it is an image's, or if a label follows it or a later one."""
+    """The tail, token by token: a token is needed if it is an image's, or if a label follows it or a
+    later one.
+    """
     num_tail = 0
     following = [*example.labels[1:], IGNORED]
     for token, label in zip(reversed(example.ids), reversed(following), strict=True):

@@ -1,4 +1,6 @@
-"""From a data file to a subset: unusable examples are replaced, finished work is not done again, nothing is lost."""
+"""From a data file to a subset: unusable examples are replaced, finished work is not done again,
+nothing is lost.
+"""
 
 import json
 import shutil
@@ -19,7 +21,9 @@ from vzip.templates.encode import vicuna
 
 
 def save_examples(folder, num_examples=200):
-    """Write examples.json with three sources, a third each, and their pictures below images/. Returns a selection."""
+    """Write examples.json with three sources, a third each, and their pictures below images/. Returns
+    a selection.
+    """
     entries = []
     for number in range(num_examples):
         source = ("coco", "vg", "text")[number % 3]

@@ -1,4 +1,6 @@
-"""Instruction files as tables: every form gives the same examples, broken ones are named, and a table is made once."""
+"""Instruction files as tables: every form gives the same examples, broken ones are named, and a table
+is made once.
+"""
 
 import json
 import os

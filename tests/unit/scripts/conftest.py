@@ -27,7 +27,9 @@ def run(tuned_run, tmp_path):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Call a script's main function with the words of a command line, in this process. Returns what it prints."""
+    """Call a script's main function with the words of a command line, in this process. Returns what it
+    prints.
+    """
 
     def start(main, *words):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])

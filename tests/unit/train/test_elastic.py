@@ -1,4 +1,6 @@
-"""One projector for several budgets: settings, and the gradient of a step whose micro batches have different budgets."""
+"""One projector for several budgets: settings, and the gradient of a step whose micro batches have
+different budgets.
+"""
 
 import pytest
 import torch

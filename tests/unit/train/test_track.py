@@ -189,7 +189,8 @@ def test_a_slow_upload_ends_with_the_command_that_sends_the_rest(tmp_path, monke
 @pytest.mark.integration
 def test_wandb_without_a_key_is_offline_and_never_prompts(tmp_path, home):
     code = (
-        "import sys; from pathlib import Path; from omegaconf import OmegaConf; from train.track import Tracker\n"
+        "import sys; from pathlib import Path; from omegaconf import OmegaConf\n"
+        "from train.track import Tracker\n"
         "cfg = OmegaConf.create({'track': {'wandb': True, 'project': 'vzip'}, 'seed': 0})\n"
         "tracker = Tracker(Path(sys.argv[1]), cfg, rank=0)\n"
         "tracker.log(0, {'train/loss': 1.0}); tracker.finish()"

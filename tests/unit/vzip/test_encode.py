@@ -158,7 +158,8 @@ def llava_vicuna(tokenizer, turns, *, system="", legacy=False):
     position = 1  # after BOS
     for index, text in enumerate(prompt.split("</s>")[:-1]):
         question, _ = text.split(" ASSISTANT: ")
-        # Each round is counted with a BOS, which stands for its </s>; in the prompt, a later round has no leading space.
+        # Each round is counted with a BOS, which stands for its </s>; in the prompt, a later round
+        # has no leading space.
         joined = 1 if index and not legacy else 0
         length = len(llava_image_tokens(text, tokenizer)) - joined
         skipped = len(llava_image_tokens(question + " ASSISTANT: ", tokenizer)) - 2 - joined

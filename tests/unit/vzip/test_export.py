@@ -1,4 +1,6 @@
-"""Exports of runs: whoever loads one gets the run's tuned model, with vzip, with plain transformers, with peft."""
+"""Exports of runs: whoever loads one gets the run's tuned model, with vzip, with plain transformers,
+with peft.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""Checkpoints of LLaVA's own code: the loaded model is the same bit for bit, or is refused with the reason."""
+"""Checkpoints of LLaVA's own code: the loaded model is the same bit for bit, or is refused with the
+reason.
+"""
 
 import shutil
 

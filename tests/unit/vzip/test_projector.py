@@ -1,4 +1,6 @@
-"""Projector checkpoints: what is written is what is loaded, and no projector is put where it does not belong."""
+"""Projector checkpoints: what is written is what is loaded, and no projector is put where it does not
+belong.
+"""
 
 import json
 from contextlib import contextmanager
@@ -219,7 +221,9 @@ def test_another_model_type_is_refused(run, fresh, tmp_path):
 
 
 def test_a_base_of_another_type_is_refused_by_its_config(run, tmp_path):
-    """With the weights, `transformers` would first make a LLaVA of the default size: 7 billion random weights."""
+    """With the weights, `transformers` would first make a LLaVA of the default size: 7 billion random
+    weights.
+    """
     LlamaConfig().save_pretrained(tmp_path / "text")
     tiny.processor().save_pretrained(tmp_path / "text")
     words = ["'llama'", "not 'llava'"]

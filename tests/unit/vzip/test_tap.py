@@ -78,7 +78,9 @@ def test_received_attention_is_the_column_means_for_any_chunk(max_scores):
 
 
 class Peak(TorchDispatchMode):
-    """Measures the elements of the largest tensor that an operation makes, and the most that are alive at once."""
+    """Measures the elements of the largest tensor that an operation makes, and the most that are alive
+    at once.
+    """
 
     def __init__(self):
         super().__init__()

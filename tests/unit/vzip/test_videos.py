@@ -1,4 +1,6 @@
-"""Frames of videos are the right ones, whatever the container says, and files that can't be read are told apart."""
+"""Frames of videos are the right ones, whatever the container says, and files that can't be read are
+told apart.
+"""
 
 import sys
 from contextlib import suppress
@@ -21,7 +23,9 @@ SIDE = 64
 
 
 def numbered(number):
-    """The bits of a number as eight black and white columns, which survive lossy coding: uint8[SIDE, SIDE, 3]."""
+    """The bits of a number as eight black and white columns, which survive lossy coding: uint8[SIDE,
+    SIDE, 3].
+    """
     bits = np.array([255 * (number >> bit & 1) for bit in range(8)], dtype=np.uint8)
     return np.broadcast_to(bits.repeat(SIDE // 8)[None, :, None], (SIDE, SIDE, 3)).copy()
 
@@ -124,7 +128,9 @@ def test_a_frame_count_that_is_wrong_does_no_harm(tmp_path, claimed):
 
 
 def write_sideways(path):
-    """A video of a phone that was held sideways: white on the left of each frame, to be shown a quarter turn clockwise."""
+    """A video of a phone that was held sideways: white on the left of each frame, to be shown a
+    quarter turn clockwise.
+    """
     pixels = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
     pixels[:, : SIDE // 2] = 255
     write_video(path, num_frames=3, pixels=pixels)

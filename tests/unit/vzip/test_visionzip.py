@@ -18,7 +18,9 @@ from vzip.tap import cls_attention, received_attention
 
 
 def layer(images, grid, *, has_cls, width=5, heads=2, head_dim=3, seed=0):
-    """Draw features, queries and keys (per head) of one layer of a tower, in float64, so that rounding decides no tie."""
+    """Draw features, queries and keys (per head) of one layer of a tower, in float64, so that rounding
+    decides no tie.
+    """
     generator = torch.Generator().manual_seed(seed)
     num_tokens = grid * grid + has_cls
 
@@ -49,7 +51,9 @@ def cosine(a, b):
 
 
 def patch_saliency(queries, keys, has_cls):
-    """Return the score of every token, summed over heads: the attention of CLS, or that of all tokens together."""
+    """Return the score of every token, summed over heads: the attention of CLS, or that of all tokens
+    together.
+    """
     saliency = [0.0] * len(keys[0])
     for head in range(len(keys)):
         for query in queries[head][:1] if has_cls else queries[head]:
@@ -73,7 +77,9 @@ def merged_feature(target, cluster, merge):
 
 
 def reference(features, queries, keys, *, has_cls, dominant, contextual, merge="sum", keep_cls=True):
-    """Reduce one image by the words of the method: lists of features [N][d], queries and keys [H][N][head_dim]."""
+    """Reduce one image by the words of the method: lists of features [N][d], queries and keys
+    [H][N][head_dim].
+    """
     saliency = patch_saliency(queries, keys, has_cls)
     patches = range(int(has_cls), len(features))
     cls = [0] if has_cls and keep_cls and dominant else []

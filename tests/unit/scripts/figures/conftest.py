@@ -51,7 +51,9 @@ def finished_run(tiny_folder):
 
 @pytest.fixture(scope="session")
 def seven_runs(tmp_path_factory, finished_run):
-    """The run `mine` of 6 tokens among others: another seed, 8 tokens, an ablation, random tokens, several budgets."""
+    """The run `mine` of 6 tokens among others: another seed, 8 tokens, an ablation, random tokens,
+    several budgets.
+    """
     folder = tmp_path_factory.mktemp("seven") / "runs"
     mine = VisionZip(budget=6)
     finished_run(folder / "mine", mine, rows=("full", "free", "tuned", "random"))
