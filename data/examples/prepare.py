@@ -125,7 +125,7 @@ def _key(selection: Selection, table: Table) -> str:
 
 
 def _first_fault(example: Conversation, reasons: Mapping[str, str]) -> str | None:
-    """Describe the first fault among an example's pictures and videos. None if there is none."""
+    """Describe the first fault among an example's pictures and videos. None without a fault."""
     for path in example.images + example.videos:
         if path in reasons:
             return f"{path}: {reasons[path]}"
@@ -285,7 +285,7 @@ class _MediaCheck:
             if fault is not None and not self.sources.get(example.source):
                 self.bad.append(BadExample(example.id, example.source, fault))
 
-        # The first call gets the whole subset. Later calls get replacements, which don't enlarge it.
+        # The first call gets the whole subset. Replacements in later calls do not enlarge it.
         if not self.num_examples:
             self.num_examples = len(examples)
         check_bad_share(self.bad, self.num_examples)
