@@ -23,7 +23,7 @@ SETTINGS = ("full", "free", "tuned", "random")
 """The settings of a run, by their names in its results."""
 
 BUDGETS = (4, 8, 16, 64, 128, 160, 192, 320, 640)
-"""Budgets that a run with several may have: those of `+exp=elastic`, and the paper's."""
+"""Budgets that a run with several may have: from `+exp=elastic`, and from the paper."""
 TITLE = "Full, training-free and tuned"
 
 

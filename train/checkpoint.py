@@ -58,7 +58,7 @@ def environment_record(cfg: DictConfig, *, world_size: int) -> dict[str, Any]:
 
 
 def _command() -> list[str]:
-    """Return the command that starts this run again. In a sweep it starts this run alone."""
+    """Return the command that starts this run again, without the other runs of a sweep."""
     # Without Hydra, or without a sweep, it is the command as it was typed.
     job = HydraConfig.get() if HydraConfig.initialized() else None
     if job is None or job.mode is not RunMode.MULTIRUN:
@@ -84,7 +84,7 @@ def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: s
 
 
 class RunFolder:
-    """The folder of one run. All ranks call the same methods; rank 0 writes.
+    """The folder of one run. All ranks call the same methods, and rank 0 writes.
 
     Args:
         cfg: the run's settings.
@@ -122,11 +122,11 @@ class RunFolder:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The content of result.json; None if the run has not finished, or starts over."""
+        """The content of result.json. None if the run is not finished, or starts over."""
         path = self.path / "result.json"
         is_finished = path.is_file() and not self.cfg.fresh
 
-        # All ranks must agree on whether to train, and rank 0 alone is sure to see the file.
+        # All ranks must agree on whether to train, and only rank 0 is sure to see the file.
         return broadcast_from_rank0(json.loads(path.read_text()) if is_finished else None)
 
     def begin(self, manifest: Mapping[str, Any], *, num_trainable: int, world_size: int) -> None:
@@ -198,7 +198,7 @@ class RunFolder:
 
     def resume(self, engine: Engine) -> int:
         """Load the newest state, if there is one. Return the number of steps that are done."""
-        # Rank 0 decides, because a rank that loads alone would wait for the others forever.
+        # Rank 0 decides for all: if only some ranks loaded, they would wait for the others forever.
         has_state = broadcast_from_rank0((self.state / "latest").is_file())
         if not has_state:
             return 0
@@ -213,7 +213,7 @@ class RunFolder:
         template: Template,
         manifest: Mapping[str, Any],
     ) -> None:
-        """Write projector.safetensors and meta.json; with LoRA also the adapter, for peft.
+        """Write projector.safetensors and meta.json. With LoRA, also write the adapter for peft.
 
         Args:
             engine: holds the trained weights.

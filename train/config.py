@@ -34,7 +34,7 @@ NOT_PART_OF_A_RUN = ("fresh", "dry_run", "name", "runs", "track")
 NOT_PART_OF_DATA = ("address", "pictures", "replace_unreachable", "num_workers")
 """Settings of the group `data` that may change without making another run.
 
-They say how the data gets here, and not what it is.
+They say how the data gets here. What it consists of stays the same.
 """
 
 HELP_WIDTH = 100
@@ -44,18 +44,20 @@ HELP_INDENT = 30
 """Columns of the names in the help text, in front of the descriptions."""
 
 NESTED = {"reducer": ReducerSettings, "tune.lora": LoraSettings}
-"""Settings that are groups, though the schema leaves them open."""
+"""Settings that are groups, although the schema leaves them open."""
 
 
 @exit_on_user_error
 def register() -> None:
     """Make the schema and the resolvers known to Hydra, such as `${data_dir:}`.
 
-    A renamed or mistyped setting on the command line ends the command here, because Hydra would refuse it
-    without the right name.
+    A renamed or mistyped setting on the command line ends the command here, because Hydra's message
+    would not name the right one.
     """
     for argument in sys.argv[1:]:
         check_argument(argument)
+
+    # The schema gives types and defaults. The resolvers compute values that the YAML files ask for.
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("data_dir", lambda: str(data_dir()), replace=True)
     OmegaConf.register_new_resolver("root", lambda: str(ROOT), replace=True)
@@ -71,7 +73,7 @@ def compose_settings(*overrides: str) -> DictConfig:
 
 
 def _field_texts(schema: type) -> dict[str, str]:
-    """Read the descriptions of a dataclass's fields, by their names: the strings below the fields."""
+    """Read the descriptions of a dataclass's fields: the strings below them, by their names."""
     # Python does not keep these strings, so they are read from the source.
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(schema))).body
     assert isinstance(body, ast.ClassDef)
@@ -88,7 +90,7 @@ def _field_texts(schema: type) -> dict[str, str]:
 
 
 def describe_settings(schema: Any = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the name of each setting, such as "optim.lr", and what it does, in the schema's order."""
+    """Yield the name and the description of each setting, in the order of the schema."""
     texts = _field_texts(schema)
     for field in fields(schema):
         name = f"{prefix}{field.name}"
@@ -228,7 +230,7 @@ def batch_plan(cfg: DictConfig, *, num_examples: int, world_size: int) -> BatchP
 
     Raises UserError if it can't be cut that way.
     """
-    # Steps of fewer examples than asked for would be another experiment, so refuse them.
+    # Refuse a batch that the data can't fill: fewer examples would be another experiment.
     if not num_examples:
         raise UserError(
             f"no example of data.path={cfg.data.path} has an answer to learn from within "

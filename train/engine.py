@@ -25,7 +25,7 @@ def deepspeed_config(cfg: DictConfig) -> dict[str, Any]:
     assert isinstance(settings, dict)
     return {
         **{str(key): value for key, value in settings.items()},
-        # DeepSpeed requires the size of a micro batch, and uses it for statistics alone. Ours vary.
+        # DeepSpeed requires the size of a micro batch, but uses it only for statistics. Ours vary.
         "train_micro_batch_size_per_gpu": 1,
         # The number of micro batches differs from step to step, so `backward` marks the last one of
         # a step.
@@ -95,8 +95,8 @@ class Engine:
         """Compute the loss of a micro batch.
 
         Returns:
-            (cross entropy summed over all label tokens, to call `backward` on; the same over the
-            label tokens that give the trainable parameters a gradient, to report)
+            (loss to call `backward` on, loss to report): cross entropy, summed over all label
+            tokens, and summed over the label tokens that the trainable parameters learn from
         """
         # Parts of the model are called outside of their modules here, so gather those parameters.
         with self.gathered_parameters():
@@ -178,7 +178,7 @@ class Engine:
 
         Returns:
             (projector, adapter): whole tensors, named as in the model and as in peft. The projector
-            is included even if only LoRA was tuned: it may differ from that of the base model.
+            is included even if only LoRA was tuned: it may differ from the base model's.
         """
         family = self.family
 

@@ -24,7 +24,7 @@ def training_subset(cfg: DictConfig) -> Subset:
     The held-out conversations are prepared too, to find mistakes before the model is loaded.
 
     Raises:
-        UserError: see `prepare`; or the hosts hold different data.
+        UserError: the data can't be prepared, or the hosts hold different data.
     """
     # One rank of a host prepares, and the others open what it wrote.
     subset = main_first(lambda: prepare(selection(cfg)))

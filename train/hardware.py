@@ -91,7 +91,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
 
-    # Linux knows the model of the processor. `platform` often knows its architecture alone.
+    # Linux knows the model of the processor. `platform` often knows only its architecture.
     model = re.search(r"^model name\s*: (.*)$", _cpuinfo(), re.MULTILINE)
     return model[1] if model else platform.processor()
 

@@ -48,7 +48,7 @@ def train_step(
     Args:
         engine: the model and its optimizer.
         batches: the plan of the steps, and their token counts.
-        micro_batches: this rank's micro batches; those of this step come next.
+        micro_batches: this rank's micro batches, from the first one of this step on.
         step: number of the step, from 0.
         cfg: the run's settings.
 

@@ -3,8 +3,8 @@
 `ReferenceLoss` is the specification: what stock trainers do. `FastLoss` runs nothing that the
 gradient does not need:
 
-- it packs examples one behind the other, so that no padding is run;
-- it runs the prefix that all examples share once, and keeps its keys and values;
+- it packs examples in one sequence, so that no padding runs;
+- it runs the prefix that all examples share only once, and keeps its keys and values;
 - it computes logits only where a label follows, and never all of them at a time.
 
 Legend of shapes: M examples of a micro batch, L tokens of the longest one, T tokens of packed
@@ -150,7 +150,7 @@ class FastLoss(nn.Module):
     def run_prefix(self, device: torch.device) -> None:
         """Compute the keys and values of the prefix, once the model is on its device.
 
-        They depend on frozen weights alone, so that training does not change them.
+        Only frozen weights take part, so training does not change them.
         """
         self.prefix_by_layer = self.language.prefixes(self.prefix, device)
 

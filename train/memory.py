@@ -141,7 +141,7 @@ def smallest_card(cfg: DictConfig) -> Card:
 def resident_memory(cfg: DictConfig, family: Family, *, num_trainable: int, world_size: int) -> int:
     """Estimate the bytes that one rank holds at all times.
 
-    They are those of weights, gradients and moments, of DeepSpeed's buffers, and of CUDA.
+    Weights, gradients and moments take them, with the buffers of DeepSpeed and of CUDA.
 
     Args:
         cfg: the run's settings.
@@ -156,8 +156,7 @@ def resident_memory(cfg: DictConfig, family: Family, *, num_trainable: int, worl
     # among the weights.
     training = 12 * num_trainable
 
-    # ZeRO keeps a copy of the trainable parameters, and a buffer whose size does not depend on the
-    # gradients.
+    # ZeRO keeps a copy of the trainable parameters, and a buffer of a fixed size.
     if zero.stage > 0:
         bucket = int(zero.get("reduce_bucket_size", DEEPSPEED_BUCKET))
         training += 4 * num_trainable + 4 * bucket
@@ -183,7 +182,7 @@ def flash_runs(cfg: DictConfig, family: Family) -> bool:
 
 
 def micro_batch_memory(cfg: DictConfig, family: Family, packing: Packing, lengths: LongestExamples) -> int:
-    """Estimate the bytes that a packed micro batch takes beside `resident_memory`."""
+    """Estimate the bytes that a packed micro batch takes on top of `resident_memory`."""
     # The smallest of several budgets takes the most: its micro batches hold the most pictures.
     reducer = min(build_reducers(cfg), key=family.num_tile_tokens)
     memory = packed_memory(
@@ -260,7 +259,7 @@ def fit_packing(
     if recompute is None and packing.tokens < MIN_TOKENS:
         packing = largest(recompute=True)
 
-    # Say how much is missing if not even the longest example alone fits.
+    # Nothing fits: say how much memory the longest example needs.
     if not packing.tokens:
         needed = resident + memory_of(smallest, recompute=packing.recompute)
         what = f"weights, moments and an example of {lengths.longest} tokens"
@@ -274,7 +273,7 @@ def fit_packing(
 
 
 def _card_too_small(card: Card, what: str, needed: int) -> UserError:
-    """Make the error about a card that can't hold `what`, which needs so many bytes."""
+    """Make the error about a card that can't hold something. `needed` is its size in bytes."""
     # A card of this size would hold it, with the share that is lost between tensors.
     gigabytes = needed / (1 - LOST_SHARE) / 1e9
     return UserError(
@@ -308,8 +307,8 @@ def choose_packing(
         lengths: lengths of the examples.
 
     Raises:
-        UserError: the weights, or the longest example beside them, do not fit; or `batch.tokens` is
-            less than the longest example.
+        UserError: the weights, or the longest example on top of them, do not fit, or `batch.tokens`
+            is less than the longest example.
     """
     card = smallest_card(cfg)
     world_size = get_world_size()

@@ -26,10 +26,10 @@ H100_PEAK = 989e12
 # The share of a device's peak that the time estimate assumes.
 MFU = 0.4
 
-# (height, width) of a typical picture, for data whose settings give no size.
+# (height, width) of a typical picture, if the settings of the data give no size.
 COCO_SIZE = (480, 640)
 
-# Text tokens that all examples are assumed to begin with: about those of Vicuna's system prompt.
+# The plan assumes that all examples share this many first tokens, like Vicuna's system prompt.
 NUM_PREFIX = 40
 
 # The plan shows images of at most this many different numbers of tiles.
@@ -181,7 +181,7 @@ def _memory_lines(
         num_visual_tokens: visual tokens of a typical example.
         world_size: ranks.
     """
-    # The memory that is taken at all times, and on top of it that of a micro batch.
+    # Start with the memory that is always taken. A micro batch comes on top.
     expected = cfg.data.expected
     card = card_of(cfg)
     memory = resident_memory(cfg, family, num_trainable=num_trainable, world_size=world_size)

@@ -40,7 +40,7 @@ def barrier() -> None:
 
 
 def print_rank0(what: str | Callable[..., None], *arguments: Any, **settings: Any) -> None:
-    """Print a line, or call a function that prints, on rank 0 alone."""
+    """Print a line, or call a function that prints, only on rank 0."""
     if not is_main():
         return
     if isinstance(what, str):
@@ -156,7 +156,7 @@ def _single_rank() -> dict[str, str]:
 
 
 def _srun_ranks(slurm: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that a launcher would set, if srun started several tasks; else nothing.
+    """Return the variables that a launcher would set. Empty unless srun started several tasks.
 
     Only the variables of a step (SLURM_STEP_...) tell: an sbatch script outside of a step has
     SLURM_PROCID, and the shell of salloc has SLURM_NTASKS. Task 0 runs on the first host of the

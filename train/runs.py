@@ -20,9 +20,9 @@ SETTINGS = "config.yaml"
 class FinishedRun:
     """The files of a run folder, each read when it is first used.
 
-    A run that is still training has no scores yet, and a folder with nothing but a projector has no
-    settings either: `is_finished` and `has_settings` tell. Every reader raises UserError for a file
-    that is missing or damaged.
+    A run that is still training has no scores yet: see `is_finished`. A folder may also hold only a
+    projector, without settings: see `has_settings`. Reading a file that is missing or damaged raises
+    UserError.
 
     Args:
         path: the run's folder.
@@ -98,7 +98,7 @@ class FinishedRun:
 
     @property
     def scores(self) -> list[dict[str, Any]]:
-        """The scores of each setting; empty before the run has finished, or without questions."""
+        """The scores of each setting. Empty before the run has finished, or without questions."""
         return list(self.result["rows"]) if self.is_finished else []
 
     @cached_property
@@ -131,7 +131,7 @@ class FinishedRun:
             raise UserError(f"{path} can't be read: {error}") from error
 
     def _parsed(self, name: str, text: str) -> Any:
-        """Parse JSON that stands in a file of the run."""
+        """Parse the text of a JSON file of the run."""
         # A copy of a run may be damaged, and a traceback would not name the file.
         try:
             return json.loads(text)

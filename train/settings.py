@@ -1,6 +1,6 @@
 """The list of all settings of a run.
 
-Each setting has a type, a default and one line that says what it does; a setting with limits also
+Each setting has a type, a default and one line that says what it does. A setting with limits also
 has a function that checks them. A default of MISSING means that the YAML files in configs/ set it.
 Two groups are open, because their members have settings of their own: `reducer` and `deepspeed`.
 """
@@ -18,7 +18,7 @@ from omegaconf import MISSING, OmegaConf
 from vzip.errors import UserError
 
 RENAMED = {"inexact": "quantize", "data.text_rows": "data.text_examples"}
-"""Former names of settings, with today's."""
+"""Former names of settings, with their new names."""
 
 Check = Callable[[str, Any], None]
 """Takes the name and the value of a setting. Raises UserError for a value that is not allowed."""
@@ -100,7 +100,7 @@ class StartingWeights(StrEnum):
 
 
 class Quantization(StrEnum):
-    """Formats of a quantised language model."""
+    """Formats of a quantized language model."""
 
     nf4 = "nf4"
     int8 = "int8"
@@ -145,7 +145,7 @@ class ModelSettings:
     dtype: ModelDtype = MISSING
     """Precision of the frozen weights. The trainable ones are float32."""
     architecture: dict[str, Any] = MISSING
-    """Configuration of the model in `transformers`, for counting parameters and for weights=random."""
+    """Configuration of the model in `transformers`, for dry runs and for weights=random."""
 
 
 @dataclass
@@ -187,7 +187,7 @@ class DataSettings:
     """The training data, and the held-out questions."""
 
     path: str = MISSING
-    """LLaVA-format JSON or JSONL file, or a folder of Hugging Face datasets with the pictures inside."""
+    """LLaVA-format JSON or JSONL file, or folder of Hugging Face datasets with pictures inside."""
     address: str | None = None
     """Where `make data` fetches that file, if it is missing."""
     image_folder: str = MISSING
@@ -200,7 +200,7 @@ class DataSettings:
     replace_unreachable: bool = False
     """Replace an example also if a server did not answer, and not only if its picture is gone."""
     held_out: str | None = None
-    """File of the questions to evaluate on, with pictures in the same folder; null: no evaluation."""
+    """File of the held-out questions, with pictures in the same folder; null: no evaluation."""
     fraction: float = checked(1.0, share)
     """Share of each source that is drawn, by `seed`."""
     sources: Any = field(default=None, metadata={"check": names_of_sources})
@@ -210,7 +210,7 @@ class DataSettings:
     max_tokens: int = checked(2048, at_least_one)
     """Text tokens at which an example is cut."""
     num_workers: int = checked(4, not_negative)
-    """Processes per rank that decode pictures, at most one per CPU; 0: the rank decodes them itself."""
+    """Processes per rank that decode pictures, at most one per CPU; 0: the rank itself does it."""
     cache: bool = False
     """Tune from the reducer's output that `make cache` has stored, without pictures."""
     expected: ExpectedData = MISSING
@@ -320,14 +320,14 @@ class Config:
     batch: BatchSettings = field(default_factory=BatchSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     memory_gb: float | None = checked(None, positive)
-    """Memory of one GPU, in GB, which limits the tokens of a micro batch; null: what the GPU has."""
+    """Memory of one GPU in GB, which limits the tokens of a micro batch; null: what the GPU has."""
     quantize: Quantization | None = None
     """Hold the frozen linear layers of the language model in 4 ("nf4") or 8 bits ("int8").
 
     Gradients are no longer exact.
     """
     engine: GradientEngine = GradientEngine.fast
-    """"fast", or "reference": padded batches and activation checkpoints, slow and plain, for comparison."""
+    """"fast", or "reference": padded batches and activation checkpoints, slow, for comparison."""
     compile: bool | None = None
     """engine=fast: compile norms and SwiGLU (torch.compile), about 15 s once; null: on a GPU."""
     seed: int = 0
@@ -339,7 +339,7 @@ class Config:
     runs: str = "runs"
     """Folder of all runs."""
     name: str | None = checked(None, folder_name)
-    """Folder of this run, below `runs`; null: made of the settings, so that the same command resumes."""
+    """Folder of this run, below `runs`; null: named by the settings, so the same command resumes."""
     fresh: bool = False
     """Start over: delete what the run's folder holds."""
     dry_run: bool = False
@@ -349,7 +349,7 @@ class Config:
 
 
 def setting_names(schema: Any = Config, prefix: str = "") -> Iterator[str]:
-    """Yield the full names of all settings, such as "optim.lr". An open group counts as one setting."""
+    """Yield the full names of all settings, such as "optim.lr". An open group is one setting."""
     for setting in fields(schema):
         if is_dataclass(setting.type):
             yield from setting_names(setting.type, f"{prefix}{setting.name}.")
@@ -362,7 +362,9 @@ def unknown_setting(name: str) -> UserError:
     names = list(setting_names())
     by_last_part = {known.rsplit(".", 1)[-1]: known for known in names}
     similar = difflib.get_close_matches(name, names, 1)
-    if not similar:  # the group may be missing, as in "lr"
+
+    # The group may be missing, as in "lr": then compare with the last part of each name.
+    if not similar:
         last_parts = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last_part, 1)
         similar = [by_last_part[part] for part in last_parts]
     hint = f"; did you mean {similar[0]}?" if similar else ""
@@ -372,11 +374,11 @@ def unknown_setting(name: str) -> UserError:
 def check_argument(argument: str) -> None:
     """Check the name of a setting on the command line, NAME=VALUE.
 
-    Hydra checks it too, but it does not know renamed settings, and it suggests no similar name. Names of
-    open groups, and those that a plus adds, are left to Hydra and to `train.checks`.
+    Hydra checks it too, but it knows no renamed settings and suggests no similar name. Hydra and
+    `train.checks` check the names in open groups, and the names that a plus adds.
 
     Raises:
-        UserError: the setting was renamed, or there is none of this name.
+        UserError: the setting was renamed, or does not exist.
     """
     name, equals, _ = argument.lstrip("+~").partition("=")
     check_not_renamed(name)
@@ -387,6 +389,8 @@ def check_argument(argument: str) -> None:
     group, _, rest = name.partition(".")
     if not rest or group not in closed:
         return
+
+    # A setting may itself be a mapping, such as model.template, whose keys are free.
     names = list(setting_names())
     is_part = any(name.startswith(f"{known}.") for known in names)
     if name not in names and not is_part:

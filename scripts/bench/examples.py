@@ -131,7 +131,7 @@ def _example(text: np.ndarray, num_labels: int, image: int | None, *, size: tupl
     """Build an example: the prefix, the image if there is one, then questions and answers in turn.
 
     Args:
-        text: int64[tokens], all ids but that of the image.
+        text: int64[tokens], all ids except the image's.
         num_labels: tokens of the answers together.
         image: id of the image's placeholder.
         size: (height, width) of the image.
@@ -166,9 +166,9 @@ def _even_parts(total: int, num_parts: int) -> list[int]:
 
 
 def necessary_tokens(example: Example, num_visual: int) -> int:
-    """Count the tokens of an example whose keys or output the gradient needs.
+    """Count the tokens of an example that must run for the gradient.
 
-    They lie between the prefix and the last label. An example without an image needs none.
+    They lie between the prefix and the last label. In an example without an image nothing must run.
     """
     if not example.media:
         return 0
@@ -182,10 +182,10 @@ def necessary_tokens(example: Example, num_visual: int) -> int:
 def necessary_flops(family: Family, reducer: Reducer, examples: Sequence[Example]) -> int:
     """Count the operations that the gradient of some examples needs, each once.
 
-    These are the tower up to the hooked layer, the projector, and the language model forward and
-    backward. Its weights are frozen, so the backward pass to its inputs takes as many operations as
-    the forward. Its last layer, apart from keys and values, and the head are needed only where a
-    label follows.
+    The gradient needs the tower up to the hooked layer, the projector, and the language model forward
+    and backward. The language model is frozen, so its backward pass, which goes to its inputs, takes
+    the same number of operations as the forward pass. The head and most of the last layer are needed
+    only where a label follows: other tokens need that layer's keys and values.
     """
     # Tower and projector, for one picture.
     size = (TILES * family.tile_side, TILES * family.tile_side)

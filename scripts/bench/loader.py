@@ -3,8 +3,9 @@
 Examples and pictures are made up, in the shapes of LLaVA's instruction data. The JPEGs have its
 usual sizes. They are noise with the spectrum of photographs (power falls with the square of the
 frequency) and some grain. A picture of 640 x 480 pixels takes 160 KB, like COCO's, so that decoding
-costs the same. Texts have the recorded lengths of LLaVA's mix. The path from file to packed micro
-batch is that of training. The command also counts the padding of engine=reference.
+costs the same. Texts have the recorded lengths of LLaVA's mix. Pictures and texts become packed
+micro batches on the same path as in training. The command also counts the padding of
+engine=reference.
 
 python -m scripts.bench.loader --model next --seconds 10 --workers 1 2 --json loader.json
 """
@@ -61,8 +62,8 @@ GRAIN = 7.0
 # Settings of a processor that makes squares of 336 pixels.
 SQUARE = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
 
-# Config, processor and reducer of each model. The defaults of the config are those of the published
-# model of 336 pixels, and the reducer has a middle budget.
+# Config, processor and reducer of each model. The config's defaults describe the published model of
+# 336 pixels, and the reducer has a middle budget.
 MODELS: dict[str, tuple[Any, Any, VisionZip]] = {
     "llava": (LlavaConfig, CLIPImageProcessorPil, VisionZip(dominant=54, contextual=10)),
     "next": (LlavaNextConfig, LlavaNextImageProcessorPil, VisionZip(dominant=27, contextual=5)),
@@ -153,7 +154,7 @@ def write_examples(examples: Iterator[Example], target: Path) -> None:
 
 def make_loader_collator(model: str) -> Collator:
     """Make the collator of a model of 336 pixels, without its weights."""
-    # The family needs the config alone, because the tower does not run here.
+    # The config is enough for the family, because the tower does not run here.
     config_class, processor_class, reducer = MODELS[model]
     config = config_class()
     family = families()[config.model_type](SimpleNamespace(config=config))
@@ -180,7 +181,7 @@ def stage_times(model: str, paths: list[Path], *, rounds: int) -> dict[str, floa
 
     The times to process a picture include opening it.
     """
-    # Training sends uint8 and normalizes on the device; stock trainers normalize on the CPU.
+    # Training sends uint8 and normalizes on the device. Stock trainers normalize on the CPU.
     process = MODELS[model][1](**SQUARE)
 
     def to_uint8(path: Path) -> Any:
@@ -204,7 +205,7 @@ def _pixels(batch: MicroBatch) -> Tensor:
 
 
 def num_images(batch: MicroBatch) -> int:
-    """Count the images of a micro batch. A blank one, which stands for none, does not count."""
+    """Count the images of a micro batch. The blank one of a batch without images does not count."""
     return len(_pixels(batch)) if batch.num_placeholders["image"] else 0
 
 

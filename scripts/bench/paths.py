@@ -1,4 +1,4 @@
-"""Two paths from examples to an optimizer step: the stock one, and that of `make tune`."""
+"""Two paths from examples to an optimizer step: the stock path, and the path of `make tune`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -72,7 +72,7 @@ class EnginePath:
 
         Args:
             step: number of the step.
-            micro_batches: those of `collate`.
+            micro_batches: micro batches that `collate` built.
             lap: called with the name of each stage when it is over.
         """
         # Dividing by the labels of the whole step gives its mean, however it is cut.

@@ -38,7 +38,7 @@ SHAPES: dict[str, Sequence[tuple[str, ...]]] = {
     "compare": (("llava-7b", "llava-13b"), ("next-7b", "next-13b")),
 }
 
-# The paper's budgets, by the number of tiles whose tokens a budget counts together.
+# The paper's budgets, by the number of tiles that share a budget.
 BUDGETS = {1: (192, 128, 64), 5: (640, 320, 160)}
 
 # What the sizes of the published models are divided by for the shape "tiny".
@@ -53,12 +53,12 @@ DIVISORS = {
     "num_key_value_heads": 4,
 }
 
-# Prompt tokens beside the visual ones.
+# Text tokens of a prompt.
 NUM_TEXT = 40
 
 
 def build_family(name: str, *, tiny: bool, device: torch.device) -> Family:
-    """Make the model of configs/model/NAME.yaml with random weights; a tiny one in float32."""
+    """Make the model of configs/model/NAME.yaml with random weights. A tiny one is in float32."""
     shape = shape_of(name)
     if tiny:
         shape = replace(shape, architecture=shrink(shape.architecture, DIVISORS), dtype=torch.float32)

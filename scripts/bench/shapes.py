@@ -56,7 +56,7 @@ class Shape:
 
 
 def shape_of(name: str) -> Shape:
-    """Return the shape "tiny", or that of configs/model/NAME.yaml."""
+    """Return the shape "tiny", or the shape of configs/model/NAME.yaml."""
     if name == "tiny":
         return tiny_shape()
 
@@ -90,7 +90,7 @@ def tiny_shape() -> Shape:
 
 def shrink(architecture: Mapping[str, Any], divisors: Mapping[str, int]) -> dict[str, Any]:
     """Divide the sizes in a model's config by the divisors of their names."""
-    # A config holds those of the tower and of the language model.
+    # The configs of tower and language model lie inside, so go down into them.
     small = {}
     for name, value in architecture.items():
         if isinstance(value, Mapping):

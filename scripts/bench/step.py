@@ -128,7 +128,7 @@ class Laps:
     """Seconds of each stage, the device's work included.
 
     Args:
-        device: the device whose work is waited for.
+        device: runs the work. A stage ends when the device has finished.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -188,7 +188,7 @@ def time_steps(fast: EnginePath, reference: EnginePath) -> dict[str, Any]:
     works = {name: path.run_next_step for name, path in paths.items()}
     seconds = alternating(works, rounds=plan.num_steps, device=fast.device)
 
-    # Memory is measured in the step whose stages are timed.
+    # One more step of each path gives the times of its stages and its peak memory.
     peaks = {}
     stages: dict[str, dict[str, float]] = {}
     for name, path in paths.items():

@@ -75,7 +75,7 @@ def alternating(
             work()
             bar.update()
 
-        # Rotate the order, so that none of them always runs on a machine that the last one heated.
+        # Rotate the order, so that no computation always runs after the same other one.
         for number in range(rounds):
             first = number % len(names)
             for name in names[first:] + names[:first]:

@@ -1,6 +1,6 @@
 """Check a model's data before a GPU is taken: every image, label and length.
 
-It prints a table, and writes check.json and check.png beside the prepared data.
+It prints a table, and writes check.json and check.png into the folder of the prepared data.
 
 make data-check MODEL=llava-7b
 python -m scripts.prepare.check model=llava-7b reducer.budget=128

@@ -82,7 +82,7 @@ def print_fetched(subset: Subset) -> None:
 def main(cfg: DictConfig) -> None:
     check(cfg)
 
-    # A file that is there is used, wherever it came from.
+    # Fetch the file only if it is missing: the user may have put it there.
     path = Path(cfg.data.path).expanduser()
     if not path.exists() and cfg.data.address:
         fetch_instructions(cfg.data.address, path)

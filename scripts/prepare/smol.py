@@ -89,7 +89,7 @@ def _is_yesno(pair: tuple[str, str]) -> bool:
 
 def _choose(pairs: Sequence[tuple[str, str]], image: int) -> list[tuple[str, str]]:
     """Choose some (question, answer) pairs of a picture, in random order."""
-    # Seeded by the picture, so that the data is the same wherever it is prepared.
+    # The seed is the number of the picture, so that every machine prepares the same data.
     order = random.Random(image)
     shuffled = list(pairs)
     order.shuffle(shuffled)
@@ -135,7 +135,7 @@ def write_split(questions: list[list[Any]], split: str, target: Path, *, held_ou
             conversations.append({**common, "conversations": _messages(chosen)})
             continue
 
-        # Each held-out question is asked alone, so that no true answer before it can help.
+        # Each held-out question is a conversation, so that no true answer before it can help.
         for number, pair in enumerate(chosen):
             own = {
                 "id": f"{split}-{image}-{number}",

@@ -1,4 +1,4 @@
-"""The control: an ordinary run whose reducer keeps as many tokens as VisionZip, drawn at random."""
+"""The control: a run with random tokens instead of VisionZip's, and the same number of them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def control_settings(cfg: DictConfig) -> DictConfig:
             f"leave control out"
         )
 
-    # As many tokens as VisionZip keeps. A budget counts those of several tiles together.
+    # Keep the same number of tokens. A budget counts the tokens of several tiles together.
     tokens_per_tile = reducer.dominant + reducer.contextual
     budget_tiles = get_class(cfg.model["_target_"]).budget_tiles
     random_reducer = {
@@ -42,7 +42,7 @@ def control_settings(cfg: DictConfig) -> DictConfig:
     settings["reducer"] = random_reducer
 
     # The run itself has asked the baselines, and a feature cache holds VisionZip's tokens. If the
-    # run has no name, the control gets one that is made of its settings.
+    # run has no name, the control's name is made from its settings, too.
     changes = {
         "evaluate": {"baselines": False},
         "data": {"cache": False},

@@ -12,7 +12,7 @@ from vzip.templates.encode import IMAGE, VIDEO
 
 @dataclass(frozen=True)
 class HeldOutQuestion:
-    """One question of a held-out conversation. The turns before it have their true answers.
+    """One question of a held-out conversation. The turns before it keep their true answers.
 
     Attributes:
         conversation: where the question stands.

@@ -1,7 +1,7 @@
 """The table of a run's scores, for terminals, and in Markdown for reports and model cards.
 
 A table has one line per setting: `full` (all visual tokens), `free` (reduced, training-free),
-`tuned` (reduced, with the tuned projector) and `random` (as many random tokens, tuned). Settings of
+`tuned` (reduced, with the tuned projector) and `random` (random tokens, tuned). Settings of
 a run with several budgets are named `free-64`, `tuned-64` and so on. The scores are those under
 "rows" in result.json.
 """
@@ -64,7 +64,7 @@ def score_table(rows: Sequence[Mapping[str, Any]]) -> ScoreTable:
         if row["name"] == "full":
             full = row["metrics"]
 
-    # One line per setting. `full` itself needs no per cents, and a score of 0 allows none.
+    # One line per setting. `full` needs no per cents, and nothing can be divided by a score of 0.
     lines = []
     for row in rows:
         line = [row["name"], f"{row['num_visual_tokens']:,}", f"{row['num_questions']:,}"]
@@ -84,7 +84,7 @@ def format_share(share: float) -> str:
 
 
 def gap_closed(rows: Sequence[Mapping[str, Any]], kind: str, *, suffix: str = "") -> float | None:
-    """Compute how much of the gap between `free` and `full` `tuned` closes; None without a gap.
+    """Compute the share of the gap from `free` to `full` that tuning closes. None without a gap.
 
     Args:
         rows: the settings in result.json.
