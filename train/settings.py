@@ -339,7 +339,7 @@ class Config:
     runs: str = "runs"
     """Folder of all runs."""
     name: str | None = checked(None, folder_name)
-    """Folder of this run, below `runs`; null: named by the settings, so the same command resumes."""
+    """Folder of this run below `runs`; null: named by its settings, so the same command resumes."""
     fresh: bool = False
     """Start over: delete what the run's folder holds."""
     dry_run: bool = False
