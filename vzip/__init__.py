@@ -1,6 +1,6 @@
 """VisionZip for LLaVA-type models of `transformers`: attach a reducer, load a tuned projector.
 
-The names are imported when they are first used, because torch and transformers take seconds to import.
+A name is imported when it is first used, because torch and transformers take seconds to import.
 """
 
 import importlib
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Comparison", "Handle", "UserError", "__version__", "attach", "load", "load_projector"]
 
-# The module of each name that is imported late. None of these names may be a module of `vzip` itself.
+# The module of each name that is imported late. No name may be that of a module in `vzip`, because
+# importing that module would overwrite the name.
 _HOMES = {
     "Comparison": "vzip.runs.compare",
     "Handle": "vzip.handle",
@@ -31,6 +32,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
+    # Once the name is among the module's own, Python does not call this function again.
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

@@ -97,7 +97,8 @@ class Chat:
         self._cached_ids: list[int] = []
 
     def _messages_with(self, question: str) -> list[dict[str, Any]]:
-        """The conversation with a new question. Raises UserError if the question is not text alone."""
+        """Return the messages with a new question. Raises UserError if it is not only text."""
+        # A placeholder in a question would be counted as one more picture.
         if not question.strip():
             raise UserError("the question is empty; ask something about the picture")
         for kind in ("image", "video"):
@@ -112,7 +113,9 @@ class Chat:
         return [*self.messages, message]
 
     def _inputs(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
-        """The model's arguments for a complete conversation that ends with a question."""
+        """Make the model's arguments for a complete conversation that ends with a question."""
+        # Prepare the whole conversation again, because a template may change what it wrote before.
+        # The cache saves the model's work alone.
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         inputs = self.processor(text=text, images=[self.picture], return_tensors="pt")
         return dict(inputs.to(self.model.device, self.model.dtype))
@@ -132,12 +135,14 @@ class Chat:
         At least one token is left to run. The cache is emptied unless it holds all tokens of the
         picture, because these are computed together.
         """
-        # The last token is run even if it is cached: its output gives the first token of the answer.
+        # Run the last token even if it is cached: its output gives the first token of the answer.
         num_cached = min(_common_length(self._cached_ids, prompt), len(prompt) - 1)
         if self._placeholder_id in prompt[num_cached:]:
             self._clear_cache()
             return 0
 
+        # The rest of the cache belongs to an answer that was broken off, or that the template
+        # writes with other tokens than the model.
         num_surplus = len(self._cached_ids) - num_cached
         if num_surplus > 0:
             # A negative number removes that many from the end.
@@ -199,12 +204,15 @@ class Chat:
         )
         answer = yield from self._continue(token, answer)
 
-        # Only now does the turn count.
+        # The turn counts only now: a caller that stops before leaves the conversation unchanged.
         self.messages = [*messages, _message("assistant", answer.text)]
         yield replace(answer, cache_bytes=self._cache_bytes())
 
     def _continue(self, token: int, answer: Answer) -> Generator[Answer, None, Answer]:
-        """Yield `answer` with its text after each token, `token` being the first, and return it."""
+        """Yield `answer` with its text so far after each token, and return the complete answer.
+
+        `token` is the first token, which was computed already.
+        """
         ends = end_ids(self.model, self.processor)
         ids: list[int] = []
         seconds = 0.0
@@ -217,8 +225,7 @@ class Chat:
             if len(ids) == self.max_new_tokens:
                 break
 
-            # The clock starts after the yield: what the caller does with a beginning does not
-            # count.
+            # Start the clock after the yield, so that the caller's own work does not count.
             start = time.perf_counter()
             token = self._next_token([token])
             seconds += time.perf_counter() - start

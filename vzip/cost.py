@@ -46,6 +46,7 @@ def attention_flops(config: Any, num_tokens: int) -> int:
 
     These are QK^T, and the product of its softmax with V.
     """
+    # Each of the two products has num_tokens^2 * hidden_size multiply-adds.
     return int(4 * config.num_hidden_layers * num_tokens**2 * config.hidden_size)
 
 
@@ -86,12 +87,12 @@ def example_cost(
     vision: Any = family.tower.config
     text: Any = family.language_model.config
 
-    # The tower runs up to the hooked layer; its layers cost the same.
+    # Count the complete tower, and take the share of its layers that run: all layers cost the same.
     tile = family.num_patches * linear_flops(family.tower)
     tile += attention_flops(vision, family.num_patches)
     tower = num_tiles * tile * family.num_layers_run(reducer) // vision.num_hidden_layers
 
-    # Causal attention computes half of the scores.
+    # In causal attention a token sees only those before it, so half of the scores are computed.
     num_tokens = num_visual_tokens + num_text_tokens
     token = linear_flops(family.language_model) + linear_flops(family.lm_head)
     language = num_tokens * token + attention_flops(text, num_tokens) // 2
@@ -112,6 +113,7 @@ def frozen_linears(family: Family) -> Iterator[tuple[str, nn.Linear]]:
 
     The head is not among them.
     """
+    # peft puts LoRA's own layers, which are trained, beside the frozen ones.
     for name, module in family.language_model.named_modules():
         if isinstance(module, nn.Linear) and "lora_" not in name:
             yield name, module
@@ -124,6 +126,7 @@ def weight_memory(family: Family, *, quantize: str | None = None) -> int:
         family: the model.
         quantize: "nf4" or "int8" if the language model's frozen linear layers are quantized.
     """
+    # Quantized weights are counted first, so that the sum over all parameters can leave them out.
     quantized_ids = set()
     quantized_bytes = 0
     if quantize is not None:
@@ -186,12 +189,17 @@ def kept_memory(
     inner = config.intermediate_size
     head = head_width(config)
 
-    # Two norms' inputs, queries and the output of attention, keys and values, then the MLP.
+    # The inputs of both norms; queries and the output of attention; keys and values.
     values = 2 * width + 2 * head * (config.num_attention_heads + config.num_key_value_heads)
+
+    # The MLP's input, or gate and up.
     values += width if recompute else 2 * inner
+
+    # The inputs of int8 layers: of the attention, and, if the MLP does not run again, of the MLP.
     if quantize == "int8":
         values += width if recompute else 2 * width + inner
 
+    # LoRA is trained in float32, so each of its layers saves a float32 copy of its input.
     lora_inputs = 0
     if lora:
         lora_inputs = 3 * width + head * config.num_attention_heads
@@ -241,17 +249,19 @@ def packed_memory(
     lora = any("lora_" in name for name, _ in family.language_model.named_parameters())
     settings: dict[str, Any] = {"itemsize": itemsize, "quantize": quantize, "lora": lora}
 
-    # The layer that runs has products and gradients of its own, about one and a half times what it
-    # saves.
+    # All layers save something for the backward pass. The layer that runs also has products and
+    # gradients of its own, about one and a half times what it saves.
     saved = text.num_hidden_layers * kept_memory(text, recompute=recompute, **settings)
     running = 3 * kept_memory(text, **settings) // 2
 
-    # The projector, in float32, and the embeddings.
+    # For each token, what the projector saves in float32, and the embeddings.
     ends = 4 * (config.vision_config.hidden_size + 3 * text.hidden_size)
     ends += 3 * itemsize * text.hidden_size
 
+    # Logits in float32, with twice as much beside them, but only one chunk at a time.
     logits = 12 * min(num_tokens * text.vocab_size, MAX_LOGITS)
 
+    # The shorter the examples, the more pictures and copies of the prefix are in the batch.
     shortest = family.budget_tiles * family.num_tile_tokens(reducer) + SHORT_TEXT
     num_examples = math.ceil(num_tokens / shortest)
     prefix = num_prefix * _cache_memory(text, itemsize)
@@ -268,6 +278,7 @@ def blocked_memory(config: Any, *, longest: int, num_prefix: int) -> int:
         longest: tokens of the longest example, without the prefix.
         num_prefix: tokens of the prefix.
     """
+    # A block has several short examples, up to MAX_BLOCK tokens together, or a single longer one.
     num_scores = config.num_attention_heads * max(longest, MAX_BLOCK) * (longest + num_prefix)
     return int(SCORE_BYTES * num_scores)
 

@@ -21,13 +21,15 @@ def check_choice(setting: str, value: object, allowed: Sequence[object]) -> None
 
 
 def check_count(setting: str, value: Any, least: int) -> None:
-    """Raise UserError unless the value is a whole number, at least `least`, and no boolean."""
+    """Raise UserError unless the value is a whole number, at least `least`."""
+    # isinstance() would take True and False for numbers.
     if type(value) is not int or value < least:
         raise UserError(f"{setting}={value} must be a whole number, at least {least}")
 
 
 def check_package(package: str, *, extra: str, purpose: str) -> None:
-    """Raise UserError, naming the extra of vzip to install, unless an optional package is installed."""
+    """Raise UserError if an optional package is missing; the message names vzip's extra for it."""
+    # Looking for the package is enough: importing it may take seconds.
     if importlib.util.find_spec(package) is None:
         raise UserError(
             f"{purpose} needs the package {package}, which is not installed: pip install 'vzip[{extra}]'"

@@ -19,7 +19,7 @@ class GeneratedAnswer:
 
 
 def padding_id(tokenizer: Any) -> int:
-    """The token that pads a batch: the tokenizer's own, or its end token if it has none."""
+    """Return the id that pads a batch: the tokenizer's own, or that of its end token."""
     token_id: int = tokenizer.pad_token_id
     if token_id is None:
         token_id = tokenizer.eos_token_id
@@ -27,24 +27,27 @@ def padding_id(tokenizer: Any) -> int:
 
 
 def end_ids(model: Any, processor: Any) -> set[int]:
-    """The tokens that end an answer: the model's own, and what the chat template writes after one.
+    """Collect the ids that end an answer: the model's own, and what its chat template writes there.
 
     Args:
         model: any model that generates.
         processor: its processor, with a chat template.
     """
+    # A config may have one id, several, or None.
     tokenizer = processor.tokenizer
     configured = model.generation_config.eos_token_id
-    # A config may have one id, several, or None.
     ends = {tokenizer.eos_token_id}
     ends |= set(configured) if isinstance(configured, list) else {configured}
 
-    # Render one turn, and look at the first token behind the answer.
+    # A model answers as it was trained, and its config may name another end token than the template
+    # (ChatML). So render one turn, and look at the first token behind the answer.
     turns = []
     for role, text in (("user", "question"), ("assistant", "answer")):
         turns.append({"role": role, "content": [{"type": "text", "text": text}]})
     rendered = processor.apply_chat_template(turns, tokenize=False)
     behind = tokenizer(rendered.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
+
+    # Ordinary text behind an answer, such as a newline, may also stand inside one.
     ends |= set(behind[:1]) & set(tokenizer.all_special_ids)
 
     return ends - {None}
@@ -68,8 +71,8 @@ def generate_answers(
         ends: tokens that end an answer.
         settings: further arguments of the model's `generate`, e.g. `max_new_tokens`.
     """
-    # `generate` returns the prompts with the answers behind them. It needs the tokenizer for
-    # `stop_strings` alone.
+    # `generate` returns the prompts with the answers behind them. It needs the tokenizer only for
+    # `stop_strings`.
     output = model.generate(
         **inputs,
         **settings,

@@ -44,7 +44,7 @@ class Handle:
         return self.family.num_video_tokens(self.reducer, num_frames)
 
     def processor(self, processor: Any) -> Any:
-        """Copy the model's processor, so that it writes one placeholder for each token that stays."""
+        """Copy the model's processor; the copy writes a placeholder for each token that remains."""
         # A shallow copy shares its parts with the original, but has methods of its own.
         reduced = copy.copy(processor)
 
@@ -67,7 +67,7 @@ class Handle:
                 sizes["video_sizes"] = video_sizes
             counts = processor._get_num_multimodal_tokens(**sizes, **kwargs)
 
-            # Replace the unreduced numbers.
+            # Replace the numbers of all tokens by those that remain.
             if image_sizes is not None:
                 counts.num_image_tokens = [self.num_image_tokens(tuple(size)) for size in image_sizes]
             if video_sizes is not None:
@@ -122,8 +122,8 @@ def attach(
     Raises:
         UserError: an unsupported model, contradicting settings, a budget larger than an image.
     """
-    # Budgets and counts are VisionZip's.
-    # A budget counts one tile or several: that depends on the family of the model.
+    # Budgets and counts are settings of VisionZip. The model's family says how many tiles a budget
+    # counts together.
     if reducer is None:
         tiles = family_of(model).budget_tiles
         reducer = VisionZip(budget=budget, tiles=tiles, dominant=dominant, contextual=contextual)

@@ -41,15 +41,17 @@ class MediaInputs:
     pixels: Tensor
     """float or uint8[B, (tiles or frames,) 3, height, width]."""
     extra: dict[str, Tensor] = field(default_factory=dict)
-    """Other arguments: `image_sizes` int64[images, 2] (height, width), `batch_num_images` int64[examples]."""
+    """Other arguments: `image_sizes` int64[images, 2], as (height, width) in pixels, and
+    `batch_num_images` int64[examples].
+    """
     lookup: Tensor | None = None
-    """float32[3, 256]: what normalizing makes of each uint8 value, by channel; None if it is done."""
+    """float32[3, 256]: the normalized value of each uint8 value, by channel; None if it is done."""
     pixel_name: str = "pixel_values"
     """Name of the pixels among the model's arguments."""
 
     @classmethod
     def from_processed(cls, kind: str, processed: Mapping[str, Any], *, lookup: Tensor | None = None) -> Self:
-        """Pick the inputs of one kind from what a processor returns, or from a model's arguments."""
+        """Pick the inputs of one kind from a processor's output, or from a model's arguments."""
         pixel_names = [name for name in PIXEL_NAMES[kind] if processed.get(name) is not None]
         assert pixel_names, f"no pixels of any {kind} among {', '.join(processed)}"
 
@@ -167,7 +169,7 @@ def _convert_to_rgb(videos: Any) -> Any:
 
 
 def _frame_to_picture(frame: Any) -> Image.Image:
-    """Convert a frame of an array of frames. Raise UserError unless it is uint8[height, width, 3]."""
+    """Convert a frame of an array. Raises UserError unless it is uint8[height, width, 3]."""
     pixels = np.asarray(frame)
     if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
         raise UserError(
@@ -178,7 +180,7 @@ def _frame_to_picture(frame: Any) -> Image.Image:
 
 
 class FrameProcessor:
-    """A video processor that treats each frame as the model's image processor treats a picture's base tile.
+    """A video processor that applies the model's image processor to each frame, without tiles.
 
     Args:
         image_processor: the model's.
@@ -253,7 +255,7 @@ def build_processor(
             return super().check_argument_for_proper_class(argument_name, argument)
 
         def to_dict(self) -> dict[str, Any]:
-            """Return what the class of transformers saves: a video processor with settings of its own."""
+            """Return what transformers' own class saves, with a video processor of its own."""
             saved: dict[str, Any] = super().to_dict()
             name = processor_class.__name__
             kind = {"video_processor_type": name.replace("Processor", "VideoProcessor")}

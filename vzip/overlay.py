@@ -1,5 +1,4 @@
-"""Draw what a reducer does to a picture: the kept tokens, what merges into which, and the
-attention.
+"""Draw what a reducer does to a picture: kept tokens, merged tokens, and attention.
 
 `look` runs the tower on one tile, and the other functions draw what it returns. Each drawing is a
 square of `side` pixels, or a little less, so that patches are whole pixels:
@@ -78,9 +77,7 @@ class TileTokens:
 
 
 def _tile_pixels(image_processor: Any, picture: Image.Image, **settings: Any) -> Tensor:
-    """[1, 3, height, width]: a prepared picture; if it was cut into tiles, the first, which is all
-    of it.
-    """
+    """Prepare a picture: [1, 3, height, width]. Of several tiles, the first shows all of it."""
     processed = image_processor([[picture]], return_tensors="pt", **settings)
     pixels: Tensor = MediaInputs.from_processed("image", processed).pixels
     return pixels.flatten(0, -4)[:1]
@@ -152,6 +149,7 @@ class _Canvas:
 
     def dim(self, share: float) -> None:
         """Darken the whole picture to a share of its brightness."""
+        # The bright picture stays: `light` and `tint` take their patches from it.
         self.image = Image.fromarray((np.asarray(self.bright) * share).astype("uint8"))
 
     def box(self, patch: int) -> tuple[int, int, int, int]:
@@ -202,6 +200,7 @@ class _Canvas:
 
 def kept_tokens(tile: TileTokens, *, side: int = SIDE) -> Image.Image:
     """Frame dominant patches in orange and merge targets in blue, and dim the other patches."""
+    # Dim everything first, so that the patches that stay stand out.
     canvas = _Canvas(tile, side)
     canvas.dim(0.35)
     for patches, colour in ((tile.contextual, CONTEXTUAL), (tile.dominant, DOMINANT)):
@@ -241,13 +240,15 @@ def attention_map(tile: TileTokens, *, side: int = SIDE) -> Image.Image:
     The scale is of square roots. A few patches hold so much attention that one would see nothing of
     the others on an even scale.
     """
-    # Grey, so that the colours show attention alone.
+    # Use a grey picture, so that all colour is attention.
     grey = tile.picture.convert("L").convert("RGB")
     canvas = _Canvas(replace(tile, picture=grey), side)
 
+    # Scale to the most attended patch of this picture. The clamp avoids 0 / 0.
     shares = tile.saliency / tile.saliency.max().clamp(min=1e-12)
     heights = shares.sqrt().flatten().numpy()
     steps = np.linspace(0, 1, len(RAMP))
+
     # Interpolate each colour channel between the steps of the ramp.
     channels = [np.interp(heights, steps, values) for values in zip(*RAMP, strict=True)]
     colours = np.stack(channels, axis=1).round().astype(int)

@@ -1,4 +1,4 @@
-"""Replace the forwards of some modules for a while. Their classes, and so other models, never change."""
+"""Replace the forwards of some modules for a while, on these modules alone."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,9 +11,11 @@ from torch import nn
 def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Give each module another `forward` while the block runs.
 
-    The modules' hooks still run, because parameter sharding (ZeRO 3) keeps its books in hooks.
+    Their classes never change, so other models with the same classes are safe. The modules' hooks
+    still run, because parameter sharding (ZeRO 3) gathers the weights in hooks.
     """
-    # A module may have a `forward` of its own already; otherwise it uses that of its class.
+    # An attribute of the instance hides the class's method. It may have been hidden before, e.g. by
+    # an outer block, so remember what to put back.
     own_forwards = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward

@@ -14,7 +14,8 @@ PIL knows more, one of which (EPS) runs the file.
 
 
 def upright_rgb(picture: Image.Image) -> Image.Image:
-    """The picture as RGB, turned as its EXIF data says: a camera held sideways notes that there."""
+    """Convert a picture to RGB, and turn it upright."""
+    # A camera that is held sideways saves the picture sideways, and notes that in the EXIF data.
     upright = ImageOps.exif_transpose(picture)
 
     # convert() would clip 16 bits of grey to white.

@@ -73,7 +73,7 @@ TOWER_LAYOUTS = {
 
 
 def tower_layout(config: Any) -> TowerLayout:
-    """Return the layout of the vision tower with this config. Raises UserError for an unknown kind."""
+    """Return the layout of a vision tower by its config. Raises UserError for an unknown kind."""
     kind = config.model_type
     if kind not in TOWER_LAYOUTS:
         raise UserError(
@@ -127,8 +127,11 @@ def cls_attention(queries: Tensor, keys: Tensor) -> Tensor:
         float[B, P].
     """
     # One row of the attention map is enough: that of CLS.
+    # Only the query of CLS is needed: one row of the N x N attention map, at 1 / N of its cost.
     scale = queries.shape[-1] ** -0.5
     scores = (queries[:, :, :1] @ keys.transpose(2, 3)).mul(scale)
+
+    # The softmax covers all tokens. The attention of CLS to itself is left out only afterwards.
     return scores.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
 
 
@@ -149,6 +152,7 @@ def received_attention(queries: Tensor, keys: Tensor, max_scores: int = MAX_SCOR
     scale = head_dim**-0.5
 
     # The map of all queries would be large, so it is computed for some queries at a time.
+    # Every query counts here, so take as many of them at a time as the memory allows.
     scores_per_query = num_images * num_heads * num_tokens
     num_queries = max(1, max_scores // scores_per_query)
 
@@ -176,6 +180,7 @@ def captured(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
         return hook
 
     # The hooks are removed even if the block raises.
+    # A forward hook sees a module's output without a change to the module.
     handles = [module.register_forward_hook(store_as(name)) for name, module in modules.items()]
     try:
         yield outputs
@@ -221,8 +226,11 @@ def run_tower(
     layers = list(tower.get_submodule(layout.layers).children())
 
     # The outputs to catch, and the last layer that one of them needs.
+    # The output of this layer is what LLaVA passes to its projector.
     last_layer = layer_index(feature_layer, len(layers))
     hooked = {"features": layers[last_layer]}
+
+    # Hook the projections to queries and keys: attention kernels return no maps, but take these.
     if attention_layer is not None:
         index = layer_index(attention_layer, len(layers), setting="reducer.layer")
         last_layer = max(last_layer, index)
@@ -247,7 +255,8 @@ def run_tower(
 @torch.no_grad()
 def _with_attention(tokens: VisionTokens, queries: Tensor, keys: Tensor, config: Any) -> VisionTokens:
     """Add saliency and keys, computed from a layer's projections float[B, N, d]."""
-    # Saliency and keys only choose tokens, so no gradient goes through them.
+    # Saliency ranks the patches, and keys say which of them are alike. Both only choose tokens, so
+    # no gradient goes through them.
     query_heads = split_heads(queries, config.num_attention_heads)
     key_heads = split_heads(keys, config.num_attention_heads)
     saliency_of = cls_attention if tokens.has_cls else received_attention

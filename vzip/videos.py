@@ -23,9 +23,9 @@ FRAME_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".t
 
 
 def sample(num_total: int, num_frames: int) -> list[int]:
-    """Numbers of `num_frames` frames, spread from the first to the last of `num_total`.
+    """Choose the numbers of `num_frames` frames, spread from the first to the last of `num_total`.
 
-    A shorter video repeats some.
+    If the video has fewer frames, some numbers occur more than once.
 
     Source: repository PKU-YuanGroup/Video-LLaVA,
     `videollava/model/multimodal_encoder/languagebind/video/processing_video.py` (backend decord),
@@ -63,7 +63,8 @@ def read_frames(path: Path, num_frames: int) -> list[Image.Image]:
     if path.is_dir():
         return _read_frame_files(_frame_paths(path), num_frames)
 
-    # Only decoding tells how many frames there are, so the file's own number is tried first.
+    # Only decoding tells how many frames there are. Trust the file's own number at first, because
+    # decoding takes long, and all pictures would not fit into memory.
     claimed = _claimed_frames(path)
     pictures, count = _decode(path, set(sample(max(claimed, 1), num_frames)))
     numbers = sample(count, num_frames)
@@ -81,6 +82,7 @@ def check_video(path: Path) -> None:
         open_picture(_frame_paths(path)[0])
         return
 
+    # One frame shows whether there is a decoder that works, and takes little time.
     with _open_container(path) as (container, stream):
         frame = next(container.decode(stream), None)
         if frame is None:
@@ -97,9 +99,10 @@ def _natural(path: Path) -> tuple[list[str | int], str]:
 
 
 def _frame_paths(folder: Path) -> list[Path]:
-    """The pictures in a folder of frames, in order."""
+    """List the pictures in a folder of frames, in order."""
     paths = []
     for path in folder.iterdir():
+        # macOS puts a hidden file beside each picture, with the same ending.
         if path.suffix.lower() in FRAME_SUFFIXES and not path.name.startswith("."):
             paths.append(path)
 
@@ -109,6 +112,7 @@ def _frame_paths(folder: Path) -> list[Path]:
 
 
 def _read_frame_files(paths: list[Path], num_frames: int) -> list[Image.Image]:
+    # A short video repeats frames; open each file once.
     numbers = sample(len(paths), num_frames)
     pictures = {number: open_picture(paths[number]) for number in set(numbers)}
     return [pictures[number] for number in numbers]
@@ -136,7 +140,7 @@ def _check_truncated(container: Any, stream: Any) -> None:
 
 
 def _video_stream(av: ModuleType, container: Any) -> Any:
-    """The first stream of a file that is a video.
+    """Return the first stream of a file that is a video.
 
     Raises ValueError if there is no such stream, or no decoder for it.
     """
@@ -153,9 +157,9 @@ def _video_stream(av: ModuleType, container: Any) -> Any:
 
 @contextmanager
 def _open_container(path: Path) -> Iterator[tuple[Any, Any]]:
-    """(container, video stream) of a file.
+    """Open a file, and yield (container, video stream).
 
-    FFmpeg's errors, also those of the `with` body, come out as ValueError.
+    FFmpeg's errors are raised as ValueError, also those of the `with` body.
     """
     # Python's own errors tell a missing file from a forbidden one. FFmpeg uses these names for
     # other faults too.
@@ -177,7 +181,8 @@ def _open_container(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _frame_picture(frame: Any) -> Image.Image:
-    """A decoded frame as upright RGB: a phone held sideways notes that beside the frames."""
+    """Convert a decoded frame to upright RGB."""
+    # A phone that is held sideways saves the frames sideways, and notes that beside them.
     picture: Image.Image = frame.to_image()
     if not frame.rotation:
         return picture
@@ -185,16 +190,21 @@ def _frame_picture(frame: Any) -> Image.Image:
 
 
 def _claimed_frames(path: Path) -> int:
-    """How many frames a file says it has, or else how many packets.
+    """Return how many frames a file says it has.
 
-    This is cheap and mostly right, but never to be trusted.
+    This is cheap and mostly right, but the true number may differ.
     """
+    # Some containers do not say it. Then count the packets, which hold one frame each as a rule.
     with _open_container(path) as (container, stream):
         return stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
 
 
 def _decode(path: Path, wanted: set[int]) -> tuple[dict[int, Image.Image], int]:
-    """(the `wanted` frames by their number, how many frames there are up to the first damage)."""
+    """Decode a file from start to end, or to its first damage.
+
+    Returns:
+        The `wanted` frames by their number, and how many frames were decoded.
+    """
     pictures = {}
     count = 0
     try:
@@ -207,8 +217,8 @@ def _decode(path: Path, wanted: set[int]) -> tuple[dict[int, Image.Image], int]:
         if not count:
             raise
 
-        # Finding this before training would mean decoding every video whole, so the run goes on
-        # with what there is.
+        # Finding the damage before training would mean to decode every video, so the run goes on
+        # with the frames before it.
         warnings.warn(f"{path}: {error} after {count} frames, which are used", stacklevel=2)
 
     return pictures, count

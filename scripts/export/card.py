@@ -19,7 +19,8 @@ CODE_LICENCE = "Apache-2.0"
 
 
 def base_licence(base: str) -> str | None:
-    """Read the licence in the base model's own card. None if there is no card, or no licence in it."""
+    """Read the licence in the base model's own card. None if the card is missing or names none."""
+    # The card is looked up like a file of the model: in its folder, or on the hub.
     try:
         return card_metadata(cached_file(base, "README.md")).get("license")
     except OSError:
@@ -30,6 +31,7 @@ def _eval_results(run: FinishedRun) -> list[EvalResult]:
     """List the scores of the tuned model for the hub to show."""
     results = []
     for row in run.scores:
+        # The hub shows scores of the model in this repository, which is the tuned one.
         if not row["name"].startswith("tuned"):
             continue
         for kind, share in row["metrics"].items():
@@ -47,6 +49,7 @@ def _eval_results(run: FinishedRun) -> list[EvalResult]:
 
 def _front_matter(run: FinishedRun, base: str, to: str) -> str:
     """Write the card's metadata."""
+    # The base model must be a hub id, so a path is left out. The hub shows a name with scores only.
     results = _eval_results(run)
     metadata = ModelCardData(
         library_name="peft" if to == "peft" else "transformers",
@@ -71,6 +74,7 @@ def _use_hf(meta: dict[str, Any]) -> str:
         "```",
         "",
     ]
+    # Some families have no class in transformers. Their note takes the place of the code.
     note = families()[meta["base"]["model_type"]].export_note
     if note:
         lines.append(note)
@@ -96,6 +100,7 @@ def _use_hf(meta: dict[str, Any]) -> str:
 
 def _use_llava(folder: Path) -> str:
     """Explain how to load an export for LLaVA's own code."""
+    # LLaVA's loader needs a config.json in its own layout, which can't be made for every model.
     if (folder / "config.json").is_file():
         loader = (
             "`load_pretrained_model(FOLDER, model_base=BASE, model_name=...)` with a name that contains "
@@ -153,6 +158,8 @@ def _data(run: FinishedRun) -> str:
     data = run.meta.get("data")
     if data is None:
         return "Not recorded."
+
+    # The file's name alone tells readers which data it was.
     path = run.setting("data.path")
     file = f" of `{Path(path).name}`" if path else ""
     return (
@@ -164,11 +171,14 @@ def _data(run: FinishedRun) -> str:
 def _settings(run: FinishedRun) -> str:
     if not run.has_settings:
         return "Not recorded."
+
+    # Only settings that describe the training: others hold paths of this machine.
     shown = {name: run.config[name] for name in SHOWN_SETTINGS if name in run.config}
     return f"```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```"
 
 
 def _licences(base: str) -> str:
+    # The weights are mostly the base model's, so its licence is theirs.
     licence = base_licence(base)
     weights = (
         "The weights are those of the base model and under its licence, which is unknown here: its files "
@@ -197,6 +207,7 @@ def model_card(path: Path, folder: Path, *, to: str, base: str) -> str:
         to: the format, "hf", "llava" or "peft".
         base: folder or hub id of the base model.
     """
+    # The reducers stand near the top: without one of them, the tuned projector gives worse answers.
     run = FinishedRun(path)
     name = _base_name(run, base)
     reducers = [f"{budget} tokens: {reducer}" for budget, reducer in reducers_of(run.meta).items()]

@@ -1,4 +1,4 @@
-"""Export a finished run for transformers (whole model), LLaVA's own code (mm_projector.bin) or peft.
+"""Export a finished run: for transformers (whole model), LLaVA (mm_projector.bin) or peft.
 
 make export RUN=runs/my-run TO=hf        python -m scripts.export.main runs/my-run hf --out FOLDER
 """
@@ -26,14 +26,15 @@ def check_target(target: Path, *, force: bool) -> None:
     """Raise UserError if the target exists, unless it is an older export that may be replaced."""
     if not target.exists():
         return
+
+    # --force must not delete somebody's own folder.
     if not has_our_card(target):
         raise UserError(
-            f"--out {target} is there already and is no export, so that it is not replaced; "
-            f"choose another place"
+            f"--out {target} exists and is not an export, so it is not replaced; choose another folder"
         )
     if not force:
         raise UserError(
-            f"--out {target} is an export already; replace it with --force, or choose another place"
+            f"--out {target} is an export already; replace it with --force, or choose another folder"
         )
 
 
@@ -43,10 +44,11 @@ def _apply_umask(folder: Path) -> None:
     safetensors writes files that only their owner can read. Files of the base model that are linked
     here keep their permissions.
     """
-    # The umask can only be read by setting it.
+    # The umask can only be read by setting it, so set it back at once.
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.rglob("*"):
+        # A hard link shares its permissions with the base model's file.
         is_own = path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
         if is_own:
             path.chmod(0o666 & ~umask)
@@ -58,6 +60,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
     If the block fails, `target` stays as it was. The next call deletes what a killed process left.
     """
+    # Both lie beside the target, because a rename can't go to another disk.
     new = target.with_name(f".{target.name}.new")
     old = target.with_name(f".{target.name}.old")
     for leftover in (new, old):
@@ -66,6 +69,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         yield new
         _apply_umask(new)
+
+        # A folder can't be renamed onto one that holds files, so the old export goes aside first.
         if target.exists():
             target.rename(old)
         new.rename(target)
@@ -78,15 +83,18 @@ def export(args: argparse.Namespace) -> Path:
     """Write the export, and return its folder.
 
     Raises:
-        UserError: options that do not go together, a run that can't be exported (see
+        UserError: options that contradict each other, a run that can't be exported (see
             `vzip.runs.export`), or a target that can't be written.
     """
+    # Everything that can be refused is refused before the model is loaded.
     run = args.run
     target = args.out or run / "export" / args.to
     if args.to not in FORMATS:
         raise UserError(f"TO={args.to} is unknown; choose one of: {', '.join(FORMATS)}")
     if args.to != "hf" and (args.copy or args.budget is not None):
-        raise UserError(f"--copy and --budget are of TO=hf, not of TO={args.to}: leave them out")
+        raise UserError(f"--copy and --budget belong to TO=hf, not to TO={args.to}; leave them out")
+
+    # The card names the base model, also where it was found by the run's own record.
     base = args.base or read_meta(run)["base"]["id"]
     check_target(target, force=args.force)
 
@@ -98,9 +106,11 @@ def export(args: argparse.Namespace) -> Path:
                 write_llava(run, folder, base=args.base)
             else:
                 write_peft(run, folder, base=args.base)
+
+            # The card comes last, because it says which files there are.
             (folder / "README.md").write_text(model_card(run, folder, to=args.to, base=base))
     except (OSError, RuntimeError, SafetensorError) as error:
-        # A full disk raises any of these: it depends on the library that was writing.
+        # A full disk raises any of these, depending on the library that was writing.
         raise UserError(
             f"{target} can't be written: {error}\nFree some space, or choose another place with --out"
         ) from error
@@ -129,6 +139,7 @@ def _export_parser() -> argparse.ArgumentParser:
 
 @exit_on_user_error
 def main() -> None:
+    """Export a run, and list the files that were written."""
     target = export(_export_parser().parse_args())
     for file in sorted(target.iterdir()):
         print(f"{file.stat().st_size / 1e6:12,.3f} MB  {file.name}")

@@ -22,6 +22,6 @@ def card_metadata(card: str | Path) -> dict[str, Any]:
 
 
 def has_our_card(folder: Path) -> bool:
-    """Tell whether `make export` wrote the folder."""
+    """Whether `make export` wrote the folder."""
     card = folder / "README.md"
     return card.is_file() and TAG in (card_metadata(card).get("tags") or ())

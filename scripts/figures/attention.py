@@ -38,17 +38,23 @@ class LayerAttention:
     has_cls: bool
 
     def shares(self) -> Tensor:
-        """Return each patch's share of the attention on all patches, averaged over heads: float32[B, P].
+        """Return each patch's share of the attention on all patches: float32[B, P].
 
         This is the saliency of `vzip.reducers.base.VisionTokens`, scaled to a sum of 1.
         """
+        # Scaling removes the attention of CLS to itself, which is not on any patch.
         attention = cls_attention if self.has_cls else received_attention
         saliency = attention(self.queries, self.keys)
         return saliency / saliency.sum(dim=1, keepdim=True)
 
     def rows(self, max_scores: int = MAX_SCORES) -> Iterator[Tensor]:
-        """Yield the softmax rows that the shares average: float32[rows, N], `max_scores` numbers at once."""
+        """Yield the softmax rows that the shares average: float32[rows, N].
+
+        At most `max_scores` numbers are in memory at once, or those of one query.
+        """
         queries = self.queries[:, :, :1] if self.has_cls else self.queries
+
+        # A query has one score for each image, head and key.
         scores_per_query = self.keys[:, :, :, 0].numel()
         step = max(1, max_scores // scores_per_query)
         for chunk in torch.split(queries, step, dim=2):
@@ -67,7 +73,7 @@ def attention_of_layers(family: Family, pixel_values: Tensor) -> list[LayerAtten
         modules[f"queries {index}"] = layer.get_submodule(layout.queries)
         modules[f"keys {index}"] = layer.get_submodule(layout.keys)
 
-    # Hooks keep what the projections to queries and keys return.
+    # Hooks store what the projections return. The tower's own output is not needed.
     with captured(modules) as outputs:
         family.vision_tokens(ALL_LAYERS, pixel_values)
 
@@ -103,9 +109,10 @@ def num_holding(shares: Tensor, share: float) -> list[int]:
 
 
 def softmax_gradient(layers: Iterable[LayerAttention]) -> dict[str, Any]:
-    """Measure the gradient of the softmax, dp_i/dz_i = p_i (1 - p_i), against the attention weight p_i.
+    """Measure the gradient of the softmax, p_i (1 - p_i), against the attention weight p_i.
 
-    Source: the appendix of arXiv 2412.04467, which explains with it why attention gathers in few tokens.
+    Source: the appendix of arXiv 2412.04467. Its formula dp_i/dz_i = p_i (1 - p_i) explains why
+    attention gathers in few tokens.
 
     Returns:
         "bins": the number of weights, their mean weight and their mean gradient, for each size of
@@ -114,7 +121,10 @@ def softmax_gradient(layers: Iterable[LayerAttention]) -> dict[str, Any]:
             the tokens gets.
         "num_rows" and "num_tokens": how many softmax rows there were, and how long they are.
     """
+    # Weights spread over many powers of ten, so the bins are equally wide in the logarithm.
     edges = torch.logspace(torch.tensor(SMALLEST).log10().item(), 0, NUM_BINS + 1)
+
+    # Sums are in float64: there are millions of weights, most of them tiny.
     num_weights, sum_of_weights, sum_of_gradients = torch.zeros(3, NUM_BINS, dtype=torch.float64)
     top = torch.zeros(2, dtype=torch.float64)  # weight, gradient
     num_rows = 0
@@ -122,12 +132,14 @@ def softmax_gradient(layers: Iterable[LayerAttention]) -> dict[str, Any]:
     for layer in layers:
         for rows in layer.rows():
             gradient = rows * (1 - rows)
+
+            # Without the outermost edges, the first and the last bin take what lies beyond them.
             bins = torch.bucketize(rows, edges[1:-1].to(rows)).flatten()
             num_weights += _sum_by_bin(bins, torch.ones_like(rows))
             sum_of_weights += _sum_by_bin(bins, rows)
             sum_of_gradients += _sum_by_bin(bins, gradient)
 
-            # The most attended tenth of each row.
+            # The paper's claim: few tokens get most of the gradient. Sum the top tenth of each row.
             most = rows.topk(max(1, rows.shape[1] // 10), dim=1).indices
             sums = [values.gather(1, most).double().sum() for values in (rows, gradient)]
             top += torch.stack(sums).cpu()

@@ -1,4 +1,4 @@
-"""Draw the figures about attention and kept tokens: numbers and pictures in, matplotlib figures out.
+"""Draw the figures about attention and kept tokens, from numbers and pictures.
 
 The colours are those of Okabe and Ito, and viridis, which colour-blind readers can tell apart.
 Lines also differ in their markers.
@@ -54,6 +54,7 @@ def draw_attention_maps(
     numbers: Mapping[str, Any], drawn: Sequence[tuple[Image.Image, Image.Image]]
 ) -> Figure:
     """Draw (picture, attention map) of each picture side by side, two pictures in a row."""
+    # Round up: the last row may be half empty.
     columns = min(2, len(drawn))
     rows = -(-len(drawn) // columns)
     figure = new_figure(
@@ -63,6 +64,8 @@ def draw_attention_maps(
         f"violet: none, yellow: the most in this picture",
     )
     grid = figure.subplots(rows, 2 * columns, squeeze=False)
+
+    # An empty place of the last row must not show axes.
     for axes in grid.flat:
         axes.set_axis_off()
 
@@ -79,7 +82,7 @@ def draw_attention_maps(
 
 
 def draw_top_share(numbers: Mapping[str, Any]) -> Figure:
-    """Draw the share of the attention that the top k patches hold, by layer, with a line for each k."""
+    """Draw the share of the attention on the top k patches, by layer, with a line for each k."""
     figure = new_figure(
         8.8,
         4.8,
@@ -96,6 +99,8 @@ def draw_top_share(numbers: Mapping[str, Any]) -> Figure:
         values = [100 * share for share in line["shares"]]
         axes.plot(layers, values, color=colour, marker=marker, markersize=4)
         axes.axhline(100 * line["uniform"], color=colour, linewidth=0.8, linestyle=":")
+
+        # The name stands at the line's end, where it is read faster than in a legend.
         axes.annotate(
             f" top {line['top']}",
             (layers[-1], values[-1]),
@@ -104,7 +109,7 @@ def draw_top_share(numbers: Mapping[str, Any]) -> Figure:
             annotation_clip=False,
         )
 
-    # The layer that VisionZip reads.
+    # Mark the layer that VisionZip reads: the concentration there is what the method lives on.
     axes.axvline(numbers["layer"], color=BLACK, linewidth=0.8)
     axes.annotate(
         "VisionZip's layer ",
@@ -114,9 +119,13 @@ def draw_top_share(numbers: Mapping[str, Any]) -> Figure:
         va="top",
         fontsize="small",
     )
+
+    # Leave room for the names of the lines on the right.
     axes.set_ylim(0, 100)
     axes.set_xlim(0.5, num_layers * 1.12)
-    if num_layers > 14:  # every other layer, the last one among them
+
+    # Numbers of many layers would overlap: write every other one, and always the last.
+    if num_layers > 14:
         layers = [layer for layer in layers if layer % 2 == num_layers % 2]
     axes.set_xticks(layers)
     label_axes(axes, x="layer of the vision tower", y=f"% of the {_attention(numbers)}")
@@ -124,7 +133,7 @@ def draw_top_share(numbers: Mapping[str, Any]) -> Figure:
 
 
 def draw_softmax_gradient(numbers: Mapping[str, Any]) -> Figure:
-    """Draw the gradient against the attention weight, and below it the number of weights of each size."""
+    """Draw the gradient against the attention weight, and below how many weights have each size."""
     top = numbers["top_tenth"]
     figure = new_figure(
         7,
@@ -135,7 +144,7 @@ def draw_softmax_gradient(numbers: Mapping[str, Any]) -> Figure:
     )
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
 
-    # Above: the gradient, and the line that it leaves where weights are large.
+    # Above: the gradient p (1 - p). It follows the dotted line p, and leaves it for large weights.
     bins = numbers["bins"]
     weights = [each["mean_weight"] for each in bins]
     above.plot(weights, [each["mean_gradient"] for each in bins], color=BLUE, marker="o", markersize=4)
@@ -151,7 +160,7 @@ def draw_softmax_gradient(numbers: Mapping[str, Any]) -> Figure:
     above.set_yscale("log")
     label_axes(above, y="gradient dp/dz of the softmax")
 
-    # Below: how many weights there are of each size.
+    # Below: how many weights have each size. Most are tiny, which the curve above does not show.
     total = sum(each["weights"] for each in bins)
     for each in bins:
         below.bar(
@@ -181,6 +190,7 @@ def draw_kept_tokens(numbers: Mapping[str, Any], drawn: Sequence[Sequence[Image.
         for column, picture in enumerate(pictures):
             _show_picture(grid[row, column], picture)
 
+    # Only the first row has titles: the columns below show the same budgets.
     grid[0, 0].set_title("input", fontsize="small")
     for axes, budget in zip(grid[0, 1:], budgets, strict=True):
         axes.set_title(

@@ -1,4 +1,4 @@
-"""What figures are drawn from: a model, the pictures that it looks at, and the run that it belongs to."""
+"""Open what figures are drawn from: a model, pictures for it to look at, and the model's run."""
 
 import argparse
 from collections.abc import Iterable
@@ -51,24 +51,27 @@ class FigureInputs:
 
     @cached_property
     def reducer(self) -> VisionZip:
-        """The run's reducer.
+        """The VisionZip that figures show: the run's own, if it has one.
 
-        Without one, VisionZip with as many tokens as a random reducer, or a ninth of the patches.
+        A run with random tokens gets a VisionZip with as many tokens. Otherwise it has a ninth of
+        the patches.
         """
-        reducers = list(self.comparison.reducers.values())
-        if not reducers:
-            return VisionZip(budget=max(2, self.family.num_patches // 9))
-        if isinstance(reducers[0], VisionZip):
-            return reducers[0]
-        if isinstance(reducers[0], Random):
-            return VisionZip(budget=reducers[0].budget)
+        reducer = next(iter(self.comparison.reducers.values()), None)
+        if isinstance(reducer, VisionZip):
+            return reducer
+        if isinstance(reducer, Random):
+            return VisionZip(budget=reducer.budget)
+
+        # A ninth is the paper's 64 of LLaVA-1.5's 576 patches.
         return VisionZip(budget=max(2, self.family.num_patches // 9))
 
     @cached_property
     def attention(self) -> list[tuple[Tensor, LayerAttention]]:
-        """For each picture, the shares of the patches in each layer, float32[L, P], and VisionZip's layer."""
+        """For each picture: the patches' shares float32[L, P] by layer, and VisionZip's layer."""
         attention = []
         for picture in self.pictures:
+            # One run of the tower gives all layers. Keep the queries and keys of VisionZip's layer
+            # alone, because those of all layers and pictures would fill the memory.
             tile = first_tile(self.family, self.image_processor, picture)
             layers = attention_of_layers(self.family, tile)
             shares = torch.cat([layer.shares() for layer in layers]).cpu()
@@ -96,19 +99,23 @@ class FigureInputs:
         }
 
     def with_budget(self, budget: int) -> VisionZip:
-        """Return the reducer at a budget: with its own split at its own budget, else with the paper's."""
+        """Return the reducer at a budget. Another budget than its own gets the paper's split."""
         tiles = self.family.budget_tiles
         if budget == tiles * (self.reducer.dominant + self.reducer.contextual):
             return self.reducer
+
+        # The split into dominant and contextual tokens belongs to one budget, so it is made anew.
         reducer = with_budget(self.reducer, budget, tiles=tiles)
         assert isinstance(reducer, VisionZip)
         return reducer
 
     @property
     def shown_budgets(self) -> list[int]:
-        """The budgets that the user asked for, or half, once, twice and four times the run's budget."""
+        """The budgets that the user asked for, or 1/2, 1, 2 and 4 times the run's budget."""
         if self.budgets:
             return sorted(self.budgets)
+
+        # A tile can't keep more tokens than it has patches.
         per_tile = self.reducer.dominant + self.reducer.contextual
         candidates = (per_tile // 2, per_tile, 2 * per_tile, 4 * per_tile)
         fitting = [budget for budget in candidates if 1 <= budget <= self.family.num_patches]
@@ -127,6 +134,7 @@ def _open_pictures(paths: Iterable[Path]) -> list[Image.Image]:
 
 def _held_out_pictures(run: Path) -> list[Path]:
     """List the first pictures of a run's held-out questions, each once."""
+    # Several questions may be about one picture, and a dict keeps the order.
     paths = [path for _, path in held_out_with_pictures(run)]
     return list(dict.fromkeys(paths))[:NUM_PICTURES]
 
@@ -137,15 +145,19 @@ def figure_inputs(arguments: argparse.Namespace) -> FigureInputs:
     Raises:
         UserError: the source is neither a finished run nor a model, or there is no picture.
     """
+    # A run has pictures of its own, and a folder for the figures. A model needs both named.
     source = Path(arguments.source)
     run = FinishedRun(source)
     if run.has_settings:
-        _ = run.meta  # raises if the run has not finished
+        # Reading meta.json raises for a run that has not finished.
+        _ = run.meta
     elif not arguments.pictures or arguments.out is None:
         raise UserError(
             f"{source} is not a run folder; for a model, give --pictures to look at, and --out for the "
             f"figures"
         )
+
+    # Pictures come before the model: a broken one is reported before the long wait.
     return FigureInputs(
         pictures=_open_pictures(arguments.pictures or _held_out_pictures(source)),
         comparison=Comparison.open(arguments.source),

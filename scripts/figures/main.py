@@ -1,4 +1,4 @@
-"""Draw the paper's analyses of a finished run, or of any supported model, as PNG files and numbers (JSON).
+"""Draw the paper's analyses of a finished run or a model, as PNG files with their numbers (JSON).
 
 attention-maps    where the attention of VisionZip's layer goes, in pictures
 top-share         how much of the attention the most attended patches hold, by layer
@@ -7,8 +7,8 @@ kept-tokens       which tokens stay, at several budgets
 recovery          scores of full, training-free, tuned and random, over budgets or as bars
 without-dominant  scores with and without dominant tokens, of ablation runs or training-free
 
-The last two need a run with held-out questions. They also show runs like it, beside it or in
---runs. Without --figures all figures are drawn that can be.
+The last two need a run with held-out questions. They also show similar runs, which lie beside it or
+are named in --runs. Without --figures, every figure is drawn for which there is enough.
 
 make figures RUN=runs/my-run ARGS="--figures kept-tokens --pictures cat.jpg street.jpg"
 python -m scripts.figures.main llava-hf/llava-1.5-7b-hf --pictures cat.jpg street.jpg --out figures
@@ -55,12 +55,14 @@ Drawing = tuple[Figure, dict[str, Any]]
 
 def attention_maps(inputs: FigureInputs) -> Drawing:
     """Draw where the attention of VisionZip's layer goes in each picture."""
+    # Attention is there for all pictures, but only the first ones are shown.
     drawn = []
     pictures = []
     for picture, (_, layer) in zip(inputs.pictures[:NUM_SHOWN], inputs.attention, strict=False):
         tile = look(inputs.family, inputs.reducer, inputs.image_processor, picture)
         drawn.append((tile.picture, attention_map(tile)))
 
+        # The numbers are shares of the patches alone, without the attention of CLS to itself.
         shares = layer.shares().cpu()
         pictures.append(
             {
@@ -75,10 +77,12 @@ def attention_maps(inputs: FigureInputs) -> Drawing:
 
 def top_share(inputs: FigureInputs) -> Drawing:
     """Draw the share of the attention on the top k patches, in each layer."""
+    # "uniform" is the share that k patches would hold if all patches got the same.
     num_patches = inputs.about["num_patches"]
     counts = [max(1, round(share * num_patches)) for share in TOPS]
     lines = [{"top": count, "uniform": count / num_patches, "shares": []} for count in counts]
 
+    # From pictures with layers to layers with pictures, so that each layer is a mean over pictures.
     by_layer = torch.stack([shares for shares, _ in inputs.attention]).transpose(0, 1)
     for shares in by_layer:
         for line, share in zip(lines, top_shares(shares, counts), strict=True):
@@ -94,7 +98,7 @@ def softmax_gradients(inputs: FigureInputs) -> Drawing:
 
 
 def kept_at_budgets(inputs: FigureInputs) -> Drawing:
-    """Draw the tokens that stay of each picture, at several budgets."""
+    """Draw the tokens that remain of each picture, at several budgets."""
     family = inputs.family
     shown = inputs.pictures[:NUM_SHOWN]
     drawn: list[list[Image.Image]] = [[] for _ in shown]
@@ -104,10 +108,12 @@ def kept_at_budgets(inputs: FigureInputs) -> Drawing:
         family.check_reducer(reducer)
         attention = []
         for index, picture in enumerate(inputs.pictures):
-            # All pictures count in the mean, the first ones are shown.
+            # The share of the attention on the dominant patches. All pictures count in the mean.
             tile = look(family, reducer, inputs.image_processor, picture)
             dominant = tile.saliency.flatten()[tile.dominant]
             attention.append(float(dominant.sum() / tile.saliency.sum()))
+
+            # Show only the first ones: the input once, and then the kept tokens at each budget.
             if index < len(shown):
                 if not drawn[index]:
                     drawn[index].append(tile.picture)
@@ -151,6 +157,7 @@ def _training_free(inputs: FigureInputs, reducer: VisionZip) -> Score:
 
 
 def _about_questions(scores: Sequence[Score]) -> dict[str, Any]:
+    # All scores are of the same questions, so the first one tells their kinds.
     kinds = list(scores[0].metrics)
     if len(kinds) > MAX_KINDS:
         kinds = ["all"]
@@ -171,12 +178,14 @@ def recovery(inputs: FigureInputs) -> Drawing:
             f"{inputs.run} has no score with VisionZip, with all tokens or with random ones; "
             f"ask training-free at some budgets: --budgets 4 8 16"
         )
+    # Full has no budget of its own, so it does not make a curve.
     if len({score.num_visual_tokens for score in scores if score.series != "full"}) == 1:
         print(
             "recovery: there is a single budget, shown as bars; for curves tune more (BUDGET=...), "
             "or ask training-free at some: --budgets 4 8 16"
         )
 
+    # The JSON file keeps each score with its run, so that the figure can be drawn again elsewhere.
     points = []
     for score in scores:
         points.append(
@@ -204,6 +213,7 @@ def _mean_over_seeds(scores: Sequence[Score], series: str) -> dict[str, float] |
 
 def without_dominant(inputs: FigureInputs) -> Drawing:
     """Draw the scores with the paper's split of the budget, and with only one kind of token."""
+    # All variants have the same number of tokens. They differ only in how these are split.
     scores = _scores_of_run(inputs)
     dominant, contextual = split_budget(inputs.reducer.dominant + inputs.reducer.contextual)
     split = replace(inputs.reducer, dominant=dominant, contextual=contextual)
@@ -245,6 +255,8 @@ def write_figure(inputs: FigureInputs, name: str) -> Path:
     """
     figure, numbers = FIGURES[name](inputs)
     path = inputs.folder / f"{name}.png"
+
+    # Nothing is written before the figure is complete.
     with output("--out", path):
         with atomic_write(path) as scratch:
             figure.savefig(scratch, format="png", dpi=120)
@@ -278,6 +290,7 @@ def _figures_parser() -> argparse.ArgumentParser:
 @exit_on_user_error
 def main() -> None:
     """Draw the figures that are named, or all that can be drawn."""
+    # Check the names before a model is loaded, which takes long.
     arguments = _figures_parser().parse_args()
     for name in arguments.figures:
         if name not in FIGURES:
@@ -290,7 +303,7 @@ def main() -> None:
             print(write_figure(inputs, name))
             num_drawn += 1
         except UserError as error:
-            # A figure that was asked for must be drawn. Without --figures, the others are drawn.
+            # A figure that the user named must be drawn. Without --figures, leave it out.
             if arguments.figures:
                 raise
             print(f"{name} is left out: {error}")

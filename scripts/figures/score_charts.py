@@ -35,6 +35,7 @@ def draw_recovery(numbers: Mapping[str, Any]) -> Figure:
     """Draw the scores of full and reduced models: over several budgets as lines, at one as bars."""
     budgets = set()
     for point in numbers["points"]:
+        # Full keeps all tokens, so it has no budget.
         if point["series"] != "full":
             budgets.add(point["num_visual_tokens"])
     return _draw_bars(numbers) if len(budgets) == 1 else _draw_curves(numbers)
@@ -52,6 +53,7 @@ def _percents(points: Points, series: str, kind: str) -> list[float]:
 
 def _num_tokens(points: Points) -> str:
     """Name the visual tokens of a figure with a single budget, such as "8 of 64"."""
+    # All reduced series have the same number here, so any point gives it.
     full = ""
     reduced = ""
     for point in points:
@@ -64,7 +66,8 @@ def _num_tokens(points: Points) -> str:
 
 
 def _draw_bar(axes: Axes, x: float, width: float, series: str, percents: Sequence[float]) -> None:
-    """Draw the mean over seeds as a bar with its number on top, or say that it was not tuned."""
+    """Draw the mean over seeds as a bar with its number on top, or say that nothing was tuned."""
+    # Without the words, a missing bar would look like a score of 0.
     if not percents:
         axes.annotate("not tuned", (x, 1), ha="center", va="bottom", color=GREY, rotation=90)
         return
@@ -72,6 +75,8 @@ def _draw_bar(axes: Axes, x: float, width: float, series: str, percents: Sequenc
     _, colour = SERIES[series]
     mean = statistics.mean(percents)
     axes.bar(x, mean, width=0.94 * width, color=colour)
+
+    # The number stands above the best seed, so that no dot covers it.
     axes.annotate(
         f"{mean:.0f}",
         (x, max(percents)),
@@ -81,7 +86,7 @@ def _draw_bar(axes: Axes, x: float, width: float, series: str, percents: Sequenc
         fontsize="small",
     )
 
-    # Several seeds are dots on the bar.
+    # Draw each of several seeds as a dot on the bar, to show how far they spread.
     if len(percents) > 1:
         x_of_dots = [x] * len(percents)
         axes.scatter(x_of_dots, percents, color="white", edgecolor=colour, s=14, zorder=3)
@@ -104,19 +109,23 @@ def _draw_bars(numbers: Mapping[str, Any]) -> Figure:
     kinds = numbers["kinds"]
     measured = {point["series"] for point in points}
 
-    # If nothing was tuned, an empty place says so. The other series are only shown if they were measured.
+    # Always show a place for "tuned", even if nothing was tuned. Other series need a score.
     if "elastic" not in measured:
         measured.add("tuned")
     shown = [name for name in SERIES if name in measured]
 
+    # Each bar needs room for its number, so the figure grows with the bars.
     figure_width = max(4.8, 1.6 + 0.75 * len(shown) * len(kinds))
     figure = new_figure(figure_width, 4.4, f"Correct answers with {_num_tokens(points)} visual tokens")
     axes = figure.subplots()
+
+    # Groups stand at 0, 1, 2, ...; the bars of a group take 0.8 of the room between two groups.
     width = 0.8 / len(shown)
     for group, kind in enumerate(kinds):
         left = group - 0.4 + width / 2
         for index, name in enumerate(shown):
-            _draw_bar(axes, left + index * width, width, name, _percents(points, name, kind))
+            percents = _percents(points, name, kind)
+            _draw_bar(axes, left + index * width, width, name, percents)
 
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set_xlim(-0.5, len(kinds) - 0.5)
@@ -128,6 +137,7 @@ def _draw_bars(numbers: Mapping[str, Any]) -> Figure:
 
 def _draw_curve(axes: Axes, points: Points, name: str, kind: str) -> None:
     """Draw the means over seeds as a line, and every run as a pale marker."""
+    # Runs with the same number of tokens differ in their seeds.
     by_tokens: dict[float, list[float]] = {}
     for point in points:
         if point["series"] == name:
@@ -153,6 +163,7 @@ def _draw_curves(numbers: Mapping[str, Any]) -> Figure:
     panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
     counts = sorted({point["num_visual_tokens"] for point in points})
     for axes, kind in zip(panels, kinds, strict=True):
+        # Full is tuned for nothing, so every run has the same score of it.
         full = _percents(points, "full", kind)
         if full:
             axes.axhline(full[0], color=BLACK, linewidth=1)
@@ -184,6 +195,8 @@ def draw_without_dominant(numbers: Mapping[str, Any]) -> Figure:
         labels = []
         for index, variant in enumerate(variants):
             labels.append(f"{variant['name']}\n{variant['dominant']} + {variant['contextual']}")
+
+            # Two bars side by side: training-free on the left, tuned on the right.
             for offset, name in ((-0.2, "free"), (0.2, "tuned")):
                 metrics = variant[name]
                 percents = [] if metrics is None else [100 * metrics[kind]]

@@ -1,4 +1,4 @@
-"""Finished runs side by side: which of them can be compared, and their scores, one setting at a time."""
+"""Collect the scores of finished runs that can be compared, one score for each setting."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,7 +35,7 @@ class Score:
     """The scores of one setting of a run."""
 
     series: str
-    """"full", "free" (training-free), "tuned", "elastic" (for several budgets), "random" (tokens)."""
+    """"full", "free" (training-free), "tuned", "elastic" (for several budgets) or "random"."""
     reducer: Reducer
     num_visual_tokens: float
     """Visual tokens of a question, on average."""
@@ -48,7 +48,7 @@ class Score:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for two scores that say the same, in whichever runs."""
+        """Equal for two scores that say the same, also if they are from different runs."""
         values = (self.reducer.settings(), self.num_visual_tokens, self.seed, self.metrics)
         return self.series, self.reducer.name, *map(str, values)
 
@@ -73,9 +73,9 @@ class ComparedRun:
     """What a comparison needs to know about a finished run."""
 
     measured_on: tuple[Any, ...]
-    """Base model, starting projector, order of tiles and questions: equal if scores are comparable."""
+    """Base model, starting projector, order of tiles, questions. Equal if scores are comparable."""
     recipe: dict[str, Any]
-    """How the run was tuned. It is the same for all runs of a figure over budgets, seeds or reducers."""
+    """How the run was tuned. All runs that a figure takes by itself have the same recipe."""
     scores: list[Score]
 
 
@@ -85,10 +85,13 @@ def _recipe(run: FinishedRun) -> dict[str, Any]:
     for name, value in identity(run.settings).items():
         if name in VARIED:
             continue
+
+        # Give the settings of a group their full names, such as "batch.micro".
         group = value if isinstance(value, dict) else {}
-        recipe |= {f"{name}.{part}": group[part] for part in group}
+        recipe |= {f"{name}.{key}": group[key] for key in group}
         if not group:
             recipe[name] = value
+
     # "deepspeed" leaves out the whole group, "batch.micro" a single setting.
     for name in list(recipe):
         if name in WITHOUT_EFFECT or name.partition(".")[0] in WITHOUT_EFFECT:
@@ -98,6 +101,7 @@ def _recipe(run: FinishedRun) -> dict[str, Any]:
 
 def _series_by_name(reducers: dict[int | None, Reducer]) -> dict[str, tuple[str, Reducer]]:
     """Return the series and the reducer of each setting that result.json can have, by name."""
+    # A run that was tuned for several budgets names each of them in its settings.
     series: dict[str, tuple[str, Reducer]] = {"full": ("full", Identity())}
     if len(reducers) > 1:
         for budget, reducer in reducers.items():
@@ -108,9 +112,11 @@ def _series_by_name(reducers: dict[int | None, Reducer]) -> dict[str, tuple[str,
     (reducer,) = reducers.values()
     series["free"] = ("free", reducer)
     series["tuned"] = ("tuned", reducer)
-    if isinstance(reducer, Random):  # the run of a control
+
+    # Random tokens are the control. It is a run of its own, or it is part of a run with VisionZip.
+    if isinstance(reducer, Random):
         series["tuned"] = ("random", reducer)
-    elif isinstance(reducer, VisionZip):  # a run with its control
+    elif isinstance(reducer, VisionZip):
         series["random"] = ("random", Random(budget=reducer.dominant + reducer.contextual))
     return series
 
@@ -119,6 +125,7 @@ def _scores(run: FinishedRun) -> list[Score]:
     by_name = _series_by_name(reducers_of(run.meta))
     scores = []
     for row in run.scores:
+        # Full and training-free are the same for every seed, so they count once in a figure.
         series, reducer = by_name[row["name"]]
         seed = run.result["seed"] if series in ("tuned", "elastic", "random") else None
         scores.append(score_of(row, series=series, reducer=reducer, seed=seed, run=str(run.path)))
@@ -129,7 +136,9 @@ def read_compared(run: FinishedRun) -> ComparedRun:
     """Read a finished run. Raises UserError if it is not finished, or can't be read."""
     try:
         base = run.meta["base"]
-        _ = run.config, run.result  # a folder with nothing but a projector has neither
+
+        # A folder with only a projector lacks both files, and reading them says so.
+        _ = run.config, run.result
         return ComparedRun(
             measured_on=(
                 base["fingerprint"],
@@ -158,6 +167,7 @@ def comparable_scores(path: Path, others: Sequence[Path] = ()) -> list[Score]:
         UserError: the run or one of `others` is not a finished run, or one of `others` was measured
             on something else.
     """
+    # Runs that the user named must be comparable, or the figure would be wrong.
     run = read_compared(FinishedRun(path))
     scores = list(run.scores)
     for other_path in others:
@@ -169,6 +179,7 @@ def comparable_scores(path: Path, others: Sequence[Path] = ()) -> list[Score]:
             )
         scores += other.scores
 
+    # Runs that lie beside it were not named, so those that do not fit are left out.
     for beside in find_runs(path.parent):
         has_finished = beside.is_finished and (beside.path / META).is_file()
         if beside.path in (path, *others) or not has_finished:

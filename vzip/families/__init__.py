@@ -15,6 +15,7 @@ __all__ = ["Family", "families", "family_at", "family_of"]
 @cache
 def families() -> dict[str, type[Family]]:
     """Return the families on disk, by `model_type`."""
+    # A new family needs no entry in a list: its file in this folder is enough.
     by_type: dict[str, type[Family]] = {}
     for entry in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{entry.name}")
@@ -50,6 +51,7 @@ def family_at(path: str) -> type[Family]:
         OSError: no such folder or hub id, or no config.json in it.
         UserError: a model of an unsupported type.
     """
+    # Original layouts come first: their model_type may be that of another family.
     config = read_config(path)
     for family in families().values():
         if family.original is not None and family.original.is_original(config):

@@ -29,7 +29,7 @@ ANYRES = ("released", "spatial")
 
 @dataclass(frozen=True)
 class Grid:
-    """The tiles of one image except the base tile, and where they show the picture instead of padding."""
+    """The tiles of one image except the base tile, and the part of them that is not padding."""
 
     rows: int
     """Rows of tiles."""
@@ -42,13 +42,13 @@ class Grid:
     left: int
     """Columns of patches that are padding to its left. There are as many to its right."""
     max_tiles: int | None = None
-    """The model pools images larger than about this many tiles (LLaVA-OneVision); None: it never pools."""
+    """LLaVA-OneVision pools images larger than about this many tiles; None: it never pools."""
 
     @classmethod
     def of(
         cls, image_size: tuple[int, int], tiles: tuple[int, int], *, side: int, max_tiles: int | None = None
     ) -> "Grid":
-        """Make the grid of an image of (height, width) pixels that was fitted into (rows, columns) of tiles.
+        """Make the grid of an image of (height, width) pixels in (rows, columns) of tiles.
 
         Source of the rounding: `unpad_image` of transformers' `modeling_llava_next.py`.
         """
@@ -82,7 +82,7 @@ class Grid:
 
     @property
     def pooled(self) -> tuple[int, int]:
-        """(rows, columns) of patches after the model's own pooling, which only the order "model" applies.
+        """(rows, columns) of patches after the model's own pooling, for the order "model".
 
         Source: `pack_image_features` of transformers' `modeling_llava_onevision.py`.
         """
@@ -98,7 +98,7 @@ class Grid:
 
     @property
     def visible(self) -> list[tuple[range, range]]:
-        """For each tile except the base tile: the rows and columns of its patches that show the picture."""
+        """For each tile but the base tile: rows and columns of patches that show the picture."""
         visible = []
         for row in range(self.rows):
             tile_rows = _overlap(self.top, self.num_rows, row * self.side, self.side)
@@ -121,7 +121,7 @@ class Grid:
 
 
 def _overlap(start: int, length: int, tile_start: int, side: int) -> range:
-    """Return which of `length` patches from `start` on lie in the tile that begins at `tile_start`."""
+    """Return the part of the tile at `tile_start` that lies in the `length` patches at `start`."""
     first = start - tile_start
     stop = first + length
     return range(min(max(first, 0), side), min(max(stop, 0), side))
@@ -171,7 +171,8 @@ def spatial_order(positions: Sequence[Tensor], grid: Grid | None) -> Tensor:
         grid: of the image; None for a single tile.
 
     Returns:
-        int64[n + newlines]: indices into the image's tokens, tile after tile; -1 is `image_newline`.
+        int64[n + newlines]: indices into the image's tokens, tile after tile; -1 for
+        `image_newline`.
     """
     # The base tile comes first, in its own raster.
     base = positions[0].argsort()
@@ -190,7 +191,8 @@ def spatial_order(positions: Sequence[Tensor], grid: Grid | None) -> Tensor:
     next_row = torch.tensor(next_rows, device=raster.device, dtype=raster.dtype)
     newline = next_row * (grid.columns * grid.side)
 
-    # Tokens have even keys. Newlines have odd ones, between the last patch of a row and the next row.
+    # Sort tokens and newlines together. Tokens have even keys. A newline has the odd key between
+    # the last patch of its row and the first one of the next.
     by_raster = torch.cat([2 * raster, 2 * newline - 1]).argsort()
     token_index = len(positions[0]) + torch.arange(len(raster), device=raster.device)
     indices = torch.cat([token_index, torch.full_like(newline, -1)])

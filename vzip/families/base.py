@@ -9,7 +9,8 @@ layers, projector. A family does the same in two steps:
 
 The features depend on frozen weights alone, so they can be cached.
 
-`install` patches that method on one model instance: it then returns `project(visual_features(...))`.
+`install` patches that method on one model instance. It then returns
+`project(visual_features(...))`.
 
 Legend of shapes: B pictures (images, tiles or frames), n visual tokens, d_llm width of the language
 model.
@@ -41,7 +42,7 @@ HANDLED_OPTIONS = ("vision_feature_select_strategy", "vision_aspect_ratio", "ret
 
 
 def num_dropped_tokens(config: Any) -> int:
-    """Return how many leading tokens the model drops: 1 for the strategy "default", 0 for "full"."""
+    """Return how many leading tokens the model drops: 1 (CLS) for "default", 0 for "full"."""
     return 1 if config.vision_feature_select_strategy == "default" else 0
 
 
@@ -64,7 +65,7 @@ class Family:
     model_class: ClassVar[type]
     """The class of these models."""
     original: ClassVar[Any] = None
-    """Module of `vzip.checkpoints.original` for folders of the model's own code, if there is one."""
+    """Module of `vzip.checkpoints.original` for folders of the model's own code; None without."""
     projector_name: ClassVar[str] = "model.multi_modal_projector"
     """Name of the projector among the model's modules."""
     frozen_names: ClassVar[Mapping[str, str]] = {"vision tower": "model.vision_tower"}
@@ -127,7 +128,7 @@ class Family:
         return type(self)(SimpleNamespace(config=self.model.config), anyres=self.anyres)
 
     def original_config(self, processor: Any) -> dict[str, Any] | None:
-        """Return `config.json` for the model's own code; None if that code can't load this model."""
+        """Return `config.json` for the model's own code; None if that can't load the model."""
         return None
 
     # ---- The parts of the model ----
@@ -194,7 +195,7 @@ class Family:
         return 0
 
     def num_layers_run(self, reducer: Reducer) -> int:
-        """Layers of the tower that are run: up to the last one that is needed."""
+        """Count the layers of the tower that run, up to the last one that is needed."""
         config = self.model.config
         num_layers = config.vision_config.num_hidden_layers
 
@@ -205,29 +206,29 @@ class Family:
         return run
 
     def num_tile_tokens(self, reducer: Reducer) -> int:
-        """Tokens that remain of one picture of the tower's size. Raises UserError if it has fewer."""
+        """Count the tokens that remain of one picture. Raises UserError if it has fewer."""
         dropped = num_dropped_tokens(self.model.config)
         return reducer.num_tokens(self.num_patches, has_cls=self.has_cls, num_dropped=dropped)
 
     def num_tiles(self, image_size: tuple[int, int]) -> int:
-        """Pictures that the tower sees of one image of (height, width) pixels."""
+        """Count the pictures that the tower sees of one image of (height, width) pixels."""
         return 1
 
     def num_image_tokens(self, reducer: Reducer, image_size: tuple[int, int] | None = None) -> int:
-        """Placeholders of one image of (height, width). Raises UserError for a side below 1 pixel."""
+        """Count the placeholders of one image. Raises UserError for a side below 1 pixel."""
         self.check_image_size(image_size)
         return self.num_tile_tokens(reducer)
 
     def num_example_tokens(self, reducer: Reducer, image_sizes: Sequence[tuple[int, int] | None]) -> int:
-        """Placeholders of all images of one example together."""
+        """Count the placeholders of all images of one example together."""
         return sum(self.num_image_tokens(reducer, size) for size in image_sizes)
 
     def num_video_tokens(self, reducer: Reducer, num_frames: int) -> int:
-        """Placeholders of one video. Raises UserError if the model takes no videos."""
+        """Count the placeholders of one video. Raises UserError if the model takes no videos."""
         raise UserError(f"{self.model_type!r} models take no videos")
 
     def num_processed_tokens(self, reducer: Reducer, kind: str, inputs: MediaInputs, index: int) -> int:
-        """Placeholders of image or video number `index` among the processed ones."""
+        """Count the placeholders of image or video number `index` among the processed ones."""
         if kind == "video":
             return self.num_video_tokens(reducer, len(inputs.pixels[index]))
         return self.num_image_tokens(reducer)
@@ -271,7 +272,7 @@ class Family:
     # ---- The two computations ----
 
     def vision_tokens(self, reducer: Reducer, pixel_values: Tensor, **options: Any) -> VisionTokens:
-        """Run the vision tower on float[B, 3, height, width]: what the reducer gets."""
+        """Run the vision tower on float[B, 3, height, width], and return the reducer's input."""
         dropped = num_dropped_tokens(self.model.config)
         return self._run_tower(self.tower, reducer, pixel_values, num_dropped=dropped, **options)
 
@@ -316,16 +317,17 @@ class Family:
             reducer: reduces each picture (image, tile or frame) by itself.
             options: `vision_feature_layer`, and arguments of the tower.
         """
+        # An image is a single picture here, so its tokens keep the order of the reducer.
         features = reducer(self.vision_tokens(reducer, inputs.pixels, **options)).features
         return VisualFeatures.in_order(features, num_media=len(features))
 
     def project(self, features: VisualFeatures) -> Tensor:
-        """float[n, d_llm]: the projected tokens, each at its position in the language model."""
+        """Project the tokens: float[n, d_llm], in their order in the language model."""
         return self.run_projector(features.features).flatten(0, -2)
 
     def run_projector(self, features: Tensor) -> Tensor:
-        """float[..., d_llm]: the projector's output, in its own precision."""
-        # It is trained in float32, also beside a bf16 model.
+        """Run the projector in its own precision, and return float[..., d_llm]."""
+        # The projector is trained in float32, also beside a bf16 model.
         dtype = next(self.projector.parameters()).dtype
         projected: Tensor = self.projector(features.to(dtype))
         return projected
@@ -343,7 +345,7 @@ class Family:
         Raises:
             UserError: a reducer is attached already.
         """
-        # An attribute of the instance hides the method of its class.
+        # An attribute of the instance hides the method of its class. Other models keep that one.
         inner = self.model.model
         if set(self.patched_methods) & set(vars(inner)):
             raise UserError("a reducer is attached to this model already; call detach() on its handle first")

@@ -27,6 +27,7 @@ class VisualFeatures:
     @classmethod
     def in_order(cls, features: Tensor, *, num_media: int) -> Self:
         """Keep the order of tokens float[..., d]. Every image, or video, has the same number."""
+        # All media have the same size here, so they share the tokens equally.
         num_tokens = features.shape[:-1].numel()
         order = torch.arange(num_tokens, device=features.device)
         return cls(features, order, torch.full((num_media,), num_tokens // num_media))

@@ -26,9 +26,14 @@ class Llava(Family):
 
     def num_processed_tokens(self, reducer: Reducer, kind: str, inputs: MediaInputs, index: int) -> int:
         """Count by the picture's own size: some towers take other sizes than their usual one."""
-        patch_size = self.model.config.vision_config.patch_size
+        # The processor's pixels decide, because the tower cuts whatever size it gets into patches.
+        config = self.model.config
+        patch_size = config.vision_config.patch_size
         height, width = inputs.pixels[index].shape[-2:]
-        num_patches = (height // patch_size) * (width // patch_size)
+        num_rows = height // patch_size
+        num_columns = width // patch_size
         return reducer.num_tokens(
-            num_patches, has_cls=self.has_cls, num_dropped=num_dropped_tokens(self.model.config)
+            num_rows * num_columns,
+            has_cls=self.has_cls,
+            num_dropped=num_dropped_tokens(config),
         )

@@ -135,8 +135,8 @@ class LlavaNext(Family):
         return reducer.num_tokens(self.num_patches, has_cls=has_cls, num_dropped=dropped)
 
     def num_image_tokens(self, reducer: Reducer, image_size: tuple[int, int] | None = None) -> int:
-        """Count the placeholders of an image; by default of a square of 2 x 2 tiles and a base tile."""
-        # The paper counts 5 tiles for an image.
+        """Count the placeholders of an image; by default of a square one."""
+        # 2 x 2 tiles and the base tile: the paper's budgets count 5 tiles for an image.
         size = image_size or (2 * self.tile_side, 2 * self.tile_side)
         return self.num_grid_tokens(reducer, self.grid_of(size))
 

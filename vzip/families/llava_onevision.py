@@ -96,7 +96,7 @@ class LlavaOnevision(LlavaNext):
     def visual_features(
         self, kind: str, inputs: MediaInputs, reducer: Reducer, **options: Any
     ) -> VisualFeatures:
-        """Treat images as LLaVA-NeXT does. A video is all of its frames, and one newline after them."""
+        """Treat images as LLaVA-NeXT does. A video is its frames, and one newline after them."""
         if kind == "image":
             return super().visual_features(kind, inputs, reducer, **options)
 

@@ -1,7 +1,8 @@
 """Mini-Gemini: the reducer gets CLIP's patches after they are enriched from a larger picture.
 
 That enrichment is called *mining* in the released code. The attention that a reducer reads is
-CLIP's own. CLS has no region of the picture, so it is not mined and not kept: D counts patches alone.
+CLIP's own. CLS has no region of the picture, so it is neither mined nor kept: D counts patches
+alone.
 """
 
 from dataclasses import replace
@@ -18,7 +19,7 @@ from vzip.reducers.base import Reducer, VisionTokens
 
 
 class MiniGemini(Family):
-    """Adapter of `MiniGeminiForConditionalGeneration`, which loads the public checkpoints directly."""
+    """Adapter of `MiniGeminiForConditionalGeneration`. It loads the public checkpoints directly."""
 
     model_type: ClassVar[str] = "mini_gemini"
     model_class: ClassVar[type] = MiniGeminiForConditionalGeneration
@@ -34,22 +35,26 @@ class MiniGemini(Family):
 
     @property
     def other_flops(self) -> int:
-        config, inner = self.model.config, self.model.model
+        config = self.model.config
         settings = {"dtype": self.model.dtype, "device": self.model.device}
-        patches = torch.empty(1, config.grid**2, config.vision_config.hidden_size, **settings)
+
+        # Inputs of the right shapes: CLIP's patches, and one picture in high resolution.
+        num_patches = config.grid**2
+        width = config.vision_config.hidden_size
         side = config.high_resolution_config.image_size
+        patches = torch.empty(1, num_patches, width, **settings)
         picture = torch.empty(1, 3, side, side, **settings)
 
         # On the meta device nothing is computed, only counted.
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            inner.mine(patches, picture)
+            self.model.model.mine(patches, picture)
         return int(counter.get_total_flops())
 
     def num_tile_tokens(self, reducer: Reducer) -> int:
         return reducer.num_tokens(self.num_patches, has_cls=False, num_dropped=0)
 
     def vision_tokens(self, reducer: Reducer, pixel_values: Tensor, **options: Any) -> VisionTokens:
-        """Run CLIP on the small picture, and mine its patches in the large one, float[B, 3, side, side]."""
+        """Run CLIP on small pictures, and mine its patches in the large ones float[B, 3, s, s]."""
         # The reducer reads CLIP's attention, and gets the mined patches as features.
         inner: Any = self.model.model
         small_pictures = inner.low_resolution(pixel_values)

@@ -24,7 +24,7 @@ class VideoLlava(Family):
         return load_video_processor(VideoLlavaProcessor, path)
 
     def num_video_tokens(self, reducer: Reducer, num_frames: int) -> int:
-        """Count the tokens of all frames. Without a reducer the model keeps the CLS of each frame."""
+        """Count the tokens of all frames. An unreduced model keeps the CLS of each frame."""
         check_num_frames(num_frames)
         return num_frames * reducer.num_tokens(self.num_patches, has_cls=self.has_cls, num_dropped=0)
 

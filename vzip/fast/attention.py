@@ -39,7 +39,7 @@ def _grouped(padded: Tensor, block: Block, num_groups: int) -> Tensor:
 
 
 def _pad(values: Tensor, block: Block, num_groups: int) -> Tensor:
-    """Take a block's examples out of float[K * groups, T, c], padded: float[K, G, groups * L, c]."""
+    """Cut a block out of float[K * groups, T, c], and pad it to float[K, G, groups * L, c]."""
     padded = values[:, block.start : block.stop].index_select(1, block.to_padded)
     return _grouped(padded, block, num_groups)
 
@@ -61,8 +61,8 @@ def _with_prefix(prefix: Tensor, examples: Tensor) -> Tensor:
 def _block_inputs(
     queries: Tensor, keys: Tensor, values: Tensor, prefix: Prefix, block: Block
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries float[K, G, groups * L, c], keys and values float[K, G, P + L, c] of one block."""
-    # Heads that share a key head become rows of one matrix.
+    """Cut out a block: float[K, G, groups * L, c] of queries, float[K, G, P + L, c] of the rest."""
+    # Heads that share a key head become rows of one matrix, so that no key has to be copied.
     num_groups = queries.shape[0] // keys.shape[0]
     prefix_keys, prefix_values = prefix
     query = _pad(queries, block, num_groups)
@@ -81,12 +81,14 @@ def _probabilities(query: Tensor, key: Tensor, block: Block, scaling: float) -> 
     mask = torch.full(shape, float("-inf"), dtype=key.dtype, device=key.device)
     mask = mask.triu(num_keys - block.length + 1)
 
+    # One call multiplies, scales and adds the mask, without copies of the scores in between.
     scores = torch.baddbmm(
         mask.repeat(num_groups, 1),
         query.flatten(0, 1),
         key.flatten(0, 1).transpose(1, 2),
         alpha=scaling,
     )
+    # Half precision would round the sum of many small exponentials.
     dtype = torch.promote_types(scores.dtype, torch.float32)
     return scores.softmax(dim=-1, dtype=dtype).view(*query.shape[:3], num_keys)
 
@@ -119,6 +121,8 @@ class _BlockAttention(torch.autograd.Function):
         for block in segments.blocks:
             query, key, value = _block_inputs(queries, keys, values, prefix, block)
             probabilities = _probabilities(query, key, block, scaling)
+
+            # The product runs in the model's precision, which is faster than float32.
             mixed = probabilities.to(value.dtype) @ value
             output[:, block.start : block.stop] = _unpad(mixed, block, num_groups)
         return output
@@ -177,7 +181,7 @@ def _has_flash_package() -> bool:
 
 
 def _torch_release() -> tuple[int, ...]:
-    # The release also of versions such as 2.11.0a0, as NVIDIA calls its builds.
+    # NVIDIA's builds have versions such as 2.11.0a0, which would compare as older than 2.11.
     return version.parse(torch.__version__).release
 
 
@@ -241,7 +245,7 @@ def _flash(queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, sc
             keys = keys.repeat_interleave(num_groups, 1)
             values = values.repeat_interleave(num_groups, 1)
 
-        # A window without end to the left and of nothing to the right is causal.
+        # Causal: a query sees everything to its left (-1), and nothing to its right (0).
         mixed = varlen_attn(
             queries,
             keys,

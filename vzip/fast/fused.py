@@ -39,8 +39,8 @@ def rms_backward(gradient: Tensor, hidden: Tensor, weight: Tensor, eps: float) -
     grad_normed = _to_float32(gradient * weight)
     scale = torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + eps)
 
-    # With x the input, s the scale and g the gradient of x * s: dx = s * (g - x * mean(g * x) *
-    # s^2).
+    # With x the input, s the scale and g the gradient of x * s:
+    # dx = s * (g - x * mean(g * x) * s^2).
     shared = (grad_normed * high).mean(-1, keepdim=True) * scale.square()
     return grad_normed.addcmul_(high, shared, value=-1).mul_(scale).to(hidden.dtype)
 
@@ -62,6 +62,7 @@ def swiglu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor,
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Packed sequences differ in length; without `dynamic` each length would be compiled anew.
     return torch.compile(function, dynamic=True)
 
 
@@ -71,6 +72,7 @@ def _kernel(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
 
 def check_compiles(device: torch.device, dtype: torch.dtype) -> None:
     """Raise UserError if torch.compile can't make kernels on this machine."""
+    # Only compiling a small kernel tells whether the compiler works.
     gate, up = torch.ones(2, 8, 8, device=device, dtype=dtype).unbind()
     try:
         _compiled(swiglu_forward)(gate, up)
@@ -116,6 +118,7 @@ class _SwiGLU(torch.autograd.Function):
 # What replaces the forwards of a model's modules
 
 
+# Looking for a package reads the disk, and a norm runs many times a second.
 @cache
 def _has_liger_package() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
@@ -126,8 +129,7 @@ def _has_liger(device: torch.device) -> bool:
 
 
 def rms_norm(norm: Any, hidden: Tensor, *, compiled: bool = False) -> Tensor:
-    """Normalise float[..., d] as `norm` does, an RMSNorm of transformers' Llama whose weight is
-    frozen.
+    """Normalise float[..., d] as `norm` does, a frozen RMSNorm of transformers' Llama.
 
     With `compiled` its elementwise operations are one kernel. Making it takes seconds; it is cached
     on disk.
@@ -167,6 +169,7 @@ def swiglu_mlp(mlp: nn.Module, hidden: Tensor, *, recompute: bool = False, compi
 
     With `recompute` only its input is saved, and the backward pass computes gate and up again.
     """
+    # Without gradients nothing is saved anyway.
     if recompute and torch.is_grad_enabled():
         output: Tensor = checkpoint(_mlp, mlp, hidden, compiled, use_reentrant=False)
         return output

@@ -28,7 +28,8 @@ MODEL_TYPES = ("llama", "mistral", "qwen2")
 
 
 def _sliding_window(config: Any) -> int | None:
-    """The number of tokens that a token attends to; None without a limit."""
+    """Return the number of tokens that a token attends to; None without a limit."""
+    # A config may have a window that none of its layers uses.
     layer_types = getattr(config, "layer_types", None)
     if layer_types and "sliding_attention" not in layer_types:
         return None
@@ -87,10 +88,10 @@ class PackedLanguage:
 
     @torch.no_grad()
     def prefixes(self, ids: Sequence[int], device: torch.device) -> list[Prefix]:
-        """Compute keys and values float[K, P, c], by layer, of the tokens that every example begins
-        with.
+        """Compute the prefix's keys and values float[K, P, c], by layer.
 
-        They depend on frozen weights alone, so they can be computed once.
+        The prefix is what every example begins with. Its keys and values depend on frozen weights
+        alone, so they can be computed once.
         """
         if ids:
             input_ids = torch.tensor([list(ids)], device=device)
@@ -120,6 +121,7 @@ class PackedLanguage:
     @contextmanager
     def _packed(self) -> Iterator[None]:
         """Give the model packed attention and fused norms and MLPs while the block runs."""
+        # transformers looks up a layer's attention by the name in the config, at every call.
         AttentionInterface.register(PACKED_ATTENTION, packed_attention)
         config = self.model.config
         own_attention = config._attn_implementation
@@ -145,12 +147,13 @@ class PackedLanguage:
                 "position_embeddings": self.model.rotary_emb(hidden, position_ids=segments.positions),
                 "segments": segments,
             }
+
             *layers, last = self.model.layers
             for layer in layers:
                 hidden = layer(hidden, **settings)
 
-            # In the last layer the attention needs all tokens, but what follows it runs for the
-            # tokens `at` alone.
+            # The attention of the last layer needs all tokens. What follows it treats each token by
+            # itself, so it runs only for the tokens `at`.
             mixed, _ = last.self_attn(hidden_states=last.input_layernorm(hidden), **settings)
             needed = (hidden + mixed)[0].index_select(0, at)
             needed = needed + last.mlp(last.post_attention_layernorm(needed))

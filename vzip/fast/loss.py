@@ -33,8 +33,7 @@ class _CrossEntropy(torch.autograd.Function):
             # filling them.
             logits = F.linear(chunk, head.weight, head.bias).to(dtype)
 
-            # -log softmax at the target, with the largest logit subtracted so that exp can't
-            # overflow.
+            # -log softmax at the target. Subtract the largest logit, so that exp can't overflow.
             highest = logits.amax(dim=1, keepdim=True)
             target_logits = logits.gather(1, chunk_targets[:, None]) - highest
             exponentials = logits.sub_(highest).exp_()
@@ -46,6 +45,7 @@ class _CrossEntropy(torch.autograd.Function):
             grad_logits.scatter_add_(1, chunk_targets[:, None], torch.full_like(mass, -1.0))
             gradients.append(grad_logits.to(hidden.dtype) @ head.weight)
 
+        # Save the gradient alone, which is as small as the hidden states.
         ctx.save_for_backward(torch.cat(gradients))
         return total
 
@@ -69,8 +69,8 @@ def cross_entropy(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
         total: Tensor = _CrossEntropy.apply(hidden, head, targets, chunk_size)  # type: ignore[no-untyped-call]
         return total
 
-    # The head is called as a module, and once: all ranks gather sharded weights for it, however
-    # many labels each of them has.
+    # Call the head as a module, and once. Its hooks gather sharded weights on all ranks, which wait
+    # for each other, and ranks have different numbers of labels.
     with replaced_forwards({head: chunked}):
         total: Tensor = head(hidden)
     return total

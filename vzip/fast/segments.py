@@ -65,6 +65,7 @@ class Segments:
     @cached_property
     def positions(self) -> Tensor:
         """int64[1, T]: the position of each token in its own example, the prefix counted."""
+        # Positions start again in each example, as if it were alone behind the prefix.
         positions = torch.cat([torch.arange(length) for length in self.lengths])
         return (positions + self.num_prefix)[None].to(self.device)
 
@@ -75,9 +76,7 @@ class Segments:
 
     @cached_property
     def key_bounds(self) -> Tensor:
-        """int32[R + 1]: where the keys of each example begin, when each example has its own copy of
-        the prefix.
-        """
+        """int32[R + 1]: where the keys of each example begin, its own copy of the prefix first."""
         starts = [start + index * self.num_prefix for index, start in enumerate(self.starts)]
         return torch.tensor(starts, dtype=torch.int32, device=self.device)
 
@@ -94,13 +93,12 @@ class Segments:
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """The examples in blocks of neighbours of similar length. Sorted examples need the least
-        padding.
-        """
+        """The examples in blocks of neighbours of similar length."""
         return [self._block(first, last) for first, last in self._block_bounds()]
 
     def _block_bounds(self) -> Iterator[tuple[int, int]]:
         """Yield each block's first example, and the one after its last."""
+        # Only neighbours share a block, so examples that were sorted by length need least padding.
         first = 0
         for index in range(1, len(self.lengths)):
             lengths = self.lengths[first : index + 1]
@@ -116,7 +114,7 @@ class Segments:
         starts = torch.tensor(self.starts[first:last]) - start
         lengths = torch.tensor(self.lengths[first:last])
 
-        # Places beyond an example's end take its last token, so that all indices exist.
+        # Padding repeats an example's last token, so that all indices exist; nothing reads it.
         offset = torch.arange(int(lengths.max()))
         to_padded = starts[:, None] + torch.minimum(offset, lengths[:, None] - 1)
         from_padded = (offset < lengths[:, None]).flatten().nonzero().flatten()

@@ -39,7 +39,7 @@ CONVNEXT_LARGE = {
     "hidden_sizes": [192, 384, 768, 1536],
     "image_size": 768,
 }
-"""Arguments of `ConvNextConfig` for OpenCLIP's `convnext_large_d_320`, which all public models have."""
+"""Arguments of `ConvNextConfig` for OpenCLIP's `convnext_large_d_320` of all public models."""
 
 
 class MiniGeminiConfig(LlavaConfig):  # type: ignore[misc]
@@ -139,7 +139,7 @@ class HighResolutionTower(ConvNextPreTrainedModel):  # type: ignore[misc]
 
 
 def _resize(images: Tensor, size: Any) -> Tensor:
-    """Interpolate bilinearly, in float32 at least, as the released code does in half precision too."""
+    """Interpolate bilinearly, in float32 at least, like the released code."""
     wide = images.to(torch.promote_types(images.dtype, torch.float32))
     return F.interpolate(wide, size=size, mode="bilinear", align_corners=False).to(images.dtype)
 
@@ -202,6 +202,8 @@ def cut_regions(high_features: Tensor, num_patches: int) -> Tensor:
             "mining needs a square number of patches without CLS, and a square picture whose "
             "features divide by its root"
         )
+
+    # Split both sides into (patch, place within its region), and bring the places together.
     side = height // grid
     cut = high_features.view(batch, channels, grid, side, grid, side).permute(0, 2, 4, 3, 5, 1)
     return cut.reshape(batch, num_patches, side * side, channels)
@@ -240,13 +242,14 @@ class MiniGeminiModel(LlavaModel):  # type: ignore[misc]
                 f"high_resolution_config.image_size={high.image_size} along both sides: "
                 "use the processor that belongs to it"
             )
+
         side = self.config.vision_config.image_size
         return _resize(pixel_values, (side, side))
 
     def low_resolution_features(
         self, pixel_values: Tensor, vision_feature_layer: int | None = None
     ) -> Tensor:
-        """Compute the patches of CLIP's selected layer, float[B, N, d], from float[B, 3, height, width]."""
+        """Compute CLIP's patches float[B, N, d] from float[B, 3, height, width]."""
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         outputs = self.vision_tower(
             self.low_resolution(pixel_values), output_hidden_states=True, return_dict=True
@@ -301,7 +304,8 @@ class MiniGeminiForConditionalGeneration(LlavaForConditionalGeneration):  # type
 def make_processor(config: MiniGeminiConfig, tokenizer: Any, *, pad: bool = True) -> LlavaProcessor:
     """Make a model's processor.
 
-    It makes one square picture of high resolution, and a placeholder for each patch of the small one.
+    It makes one square picture of high resolution, and a placeholder for each patch of the small
+    one.
 
     Args:
         config: the model's.

@@ -24,6 +24,7 @@ def create(name: str, settings: dict[str, Any]) -> Reducer:
     if name not in names():
         raise UserError(f"reducer={name!r} is unknown; there are: {', '.join(names())}")
 
+    # A module holds one reducer, whose `name` is the module's.
     module = importlib.import_module(f"{__name__}.{name}")
     (cls,) = [
         value
@@ -43,6 +44,7 @@ def with_budget(reducer: Reducer, budget: int, *, tiles: int) -> Reducer:
     Raises:
         UserError: a reducer that has no budget, or a budget that does not divide among the tiles.
     """
+    # The old counts belong to the old budget; all other settings stay.
     settings = {"budget": budget, "tiles": tiles}
     for name, value in reducer.settings().items():
         if name not in ("budget", "dominant", "contextual"):

@@ -1,4 +1,4 @@
-"""What a reducer is given and what it returns.
+"""The input and the output of a reducer, and the protocol that all reducers follow.
 
 Legend of shapes: B images (or tiles); N vision tokens (CLS first, if there is one), of which P are
 patches; d width of the tower; D dominant and C contextual tokens; T tokens that leave the reducer.
@@ -22,6 +22,7 @@ def budget_of_a_tile(budget: int, tiles: int) -> int:
     if budget % tiles == 0:
         return budget // tiles
 
+    # Propose the nearest budgets that divide; below one per tile there is none.
     above = (budget // tiles + 1) * tiles
     below = above - tiles
     choices = f"{below} or {above}" if below else f"{above}"
@@ -84,7 +85,7 @@ class Reducer(Protocol):
     uses_attention: ClassVar[bool]
     """Whether `VisionTokens.saliency` and `VisionTokens.keys` must be computed."""
     layer: int | None
-    """Hidden state whose layer's attention is read, as `vision_feature_layer`; None: that layer itself."""
+    """Hidden state whose layer's attention is read; None for `vision_feature_layer` itself."""
 
     def num_tokens(self, num_patches: int, *, has_cls: bool, num_dropped: int) -> int:
         """Return T for an image of `num_patches` patches. Raises UserError if it has too few."""

@@ -24,6 +24,7 @@ class Identity:
         return num_patches + int(has_cls) - num_dropped
 
     def __call__(self, tokens: VisionTokens) -> ReducerOutput:
+        # Tokens keep their order. Only those that the model drops itself (LLaVA: CLS) are left out.
         num_images, num_tokens, _ = tokens.features.shape
         index = torch.arange(num_tokens, device=tokens.features.device).expand(num_images, -1)
         return ReducerOutput(

@@ -47,6 +47,8 @@ class Random:
         num_images, num_tokens, _ = tokens.features.shape
         first_patch = int(tokens.has_cls)
         num_patches = num_tokens - first_patch
+
+        # Refuse a picture with fewer patches than the budget.
         self.num_tokens(num_patches, has_cls=tokens.has_cls, num_dropped=tokens.num_dropped)
 
         # Drawn on the CPU, so that a seed gives the same patches on every device.
@@ -54,6 +56,7 @@ class Random:
         drawn = shuffled[:, : self.budget].sort(dim=1).values
         kept = drawn.to(tokens.features.device) + first_patch
 
+        # Nothing is merged, so a patch that was not drawn is in no slot (-1).
         slot = torch.arange(self.budget, device=kept.device).expand(num_images, -1)
         slots = torch.full((num_images, num_tokens), -1, device=kept.device)
         slots.scatter_(1, kept, slot)

@@ -54,7 +54,7 @@ def select_dominant(saliency: Tensor, num_dominant: int, *, has_cls: bool, keep_
     by_saliency = saliency.argsort(dim=1, descending=True, stable=True)
     in_raster_order = by_saliency[:, :num_patches].sort(dim=1).values
 
-    # Patch 0 is token 1 if CLS comes first.
+    # From patches to tokens: patch 0 is token 1 if CLS comes first.
     dominant = in_raster_order + int(has_cls)
     return F.pad(dominant, (1, 0), value=0) if with_cls else dominant
 
@@ -93,13 +93,14 @@ def assign_to_targets(keys: Tensor, num_contextual: int) -> tuple[Tensor, Tensor
         Indices of the targets int64[C] and of the others int64[R - C] among the remaining patches,
         and the number of the target that each other token is assigned to, int64[B, R - C].
     """
-    # With a step that does not divide R, the tokens after the last target are no targets.
+    # Spread the targets evenly over the picture. The step is rounded down, so its multiples may go
+    # on after C targets; patches there are ordinary ones, as in the released code.
     num_remaining = keys.shape[1]
     step = max(1, num_remaining // num_contextual)
     index = torch.arange(num_remaining, device=keys.device)
     is_target = (index % step == 0) & (index < step * num_contextual)
 
-    # Cosine similarity, in float32 at least.
+    # Similar patches have similar keys. The argmax decides, so it is computed in float32 at least.
     directions = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
     similarity = directions[:, ~is_target] @ directions[:, is_target].transpose(1, 2)
     return index[is_target], index[~is_target], similarity.argmax(dim=2)
@@ -114,8 +115,8 @@ def merge(targets: Tensor, others: Tensor, assigned: Tensor, how: str) -> Tensor
         targets: float[B, C, d].
         others: float[B, R - C, d].
         assigned: int64[B, R - C], the target of each other token.
-        how: "sum" is the released code: target + mean of its cluster. "average" is the paper's text:
-            mean of target and cluster.
+        how: "sum", as in the released code: the target plus the mean of its cluster. "average", as
+            in the paper's text: the mean of target and cluster.
 
     Returns:
         float[B, C, d], in the precision of `targets`.
@@ -191,7 +192,7 @@ class VisionZip:
         # An error message shows the budget the way the user gave it.
         self._tiles = 1 if budget is None else tiles
 
-        # The counts of one tile: given, or split from the budget.
+        # The counts of one tile are given, or follow from the budget. Only they are stored.
         tile_budget = None if budget is None else budget_of_a_tile(budget, tiles)
         if tile_budget is not None and dominant is None and contextual is None:
             dominant, contextual = split_budget(tile_budget)
@@ -258,6 +259,8 @@ class VisionZip:
 
         num_images, num_tokens, _ = features.shape
         has_cls = tokens.has_cls
+
+        # Refuse a picture with fewer patches than the budget, such as a tile of another size.
         self.num_tokens(saliency.shape[1], has_cls=has_cls, num_dropped=tokens.num_dropped)
 
         # Dominant tokens are kept unchanged. They take the first D slots of the output.
@@ -271,7 +274,7 @@ class VisionZip:
             nothing = dominant[:, :0]
             return ReducerOutput(features=kept, dominant=dominant, contextual=nothing, slots=slots)
 
-        # The remaining patches are merged into C targets.
+        # Merge the remaining patches into C targets: keys choose the target, features are merged.
         remaining = remaining_tokens(dominant, num_tokens, has_cls=has_cls)
         is_target, is_other, assigned = assign_to_targets(take(keys, remaining), self.contextual)
         targets = remaining[:, is_target]

@@ -292,6 +292,8 @@ def encode(
         answer_ids = _answer_ids(template, tokenizer, answer)
         ids += answer_ids
         labels += answer_ids
+
+        # From now on a question follows the end token of an answer.
         before = template.separator
         anchor = control_anchor
 

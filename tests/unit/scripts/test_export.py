@@ -81,7 +81,7 @@ def test_the_card_names_the_licence_of_the_base(card, licence, tmp_path):
     written = (command.export(arguments(run, "llava")) / "README.md").read_text()
     assert licence in written
     assert ("license: llama2\n" in written) == ("according" in licence)
-    refused(command.check_target, base, force=True, words=["is no export, so that it is not replaced"])
+    refused(command.check_target, base, force=True, words=["is not an export, so it is not replaced"])
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
@@ -124,7 +124,7 @@ def test_only_an_older_export_is_replaced_and_only_when_asked(run, tiny_folder):
     command.export(arguments(run, "llava", force=True))
     assert not (target / "leftover").exists()
     assert (target / "mm_projector.bin").is_file()
-    words = ["is there already and is no export"]
+    words = ["exists and is not an export"]
     refused(command.export, arguments(run, "hf", out=tiny_folder, force=True), words=words)
 
 
@@ -132,8 +132,8 @@ def test_only_an_older_export_is_replaced_and_only_when_asked(run, tiny_folder):
     ("to", "options", "message"),
     [
         ("gguf", {}, "TO=gguf is unknown; choose one of: hf, llava, peft"),
-        ("peft", {"copy": True}, "are of TO=hf, not of TO=peft"),
-        ("llava", {"budget": 6}, "are of TO=hf, not of TO=llava"),
+        ("peft", {"copy": True}, "belong to TO=hf, not to TO=peft"),
+        ("llava", {"budget": 6}, "belong to TO=hf, not to TO=llava"),
         ("hf", {"base": "nowhere"}, "the base model nowhere can't be loaded"),
     ],
 )
