@@ -130,7 +130,7 @@ class Chat:
             )
 
     def _crop_cache(self, prompt: list[int]) -> int:
-        """Remove from the cache what is not part of the prompt, and return how many tokens stay.
+        """Remove tokens from the cache that are not in the prompt, and return how many remain.
 
         At least one token is left to run. The cache is emptied unless it holds all tokens of the
         picture, because these are computed together.

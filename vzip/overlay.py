@@ -77,7 +77,7 @@ class TileTokens:
 
 
 def _tile_pixels(image_processor: Any, picture: Image.Image, **settings: Any) -> Tensor:
-    """Prepare a picture: [1, 3, height, width]. Of several tiles, the first shows all of it."""
+    """Prepare a picture: [1, 3, height, width]. The first of several tiles, which shows it all."""
     processed = image_processor([[picture]], return_tensors="pt", **settings)
     pixels: Tensor = MediaInputs.from_processed("image", processed).pixels
     return pixels.flatten(0, -4)[:1]

@@ -126,7 +126,6 @@ def cls_attention(queries: Tensor, keys: Tensor) -> Tensor:
     Returns:
         float[B, P].
     """
-    # One row of the attention map is enough: that of CLS.
     # Only the query of CLS is needed: one row of the N x N attention map, at 1 / N of its cost.
     scale = queries.shape[-1] ** -0.5
     scores = (queries[:, :, :1] @ keys.transpose(2, 3)).mul(scale)
@@ -151,8 +150,7 @@ def received_attention(queries: Tensor, keys: Tensor, max_scores: int = MAX_SCOR
     num_images, num_heads, num_tokens, head_dim = keys.shape
     scale = head_dim**-0.5
 
-    # The map of all queries would be large, so it is computed for some queries at a time.
-    # Every query counts here, so take as many of them at a time as the memory allows.
+    # Every query counts here. The map of all of them would be large, so take some at a time.
     scores_per_query = num_images * num_heads * num_tokens
     num_queries = max(1, max_scores // scores_per_query)
 
@@ -179,8 +177,8 @@ def captured(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
         return hook
 
-    # The hooks are removed even if the block raises.
-    # A forward hook sees a module's output without a change to the module.
+    # A forward hook sees a module's output without a change to the module. The hooks are removed
+    # even if the block raises.
     handles = [module.register_forward_hook(store_as(name)) for name, module in modules.items()]
     try:
         yield outputs
@@ -225,8 +223,8 @@ def run_tower(
     layout = tower_layout(tower.config)
     layers = list(tower.get_submodule(layout.layers).children())
 
-    # The outputs to catch, and the last layer that one of them needs.
-    # The output of this layer is what LLaVA passes to its projector.
+    # List the outputs to catch, and the last layer that one of them needs. The features are what
+    # LLaVA passes to its projector.
     last_layer = layer_index(feature_layer, len(layers))
     hooked = {"features": layers[last_layer]}
 

@@ -94,7 +94,7 @@ def export(args: argparse.Namespace) -> Path:
     if args.to != "hf" and (args.copy or args.budget is not None):
         raise UserError(f"--copy and --budget belong to TO=hf, not to TO={args.to}; leave them out")
 
-    # The card names the base model, also where it was found by the run's own record.
+    # The card names the base model, also if --base does not.
     base = args.base or read_meta(run)["base"]["id"]
     check_target(target, force=args.force)
 

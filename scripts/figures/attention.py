@@ -146,7 +146,22 @@ def softmax_gradient(layers: Iterable[LayerAttention]) -> dict[str, Any]:
             num_rows += len(rows)
             num_tokens = rows.shape[1]
 
-    # Bins without a weight have no mean.
+    return {
+        "num_rows": num_rows,
+        "num_tokens": num_tokens,
+        "top_tenth": {
+            "tokens": max(1, num_tokens // 10),
+            "attention": float(top[0] / sum_of_weights.sum()),
+            "gradient": float(top[1] / sum_of_gradients.sum()),
+        },
+        "bins": _filled_bins(edges, num_weights, sum_of_weights, sum_of_gradients),
+    }
+
+
+def _filled_bins(
+    edges: Tensor, num_weights: Tensor, sum_of_weights: Tensor, sum_of_gradients: Tensor
+) -> list[dict[str, float]]:
+    """List the bins that hold weights, with the means of each. An empty bin has no mean."""
     filled = []
     for index, count in enumerate(num_weights.tolist()):
         if count:
@@ -159,16 +174,7 @@ def softmax_gradient(layers: Iterable[LayerAttention]) -> dict[str, Any]:
                     "mean_gradient": float(sum_of_gradients[index]) / count,
                 }
             )
-    return {
-        "num_rows": num_rows,
-        "num_tokens": num_tokens,
-        "top_tenth": {
-            "tokens": max(1, num_tokens // 10),
-            "attention": float(top[0] / sum_of_weights.sum()),
-            "gradient": float(top[1] / sum_of_gradients.sum()),
-        },
-        "bins": filled,
-    }
+    return filled
 
 
 def _sum_by_bin(bins: Tensor, values: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class GenerationSettings:
     base: str | None = None
     """Where a run's base model is now, if it has moved since the run."""
     dtype: str | None = None
-    """Of the frozen weights; by default that of the run, or bfloat16 for a base model."""
+    """Precision of the frozen weights; by default the run's, or bfloat16 for a base model."""
     device: str | None = None
     """By default a GPU if there is one."""
     batch_size: int = 1

@@ -57,7 +57,7 @@ class MiniGeminiConfig(LlavaConfig):  # type: ignore[misc]
     }
 
     high_resolution_config: dict[str, Any] | PreTrainedConfig | None = None
-    """Of the ConvNeXt; None stands for `CONVNEXT_LARGE`."""
+    """Config of the ConvNeXt; None stands for `CONVNEXT_LARGE`."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.high_resolution_config is None:

@@ -22,7 +22,7 @@ def budget_of_a_tile(budget: int, tiles: int) -> int:
     if budget % tiles == 0:
         return budget // tiles
 
-    # Propose the nearest budgets that divide; below one per tile there is none.
+    # Propose the nearest multiples. The lower one may be 0, which is not a budget.
     above = (budget // tiles + 1) * tiles
     below = above - tiles
     choices = f"{below} or {above}" if below else f"{above}"
