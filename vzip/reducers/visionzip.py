@@ -276,9 +276,9 @@ class VisionZip:
 
         # Merge the remaining patches into C targets: keys choose the target, features are merged.
         remaining = remaining_tokens(dominant, num_tokens, has_cls=has_cls)
-        is_target, is_other, assigned = assign_to_targets(take(keys, remaining), self.contextual)
-        targets = remaining[:, is_target]
-        others = remaining[:, is_other]
+        target_index, other_index, assigned = assign_to_targets(take(keys, remaining), self.contextual)
+        targets = remaining[:, target_index]
+        others = remaining[:, other_index]
         merged = merge(take(features, targets), take(features, others), assigned, self.merge)
 
         # Each target takes one of the last C slots, together with the tokens assigned to it.
