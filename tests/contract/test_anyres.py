@@ -19,6 +19,8 @@ from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
 from vzip.tap import run_tower, tower_layout
 
+pytestmark = pytest.mark.slow
+
 NEWLINE = 777.0
 """All that `image_newline` holds here, so that newlines can be seen among the features."""
 

@@ -23,6 +23,8 @@ from vzip.reducers import names
 from vzip.reducers.identity import Identity
 from vzip.templates.encode import Template
 
+pytestmark = pytest.mark.slow
+
 GROUPS = ("model", "reducer", "data", "deepspeed", "tune", "track", "hardware")
 
 

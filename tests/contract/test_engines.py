@@ -22,6 +22,8 @@ from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
 from vzip.templates.encode import IGNORED
 
+pytestmark = pytest.mark.slow
+
 PLACEHOLDERS = {"image": IMAGE_ID, "video": VIDEO_ID}
 SIZES = [(tiny.SIDE, tiny.SIDE), (40, 90), (150, 60)]
 PREFIX = [1, 40, 41, 42, 43]

@@ -24,6 +24,8 @@ from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
 
+pytestmark = pytest.mark.slow
+
 KINDS = list(tiny.KINDS)
 LLAVA = [kind for kind in KINDS if tiny.KINDS[kind][0] == "llava"]
 BUDGET = {"dominant": 4, "contextual": 2}

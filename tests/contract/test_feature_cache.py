@@ -22,6 +22,8 @@ from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
 from vzip.runs.projector import fingerprint
 
+pytestmark = pytest.mark.slow
+
 ENGINES = ("reference", "fast")
 RELEASED = VisionZip(dominant=4, contextual=2)
 REDUCERS = {  # (reducer, order of tiles)

@@ -17,6 +17,8 @@ from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = [  # (text, sizes of pictures, seeds of videos)
     ("<video>a", [], [0]),
     ("<image>b<video>cd", [(40, 90)], [1]),

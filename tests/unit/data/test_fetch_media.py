@@ -27,6 +27,8 @@ from tests.helpers.server import Server, client, seeded
 from vzip import UserError
 from vzip.pictures import open_picture
 
+pytestmark = pytest.mark.slow
+
 
 def save(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,8 @@ from vzip.families import family_of
 from vzip.templates.encode import chatml
 from vzip.templates.jinja import chat_template
 
+pytestmark = pytest.mark.slow
+
 LABELS = (
     "visual tokens",
     "prefill, language model alone",

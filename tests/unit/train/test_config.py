@@ -18,6 +18,8 @@ from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_defaults_pass():
     check(composed())

@@ -18,6 +18,8 @@ from vzip import UserError
 from vzip.families import family_of
 from vzip.reducers.visionzip import VisionZip
 
+pytestmark = pytest.mark.slow
+
 # Settings
 
 

@@ -21,6 +21,8 @@ from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
 from vzip.templates.encode import IGNORED
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 VISIONZIP = VisionZip(dominant=4, contextual=2)
 REDUCERS = {

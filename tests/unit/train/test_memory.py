@@ -32,6 +32,8 @@ from vzip.families import family_of
 from vzip.fast.language import PackedLanguage
 from vzip.reducers.visionzip import VisionZip
 
+pytestmark = pytest.mark.slow
+
 PROJECTOR = {"llava-7b": 20_979_712, "llava-13b": 31_467_520, "next-7b": 20_979_712}
 
 

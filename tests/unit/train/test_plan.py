@@ -7,6 +7,8 @@ from train.plan import print_plan
 from vzip import UserError
 from vzip.reducers.visionzip import VisionZip
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def plan_of(capsys, monkeypatch):

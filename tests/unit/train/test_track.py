@@ -13,6 +13,8 @@ from omegaconf import OmegaConf
 from tests.conftest import ROOT
 from train.track import INIT_TIMEOUT, Tracker, _has_key, memory_gb
 
+pytestmark = pytest.mark.slow
+
 wandb = pytest.importorskip("wandb")
 wbauth = pytest.importorskip("wandb.sdk.lib.wbauth")
 

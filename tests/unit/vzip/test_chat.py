@@ -14,6 +14,8 @@ from vzip.reducers.visionzip import VisionZip
 from vzip.templates.encode import chatml, vicuna
 from vzip.templates.jinja import chat_template
 
+pytestmark = pytest.mark.slow
+
 REDUCED = VisionZip(dominant=4, contextual=3)
 QUESTIONS = ("what is it?", "and where?", "why so?")
 

@@ -43,6 +43,8 @@ from vzip.reducers.visionzip import VisionZip
 from vzip.runs.export import _llava_loader_config, write_hf, write_llava, write_peft
 from vzip.runs.projector import ADAPTER, WEIGHTS, fingerprint, read_meta
 
+pytestmark = pytest.mark.slow
+
 IN_TRANSFORMERS = [kind for kind in tiny.KINDS if kind != "mini-gemini"]
 
 

@@ -13,6 +13,8 @@ from scripts.common.prefill import PARTS, Prefill
 from vzip.cost import attention_flops, linear_flops
 from vzip.reducers.visionzip import VisionZip
 
+pytestmark = pytest.mark.slow
+
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 

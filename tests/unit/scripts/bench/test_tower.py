@@ -12,6 +12,8 @@ from vzip.reducers.base import ReducerOutput
 from vzip.reducers.visionzip import VisionZip
 from vzip.tap import run_tower, tower_layout
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SMALL = {
     "model_type": "clip_vision_model",

@@ -8,6 +8,8 @@ import torch
 
 from scripts.common.timing import alternating, peak_flops, peak_memory, sheet_peak, where
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 MEGABYTE = 2**20
 

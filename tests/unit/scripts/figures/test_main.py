@@ -16,6 +16,8 @@ from tests.helpers import tiny
 from tests.helpers.errors import refused
 from vzip.reducers.visionzip import VisionZip, split_budget
 
+pytestmark = pytest.mark.slow
+
 
 def inputs_of(source, tmp_path, **options):
     """The inputs that the command line describes, by default with one picture."""

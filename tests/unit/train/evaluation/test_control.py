@@ -11,6 +11,8 @@ from train.config import build_reducer, run_name
 from train.evaluation.control import add_control, control_settings, has_control
 from vzip import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_control_differs_in_the_reducer_alone():
     cfg = composed("control=true", "name=mine")
