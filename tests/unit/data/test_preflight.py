@@ -26,6 +26,8 @@ from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
 from vzip.templates.encode import IGNORED, encode, vicuna
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER, TEMPLATE = tiny.tokenizer(), vicuna("")
 SIZES = {"coco/1.png": (tiny.SIDE, tiny.SIDE), "coco/2.png": (40, 90), "vg/3.png": (150, 60)}
 CONVERSATIONS = [

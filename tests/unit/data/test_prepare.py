@@ -19,6 +19,8 @@ from tests.helpers.broken import JSON, messages, mutated, pictures
 from vzip import UserError
 from vzip.templates.encode import vicuna
 
+pytestmark = pytest.mark.slow
+
 
 def save_examples(folder, num_examples=200):
     """Write examples.json with three sources, a third each, and their pictures below images/. Returns

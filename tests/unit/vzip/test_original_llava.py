@@ -18,6 +18,8 @@ from vzip.checkpoints import shards
 from vzip.checkpoints.original import llava as original
 from vzip.checkpoints.original import towers
 
+pytestmark = pytest.mark.slow
+
 IMAGE_ID = tiny.SPECIAL.index("<image>")
 
 

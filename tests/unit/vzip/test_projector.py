@@ -28,6 +28,8 @@ from vzip.runs.projector import (
     reducers_of,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def handle(tiny_folder):
