@@ -29,3 +29,16 @@ def test_the_command_measures_prints_and_writes(monkeypatch, call, tmp_path):
     assert 0 <= figures["padding_ordered"] <= figures["padding_drawn"] < 1
     assert min(figures[name] for name in figures if name.endswith("_ms")) > 0
     assert "110 (100 to 120); 110 a worker" in printed
+
+
+@pytest.mark.slow
+def test_the_recorded_mix_is_loaded_by_a_worker(monkeypatch, call, tmp_path):
+    monkeypatch.setattr(bench_loader, "SIZES", {(60, 80): 2})
+    path = tmp_path / "loader.json"
+    call(
+        bench_loader.main, "--model", "llava", "--workers", 1, "--seconds", 0.1, "--rounds", 2, "--json", path
+    )
+
+    figures = json.loads(path.read_text())["llava"]
+    assert figures["rows"] == sum(map(len, bench_loader.recorded_lengths()))
+    assert min(figures["rates"]["1"]) > 0
