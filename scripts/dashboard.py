@@ -14,10 +14,10 @@ import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 from wandb.errors import Error
 
-from data.paths import write_json
 from scripts.report import CURVES, SPEED
 from train.cli import exit_on_user_error, output
 from vzip import UserError
+from vzip.files import write_json
 
 SETTINGS = ("full", "free", "tuned", "random")
 """The settings of a run, by their names in its results."""

@@ -18,11 +18,12 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from data.paths import ROOT, atomic_write
+from data.paths import ROOT
 from train.cli import exit_on_user_error, output
 from train.evaluation.tables import score_table
 from train.runs import FinishedRun, find_runs
 from vzip.errors import UserError
+from vzip.files import atomic_write
 
 CURVES = {
     "train/loss": "Loss, mean over label tokens",

@@ -18,12 +18,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from data.paths import atomic_write, write_json
 from train.config import identity, run_name
 from train.engine import Engine
 from train.hardware import best_device, current_commit, current_environment
 from train.ranks import barrier, broadcast_from_rank0, is_main
 from vzip import UserError
+from vzip.files import atomic_write, write_json
 from vzip.reducers import Reducer
 from vzip.runs.projector import ADAPTER, save_checkpoint
 from vzip.templates.encode import Template

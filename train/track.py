@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from data.paths import atomic_write
 from train.evaluation.questions import SettingAnswers
+from vzip.files import atomic_write
 from vzip.runs.projector import META, WEIGHTS, read_meta
 
 # Seconds that wandb may take to start a run.

@@ -19,10 +19,10 @@ from data.batches.dataset import explain_workers, usable_workers
 from data.batches.media import Media
 from data.cache.features import META, CacheLayout, folder_of, shard_path
 from data.examples.tokens import Example
-from data.paths import atomic_write, write_json
 from data.progress import progress
 from vzip.families import Family
 from vzip.families.features import VisualFeatures
+from vzip.files import atomic_write, write_json
 from vzip.media import MediaInputs
 from vzip.reducers import Reducer
 

@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import ipc
 
-from data.paths import atomic_write
 from vzip import UserError
+from vzip.files import atomic_write
 
 BATCH = 1000
 """Records that are in memory at once while a file is written."""

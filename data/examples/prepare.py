@@ -23,9 +23,10 @@ from data.examples.tokens import Examples, tokens_key, write_tokens
 from data.fetch.media import Fault, fetch_media
 from data.fetch.media_index import MediaIndex
 from data.fetch.sources import Source
-from data.paths import data_dir, write_json
+from data.paths import data_dir
 from data.progress import progress
 from vzip import UserError
+from vzip.files import write_json
 from vzip.templates.encode import Template
 
 MANIFEST = "manifest.json"

@@ -20,9 +20,10 @@ from data.conversations import BadExample, Conversation, parse_conversation
 from data.examples.arrow import read_arrow, write_arrow
 from data.examples.hf_folder import HfFolder, is_hf_folder
 from data.examples.json_stream import read_list
-from data.paths import atomic_write, data_dir
+from data.paths import data_dir
 from data.progress import progress
 from vzip import UserError
+from vzip.files import atomic_write
 
 VERSION = 4
 """Version of the table.

@@ -13,8 +13,8 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from data.fetch.http import Client, NotFoundError, TransientError
-from data.paths import atomic_write
 from data.progress import progress
+from vzip.files import atomic_write
 
 ENDPOINTS = (constants.ENDPOINT, "https://huggingface.co")
 """Addresses of the hub: `$HF_ENDPOINT`, which may name a mirror, and the hub's own address."""

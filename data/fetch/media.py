@@ -18,9 +18,9 @@ from pathlib import Path
 from data.fetch.http import NotFoundError, TransientError
 from data.fetch.media_index import Checked, MediaIndex, media_bytes
 from data.fetch.sources import Source
-from data.paths import atomic_write, delete_leftovers
 from data.progress import progress
 from vzip import UserError
+from vzip.files import atomic_write, delete_leftovers
 from vzip.pictures import open_picture
 from vzip.videos import check_video
 

@@ -2,11 +2,11 @@
 
 from data.examples.prepare import Subset
 from data.examples.tokens import Examples
-from data.paths import write_json
 from data.preflight.files import check_files
 from data.preflight.lengths import ExampleLengths
 from data.preflight.report import check_faults, preflight_report
 from data.preflight.show import draw_report, print_report
+from vzip.files import write_json
 
 
 def check_subset(

@@ -31,12 +31,12 @@ from data.batches.collate import Collator, MicroBatch
 from data.batches.dataset import BatchPlan, MicroBatches, PaddedBatcher, loader
 from data.examples.arrow import write_arrow
 from data.examples.tokens import SCHEMA, Example, Examples, record_of
-from data.paths import write_json
 from scripts.bench.command import bench_parser, print_environment, print_table
 from scripts.bench.examples import LENGTHS
 from scripts.bench.paths import pack_batches
 from train.hardware import current_environment
 from vzip.families import families
+from vzip.files import write_json
 from vzip.media import MediaInputs
 from vzip.pictures import open_picture
 from vzip.reducers.visionzip import VisionZip

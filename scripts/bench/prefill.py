@@ -16,7 +16,6 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from data.paths import write_json
 from scripts.bench.command import bench_parser, check_gpu, print_environment, print_table
 from scripts.bench.shapes import random_family, shape_of, shrink
 from scripts.common.prefill import PARTS, Prefill, TimingPlan, measure_prefill
@@ -24,6 +23,7 @@ from scripts.common.timing import where
 from train.cli import count
 from train.hardware import best_device
 from vzip.families import Family
+from vzip.files import write_json
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip

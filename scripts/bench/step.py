@@ -37,7 +37,6 @@ from torch import Tensor
 from data.batches.collate import PackedBatch
 from data.batches.dataset import BatchPlan
 from data.examples.tokens import Examples
-from data.paths import write_json
 from scripts.bench.command import bench_parser, check_gpu, print_environment, print_table
 from scripts.bench.examples import make_examples, necessary_flops, necessary_tokens
 from scripts.bench.paths import EnginePath, fitting_tokens, kept_widths, make_fast, make_reference
@@ -48,6 +47,7 @@ from train.hardware import best_device
 from train.losses import ReferenceLoss
 from vzip.cost import weight_memory
 from vzip.families import Family
+from vzip.files import write_json
 
 SHAPES = ("tiny", "llava-7b", "llava-13b", "next-7b")
 PATHS = ("reference", "fast")

@@ -17,13 +17,13 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from data.paths import write_json
 from scripts.bench.command import bench_parser, print_environment, print_table
 from scripts.bench.released import LAYER, eager_copy, released_tokens
 from scripts.bench.shapes import shape_of, sharpen_attention
 from scripts.common.timing import alternating, peak_memory, where
 from train.cli import count
 from train.hardware import best_device
+from vzip.files import write_json
 from vzip.reducers.base import ReducerOutput
 from vzip.reducers.visionzip import VisionZip
 from vzip.tap import run_tower

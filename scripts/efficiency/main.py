@@ -21,7 +21,6 @@ such questions, is asked about noise.
 import argparse
 from pathlib import Path
 
-from data.paths import write_json
 from scripts.common.prefill import TimingPlan
 from scripts.common.timing import where
 from scripts.efficiency.measure import EfficiencySetting, measure_settings
@@ -31,6 +30,7 @@ from train.cli import count, exit_on_user_error, output
 from train.hardware import best_device
 from train.runs import FinishedRun
 from vzip import Comparison
+from vzip.files import write_json
 
 
 def parse_efficiency_arguments() -> argparse.Namespace:

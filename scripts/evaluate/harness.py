@@ -19,12 +19,12 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import make_table
 
-from data.paths import write_json
 from scripts.common.timing import where
 from scripts.evaluate.cells import FAILED_FILE, Cell, Job
 from scripts.evaluate.tasks import HELD_OUT
 from train.cli import exit_on_user_error
 from vzip import UserError
+from vzip.files import write_json
 from vzip.integrations.lmms_eval import NAME, Vzip
 from vzip.runs.projector import budget_of
 from vzip.templates.encode import Template

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 
-from data.paths import write_json
 from scripts.evaluate.cells import FAILED_FILE, Cell, Job, make_cells
 from scripts.evaluate.environment import eval_python
 from scripts.evaluate.questions import write_questions
@@ -35,6 +34,7 @@ from scripts.evaluate.target import Target, find_target
 from scripts.evaluate.tasks import BY_NAME, HELD_OUT, PAPER, published_settings
 from train.cli import count, exit_on_user_error
 from vzip import UserError
+from vzip.files import write_json
 
 HUB_TIMEOUT_S = 5
 VERSION = 2

@@ -10,13 +10,14 @@ from typing import Any
 import datasets
 from omegaconf import DictConfig
 
-from data.paths import atomic_write, data_dir, write_json
+from data.paths import data_dir
 from scripts.evaluate.tasks import HELD_OUT
 from train import config
 from train.evaluation.questions import HeldOutQuestion, held_out_questions
 from train.examples import held_out_conversations
 from train.runs import FinishedRun
 from vzip import UserError
+from vzip.files import atomic_write, write_json
 from vzip.videos import read_frames
 
 TEMPLATE = Path(__file__).parent / "held_out_task" / "held_out.yaml"

@@ -25,7 +25,6 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from data.paths import atomic_write, write_json
 from scripts.common.held_out import ask_training_free
 from scripts.figures.attention import num_holding, softmax_gradient, top_shares
 from scripts.figures.charts import (
@@ -39,6 +38,7 @@ from scripts.figures.score_charts import draw_recovery, draw_without_dominant
 from scripts.figures.scores import Score, comparable_scores, same_but_budget, score_of, without_a_part
 from train.cli import count, exit_on_user_error, output
 from vzip import UserError
+from vzip.files import atomic_write, write_json
 from vzip.overlay import attention_map, kept_tokens, look
 from vzip.reducers.visionzip import VisionZip, split_budget
 

@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 
 from data.batches.collate import Collator
 from data.examples.tokens import Example, example_of, kinds_of
-from data.paths import write_json
 from data.progress import progress
 from train.config import asks_questions
 from train.evaluation.questions import HeldOutQuestion, SettingAnswers, held_out_questions
@@ -23,6 +22,7 @@ from train.memory import fitting_questions
 from train.ranks import all_gather_list, broadcast_from_rank0, get_rank, get_world_size, is_main, print_rank0
 from vzip import attach
 from vzip.families import Family
+from vzip.files import write_json
 from vzip.generate import generate_answers
 from vzip.overlay import kept_tokens, look
 from vzip.pictures import open_picture

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from data.batches.collate import Collator
 from data.conversations import BadExample
-from data.paths import write_json
 from data.preflight.files import check_files
 from data.preflight.lengths import measure_lengths
 from data.preflight.report import check_faults, preflight_report
@@ -22,6 +21,7 @@ from tests.helpers.conversations import conversation
 from tests.helpers.examples import tokenize
 from vzip import UserError
 from vzip.families import family_of
+from vzip.files import write_json
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
 from vzip.templates.encode import IGNORED, encode, vicuna

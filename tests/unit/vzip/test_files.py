@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
-from data.paths import ROOT, atomic_write, delete_leftovers, write_json
+from data.paths import ROOT
+from vzip import UserError
+from vzip.files import atomic_write, delete_leftovers, machine_name, read_json_object, write_json
 
 
 def write_often(path):
@@ -46,7 +48,7 @@ def test_a_killed_process_leaves_nothing_for_long_and_a_live_one_is_left_alone(t
     code = (
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from data.paths import atomic_write\n"
+        "from vzip.files import atomic_write\n"
         "assert 'torch' not in sys.modules, 'commands that need no torch would wait for it'\n"
         "with atomic_write(Path(sys.argv[1])) as scratch:\n"
         "    scratch.write_text('half')\n"
@@ -56,18 +58,33 @@ def test_a_killed_process_leaves_nothing_for_long_and_a_live_one_is_left_alone(t
     assert killed.returncode == -9
     (leftover,) = tmp_path.iterdir()
 
-    others = [tmp_path / f"{path.name}.{os.getppid()}-1.vzip-tmp"]  # of a process that runs
-    others += [tmp_path / leftover.name.replace(path.name, f"{path.name}.gz")]  # of another file
-    others += [tmp_path / "mine.123.tmp"]
-    for other in others:
-        other.write_text("not of this file")
+    machine = machine_name()
+    running = tmp_path / f"{path.name}.{machine}-{os.getppid()}-0a.vzip-tmp"
+    of_another_file = tmp_path / leftover.name.replace(path.name, f"{path.name}.gz")
+    of_another_host = tmp_path / leftover.name.replace(machine, "elsewhere-1")
+    foreign = tmp_path / "mine.123.tmp"
+    for other in (running, of_another_file, of_another_host, foreign):
+        other.write_text("not a leftover of this file")
 
     write_json(path, 3)
     assert path.read_text() == "3"
-    assert set(tmp_path.iterdir()) == {path, *others}
+    assert set(tmp_path.iterdir()) == {path, running, of_another_file, of_another_host, foreign}
 
     delete_leftovers(tmp_path)
-    assert set(tmp_path.iterdir()) == {path, others[0], others[2]}
+    assert set(tmp_path.iterdir()) == {path, running, of_another_host, foreign}
+
+    # After a week, nobody on the other host writes it any more.
+    os.utime(of_another_host, (0, 0))
+    delete_leftovers(tmp_path)
+    assert set(tmp_path.iterdir()) == {path, running, foreign}
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff", b"[" * 100_000, b"[]"])
+def test_a_damaged_json_file_is_named_with_advice(tmp_path, content):
+    path = tmp_path / "meta.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"meta\.json is damaged.*; copy it again"):
+        read_json_object(path, advice="copy it again")
 
 
 def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path):

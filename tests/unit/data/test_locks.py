@@ -1,0 +1,33 @@
+"""Only one process at a time writes a folder, and the next one is told who that is."""
+
+import subprocess
+import sys
+
+import pytest
+
+from data.locks import locked
+from data.paths import ROOT
+from vzip import UserError
+
+
+def test_the_second_process_is_told_who_holds_the_lock(tmp_path):
+    lock = tmp_path / "run.lock"
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from data.locks import locked\n"
+        "with locked(Path(sys.argv[1]), wait=False):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, str(lock)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=rf"a is being written by process {other.pid} on .*wait until"):
+            with locked(lock, wait=False, busy="a is being written"):
+                pass
+        other.kill()
+
+    # A process that was killed holds nothing.
+    with locked(lock, wait=False):
+        assert lock.exists()
