@@ -4,13 +4,20 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
+from vzip.redact import redacted
+
 
 class UserError(ValueError):
     """An error that the user can fix.
 
     The message names the setting, its value, what is allowed, and what to do. Commands print it
     without a traceback and exit with code 2. The library raises it before any work is done.
+
+    Secrets in addresses are taken out of the message: it may end in a log that others read.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 def check_choice(setting: str, value: object, allowed: Sequence[object]) -> None:
