@@ -60,6 +60,26 @@ def broadcast_from_rank0(value: Any) -> Any:
     return box[0]
 
 
+def on_rank0(action: Callable[[], T]) -> T:
+    """Call `action` on rank 0. Return its value, or raise its error, on every rank.
+
+    If only rank 0 raised, the others would wait for it in their next collective. Errors that no user
+    can cause are raised on rank 0 alone: their traceback says where.
+    """
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if is_main():
+        try:
+            outcome = (action(), None)
+        except (UserError, OSError) as error:
+            outcome = (None, error)
+
+    value, error = broadcast_from_rank0(outcome)
+    if error is not None:
+        raise error
+    result: T = value
+    return result
+
+
 def all_gather_list(values: list[Any]) -> list[Any]:
     """Return the values of all ranks, in the order of the ranks, on every rank."""
     if not distributed.is_initialized():
