@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from vzip.errors import UserError
 from vzip.files import read_json_object, write_json
+from vzip.redact import redacted
 
 
 def _holder_file(lock: Path) -> Path:
@@ -57,7 +58,7 @@ def locked(lock: Path, *, wait: bool, busy: str = "") -> Iterator[None]:
                 "host": gethostname(),
                 "pid": os.getpid(),
                 "since": datetime.now(UTC).isoformat(timespec="seconds"),
-                "command": shlex.join(sys.argv),
+                "command": shlex.join([redacted(word) for word in sys.argv]),
             },
         )
         yield

@@ -24,6 +24,7 @@ from train.evaluation.tables import score_table
 from train.runs import FinishedRun, find_runs
 from vzip.errors import UserError
 from vzip.files import atomic_write
+from vzip.redact import redacted
 
 CURVES = {
     "train/loss": "Loss, mean over label tokens",
@@ -91,7 +92,7 @@ def _what_was_run(run: FinishedRun) -> str:
     """Say what the command did: model, seed, steps, time, losses, data and questions."""
     # The command without the folder that the program stood in.
     program, *arguments = run.env["command"]
-    command = " ".join([Path(program).name, *arguments])
+    command = redacted(" ".join([Path(program).name, *arguments]))
     result = run.result
     seconds = sum(line["train/step_s"] for line in run.metrics)
 

@@ -24,6 +24,7 @@ from train.hardware import best_device, current_commit, current_environment
 from train.ranks import barrier, broadcast_from_rank0, is_main
 from vzip import UserError
 from vzip.files import atomic_write, write_json
+from vzip.redact import redacted_values
 from vzip.reducers import Reducer
 from vzip.runs.projector import ADAPTER, save_checkpoint
 from vzip.templates.encode import Template
@@ -67,6 +68,14 @@ def _command() -> list[str]:
     # The command of a sweep would start all its runs: take the overrides of this run instead.
     # An experiment may itself ask for a sweep, so the mode is set too.
     return [sys.argv[0], *job.overrides.task, "hydra.mode=RUN"]
+
+
+def settings_without_secrets(cfg: DictConfig) -> str:
+    """Return the settings as YAML, all values resolved, without the secrets of addresses.
+
+    Where data comes from is no part of a run, so a resumed run still compares equal.
+    """
+    return OmegaConf.to_yaml(OmegaConf.create(redacted_values(OmegaConf.to_container(cfg, resolve=True))))
 
 
 def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
@@ -151,9 +160,10 @@ class RunFolder:
 
             # A later command compares its settings with these, so they must never be half written.
             with atomic_write(self.path / "config.yaml") as scratch:
-                scratch.write_text(OmegaConf.to_yaml(self.cfg, resolve=True))
-            write_json(self.path / "env.json", environment_record(self.cfg, world_size=world_size))
-            write_json(self.path / "manifest.json", manifest)
+                scratch.write_text(settings_without_secrets(self.cfg))
+            environment = environment_record(self.cfg, world_size=world_size)
+            write_json(self.path / "env.json", redacted_values(environment))
+            write_json(self.path / "manifest.json", redacted_values(dict(manifest)))
 
         # The other ranks write into this folder, so they wait until it is there.
         barrier()

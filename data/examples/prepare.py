@@ -27,6 +27,7 @@ from data.paths import data_dir
 from data.progress import progress
 from vzip import UserError
 from vzip.files import write_json
+from vzip.redact import redacted_values
 from vzip.templates.encode import Template
 
 MANIFEST = "manifest.json"
@@ -338,7 +339,7 @@ def _make_subset(
     manifest["media_hash"] = media_index.content(media)
 
     # The manifest is written last: it shows that the subset is complete.
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, redacted_values(manifest))
 
 
 def prepare(
