@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from vzip.errors import UserError
 from vzip.families import family_of
 from vzip.generate import end_ids
+from vzip.pictures import upright_rgb
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Chat:
 
     Raises:
         UserError: the processor has no chat template.
+        ValueError: the picture exceeds the limits of `vzip.pictures`.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class Chat:
             )
         self.model = model
         self.processor = processor
-        self.picture = picture.convert("RGB")
+        self.picture = upright_rgb(picture)
         self.max_new_tokens = max_new_tokens
         self.messages: list[dict[str, Any]] = []
         self._placeholder_id = family_of(model).placeholder_id("image")

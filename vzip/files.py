@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,6 +132,15 @@ def atomic_write(target: Path, *, clean: bool = True) -> Iterator[Path]:
     finally:
         # After an error, the half-written file is still there.
         scratch.unlink(missing_ok=True)
+
+
+def check_is_file(path: Path) -> None:
+    """Raise ValueError for a folder, a pipe, a socket or a device, and OSError for a missing file.
+
+    Opening a pipe waits for ever, and some devices can be read without end.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("not a file, but a folder, a pipe or a device")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature
-from transformers.utils import is_torchvision_available
+from transformers import BatchFeature
 from transformers.video_utils import make_batched_videos
 
 from vzip.errors import UserError
+from vzip.pictures import check_size
 
 KINDS = ("image", "video")
 """Kinds of media that a model may take. Where both occur, images come first."""
@@ -159,8 +159,10 @@ def _convert_to_rgb(videos: Any) -> Any:
 
     Raises:
         UserError: an empty list.
+        ValueError: a picture exceeds the limits of `vzip.pictures`.
     """
     if isinstance(videos, Image.Image):
+        check_size(*videos.size)
         return videos.convert("RGB")
     if isinstance(videos, list | tuple):
         check_num_frames(len(videos))
@@ -268,21 +270,4 @@ def build_processor(
         tokenizer=tokenizer,
         video_processor=FrameProcessor(image_processor),
         **settings,
-    )
-
-
-def load_video_processor(processor_class: Any, path: str) -> Any:
-    """Load the processor of a model that takes videos, with or without torchvision."""
-    if is_torchvision_available():
-        return AutoProcessor.from_pretrained(path)
-
-    # The parts are loaded one by one; the rest of the file is settings of the processor.
-    settings, _ = processor_class.get_processor_dict(path)
-    parts = {"processor_class", *processor_class.get_attributes()}
-    own_settings = {name: value for name, value in settings.items() if name not in parts}
-    return build_processor(
-        processor_class,
-        AutoImageProcessor.from_pretrained(path),
-        AutoTokenizer.from_pretrained(path),
-        own_settings,
     )

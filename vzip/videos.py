@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from vzip.errors import check_package
-from vzip.pictures import open_picture
+from vzip.files import check_is_file
+from vzip.pictures import check_size, open_picture
 
 FRAME_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """Endings of the names of frames. Other files in a folder of frames, such as lists, are ignored."""
@@ -161,8 +162,9 @@ def _open_container(path: Path) -> Iterator[tuple[Any, Any]]:
 
     FFmpeg's errors are raised as ValueError, also those of the `with` body.
     """
-    # Python's own errors tell a missing file from a forbidden one. FFmpeg uses these names for
-    # other faults too.
+    # FFmpeg would wait for a pipe without end. And Python's own errors tell a missing file from a
+    # forbidden one, while FFmpeg uses these names for other faults too.
+    check_is_file(path)
     with path.open("rb"):
         pass
 
@@ -172,6 +174,9 @@ def _open_container(path: Path) -> Iterator[tuple[Any, Any]]:
         with av.open(str(path), metadata_errors="ignore") as container:  # titles need not be UTF-8
             stream = _video_stream(av, container)
             _check_truncated(container, stream)
+            # Some containers do not say the size. Each frame is checked too.
+            if stream.codec_context.width:
+                check_size(stream.codec_context.width, stream.codec_context.height)
             fault = "damaged"
             yield container, stream
     except (av.FFmpegError, IndexError) as error:
@@ -182,6 +187,9 @@ def _open_container(path: Path) -> Iterator[tuple[Any, Any]]:
 
 def _frame_picture(frame: Any) -> Image.Image:
     """Convert a decoded frame to upright RGB."""
+    # The size may change in the middle of a file.
+    check_size(frame.width, frame.height)
+
     # A phone that is held sideways saves the frames sideways, and notes that beside them.
     picture: Image.Image = frame.to_image()
     if not frame.rotation:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-from PIL import Image
 
 from data.conversations import BadExample
 from data.progress import progress
 from vzip import UserError
-from vzip.pictures import FORMATS, open_picture
+from vzip.pictures import open_picture, stored_size
 from vzip.videos import check_video
 
 NUM_DECODED = 1000
@@ -108,12 +107,8 @@ def _read(file: _MediaFile, path: Path, *, decode: bool) -> None:
             check_video(path)
         return
 
-    # Opening reads the header alone.
-    try:
-        with Image.open(path, formats=FORMATS) as picture:
-            width, height = picture.size
-    except (Image.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(str(error)) from error
+    # The header is enough for the size and the limits.
+    width, height = stored_size(path)
 
     # Width and height may be swapped: the recorded size is upright, but the header's is not.
     if file.size is not None and sorted((height, width)) != sorted(file.size):

@@ -1,9 +1,12 @@
 """Pictures of every format come out as upright RGB, and damaged ones raise one of two errors."""
 
 import io
+import os
 import struct
+import zlib
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,8 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
 
 from tests.helpers import tiny
+from vzip.chat import Chat
 from vzip.integrations import answering
-from vzip.pictures import open_picture
+from vzip.media import FrameProcessor
+from vzip.pictures import MAX_BYTES, MAX_SCANS, open_picture, stored_size, upright_rgb
 
 RED = (255, 0, 0)
 BLUE = (0, 0, 255)
@@ -74,6 +79,136 @@ def test_grey_of_16_bits_keeps_its_shades(tmp_path):
     assert [picture.getpixel((column, 4))[0] for column in (0, 4, 7)] == pytest.approx([128, 144, 156], abs=2)
 
 
+@pytest.mark.parametrize(("name", "dtype", "shift"), [("a.tiff", "uint16", 8), ("a.ppm", "int32", 8)])
+def test_deep_grey_of_other_formats_keeps_its_shades(tmp_path, name, dtype, shift):
+    values = np.array([[0, 1 << 10, 40_000, 65_535]] * 4, dtype=dtype)
+    Image.fromarray(values).save(tmp_path / name)
+    shades = np.asarray(open_picture(tmp_path / name))[0, :, 0]
+    assert shades.tolist() == (values[0] >> shift).tolist()
+
+
+def test_grey_of_12_bits_keeps_its_shades(tmp_path):
+    # Two values of 12 bits in three bytes: black and white, four times in each of four rows.
+    tags = {256: 8, 257: 4, 258: 12, 259: 1, 262: 1, 277: 1, 278: 4, 279: 48}
+    (tmp_path / "a.tiff").write_bytes(tiff(tags, b"\x00\x0f\xff" * 16))
+    assert np.asarray(open_picture(tmp_path / "a.tiff"))[0, :, 0].tolist() == [0, 255] * 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_values_without_a_known_white_are_refused(tmp_path, dtype):
+    picture = Image.fromarray(np.ones((8, 8), dtype=dtype))
+    picture.save(tmp_path / "a.tiff")
+    for fails in (lambda: open_picture(tmp_path / "a.tiff"), lambda: upright_rgb(picture)):
+        with pytest.raises(ValueError, match=r"32 bits .* have no fixed white; save it in 8 bits"):
+            fails()
+
+
+# Limits
+
+
+def chunk(name, content):
+    """A chunk of a PNG file."""
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png_header(width, height):
+    """A PNG file that ends behind its size: a bomb is refused before anything else is read."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+
+
+def tiff(tags, content):
+    """A TIFF file with these tags; 273 and 324, where its content begins, are added."""
+    begin = 324 if 322 in tags else 273
+    tags = dict(sorted({**tags, begin: 8 + 2 + 12 * (len(tags) + 1) + 4}.items()))
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + content
+
+
+def many_scans():
+    """A small JPEG that repeats its last pass."""
+    content = encoded("JPEG", progressive=True)
+    last = content[content.rindex(b"\xff\xda") : -2]
+    return content[:-2] + MAX_SCANS * last + content[-2:]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (png_header(1, 5000), "1 x 5,000 px: each side must have at least 4"),
+        (png_header(30, 3), "30 x 3 px: each side must have at least 4"),
+        (png_header(8000, 8000), "8,000 x 8,000 px: at most 50,000,000 pixels"),
+        (png_header(13_000, 300), "13,000 x 300 px: a side may have at most 12,000"),
+        (png_header(5000, 99), "5,000 x 99 px: the longer side may be at most 50 times"),
+        (png_header(60_000, 60_000), "60,000 x 60,000|3600000000 pixels"),
+        (
+            tiff({256: 8, 257: 8, 258: 8, 262: 1, 322: 50_000, 323: 50_000, 325: 9}, bytes(9)),
+            "50,000 x 50,000",
+        ),
+    ],
+    ids=["line", "three pixels", "area", "side", "ratio", "bomb", "tile"],
+)
+def test_a_picture_beyond_the_limits_is_refused_before_it_is_decoded(tmp_path, content, reason):
+    (tmp_path / "a.png").write_bytes(content)
+    for fails in (open_picture, stored_size):
+        with pytest.raises(ValueError, match=reason):
+            fails(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=reason):
+        open_picture(content)
+
+
+def test_a_jpeg_of_many_passes_is_refused(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(many_scans())
+    for content in (many_scans(), tmp_path / "a.jpg"):
+        with pytest.raises(ValueError, match=r"a JPEG of 1[01][0-9] scans; at most 100"):
+            open_picture(content)
+
+
+def test_a_large_file_and_large_texts_are_refused(tmp_path):
+    with (tmp_path / "sparse.png").open("wb") as file:
+        file.write(encoded("PNG"))
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(ValueError, match="a file of 100,000,001 bytes; at most 100,000,000"):
+        open_picture(tmp_path / "sparse.png")
+
+    png = encoded("PNG")
+    bomb = zlib.compress(bytes(10**8))
+    for name in (b"zTXt", b"iCCP"):
+        with pytest.raises(ValueError, match="too large"):
+            open_picture(png[:33] + chunk(name, b"a\0\0" + bomb) + png[33:])
+
+
+def test_every_door_has_the_limits(tmp_path):
+    thin = Image.new("RGB", (400, 4))
+    thin.save(tmp_path / "a.png")
+    processor = FrameProcessor(tiny.processor().image_processor)
+    model = tiny.llava()
+    chatting = tiny.processor()
+    chatting.chat_template = "{{ messages }}"
+    doors = [
+        lambda: answering._picture(thin),
+        lambda: answering._picture(str(tmp_path / "a.png")),
+        lambda: Chat(model, chatting, thin),
+        lambda: processor([[thin]]),
+    ]
+    for door in doors:
+        with pytest.raises(ValueError, match="400 x 4 px: the longer side"):
+            door()
+
+
+def test_a_pipe_a_device_and_a_folder_are_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for path in (tmp_path / "pipe.png", tmp_path / "zero.png", tmp_path):
+        for fails in (open_picture, stored_size):
+            with pytest.raises(ValueError, match="not a file, but a folder, a pipe or a device"):
+                fails(path)
+
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    with pytest.raises(OSError, match="symbolic links"):
+        open_picture(tmp_path / "loop.png")
+
+
 @pytest.mark.parametrize(
     ("orientation", "size", "red_at", "blue_at"),
     [
@@ -99,9 +234,9 @@ def test_a_photo_of_a_turned_camera_is_upright_in_training_and_in_evaluation(
     assert answering._picture(Image.open(path)) == picture
 
 
-def encoded(kind):
+def encoded(kind, **options):
     buffer = io.BytesIO()
-    tiny.picture(0, 32).save(buffer, kind)
+    tiny.picture(0, 32).save(buffer, kind, **options)
     return buffer.getvalue()
 
 

@@ -2,6 +2,7 @@
 told apart.
 """
 
+import os
 import sys
 from contextlib import suppress
 
@@ -205,6 +206,32 @@ def test_other_files_raise(tmp_path, make, reason):
     for fails in (check_video, lambda path: read_frames(path, 8)):
         with pytest.raises((OSError, ValueError), match=reason):
             fails(path)
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.mp4")
+    (tmp_path / "frames").mkdir()
+    os.mkfifo(tmp_path / "frames" / "1.png")
+    for path in (tmp_path / "a.mp4", tmp_path / "frames"):
+        for fails in (check_video, lambda path: read_frames(path, 8)):
+            with pytest.raises(ValueError, match="not a file, but"):
+                fails(path)
+
+
+def test_frames_have_the_limits_of_pictures(tmp_path):
+    thin = np.zeros((4, 400, 3), dtype=np.uint8)
+    with av.open(str(tmp_path / "a.avi"), "w") as container:
+        stream = container.add_stream("png", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 400, 4, "rgb24"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(thin, format="rgb24")))
+        container.mux(stream.encode())
+    (tmp_path / "frames").mkdir()
+    Image.fromarray(thin).save(tmp_path / "frames" / "1.png")
+
+    for path in (tmp_path / "a.avi", tmp_path / "frames"):
+        for fails in (check_video, lambda path: read_frames(path, 8)):
+            with pytest.raises(ValueError, match="400 x 4 px: the longer side"):
+                fails(path)
 
 
 def test_an_impossible_name_and_no_frames_asked_for_raise(tmp_path):
