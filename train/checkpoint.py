@@ -2,14 +2,17 @@
 
 `runs/NAME/` holds config.yaml, env.json, manifest.json, metrics.jsonl, answers_SETTING.json,
 projector.safetensors, meta.json, result.json, wandb/ and pictures. While the run trains it also
-holds state/.
+holds state/. Its lock lies beside it, because starting over moves the folder away.
 """
 
-import json
+import os
+import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,26 +20,33 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 
-from train.config import identity, run_name
+from data.locks import locked
+from train.config import identity, own_settings, run_name
 from train.engine import Engine
 from train.hardware import best_device, current_commit, current_environment
-from train.ranks import barrier, broadcast_from_rank0, is_main
+from train.ranks import broadcast_from_rank0, is_main, on_rank0
+from train.runs import FinishedRun
+from train.state import PARTS, StateFolder, check_finite
 from vzip import UserError
-from vzip.files import atomic_write, write_json
+from vzip.files import atomic_write, read_json_object, write_json
 from vzip.redact import redacted_values
 from vzip.reducers import Reducer
-from vzip.runs.projector import ADAPTER, save_checkpoint
+from vzip.runs.meta import ADAPTER
+from vzip.runs.projector import save_checkpoint
 from vzip.templates.encode import Template
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "hydra-core", "wandb", "safetensors")
 
-# Disk space per trainable parameter: two resumable states of float32 weights and AdamW's moments,
-# and the result.
-BYTES_PER_PARAMETER = 28
+# Disk space per trainable parameter: float32 weights and AdamW's moments of the two resumable states
+# that are kept and of the one that is being written, and the result.
+BYTES_PER_PARAMETER = 40
 
 # Disk space for everything else.
 OTHER_BYTES = 100_000_000
+
+RESULT_ADVICE = "restore the file, or delete it: the same command then trains the run again"
 
 
 def environment_record(cfg: DictConfig, *, world_size: int) -> dict[str, Any]:
@@ -92,6 +102,49 @@ def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: s
     return changed
 
 
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Raise the OSError that is behind an error of safetensors, for example of a full disk."""
+    try:
+        yield
+    except SafetensorError as error:
+        # The library has the number in its text only: "... (os error 28)".
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), str(error)) from error
+
+
+@contextmanager
+def locked_run(cfg: DictConfig) -> Iterator["RunFolder"]:
+    """Open the folder of a run, and keep other processes from writing it until the block ends.
+
+    Commands that only read a run are not hindered.
+
+    Raises:
+        UserError: another process writes this run, the folder can't be written, or it holds
+            something else.
+    """
+    with ExitStack() as stack:
+        on_rank0(lambda: _lock(cfg, stack))
+        yield RunFolder(cfg)
+
+
+def _lock(cfg: DictConfig, stack: ExitStack) -> None:
+    """Lock the folder of a run until the stack is closed."""
+    # Two paths to one folder have one lock, so links are followed.
+    path = Path(cfg.runs) / run_name(cfg)
+    folder = path.resolve()
+    lock = folder.with_name(f".{folder.name}.lock")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(lock, wait=False, busy=f"{path} is being written"))
+    except OSError as error:
+        raise UserError(
+            f"{path.parent} can't be written ({error}); set runs=... to another folder"
+        ) from error
+
+
 class RunFolder:
     """The folder of one run. All ranks call the same methods, and rank 0 writes.
 
@@ -99,30 +152,44 @@ class RunFolder:
         cfg: the run's settings.
 
     Raises:
-        UserError: the folder holds a run with other settings.
+        UserError: the folder holds a run with other settings, or it is damaged.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
         self.path = Path(cfg.runs) / run_name(cfg)
-        self.state = self.path / "state"
-        self._check_same_run()
+        self.state = StateFolder(self.path / "state")
+        self.before = self.path.with_name(f"{self.path.name}.before-fresh")
+        on_rank0(self._check_same_run)
 
     def _check_same_run(self) -> None:
         """Raise UserError if the folder holds another run, or something that is no run."""
-        config = self.path / "config.yaml"
-        if not config.is_file():
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise UserError(f"{self.path} is no folder; choose another name=..., or move it away")
+        if self.cfg.fresh and self.path.is_symlink():
+            raise UserError(
+                f"fresh=true: {self.path} is a link to {self.path.resolve()}; choose another name=..., or "
+                f"delete the link"
+            )
+
+        if not (self.path / "config.yaml").is_file():
             # fresh=true deletes the folder, which must not happen to anything but a run.
             if self.cfg.fresh and self.path.is_dir() and any(self.path.iterdir()):
                 raise UserError(f"fresh=true: {self.path} exists and holds no run; choose another name=...")
             return
 
-        # fresh=true throws the old run away, so it may have other settings.
+        # fresh=true starts over, so the old run may have other settings.
         if self.cfg.fresh:
             return
+        try:
+            recorded = FinishedRun(self.path).config
+        except UserError as error:
+            raise UserError(
+                f"{error}; restore the file, choose another name=..., or start over with fresh=true"
+            ) from error
 
-        # Only settings that change what is trained count. `identity` leaves out the others.
-        changed = _changed_settings(identity(OmegaConf.load(config)), identity(self.cfg))
+        # Only settings that change what is trained count. `own_settings` leaves out the others.
+        changed = _changed_settings(own_settings(recorded), identity(self.cfg))
         if changed:
             raise UserError(
                 f"{self.path} holds a run with other settings ({', '.join(changed)}); choose another "
@@ -131,12 +198,26 @@ class RunFolder:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The content of result.json. None if the run is not finished, or starts over."""
-        path = self.path / "result.json"
-        is_finished = path.is_file() and not self.cfg.fresh
+        """The content of result.json. None if the run is not finished, or starts over.
 
+        Raises UserError if the file is damaged.
+        """
         # All ranks must agree on whether to train, and only rank 0 is sure to see the file.
-        return broadcast_from_rank0(json.loads(path.read_text()) if is_finished else None)
+        is_finished = broadcast_from_rank0((self.path / "result.json").is_file() and not self.cfg.fresh)
+        if not is_finished:
+            return None
+        result = on_rank0(self._read_result)
+
+        # The table of scores needs these entries of each setting.
+        needed = {"name", "num_visual_tokens", "num_questions", "metrics"}
+        rows = result.get("rows")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and needed <= {*row} for row in rows):
+            raise UserError(f"{self.path / 'result.json'} is damaged (it holds no scores); {RESULT_ADVICE}")
+        return result
+
+    def _read_result(self) -> dict[str, Any]:
+        """Read result.json of a finished run."""
+        return read_json_object(self.path / "result.json", advice=RESULT_ADVICE)
 
     def begin(self, manifest: Mapping[str, Any], *, num_trainable: int, world_size: int) -> None:
         """Write settings, environment and data before the run trains.
@@ -151,22 +232,34 @@ class RunFolder:
         Raises:
             UserError: the disk is too full, or the training data has changed.
         """
-        if is_main():
-            if self.cfg.fresh and self.path.exists():
-                shutil.rmtree(self.path)
-            self._check_same_data(manifest)
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._check_disk(num_trainable)
-
-            # A later command compares its settings with these, so they must never be half written.
-            with atomic_write(self.path / "config.yaml") as scratch:
-                scratch.write_text(settings_without_secrets(self.cfg))
-            environment = environment_record(self.cfg, world_size=world_size)
-            write_json(self.path / "env.json", redacted_values(environment))
-            write_json(self.path / "manifest.json", redacted_values(dict(manifest)))
-
         # The other ranks write into this folder, so they wait until it is there.
-        barrier()
+        on_rank0(lambda: self._begin(manifest, num_trainable=num_trainable, world_size=world_size))
+
+    def _begin(self, manifest: Mapping[str, Any], *, num_trainable: int, world_size: int) -> None:
+        """Do on rank 0 what `begin` says."""
+        if self.cfg.fresh:
+            self._start_over()
+        self._check_same_data(manifest)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._check_disk(num_trainable)
+
+        # A later command compares its settings with these, so they must never be half written.
+        with atomic_write(self.path / "config.yaml") as scratch:
+            scratch.write_text(settings_without_secrets(self.cfg))
+        environment = environment_record(self.cfg, world_size=world_size)
+        write_json(self.path / "env.json", redacted_values(environment))
+        write_json(self.path / "manifest.json", redacted_values(dict(manifest)))
+
+    def _start_over(self) -> None:
+        """Delete the old run, or keep it beside the new one if it is finished."""
+        # The new run may fail in its first steps. Then the old one is still there.
+        if (self.path / "result.json").is_file():
+            if self.before.exists():
+                shutil.rmtree(self.before)
+            self.path.rename(self.before)
+            print(f"the finished run is kept as {self.before} until the new one is finished", flush=True)
+        elif self.path.exists():
+            shutil.rmtree(self.path)
 
     def _check_same_data(self, manifest: Mapping[str, Any]) -> None:
         """Raise UserError if the run was begun on other examples."""
@@ -175,7 +268,8 @@ class RunFolder:
         if not recorded.is_file():
             return
 
-        before = json.loads(recorded.read_text())["hash"]
+        advice = "restore the file, choose another name=..., or start over with fresh=true"
+        before = str(read_json_object(recorded, advice=advice).get("hash"))
         now = manifest["hash"]
         if before != now:
             raise UserError(
@@ -186,8 +280,9 @@ class RunFolder:
 
     def _check_disk(self, num_trainable: int) -> None:
         """Raise UserError if the disk can't hold the run."""
+        # States that are already there are replaced.
         needed = OTHER_BYTES + BYTES_PER_PARAMETER * num_trainable
-        free = shutil.disk_usage(self.path).free
+        free = shutil.disk_usage(self.path).free + self.state.num_bytes()
         if free < needed:
             raise UserError(
                 f"{self.path} has {free / 1e6:,.0f} MB free, a run needs {needed / 1e6:,.0f} MB; "
@@ -195,24 +290,35 @@ class RunFolder:
             )
 
     def save_state(self, engine: Engine, num_done: int) -> None:
-        """Save the state after `num_done` steps, then delete older states."""
-        tag = f"step{num_done}"
-        engine.save(str(self.state), tag=tag, state={"step": num_done})
-        barrier()
+        """Save the state after `num_done` steps, then delete those that are not needed any more.
 
-        # Delete the old state only now, when every rank has written its part of the new one.
-        if is_main():
-            for folder in self.state.glob("step*"):
-                if folder.name != tag:
-                    shutil.rmtree(folder)
+        Raises:
+            UserError: the state has values that are not finite.
+            OSError: the disk is full, or can't be written. The states before it stay.
+        """
+        on_rank0(lambda: self.state.begin(num_done))
+        checksums = {}
+        for part in PARTS:
+            # All ranks take part in gathering, and rank 0 writes.
+            tensors = engine.gather(part)
+            checksums[part] = on_rank0(partial(self.state.write, num_done, part, tensors))
+        on_rank0(lambda: self.state.finish(num_done, checksums))
 
     def resume(self, engine: Engine) -> int:
-        """Load the newest state, if there is one. Return the number of steps that are done."""
-        # Rank 0 decides for all: if only some ranks loaded, they would wait for the others forever.
-        has_state = broadcast_from_rank0((self.state / "latest").is_file())
-        if not has_state:
-            return 0
-        return int(engine.load(str(self.state))["step"])
+        """Load the newest whole state, if there is one. Return the number of steps that are done.
+
+        The state may come from another number of ranks.
+
+        Raises:
+            UserError: there are states, and none of them is whole.
+        """
+        # Rank 0 decides for all: other hosts may not see its files.
+        num_done = on_rank0(lambda: self.state.newest(engine.shapes()))
+        if num_done:
+            for part in PARTS:
+                tensors = self.state.read(num_done, part) if is_main() else {}
+                engine.restore(part, tensors)
+        return num_done
 
     def save_trained(
         self,
@@ -234,12 +340,7 @@ class RunFolder:
         """
         # Under ZeRO 3 all ranks take part in gathering the weights.
         projector, adapter = engine.weights()
-        if not is_main():
-            return
-
         peft_model = engine.trainable.peft_model
-        if adapter:
-            peft_model.save_pretrained(self.path / ADAPTER, state_dict=adapter)
 
         # What loading and a model card need to know about the training.
         how_trained = {
@@ -251,7 +352,15 @@ class RunFolder:
             "data": {key: manifest[key] for key in ("hash", "num_rows", "fraction", "seed")},
             "commit": current_commit(),
         }
-        save_checkpoint(self.path, projector, {**meta, **how_trained})
+
+        def write() -> None:
+            check_finite({**projector, **adapter}, what=f"the trained projector in {self.path}")
+            with _os_errors():
+                if adapter:
+                    peft_model.save_pretrained(self.path / ADAPTER, state_dict=adapter)
+                save_checkpoint(self.path, projector, {**meta, **how_trained})
+
+        on_rank0(write)
 
     def finish(self, rows: list[dict[str, Any]], *, num_steps: int, manifest: Mapping[str, Any]) -> None:
         """Write result.json, which marks the run as finished, and delete the resumable state.
@@ -267,12 +376,14 @@ class RunFolder:
             "manifest": manifest["hash"],
             "seed": self.cfg.seed,
         }
-        if is_main():
-            write_json(self.path / "result.json", result)
-            shutil.rmtree(self.state, ignore_errors=True)
+        on_rank0(lambda: self._finish(result))
+
+    def _finish(self, result: dict[str, Any]) -> None:
+        """Write result.json, and delete what a finished run does not need."""
+        write_json(self.path / "result.json", result)
+        for folder in (self.state.path, self.before):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def replace_rows(self, rows: list[dict[str, Any]]) -> None:
         """Replace the scores in result.json of a finished run."""
-        if is_main():
-            path = self.path / "result.json"
-            write_json(path, {**json.loads(path.read_text()), "rows": rows})
+        on_rank0(lambda: write_json(self.path / "result.json", {**self._read_result(), "rows": rows}))

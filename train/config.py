@@ -6,7 +6,7 @@ import inspect
 import json
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -259,10 +259,17 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     """Return the settings that make a run what it is. Two runs that share them are the same run."""
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
+    return own_settings({str(name): value for name, value in settings.items()})
 
-    # Leave out what changes where a run goes, or how its data gets here, but not what it learns.
-    own = {str(name): value for name, value in settings.items() if name not in NOT_PART_OF_A_RUN}
-    own["data"] = {name: value for name, value in own["data"].items() if name not in NOT_PART_OF_DATA}
+
+def own_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what changes where a run goes, or how its data gets here, but not what it learns.
+
+    The settings may come from a file that is damaged.
+    """
+    own = {name: value for name, value in settings.items() if name not in NOT_PART_OF_A_RUN}
+    if isinstance(own.get("data"), dict):
+        own["data"] = {name: value for name, value in own["data"].items() if name not in NOT_PART_OF_DATA}
     return own
 
 

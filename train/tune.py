@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from train import config
 from train.batches import make_batches
-from train.checkpoint import RunFolder
+from train.checkpoint import RunFolder, locked_run
 from train.checks import check
 from train.cli import exit_on_user_error
 from train.engine import Engine
@@ -37,11 +37,10 @@ from train.trainable import make_trainable, print_trainable
 from vzip.runs.projector import fingerprint, projector_meta
 
 
-def tune(cfg: DictConfig) -> list[dict]:
+def tune(cfg: DictConfig, run: RunFolder) -> list[dict]:
     """Run the recipe, or the rest of an interrupted run. Returns the scores of each setting."""
     reducers = config.build_reducers(cfg)
     template = config.instantiate_target(cfg.model.template)
-    run = RunFolder(cfg)
     if run.result is not None:
         print_rank0(f"{run.path} is finished; fresh=true starts it over")
         return run.result["rows"]
@@ -106,10 +105,11 @@ def main(cfg: DictConfig) -> None:
         return
 
     control = control_settings(cfg) if cfg.control else None
-    rows = tune(cfg)
-    if control and not has_control(rows):
-        # A second, ordinary run with random tokens. Its scores are added to those of the first one.
-        rows = add_control(RunFolder(cfg), rows, tune(control))
+    with locked_run(cfg) as run:
+        rows = tune(cfg, run)
+        if control and not has_control(rows):
+            with locked_run(control) as second_run:  # an ordinary run, with random tokens
+                rows = add_control(run, rows, tune(control, second_run))
     print_rank0(print_results, rows, title=f"{cfg.runs}/{config.run_name(cfg)}")
 
 

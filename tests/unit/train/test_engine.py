@@ -20,6 +20,7 @@ from train.batches import make_batches
 from train.engine import Engine
 from train.loop import train_step
 from train.ranks import init_distributed
+from train.state import PARTS
 from train.trainable import make_trainable
 from vzip.families import family_of
 from vzip.templates.encode import vicuna
@@ -162,3 +163,38 @@ def test_lora_in_the_language_model_learns_from_text_too(cfg, examples):
         assert trainer.batches.num_grad_labels(step) == trainer.batches.num_labels(step)
         results.append(trainer.step(step))
     assert all(result == pytest.approx(results[0], rel=1e-5) for result in results)
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3", "zero3_offload"])
+def test_a_restored_state_goes_on_to_the_same_bits(cfg, examples, zero):
+    """Also into an engine that has gone another way before."""
+    in_stage = copy.deepcopy(cfg)
+    in_stage.deepspeed = OmegaConf.load(ROOT / f"configs/deepspeed/{zero}.yaml")
+    whole = Trainer(in_stage, tiny.llava(), examples, "optim.weight_decay=0.1")
+    whole.step(0)
+    states = {part: whole.engine.gather(part) for part in PARTS}
+    assert all(steps == 1 for steps in states["step"].values())
+    metrics = [whole.step(step) for step in (1, 2)]
+
+    resumed = Trainer(in_stage, tiny.llava(), examples, "optim.weight_decay=0.1")
+    resumed.step(3)
+    for part, tensors in states.items():
+        resumed.engine.restore(part, tensors)
+        assert_same_bits(resumed.engine.gather(part), tensors)
+    assert [resumed.step(step) for step in (1, 2)] == metrics
+    for part in PARTS:
+        assert_same_bits(resumed.engine.gather(part), whole.engine.gather(part))
+
+
+def assert_same_bits(tensors, expected):
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert tensor.shape == expected[name].shape
+        assert torch.equal(tensor.view(torch.int32), expected[name].view(torch.int32)), name
+
+
+def test_a_state_before_the_first_step_is_all_zeros(cfg, examples):
+    engine = Trainer(cfg, tiny.llava(), examples).engine
+    assert engine.shapes() == {name: tuple(p.shape) for name, p in engine.trainable.parameters.items()}
+    for part in ("exp_avg", "exp_avg_sq", "step"):
+        assert not any(tensor.any() for tensor in engine.gather(part).values())
