@@ -3,7 +3,6 @@
 `Evaluator` also draws which tokens the reducer keeps.
 """
 
-import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -19,10 +18,10 @@ from train.config import asks_questions
 from train.evaluation.questions import HeldOutQuestion, SettingAnswers, held_out_questions
 from train.examples import held_out_conversations
 from train.memory import fitting_questions
-from train.ranks import all_gather_list, broadcast_from_rank0, get_rank, get_world_size, is_main, print_rank0
-from vzip import attach
+from train.ranks import all_gather_list, get_rank, get_world_size, is_main, on_rank0, print_rank0
+from vzip import UserError, attach
 from vzip.families import Family
-from vzip.files import write_json
+from vzip.files import read_json, write_json
 from vzip.generate import generate_answers
 from vzip.overlay import kept_tokens, look
 from vzip.pictures import open_picture
@@ -75,6 +74,19 @@ class SingleDevice:
         return nullcontext()
 
 
+def _read_answers(path: Path) -> list[dict[str, Any]]:
+    """Read the answers that an earlier run has left. Raises UserError if the file is damaged."""
+    advice = "restore the file, or delete it: the same command then asks the questions again"
+    answers = read_json(path, advice=advice)
+
+    # Scores and wandb's samples need these entries.
+    needed = {"num_visual_tokens", "image", "question", "expected", "answer", "kind", "correct"}
+    is_list = isinstance(answers, list) and bool(answers)
+    if not is_list or not all(isinstance(answer, dict) and needed <= {*answer} for answer in answers):
+        raise UserError(f"{path} is damaged (it holds no answers); {advice}")
+    return list(answers)
+
+
 class AnswerFiles:
     """The answers of each setting as answers_SETTING.json, so that an interrupted run asks once.
 
@@ -88,10 +100,13 @@ class AnswerFiles:
         self.folder = folder
 
     def load(self, setting: str) -> list[dict[str, Any]] | None:
-        """Return the answers of a setting, on every rank; None if it was not asked."""
+        """Return the answers of a setting, on every rank; None if it was not asked.
+
+        Raises UserError if the file is damaged.
+        """
         # Other hosts may not see the file, and all ranks must agree on whether to generate.
         path = self.folder / f"answers_{setting}.json"
-        return broadcast_from_rank0(json.loads(path.read_text()) if path.is_file() else None)
+        return on_rank0(lambda: _read_answers(path) if path.is_file() else None)
 
     def save(self, setting: str, answers: Sequence[dict[str, Any]]) -> None:
         """Write the answers of a setting."""
