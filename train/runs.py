@@ -82,7 +82,7 @@ class FinishedRun:
         Raises UserError if the run has no scores yet.
         """
         # Imported here, because it imports torch.
-        from vzip.runs.projector import read_finished
+        from vzip.runs.meta import read_finished
 
         return read_finished(self.path)
 

@@ -12,7 +12,7 @@ from train.examples import held_out_conversations
 from train.runs import FinishedRun
 from vzip import Comparison, UserError
 from vzip.reducers import Reducer
-from vzip.runs.projector import ADAPTER
+from vzip.runs.meta import ADAPTER
 from vzip.templates.encode import Template
 
 

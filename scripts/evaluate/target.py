@@ -14,16 +14,7 @@ from train import config
 from train.runs import FinishedRun
 from vzip import UserError
 from vzip.reducers.identity import Identity
-from vzip.runs.projector import (
-    ADAPTER,
-    META,
-    WEIGHTS,
-    is_export,
-    locate,
-    read_finished,
-    read_meta,
-    reducers_of,
-)
+from vzip.runs.meta import ADAPTER, META, WEIGHTS, is_export, locate, read_finished, read_meta, reducers_of
 
 BATCH_SIZE = 8
 """Questions that a model answers at a time. For a run, the number is that after its tuning."""

@@ -12,7 +12,7 @@ from train.evaluation.tables import LEGEND, score_table
 from train.runs import FinishedRun
 from vzip.families import families
 from vzip.runs.export import base_name
-from vzip.runs.projector import reducers_of
+from vzip.runs.meta import reducers_of
 
 SHOWN_SETTINGS = ("reducer", "tune", "optim", "batch", "engine", "quantize", "seed")
 CODE_LICENCE = "Apache-2.0"

@@ -17,7 +17,7 @@ from scripts.export.tag import has_our_card
 from train.cli import count, exit_on_user_error
 from vzip import UserError
 from vzip.runs.export import write_hf, write_llava, write_peft
-from vzip.runs.projector import read_meta
+from vzip.runs.meta import read_meta
 
 FORMATS = ("hf", "llava", "peft")
 

@@ -12,7 +12,7 @@ from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
 from vzip.reducers.visionzip import VisionZip
-from vzip.runs.projector import META, anyres_of, reducers_of
+from vzip.runs.meta import META, anyres_of, reducers_of
 
 VARIED = ("seed", "reducer", "evaluate", "control")
 """Settings in which the runs of one figure may differ, because the figure shows them."""

@@ -121,7 +121,7 @@ def _encoder(side: int, weights: dict[str, Tensor]) -> Dinov2Model:
     # `from_pretrained` renames weights if this version of `transformers` has other names.
     config = Dinov2Config(image_size=side, **ENCODER_SHAPE)
     model, report = Dinov2Model.from_pretrained(
-        None, config=config, state_dict=dict(weights), output_loading_info=True
+        None, config=config, state_dict=dict(weights), output_loading_info=True, trust_remote_code=False
     )
     assert not report["missing_keys"] and not report["unexpected_keys"], report
     return model.eval()
@@ -135,8 +135,9 @@ def load_language(folder: Path) -> tuple[Any, Any]:
         gguf_file=GGUF_FILE,
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE, trust_remote_code=False)
 
     # Renaming an unused special token to `<image>` leaves the embeddings at their size.
     return model.eval(), rename_token(tokenizer, "<empty_output>", "<image>")

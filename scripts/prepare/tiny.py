@@ -40,7 +40,7 @@ def rename_token(tokenizer: Any, old: str, new: str) -> Any:
         tokenizer.save_pretrained(scratch)
         for path in Path(scratch).glob("tokenizer*.json"):
             path.write_text(path.read_text().replace(old, new))
-        return AutoTokenizer.from_pretrained(scratch)
+        return AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
 
 
 def _llava(architecture: dict[str, Any], tokenizer: Any) -> Any:
@@ -122,7 +122,8 @@ def prepare_tiny(tokenizer_folder: Path, target: Path) -> None:
     # transformers takes seconds to import, so import it only when it is needed.
     from transformers import AutoTokenizer
 
-    tokenizer = rename_token(AutoTokenizer.from_pretrained(tokenizer_folder), VIDEO_TOKEN, "<video>")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
+    tokenizer = rename_token(tokenizer, VIDEO_TOKEN, "<video>")
     shutil.rmtree(target, ignore_errors=True)
 
     for name, architecture in models.items():

@@ -8,7 +8,8 @@ import torch
 import vzip
 from tests.helpers import tiny
 from vzip.families import families
-from vzip.runs.projector import META, fingerprint, projector_meta, projector_parameters, save_checkpoint
+from vzip.runs.meta import META
+from vzip.runs.projector import fingerprint, projector_meta, projector_parameters, save_checkpoint
 from vzip.templates.encode import vicuna
 
 BUDGET = {"dominant": 4, "contextual": 2}

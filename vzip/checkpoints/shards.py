@@ -5,9 +5,9 @@ allows it, tensors are views of their files: reading is free, and a model larger
 be cast one tensor at a time.
 """
 
-import json
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from vzip.errors import UserError
+from vzip.files import read_json_object
 
 _PICKLED = {".bin", ".pt", ".pth"}
 _FORMATS = {
@@ -74,13 +75,48 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def check_all_finite(tensors: Mapping[str, Tensor], *, source: str, advice: str) -> None:
+    """Check that no value is infinite or "not a number" (NaN).
+
+    Args:
+        tensors: the tensors by name.
+        source: where they come from, for the message.
+        advice: what the user can do, to end the message with.
+
+    Raises:
+        UserError: there is such a value; it names the tensor.
+    """
+    # The extremes show every such value, and cost no more than reading the memory once.
+    for name, tensor in tensors.items():
+        if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
+            continue
+        low, high = torch.aminmax(tensor.detach())
+        if not (low.isfinite() and high.isfinite()):
+            raise UserError(f"{source}: {name} holds values that are not finite numbers; {advice}")
+
+
 def read_config(path: str) -> dict[str, Any]:
-    """Read `config.json` of a folder or hub id. Raises OSError if it is missing."""
+    """Read `config.json` of a folder or hub id.
+
+    Raises:
+        OSError: it is missing, or no JSON.
+        UserError: it holds no settings of a model.
+    """
     # transformers returns an empty dict for a folder or hub id without the file.
-    config: dict[str, Any] = PreTrainedConfig.get_config_dict(path)[0]
+    try:
+        config = PreTrainedConfig.get_config_dict(path)[0]
+    except OSError:
+        raise
+    except Exception as error:
+        # A file with another content than an object raises errors of any kind.
+        raise UserError(f"{path}: config.json is damaged ({error}); get it again") from error
     if not config:
         raise OSError(f"{path} has no config.json")
-    return config
+
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str | None):
+        raise UserError(f"{path}: model_type in config.json is no text; get the file again")
+    return dict(config)
 
 
 def _download(path: str, pattern: str) -> Path:
@@ -95,13 +131,25 @@ def _download(path: str, pattern: str) -> Path:
         raise OSError(f"{path} is neither a folder nor a hub id") from error
 
 
-def _shards(index: Path) -> list[Path]:
-    """List the files that an index of shards names. Raises UserError if one is missing."""
-    # A broken download may be valid JSON of another form.
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is not an index of shards: {error!r}; get it again") from error
+def list_shards(index: Path) -> list[Path]:
+    """List the files that an index of shards names.
+
+    Raises:
+        UserError: the index is damaged, or names a file that is missing or in another folder.
+    """
+    advice = "this is not an index of shards: get it again"
+    weight_map = read_json_object(index, advice=advice).get("weight_map")
+    is_map = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
+    if not weight_map or not is_map:
+        raise UserError(f"{index} has no weight_map; {advice}")
+
+    # Anybody may have written the index. It must not name files of this machine.
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(
+                f"{index} names {name[:100]!r}, which is not a file in its folder; get the whole checkpoint"
+            )
 
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
@@ -127,7 +175,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
         index = folder / f"{single}.index.json"
         if index.is_file():
             tensors: dict[str, Tensor] = {}
-            for shard in _shards(index):
+            for shard in list_shards(index):
                 tensors |= read_tensors(shard)
             return tensors
 

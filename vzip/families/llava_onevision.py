@@ -16,11 +16,12 @@ from packaging import version
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor
 
+from vzip.checkpoints import hf
 from vzip.errors import UserError
 from vzip.families.anyres import Grid
 from vzip.families.features import UnpackedFeatures, VisualFeatures
 from vzip.families.llava_next import LlavaNext
-from vzip.media import MediaInputs, check_num_frames, load_video_processor, stack_frames
+from vzip.media import MediaInputs, check_num_frames, stack_frames
 from vzip.reducers.base import Reducer
 
 TAKES_VIDEOS = version.parse(transformers.__version__) >= version.parse("5.18")
@@ -40,7 +41,7 @@ class LlavaOnevision(LlavaNext):
 
     @classmethod
     def load_processor(cls, path: str) -> Any:
-        return load_video_processor(LlavaOnevisionProcessor, path)
+        return hf.load_video_processor(LlavaOnevisionProcessor, path)
 
     # ---- Tiles ----
 

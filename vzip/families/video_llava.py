@@ -4,9 +4,10 @@ from typing import Any, ClassVar
 
 from transformers import VideoLlavaForConditionalGeneration, VideoLlavaProcessor
 
+from vzip.checkpoints import hf
 from vzip.families.base import Family
 from vzip.families.features import VisualFeatures
-from vzip.media import MediaInputs, check_num_frames, load_video_processor, stack_frames
+from vzip.media import MediaInputs, check_num_frames, stack_frames
 from vzip.reducers.base import Reducer
 
 
@@ -21,7 +22,7 @@ class VideoLlava(Family):
 
     @classmethod
     def load_processor(cls, path: str) -> Any:
-        return load_video_processor(VideoLlavaProcessor, path)
+        return hf.load_video_processor(VideoLlavaProcessor, path)
 
     def num_video_tokens(self, reducer: Reducer, num_frames: int) -> int:
         """Count the tokens of all frames. An unreduced model keeps the CLS of each frame."""

@@ -18,20 +18,9 @@ from vzip.handle import Handle
 from vzip.reducers import Reducer, with_budget
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
-from vzip.runs.projector import (
-    WEIGHTS,
-    anyres_of,
-    budget_of,
-    check_fits,
-    is_export,
-    load_adapter,
-    load_weights,
-    locate,
-    projector_parameters,
-    read_meta,
-    reducers_of,
-)
-from vzip.templates.encode import Template
+from vzip.runs.adapter import load_adapter
+from vzip.runs.meta import anyres_of, is_export, locate, read_meta, reducers_of, template_of
+from vzip.runs.projector import budget_of, check_fits, load_tuned, load_weights, projector_parameters
 from vzip.templates.jinja import chat_template
 
 SETTINGS = ("full", "free", "tuned")
@@ -124,16 +113,6 @@ def _cast(family: Family, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _template_of(folder: Path, meta: Mapping[str, Any]) -> Template:
-    """Make the template that a meta.json records. Raises UserError if no version wrote it."""
-    try:
-        return Template(**meta["template"])
-    except TypeError as error:
-        raise UserError(
-            f"{folder}: its template {meta['template']} is unknown: {error}; restore the file, or tune again"
-        ) from error
-
-
 @dataclass(frozen=True)
 class _Projectors:
     """The projectors of a run.
@@ -169,7 +148,7 @@ def _read_projectors(family: Family, folder: Path, meta: Mapping[str, Any]) -> _
             base = _copies(parameters)
 
     # Copies, because the parameters themselves change with each setting.
-    load_weights(family, folder / WEIGHTS)
+    load_tuned(family, folder, meta)
     return _Projectors(parameters, base, tuned=_copies(parameters))
 
 
@@ -272,14 +251,14 @@ class Comparison:
         if dtype is not None:
             _cast(family, dtype)
 
-        template = _template_of(folder, meta)
+        template = template_of(meta, source=folder)
         # Captions are not a conversation, so that format has no chat template.
         if not template.captions:
             processor.chat_template = chat_template(template, processor.tokenizer)
 
         # The projectors come first, because LoRA renames the parameters that it is put beside.
         projectors = _read_projectors(family, folder, meta)
-        adapter = load_adapter(family, folder) if meta["adapter"] else None
+        adapter = load_adapter(family, folder, meta) if meta["adapter"] else None
         return cls(
             family,
             processor,

@@ -23,24 +23,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vzip.checkpoints.shards import read_config
+from vzip.checkpoints.shards import list_shards, read_config
 from vzip.errors import UserError, check_package
 from vzip.families import Family
+from vzip.files import sha256_of
 from vzip.reducers import Reducer
 from vzip.runs.compare import Comparison, check_tuned_budget
-from vzip.runs.projector import (
-    ADAPTER,
-    CONFIG,
-    EXPORT,
-    WEIGHTS,
-    fingerprint,
-    is_export,
-    projector_meta,
-    projector_parameters,
-    read_finished,
-)
+from vzip.runs.meta import ADAPTER, ADAPTER_WEIGHTS, CONFIG, EXPORT, WEIGHTS, is_export, read_finished
+from vzip.runs.projector import fingerprint, projector_meta, projector_parameters
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ONLY_SHARD = "model-00001-of-00001.safetensors"
@@ -115,10 +106,7 @@ def _base_shards(base: str, family_class: type[Family]) -> list[Path]:
     # Only shards that the index names: a folder may hold files of an older save beside them.
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text())
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
-    return []
+    return list_shards(folder / INDEX) if (folder / INDEX).is_file() else []
 
 
 def _tensor_names(shard: Path) -> list[str]:
@@ -248,6 +236,7 @@ def write_hf(
         "adapter": False,
         "merged_adapter": has_lora,
         "num_image_tokens": family.num_image_tokens(reducers[0]),
+        "sha256": {WEIGHTS: sha256_of(folder / WEIGHTS)},
     }
     setattr(family.model.config, EXPORT, meta)
     family.model.config.save_pretrained(folder)
@@ -353,7 +342,7 @@ def write_peft(run: Path, folder: Path, *, base: str | None = None) -> None:
     if _has_language_lora(comparison):
         comparison.attach("tuned").detach()
         family = comparison.family
-        config = LoraConfig.from_pretrained(str(run / ADAPTER))
+        config = comparison.adapter.peft_config["default"]
         tensors = load_file(run / ADAPTER / ADAPTER_WEIGHTS)
     else:
         family = _merge(comparison)

@@ -16,7 +16,7 @@ from tests.helpers import tiny
 from tests.helpers.configs import composed
 from tests.helpers.errors import refused
 from tests.helpers.runs import attached, save_run, tune
-from vzip.runs.projector import WEIGHTS
+from vzip.runs.meta import WEIGHTS
 
 
 def arguments(run, to, **options):

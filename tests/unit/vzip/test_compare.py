@@ -10,7 +10,7 @@ from tests.helpers.runs import attached, edit_meta, logits, save_run, tune
 from vzip import Comparison
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
-from vzip.runs.projector import WEIGHTS
+from vzip.runs.meta import WEIGHTS
 
 
 @pytest.fixture

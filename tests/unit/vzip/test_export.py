@@ -41,7 +41,8 @@ from vzip.families import families
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
 from vzip.runs.export import _llava_loader_config, write_hf, write_llava, write_peft
-from vzip.runs.projector import ADAPTER, WEIGHTS, fingerprint, read_meta
+from vzip.runs.meta import ADAPTER, WEIGHTS, read_meta
+from vzip.runs.projector import fingerprint, save_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -252,7 +253,7 @@ def save_lora_run(folder, base, target):
         if "lora_" not in name:
             projector[name.replace(".base_layer", "")] = value
     save_run(folder, handle, base, adapter=True, trained=list(tuned.parameters))
-    save_file(projector, folder / WEIGHTS)
+    save_checkpoint(folder, projector, read_meta(folder))
     edit_meta(folder, lambda meta: meta["base"].update(fingerprint=base_fingerprint))
     return folder
 

@@ -17,16 +17,8 @@ from tests.helpers.errors import refused
 from tests.helpers.runs import BUDGET, attached, edit_meta, projector_of, save_run, tune
 from vzip.families import families, family_of
 from vzip.reducers.visionzip import VisionZip
-from vzip.runs.projector import (
-    META,
-    WEIGHTS,
-    fingerprint,
-    load_projector,
-    locate,
-    projector_meta,
-    read_meta,
-    reducers_of,
-)
+from vzip.runs.meta import META, WEIGHTS, locate, read_meta, reducers_of
+from vzip.runs.projector import fingerprint, load_projector, projector_meta
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,8 @@ from tests.helpers import damage, tiny
 from tests.helpers.errors import refused
 from tests.helpers.original import VOCABULARY
 from vzip.checkpoints.original.renaming import text_config
-from vzip.runs.projector import WEIGHTS, load_weights
+from vzip.runs.meta import WEIGHTS
+from vzip.runs.projector import load_weights
 
 # Settings of the language model
 

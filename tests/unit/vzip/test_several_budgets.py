@@ -8,7 +8,8 @@ from tests.helpers import tiny
 from tests.helpers.errors import refused
 from tests.helpers.runs import attached, projector_of, save_run, tune
 from vzip.reducers.visionzip import VisionZip
-from vzip.runs.projector import load_projector, read_meta, reducers_of
+from vzip.runs.meta import read_meta, reducers_of
+from vzip.runs.projector import load_projector
 
 BUDGETS = (6, 4, 12)
 

@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from vzip.checkpoints import hf
 from vzip.checkpoints.original import sentencepieces
 from vzip.checkpoints.original.renaming import (
     DERIVED,
@@ -172,11 +173,13 @@ def _read_tokenizer(path: str, config: Mapping[str, Any]) -> Any:
         pieces = _find_file(path, "tokenizer.model")
         if pieces is not None and _find_file(path, "tokenizer.json") is None:
             return sentencepieces.load_sentencepiece_tokenizer(path, pieces)
-        return AutoTokenizer.from_pretrained(path, config=text_config(config))
+        return AutoTokenizer.from_pretrained(path, config=text_config(config), trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:
         # The parser of a broken or missing file raises errors of any kind.
+        if hf.needs_own_code(error):
+            raise hf.own_code_error(path) from error
         raise UserError(
             f"{path}: the tokenizer can't be loaded: {error}; get tokenizer.model and its configs"
         ) from error
@@ -237,7 +240,7 @@ def load_processor(path: str) -> Any:
     tower, vision = find_clip(path, config["mm_vision_tower"])
     try:
         pads = config.get("image_aspect_ratio") == "pad"
-        images = LlavaImageProcessorPil.from_pretrained(tower, do_pad=pads)
+        images = LlavaImageProcessorPil.from_pretrained(tower, do_pad=pads, trust_remote_code=False)
     except OSError as error:
         raise UserError(
             f"mm_vision_tower {tower} has no preprocessor_config.json that can be read: {error}"

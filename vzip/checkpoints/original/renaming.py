@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import LlamaConfig
 
-from vzip.checkpoints.shards import read_tensors
+from vzip.checkpoints.shards import check_all_finite, read_tensors
 from vzip.errors import UserError
 
 VOCABULARY_MULTIPLE = 64
@@ -288,6 +288,9 @@ def build_model(
     # Copy even if nothing is cast: the files may change or go.
     for name in tensors:
         tensors[name] = tensors[name].to(dtype, copy=True)
+    check_all_finite(tensors, source=path, advice="get the whole checkpoint")
 
-    model = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    model = model_class.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, trust_remote_code=False
+    )
     return model.eval()

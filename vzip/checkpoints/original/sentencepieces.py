@@ -54,7 +54,7 @@ def load_sentencepiece_tokenizer(path: str, model_file: Path) -> Any:
 
     # LLaVA's code adds a BOS token if the folder does not say otherwise; transformers 5 does not.
     add_bos_token = get_tokenizer_config(path).get("add_bos_token", True)
-    tokenizer = LlamaTokenizer.from_pretrained(path, add_bos_token=add_bos_token)
+    tokenizer = LlamaTokenizer.from_pretrained(path, add_bos_token=add_bos_token, trust_remote_code=False)
 
     # Put the merges into the order of SentencePiece: a merge is as good as the score of its result.
     # The sort is stable, so merges of equal score keep the order of their ids.

@@ -64,7 +64,7 @@ def find_clip(path: str, name: str, hub_ids: Mapping[str, str] | None = None) ->
             f"{path}, config.json: mm_vision_tower {name!r} is of the type {model_type!r}; "
             "only a CLIP tower is supported"
         )
-    return tower, CLIPVisionConfig.from_pretrained(tower)
+    return tower, CLIPVisionConfig.from_pretrained(tower, trust_remote_code=False)
 
 
 def clip_weights(path: str, tower: str, dtype: torch.dtype) -> dict[str, Tensor]:

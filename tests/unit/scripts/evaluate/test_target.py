@@ -14,7 +14,7 @@ from tests.helpers import tiny
 from tests.helpers.errors import refused
 from tests.helpers.runs import edit_meta
 from vzip.runs.export import write_hf
-from vzip.runs.projector import ADAPTER, read_meta
+from vzip.runs.meta import ADAPTER, read_meta
 from vzip.templates.encode import vicuna
 
 OTHER_BUDGETS = {"9": {"name": "visionzip", "dominant": 7, "contextual": 2}}
