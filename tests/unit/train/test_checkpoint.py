@@ -1,19 +1,27 @@
 """The folder of a run: what it refuses, what it deletes, what it records."""
 
+import errno
 import json
+import os
+import resource
 import shutil
 import sys
 from collections import namedtuple
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from tests.helpers.configs import CONFIGS, composed
 from train import config
-from train.checkpoint import RunFolder, environment_record
+from train.checkpoint import RunFolder, environment_record, locked_run
+from train.evaluation.evaluator import AnswerFiles
+from train.state import PARTS
 from vzip import UserError
 
 
@@ -106,3 +114,189 @@ def test_starting_over_deletes_a_run_where_it_begins_and_nothing_else(cfg, tmp_p
     (tmp_path / "thesis" / "chapter1.txt").write_text("It was")
     with pytest.raises(UserError, match=r"fresh=true: .*thesis exists and holds no run"):
         RunFolder(OmegaConf.merge(fresh, {"name": "thesis"}))
+
+
+def test_a_finished_run_is_kept_until_the_new_one_is_finished(cfg, capsys):
+    run = begin(cfg)
+    run.finish([], num_steps=7, manifest={"hash": "a"})
+    kept = run.path.with_name("mine.before-fresh")
+
+    # The first new run fails, and so does the second: the finished one is still there.
+    fresh = OmegaConf.merge(cfg, {"fresh": True, "optim": {"lr": 0.1}})
+    for digest in ("b", "c"):
+        begin(fresh, digest)
+        assert json.loads((kept / "result.json").read_text())["num_steps"] == 7
+        assert json.loads((run.path / "manifest.json").read_text()) == {"hash": digest}
+    assert capsys.readouterr().out.splitlines() == [
+        f"the finished run is kept as {kept} until the new one is finished"
+    ]
+
+    # The third is stopped, and goes on without fresh=true.
+    begin(OmegaConf.merge(fresh, {"fresh": False}), "c").finish([], num_steps=9, manifest={"hash": "c"})
+    assert not kept.exists()
+    assert json.loads((run.path / "result.json").read_text())["num_steps"] == 9
+
+
+# Two processes
+
+
+def test_a_second_process_is_told_who_holds_the_run(cfg, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    others = [
+        {},
+        {"fresh": True},
+        {"runs": str(tmp_path / "link")},
+        {"runs": f"{tmp_path}/link/../{tmp_path.name}"},
+    ]
+    with locked_run(cfg) as run:
+        run.begin({"hash": "a"}, num_trainable=1, world_size=1)
+        for changes in others:
+            busy = rf"mine is being written by process {os.getpid()} on .*; wait until it ends, or stop it"
+            with pytest.raises(UserError, match=busy), locked_run(OmegaConf.merge(cfg, changes)):
+                pass
+
+        # Another run is free, and so is reading this one.
+        with locked_run(OmegaConf.merge(cfg, {"name": "other"})):
+            assert RunFolder(cfg).result is None
+        assert (run.path / "config.yaml").is_file()
+
+    with locked_run(OmegaConf.merge(cfg, {"fresh": True})) as run:
+        run.begin({"hash": "b"}, num_trainable=1, world_size=1)
+
+
+@pytest.mark.parametrize("runs", ["/dev/null", "/dev/null/runs", "/proc/vzip"])
+def test_a_folder_that_cannot_be_written_is_refused(cfg, runs):
+    unwritable = OmegaConf.merge(cfg, {"runs": runs})
+    with pytest.raises(UserError, match=rf"{runs} can't be written .*set runs="), locked_run(unwritable):
+        pass
+
+
+# Damage
+
+CONTENTS = {
+    "empty": b"",
+    "half": b'{"rows": [',
+    "half YAML": b'seed: "0',
+    "a list": b"[]",
+    "text": b"hello",
+    "no UTF-8": b"\xff\xfe\x00",
+    "nested": b"[" * 20_000,
+    "NULs": bytes(100),
+    "other entries": b'{"data": 5, "rows": [1], "hash": null}',
+    "binary": bytes(range(256)),
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("name", ["config.yaml", "manifest.json", "result.json", "answers_full.json"])
+def test_a_damaged_file_is_named_with_what_to_do(cfg, name, content):
+    run = begin(cfg)
+    (run.path / name).write_bytes(CONTENTS[content])
+    with pytest.raises(UserError, match=r"restore|begun on other examples|other settings") as refused:
+        again = RunFolder(cfg)
+        assert again.result is None
+        AnswerFiles(again.path).load("full")
+        begin(cfg)
+    assert str(run.path) in str(refused.value)
+
+    # Starting over is always possible.
+    begin(OmegaConf.merge(cfg, {"fresh": True}))
+
+
+def test_what_is_no_folder_is_refused(cfg, tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("")
+    with pytest.raises(UserError, match="mine is no folder; choose another name"):
+        RunFolder(cfg)
+    mine.unlink()
+    mine.symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="mine is no folder; choose another name"):
+        RunFolder(cfg)
+
+    # A link to a run is fine, but starting over would replace the link.
+    begin(OmegaConf.merge(cfg, {"name": "real"}))
+    mine.unlink()
+    mine.symlink_to(tmp_path / "real")
+    begin(cfg)
+    with pytest.raises(UserError, match=r"fresh=true: .*mine is a link to .*real; choose another name"):
+        RunFolder(OmegaConf.merge(cfg, {"fresh": True}))
+    assert (tmp_path / "real" / "config.yaml").is_file()
+
+
+# Saving
+
+
+class Weights:
+    """What a run saves, without a model around it."""
+
+    def __init__(self, size=1000, value=1.0):
+        self.parts = {part: {"weight": torch.full((size,), value)} for part in PARTS}
+        self.parts["step"] = {"weight": torch.tensor(value)}
+        self.family = SimpleNamespace(num_image_tokens=lambda reducer: 4)
+        self.trainable = SimpleNamespace(peft_model=None, parameters=["weight"])
+
+    def shapes(self):
+        return {"weight": tuple(self.parts["weights"]["weight"].shape)}
+
+    def gather(self, part):
+        return self.parts[part]
+
+    def restore(self, part, tensors):
+        self.parts[part] = tensors
+
+    def weights(self):
+        return self.parts["weights"], {}
+
+
+@contextmanager
+def small_files(size):
+    """Let every write beyond a size fail, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_save_that_fails_leaves_the_state_before(cfg):
+    run = begin(cfg)
+    run.save_state(Weights(value=5.0), 5)
+    with pytest.raises(OSError, match="File too large") as full, small_files(2000):
+        run.save_state(Weights(value=10.0), 10)
+    assert full.value.errno == errno.EFBIG
+
+    # With space again, the run goes on from the state before, and saves the same step.
+    engine = Weights()
+    assert run.resume(engine) == 5
+    assert all(tensors["weight"].flatten()[0] == 5 for tensors in engine.parts.values())
+    run.save_state(Weights(value=10.0), 10)
+    assert RunFolder(cfg).resume(engine) == 10
+
+
+def test_no_value_that_is_not_finite_is_kept(cfg):
+    run = begin(cfg)
+    broken = Weights(value=float("nan"))
+    with pytest.raises(
+        UserError, match=r"state after step 5 \(weights\) is not saved: weight has values that"
+    ):
+        run.save_state(broken, 5)
+    assert run.resume(broken) == 0
+    with pytest.raises(UserError, match=r"the trained projector in .*mine is not saved: weight has values"):
+        save_trained(run, broken)
+    assert not list(run.path.glob("projector*"))
+
+
+def save_trained(run, engine):
+    data = {"hash": "a", "num_rows": 1, "fraction": 1.0, "seed": 0}
+    template = config.instantiate_target(run.cfg.model.template)
+    run.save_trained(engine, {}, reducer=None, template=template, manifest=data)
+
+
+def test_a_projector_that_does_not_fit_the_disk_raises_an_os_error(cfg):
+    run = begin(cfg)
+    with pytest.raises(OSError, match="too large") as full, small_files(2000):
+        save_trained(run, Weights())
+    assert full.value.errno == errno.EFBIG
+    save_trained(run, Weights())
+    assert (run.path / "projector.safetensors").is_file() and not list(run.path.glob("*tmp"))
