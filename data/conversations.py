@@ -15,6 +15,13 @@ from vzip.templates.encode import IMAGE, VIDEO
 
 SPEAKERS = ("human", "gpt")  # in turn
 
+MAX_TEXT = 1_000_000
+"""Most characters of a conversation. It is tokenized whole, which takes seconds for so many."""
+MAX_PATH = 1000
+"""Most characters of a path. Many systems open no longer ones."""
+MAX_NAME = 200
+"""Longer ids, sources and types are cut: messages and tables print them."""
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -22,9 +29,9 @@ class Conversation:
 
     Attributes:
         id: a name for messages, which need not be unique.
-        images: paths below the image folder, one for each `<image>` in the questions.
+        images: paths below the image folder, one for each `<image>` in the turns.
         videos: paths below the same folder, of files or of folders of frames, one for each
-            `<video>` in the questions.
+            `<video>` in the turns.
         turns: (question, answer) pairs.
         source: where the example comes from: its "source", else the first folder of its first path,
             "files" if that path has no folder, or "text" without paths.
@@ -69,7 +76,8 @@ def _texts(messages: Any) -> list[str]:
     if isinstance(messages, list) and messages and _speaker(messages[0]) == "gpt":
         messages = messages[1:]
 
-    # An odd number of messages would leave a question without an answer.
+    # An odd number of messages leaves a question without an answer. LLaVA's trainer puts no loss on
+    # such a conversation.
     if not isinstance(messages, list) or not messages or len(messages) % 2:
         raise ValueError("conversations is not a list of question-answer pairs")
 
@@ -81,27 +89,28 @@ def _texts(messages: Any) -> list[str]:
         if not isinstance(message.get("value"), str):
             raise ValueError(f"message {position} has no text in 'value'")
         texts.append(message["value"])
+
+    num_characters = sum(map(len, texts))
+    if num_characters > MAX_TEXT:
+        raise ValueError(f"the texts have {num_characters:,} characters; at most {MAX_TEXT:,} are allowed")
     return texts
 
 
-def _turns(messages: Any) -> tuple[tuple[str, str], ...]:
-    """Return (question, answer) pairs.
+def _one_placeholder(texts: list[str], images: Any) -> list[str]:
+    """Keep one `<image>` of each text if that leaves one for each picture, as LLaVA's code does.
 
-    Raises ValueError if an answer is empty or holds a placeholder.
+    It has one picture for an example, and a text that names it twice still shows it once.
     """
-    texts = _texts(messages)
-    questions = texts[::2]
-    answers = texts[1::2]
-    for answer in answers:
-        # The model sees media in questions only, so an answer's placeholder stands for nothing.
-        for placeholder in (IMAGE, VIDEO):
-            if placeholder in answer:
-                raise ValueError(f"an answer contains {placeholder}")
+    num_images = len(images) if isinstance(images, list) else 1
+    num_texts = sum(IMAGE in text for text in texts)
+    if images is None or num_texts != num_images:
+        return texts
 
-        # An empty answer would teach the model to say nothing.
-        if not answer.strip():
-            raise ValueError("an answer is empty")
-    return tuple(zip(questions, answers, strict=True))
+    single = []
+    for text in texts:
+        before, placeholder, after = text.partition(IMAGE)
+        single.append(before + placeholder + after.replace(IMAGE, ""))
+    return single
 
 
 def _paths(entry: dict[str, Any], key: str, num_placeholders: int) -> tuple[str, ...]:
@@ -118,6 +127,11 @@ def _paths(entry: dict[str, Any], key: str, num_placeholders: int) -> tuple[str,
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         raise ValueError(f"{key} is neither a path nor a list of paths")
 
+    # Such a path can't be opened, and would fill the screen in messages.
+    longest = max(map(len, paths), default=0)
+    if longest > MAX_PATH:
+        raise ValueError(f"a path of {key} has {longest:,} characters; at most {MAX_PATH:,} are allowed")
+
     # Data may come from anywhere, so its paths must not read or write outside the image folder.
     for path in map(Path, paths):
         if not path.name:
@@ -126,8 +140,9 @@ def _paths(entry: dict[str, Any], key: str, num_placeholders: int) -> tuple[str,
             raise ValueError(f"a path of {key} leaves the image folder")
 
     # The model puts each image or video where its placeholder is, so neither may be left over.
+    # LLaVA's code takes some such examples for text, and some with another example's picture.
     if len(paths) != num_placeholders:
-        raise ValueError(f"{num_placeholders} <{key}> in the questions, but {len(paths)} {key}s")
+        raise ValueError(f"{num_placeholders} <{key}> in the conversation, but {len(paths)} {key}s")
     return tuple(str(PurePosixPath(path)) for path in paths)  # "./a.jpg" is "a.jpg"
 
 
@@ -137,6 +152,12 @@ def _source(paths: tuple[str, ...]) -> str:
         return "text"
     folder, *below = PurePosixPath(paths[0]).parts
     return folder if below else "files"
+
+
+def short_name(value: Any) -> str:
+    """Return an id, a source or a type as text that messages can print."""
+    name = str(value)
+    return name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..."
 
 
 def _digest(entry: dict[str, Any]) -> str:
@@ -154,17 +175,18 @@ def parse_conversation(entry: Any) -> Conversation:
     if not isinstance(entry, dict):
         raise ValueError("the example is not an object")
 
-    # Paths belong to the whole example, so placeholders are counted in all questions together.
-    turns = _turns(entry.get("conversations"))
-    questions = "\n".join(question for question, _ in turns)
-    images = _paths(entry, "image", questions.count(IMAGE))
-    videos = _paths(entry, "video", questions.count(VIDEO))
+    # Paths belong to the whole example, so placeholders are counted in all texts together. An answer
+    # may have some too: LLaVA's code shows the picture there, and puts no loss on it.
+    texts = _one_placeholder(_texts(entry.get("conversations")), entry.get("image"))
+    everything = "\n".join(texts)
+    images = _paths(entry, "image", everything.count(IMAGE))
+    videos = _paths(entry, "video", everything.count(VIDEO))
     return Conversation(
-        id=str(entry.get("id", "")),
+        id=short_name(entry.get("id", "")),
         images=images,
         videos=videos,
-        turns=turns,
-        source=str(entry.get("source") or _source(images + videos)),
-        kind=str(entry.get("type", "all")),
+        turns=tuple(zip(texts[::2], texts[1::2], strict=True)),
+        source=short_name(entry.get("source") or _source(images + videos)),
+        kind=short_name(entry.get("type", "all")),
         digest=_digest(entry),
     )

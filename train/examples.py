@@ -10,6 +10,7 @@ from data.cache.features import cache_settings, name_of_examples, open_cache
 from data.conversations import Conversation
 from data.examples.prepare import Subset, prepare
 from data.examples.tokens import Examples
+from data.examples.unchanged import check_media_unchanged
 from train.config import asks_questions, held_out, selection
 from train.ranks import all_gather_list, main_first, print_rank0
 from vzip import UserError
@@ -24,15 +25,21 @@ def training_subset(cfg: DictConfig) -> Subset:
     The held-out conversations are prepared too, to find mistakes before the model is loaded.
 
     Raises:
-        UserError: the data can't be prepared, or the hosts hold different data.
+        UserError: the data can't be prepared, the hosts hold different data, or pictures have changed
+            since the data was prepared.
     """
     # One rank of a host prepares, and the others open what it wrote.
     subset = main_first(lambda: prepare(selection(cfg)))
     _report_left_out(subset)
 
+    # A cache holds the features of pictures, which need not be there any more.
+    if not cfg.data.cache:
+        check_media_unchanged(subset)
+
     if asks_questions(cfg):
         held_out_subset = main_first(lambda: prepare(held_out(cfg)))
         _report_left_out(held_out_subset)
+        check_media_unchanged(held_out_subset)
     return subset
 
 
@@ -84,10 +91,11 @@ def training_examples(cfg: DictConfig, subset: Subset, template: Template, token
     if num_cut:
         print_rank0(f"  {num_cut} examples cut at data.max_tokens={max_tokens}")
 
-    # A cut may remove all answers of an example, which then has nothing to learn from.
+    # A cut may remove all answers of an example, and LLaVA's trainer puts no loss on some. They
+    # have nothing to learn from.
     num_without_answer = manifest["num_rows"] - len(examples)
     if num_without_answer:
-        print_rank0(f"  {num_without_answer} examples left out: the cut leaves no answer in them")
+        print_rank0(f"  {num_without_answer} examples left out: no answer has a label")
     return examples
 
 

@@ -18,7 +18,7 @@ from vzip import UserError
 from vzip.media import KINDS
 from vzip.templates.encode import IGNORED, IMAGE, VIDEO, Template, encode
 
-VERSION = 1
+VERSION = 2
 """Version of the written columns.
 
 Raise it when a change of this file or of `encode` changes what is written.
@@ -164,8 +164,8 @@ class Examples(Sequence[Example]):
     """Tokenized conversations in columns.
 
     The file is mapped, so opening it takes no time, and all ranks and workers of a machine share
-    one copy. A conversation that the cut left without a label is not an example: `table` has a
-    record of it, which is skipped here.
+    one copy. A conversation without a label, by the cut or by its template, is not an example:
+    `table` has a record of it, which is skipped here.
 
     Args:
         table: the columns of `SCHEMA`.
@@ -320,7 +320,8 @@ def write_tokens(
         template: the model's training format.
         tokenizer: the model's tokenizer.
         target: the file to write.
-        max_tokens: number of text tokens at which a conversation is cut, as LLaVA does.
+        max_tokens: number of text tokens at which a conversation is cut. LLaVA then cuts it again
+            with its visual tokens; here all budgets train the same labels.
         sizes: (height, width) of every image, by its path in the conversations.
 
     Raises:

@@ -54,6 +54,10 @@ def preflight_report(
     everything["left_out"] = num_left_out.total()
     everything["broken_files"] = num_broken.total()
 
+    # The run leaves these out without an error, so they are listed apart from the faults.
+    all_left_out = [{key: bad[key] for key in ("id", "source", "reason")} for bad in left_out]
+    all_left_out += _without_labels(lengths, max_tokens)
+
     faults = [*broken_files, *_too_long_faults(lengths, max_positions)]
     return {
         "max_tokens": max_tokens,
@@ -61,6 +65,7 @@ def preflight_report(
         "fitting_max_tokens": _fitting_max_tokens(lengths, max_positions),
         "all": everything,
         "sources": by_source,
+        "left_out": all_left_out,
         "faults": [asdict(fault) for fault in faults],
     }
 
@@ -102,6 +107,18 @@ def check_faults(report: Mapping[str, Any], folder: Path) -> None:
 
     lines.append(f"{folder / 'check.json'} lists all of them.")
     raise UserError("\n".join(lines))
+
+
+def _without_labels(lengths: ExampleLengths, max_tokens: int) -> list[dict[str, str]]:
+    """List the examples without a label, with the reason."""
+    listed = []
+    for row in np.flatnonzero(~lengths.trained).tolist():
+        # Without a label before the cut, its template gave it none (docs/fidelity.md).
+        reason = f"the cut at data.max_tokens={max_tokens} leaves no answer"
+        if not lengths.whole_labels[row]:
+            reason = "LLaVA's trainer masks it: a text is empty, or spells a token or name of the template"
+        listed.append({"id": str(lengths.ids[row]), "source": str(lengths.sources[row]), "reason": reason})
+    return listed
 
 
 def _too_long(lengths: ExampleLengths, max_positions: int) -> np.ndarray:

@@ -97,6 +97,7 @@ _TEMPLATE_OPTIONAL = {
     "controls": TEXTS,
     "adds_bos": FLAG,
     "captions": FLAG,
+    "answer_mark": TEXT,
 }
 
 

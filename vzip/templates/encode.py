@@ -7,22 +7,31 @@ counting of characters. Source of the Vicuna format: repository haotian-liu/LLaV
 
 A control token (`</s>`, `<|im_end|>`, ...) is set by its id, and only where the template writes it.
 A question or an answer that spells one holds ordinary text, like `USER:` and `[INST]`: no example
-can end its own turn or open another one. LLaVA's code takes such spellings for the tokens, and then
-masks the whole example with a "tokenization mismatch".
+can end its own turn or open another one. LLaVA's code takes such spellings for the tokens.
 
-`<image>` and `<video>` are placeholders in a question, and text in an answer. The reader of the
-data checks that a question has as many placeholders as the example has media.
+LLaVA's trainer finds the answers by counting tokens. Where that fails it prints "tokenization
+mismatch" and puts no loss on the whole conversation. The same conversations have no loss here
+(`_is_masked`). docs/fidelity.md lists what still differs.
+
+`<image>` and `<video>` are placeholders, in questions and in answers. The reader of the data checks
+that a conversation has as many of them as it has media.
 """
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vzip.errors import UserError
+from vzip.templates.pieces import (
+    IMAGE,
+    VIDEO,
+    anchor_after,
+    control_token_id,
+    ids_with_media,
+    split_at,
+)
 
-IMAGE = "<image>"
-VIDEO = "<video>"
+__all__ = ["IMAGE", "VIDEO"]
 
 IGNORED = -100
 """The label of a token without loss, as in `torch.nn.functional.cross_entropy`."""
@@ -52,110 +61,28 @@ class Template:
     adds_bos: bool = False
     captions: bool = False
     """Whether a conversation is one caption, and its question keeps only the placeholders."""
-
-
-# Ids of one piece of text
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokenize `text` by itself. Control tokens that it spells are text."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    return ids
-
-
-def _ids_after(tokenizer: Any, anchor: str, text: str) -> list[int]:
-    """Tokenize `text` as it stands after the text `anchor`; an empty anchor is the start of a text.
-
-    A SentencePiece tokenizer puts a space before a text, but not in the middle of one.
-    """
-    if not anchor:
-        return _ids(tokenizer, text)
-
-    # Tokenize both together, and take away the anchor's own ids. This works only if no token spans
-    # the boundary.
-    anchor_ids = _ids(tokenizer, anchor)
-    ids = _ids(tokenizer, anchor + text)
-    if ids[: len(anchor_ids)] != anchor_ids:
-        raise UserError(
-            f"the tokenizer joins {anchor!r} and {text[:40]!r}; this template does not fit the tokenizer"
-        )
-    return ids[len(anchor_ids) :]
-
-
-def _anchor_after(tokenizer: Any, control: str) -> str:
-    """Find the anchor with which `_ids_after` tokenizes text as it stands after a control token.
-
-    Most tokenizers treat it as the start of a text, for which the anchor is empty. A SentencePiece
-    tokenizer that is not "legacy" puts no space before it. It does not put one after a newline
-    either, which is a token of its own and never joins with what follows.
-    """
-    # Compare "a" after the control token, whose own id is the first, with "a" by itself.
-    ids: list[int] = tokenizer.encode(control + "a", add_special_tokens=False)[1:]
-    return "" if ids == _ids(tokenizer, "a") else "\n"
-
-
-def _token_id(tokenizer: Any, token: str, error: str) -> int:
-    """Look up a token. Raises UserError with the message `error` if the tokenizer lacks it."""
-    # Tokenizers return None or the id of the unknown token.
-    token_id: int | None = tokenizer.convert_tokens_to_ids(token)
-    if token_id is None or token_id == getattr(tokenizer, "unk_token_id", None):
-        raise UserError(error)
-    return token_id
-
-
-def _control_id(template: Template, tokenizer: Any, control: str) -> int:
-    error = (
-        f"the {template.name!r} template writes {control}, which this model's tokenizer does not "
-        "know; choose the model.template that the model was trained with"
-    )
-    return _token_id(tokenizer, control, error)
-
-
-def _split(text: str, tokens: Sequence[str]) -> tuple[str, Iterator[tuple[str, str]]]:
-    """Cut `text` at the tokens that it spells. Returns the text before, and (token, text) pairs."""
-    if not tokens:
-        return text, iter(())
-
-    # re.split keeps what a group matches: text, token, text, token, ..., text.
-    pattern = "|".join(re.escape(token) for token in tokens)
-    first, *rest = re.split(f"({pattern})", text)
-    return first, zip(rest[::2], rest[1::2], strict=True)
-
-
-def _text_ids(tokenizer: Any, text: str, anchor: str) -> list[int]:
-    """Tokenize text that stands after `anchor`, with one id for each `<image>` and `<video>`.
-
-    The text on both sides of a placeholder is tokenized by itself, as in LLaVA
-    (`tokenizer_image_token`).
-    """
-    first, rest = _split(text, (IMAGE, VIDEO))
-    ids = _ids_after(tokenizer, anchor, first)
-    for placeholder, chunk in rest:
-        error = (
-            f"a question has {placeholder}, which this model's tokenizer does not know; remove such examples"
-        )
-        ids.append(_token_id(tokenizer, placeholder, error))
-        ids += _ids(tokenizer, chunk)
-    return ids
+    answer_mark: str = ""
+    """Text that LLaVA's trainer looks for to find an answer; "" for a trainer that needs none."""
 
 
 # Ids of questions and answers
 
 
-def place_media(question: str) -> str:
-    """Move a question's placeholders to its front, images first, each followed by a newline.
+def place_media(text: str) -> str:
+    """Move the placeholders of a question or an answer to its front, each followed by a newline.
 
-    For images this is LLaVA's preprocessing (`preprocess_multimodal`). Video-LLaVA's moves nothing:
-    its data starts with `<video>` and a newline already. Only its few examples with both kinds have
-    the videos before the images.
+    Images come before videos. For one image this is LLaVA's preprocessing
+    (`preprocess_multimodal`), which keeps only one of several. Video-LLaVA's moves nothing: its data
+    starts with `<video>` and a newline already. Only its few examples with both kinds have the
+    videos before the images.
     """
-    front = (IMAGE + "\n") * question.count(IMAGE) + (VIDEO + "\n") * question.count(VIDEO)
+    front = (IMAGE + "\n") * text.count(IMAGE) + (VIDEO + "\n") * text.count(VIDEO)
     if not front:
-        return question
+        return text
 
     # White space is stripped as in LLaVA's code, also around a text that was in the right order.
-    text = question.replace(IMAGE, "").replace(VIDEO, "").strip()
-    return (front + text).strip()
+    rest = text.replace(IMAGE, "").replace(VIDEO, "").strip()
+    return (front + rest).strip()
 
 
 def _placeholders_alone(template: Template, question: str) -> str:
@@ -195,8 +122,8 @@ def _prompt_ids(
         question = place_media(question)
 
     # Cut the template's own texts at its control tokens, then put the question between them.
-    first, pairs_before = _split(before + template.user, template.controls)
-    text_after, pairs_after = _split(template.assistant, template.controls)
+    first, pairs_before = split_at(before + template.user, template.controls)
+    text_after, pairs_after = split_at(template.assistant, template.controls)
     texts = [first]
     controls = []
     for control, text in pairs_before:
@@ -208,10 +135,10 @@ def _prompt_ids(
         texts.append(text)
 
     # Control tokens get their ids; all text between them stays text.
-    ids = _text_ids(tokenizer, texts[0], anchor)
+    ids = ids_with_media(tokenizer, texts[0], anchor)
     for control, text in zip(controls, texts[1:], strict=True):
-        ids.append(_control_id(template, tokenizer, control))
-        ids += _text_ids(tokenizer, text, control_anchor)
+        ids.append(control_token_id(template.name, tokenizer, control))
+        ids += ids_with_media(tokenizer, text, control_anchor)
     return ids
 
 
@@ -219,11 +146,50 @@ def _answer_ids(template: Template, tokenizer: Any, answer: str) -> list[int]:
     """Tokenize an answer with its prefix, its suffix and its end token."""
     # A prefix is a space, which follows the last word of the prompt. Any word can be the anchor.
     anchor = "a" if template.answer_prefix else ""
-    text = template.answer_prefix + answer + template.answer_suffix
-    ids = _ids_after(tokenizer, anchor, text)
+    text = template.answer_prefix + place_media(answer) + template.answer_suffix
+    ids = ids_with_media(tokenizer, text, anchor)
     if template.end:
-        ids.append(_control_id(template, tokenizer, template.end))
+        ids.append(control_token_id(template.name, tokenizer, template.end))
     return ids
+
+
+def _answer_labels(tokenizer: Any, answer: str, ids: list[int]) -> list[int]:
+    """Make the labels of an answer: its ids, without those of pictures and videos."""
+    # The model never writes a picture. Most answers have none, so look at the text first.
+    placeholders = [token for token in (IMAGE, VIDEO) if token in answer]
+    no_loss = set(tokenizer.convert_tokens_to_ids(placeholders))
+    return [IGNORED if token in no_loss else token for token in ids]
+
+
+# Conversations in which LLaVA's trainer finds no answers
+
+
+def _is_masked(template: Template, tokenizer: Any, turns: Sequence[tuple[str, str | None]]) -> bool:
+    """Whether LLaVA's trainer loses count of the tokens, and puts no loss on the conversation.
+
+    It cuts the conversation at the end tokens, and expects one `answer_mark` in each part.
+    """
+    if not template.answer_mark:
+        return False
+
+    written = ""
+    for question, answer in turns:
+        # LLaVA's code writes no space behind an empty question, so the mark is incomplete.
+        if question == "":
+            return True
+
+        # It cuts a text that spells the end token, and takes the unknown token for padding.
+        text = question + (answer or "")
+        if template.end in text or (tokenizer.unk_token or template.end) in text:
+            return True
+
+        written += template.user + place_media(question) + template.assistant
+        if answer:
+            written += template.answer_prefix + place_media(answer) + template.answer_suffix + template.end
+
+    # A text that spells the mark makes two of it. An empty last answer leaves a part without any.
+    *parts, rest = written.split(template.end)
+    return rest != "" or any(part.count(template.answer_mark) != 1 for part in parts)
 
 
 def _check_turns(template: Template, tokenizer: Any, turns: Sequence[tuple[str, str | None]]) -> None:
@@ -240,39 +206,26 @@ def _check_turns(template: Template, tokenizer: Any, turns: Sequence[tuple[str, 
         )
 
 
-def encode(
+def _join_turns(
     template: Template, tokenizer: Any, turns: Sequence[tuple[str, str | None]]
 ) -> tuple[list[int], list[int]]:
-    """Make token ids and labels of a conversation.
-
-    Each `<image>` and `<video>` is one id; nothing is expanded yet.
-
-    Args:
-        template: the model's training format.
-        tokenizer: the model's tokenizer. It must know the template's tokens, and the placeholders
-            of the questions.
-        turns: (question, answer) pairs. None as the last answer ends the ids where generation
-            starts.
-
-    Returns:
-        ids and labels of equal length. Labels are `IGNORED` except on answers, with their prefix
-        and suffix, and on their end tokens.
-
-    Raises:
-        UserError: the template does not fit the tokenizer, the tokenizer does not know a token, or
-            the template takes captions and the conversation is not one.
-    """
-    _check_turns(template, tokenizer, turns)
-
+    """Make ids and labels of a conversation, with loss on all answers."""
     # Text after a control token may need another space than text at the start, so find out once.
     ids = [tokenizer.bos_token_id] if template.adds_bos else []
     labels = [IGNORED] * len(ids)
-    control_anchor = _anchor_after(tokenizer, template.end) if template.end else ""
+    control_anchor = anchor_after(tokenizer, template.end) if template.end else ""
 
     # The system prompt comes before the first question, the separator before every other one.
     before = template.system
     anchor = ""
-    for question, answer in turns:
+    last = len(turns) - 1
+    for number, (question, answer) in enumerate(turns):
+        # For an empty answer LLaVA's code writes nothing, not even its end: the next question follows.
+        is_unanswered = answer == "" and template.answer_mark != ""
+        if is_unanswered and number < last:
+            before += template.user + place_media(question) + template.assistant
+            continue
+
         prompt_ids = _prompt_ids(
             template,
             tokenizer,
@@ -285,21 +238,54 @@ def encode(
         labels += [IGNORED] * len(prompt_ids)
 
         # A prompt for generation ends here, where the model writes its answer.
-        if answer is None:
+        if answer is None or is_unanswered:
             return ids, labels
 
         # The end token has loss too: the model has to learn where its answer ends.
         answer_ids = _answer_ids(template, tokenizer, answer)
         ids += answer_ids
-        labels += answer_ids
+        labels += _answer_labels(tokenizer, answer, answer_ids)
 
         # From now on a question follows the end token of an answer.
         before = template.separator
         anchor = control_anchor
 
     # A separator also follows the last answer, as in the training of these models.
-    separator_ids = _text_ids(tokenizer, template.separator, control_anchor)
+    separator_ids = ids_with_media(tokenizer, template.separator, control_anchor)
     return ids + separator_ids, labels + [IGNORED] * len(separator_ids)
+
+
+def encode(
+    template: Template, tokenizer: Any, turns: Sequence[tuple[str, str | None]]
+) -> tuple[list[int], list[int]]:
+    """Make token ids and labels of a conversation.
+
+    Each `<image>` and `<video>` is one id; nothing is expanded yet.
+
+    Args:
+        template: the model's training format.
+        tokenizer: the model's tokenizer. It must know the template's tokens, and the placeholders
+            of the conversation.
+        turns: (question, answer) pairs. None as the last answer ends the ids where generation
+            starts.
+
+    Returns:
+        ids and labels of equal length. Labels are `IGNORED` except on answers, with their prefix
+        and suffix, and on their end tokens. All labels are `IGNORED` if LLaVA's trainer puts no
+        loss on the conversation.
+
+    Raises:
+        UserError: the template does not fit the tokenizer, the tokenizer does not know a token, or
+            the template takes captions and the conversation is not one.
+    """
+    _check_turns(template, tokenizer, turns)
+    ids, labels = _join_turns(template, tokenizer, turns)
+
+    # A prompt, whose last answer is still to come, is not for training.
+    is_prompt = bool(turns) and turns[-1][1] is None
+    if not is_prompt and _is_masked(template, tokenizer, turns):
+        labels = [IGNORED] * len(ids)
+    return ids, labels
 
 
 # The templates
@@ -323,6 +309,7 @@ def vicuna(system: str = VICUNA_SYSTEM) -> Template:
         answer_prefix=" ",
         end="</s>",
         adds_bos=True,
+        answer_mark=" ASSISTANT: ",
     )
 
 
@@ -341,17 +328,18 @@ def mistral() -> Template:
         answer_suffix=" ",
         end="</s>",
         adds_bos=True,
+        answer_mark="[/INST] ",
     )
 
 
 def chatml(system: str) -> Template:
     """ChatML with the system prompt `system`, which Qwen2 and SmolLM2 use.
 
-    The ids are those of repository LLaVA-VL/LLaVA-NeXT, `llava/train/train.py` (`preprocess_qwen`).
-    Two things differ. That function also puts loss on the assistant's header, on the newline after
-    an answer, and on each `<|im_start|>`, `<|im_end|>` and newline of a prompt. Here the loss is on
-    the answer and its `<|im_end|>`, as in the other templates. And it leaves several images of a
-    question in place; here they go to the front (`place_media`).
+    The format is that of repository LLaVA-VL/LLaVA-NeXT, `llava/train/train.py` (`preprocess_qwen`).
+    That function also puts loss on the assistant's header, on the newline after an answer, and on
+    each `<|im_start|>`, `<|im_end|>` and newline of a prompt. Here the loss is on the answer and its
+    `<|im_end|>`, as in the other templates. White space at the edges of questions and answers, and
+    several images in one question, get other ids: docs/fidelity.md says which.
     """
     return Template(
         name="chatml",
@@ -368,10 +356,10 @@ def plain(*, adds_bos: bool = True) -> Template:
     """The format of LLaVA's first stage: `<image>caption` and a newline, which ends the caption.
 
     Everything else in a question is dropped. The loss is on the caption and its newline. Several
-    images of a question follow each other. LLaVA writes a BOS token if the tokenizer has one: set
-    `adds_bos` to false for a tokenizer without it, such as Qwen's. Source: repository
-    haotian-liu/LLaVA, `llava/conversation.py` (`conv_llava_plain`) and `llava/train/train.py`
-    (`preprocess_plain`).
+    images of a question follow each other, where LLaVA keeps one. LLaVA writes a BOS token if the
+    tokenizer has one: set `adds_bos` to false for a tokenizer without it, such as Qwen's. Source:
+    repository haotian-liu/LLaVA, `llava/conversation.py` (`conv_llava_plain`) and
+    `llava/train/train.py` (`preprocess_plain`).
     """
     return Template(
         name="plain",

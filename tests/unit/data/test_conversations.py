@@ -72,6 +72,30 @@ def test_an_answer_before_the_first_question_is_skipped_as_llava_does():
     assert parse_conversation({"conversations": texts}).turns == (("q", "a"),)
 
 
+def test_a_picture_that_a_text_names_twice_is_one_as_in_llava():
+    twice = parse("<image>\nwhat is <image>?", "a cat", image="1.jpg")
+    assert twice.images == ("1.jpg",)
+    assert twice.turns == (("<image>\nwhat is ?", "a cat"),)
+
+    # A list has a picture for each placeholder, and keeps them.
+    two = parse("<image><image>", "cats", image=["1.jpg", "2.jpg"])
+    assert two.turns == (("<image><image>", "cats"),)
+
+    with pytest.raises(ValueError, match="2 <image> in the conversation, but 0 images"):
+        parse("<image><image>", "cats")
+
+
+def test_a_picture_in_an_answer_belongs_to_it():
+    example = parse("draw a cat", "here: <image>", image="1.jpg")
+    assert example.images == ("1.jpg",)
+    assert example.turns == (("draw a cat", "here: <image>"),)
+
+
+@pytest.mark.parametrize("answer", ["", " ", "\n"])
+def test_an_answer_may_be_empty_as_in_llavas_own_data(answer):
+    assert parse("<image>", answer, "q", "b", image="1.jpg").turns == (("<image>", answer), ("q", "b"))
+
+
 WITH_TALK = {
     "empty conversations": ([], "not a list of question-answer pairs"),
     "conversations is text": ("what?", "not a list of question-answer pairs"),
@@ -82,11 +106,9 @@ WITH_TALK = {
     "message is text": (["<image>", "a"], "message 0 is not from 'human'"),
     "value is a number": (messages("<image>", 3), "message 1 has no text"),
     "no value": ([{"from": "human"}, {"from": "gpt", "value": "a"}], "message 0 has no text"),
-    "image in an answer": (messages("<image>", "a <image>"), "an answer contains <image>"),
-    "video in an answer": (messages("<image>", "a <video>"), "an answer contains <video>"),
-    "empty answer": (messages("<image>", " \n"), "an answer is empty"),
-    "a placeholder too many": (messages("<image><image>", "a"), "2 <image> in the questions, but 1 images"),
-    "a placeholder too few": (messages("what?", "a"), "0 <image> in the questions, but 1 images"),
+    "image in two texts": (messages("<image>", "a <image>"), "2 <image> in the conversation, but 1 images"),
+    "video in an answer": (messages("<image>", "a <video>"), "1 <video> in the conversation, but 0 videos"),
+    "a placeholder too few": (messages("what?", "a"), "0 <image> in the conversation, but 1 images"),
     "half a surrogate pair": (messages("<image>", "\ud83d"), "surrogates"),
 }
 WITH_PATH = {
@@ -119,10 +141,10 @@ def test_malformed_paths_give_a_reason_with_their_kind(path, reason):
     [
         ([good()], "not an object"),
         ({"id": "x", "image": "a/b.jpg"}, "not a list of question-answer pairs"),
-        (talk("<video><video>", video="a/b.mp4"), "2 <video> in the questions, but 1 videos"),
-        (talk("<video>"), "1 <video> in the questions, but 0 videos"),
-        (talk("<image>", video="a/b.mp4"), "1 <image> in the questions, but 0 images"),
-        (talk("<video>", video="a/b.mp4", image="a/b.jpg"), "0 <image> in the questions, but 1 images"),
+        (talk("<video><video>", video="a/b.mp4"), "2 <video> in the conversation, but 1 videos"),
+        (talk("<video>"), "1 <video> in the conversation, but 0 videos"),
+        (talk("<image>", video="a/b.mp4"), "1 <image> in the conversation, but 0 images"),
+        (talk("<video>", video="a/b.mp4", image="a/b.jpg"), "0 <image> in the conversation, but 1 images"),
     ],
 )
 def test_other_mistakes_give_a_reason(entry, reason):
@@ -140,10 +162,8 @@ def test_any_entry_is_an_example_or_gives_a_reason(entry):
 
     assert isinstance(example, Conversation)
     assert example.turns and example.source
-    questions = "".join(question for question, _ in example.turns)
-    assert len(example.images) == questions.count("<image>")
-    assert len(example.videos) == questions.count("<video>")
+    texts = "".join(question + answer for question, answer in example.turns)
+    assert len(example.images) == texts.count("<image>")
+    assert len(example.videos) == texts.count("<video>")
     for path in example.images + example.videos:
         assert not path.startswith("/") and ".." not in path.split("/")
-    for _, answer in example.turns:
-        assert answer.strip() and "<image>" not in answer and "<video>" not in answer

@@ -139,7 +139,9 @@ def llava_image_tokens(prompt, tokenizer):
     ids = [tokenizer.bos_token_id]
     for index, chunk in enumerate(prompt.split(IMAGE)):
         ids += [tokenizer.convert_tokens_to_ids(IMAGE)] if index else []
-        ids += tokenizer.encode(chunk, add_special_tokens=False)
+        # LLaVA's slow tokenizer puts a space before every text, also before one that has a space.
+        space = " " if chunk.startswith(" ") else ""
+        ids += tokenizer.encode(space + chunk, add_special_tokens=False)
     return ids
 
 
@@ -239,9 +241,83 @@ def test_vicuna_is_llavas_preprocessing_for_any_text(sentencepiece, turns, image
     assert encode(vicuna(""), sentencepiece[False], turns) == llava_vicuna(sentencepiece[False], turns)
 
 
-def test_a_question_that_is_only_an_image_is_as_in_llava(sentencepiece):
-    turns = [("<image>\n", "A red car.")]
-    assert encode(vicuna(""), sentencepiece[False], turns) == llava_vicuna(sentencepiece[False], turns)
+@pytest.mark.parametrize("question", ["<image>", "<image>\n", "<image> \n "])
+def test_a_question_that_is_only_an_image_is_as_in_llava(llama, legacy, question):
+    turns = [(question, "A red car."), ("Where?", "Here.")]
+    encoded = encode(vicuna(""), llama, turns)
+    assert encoded == llava_vicuna(llama, turns, legacy=legacy)
+    assert encode(mistral(), llama, turns) == llava_mistral(llama, turns)
+
+    # LLaVA's tokenizer puts a space before the text behind the picture, which starts with one.
+    behind = pieces(llama, encoded[0])[pieces(llama, encoded[0]).index(IMAGE) + 1 :]
+    assert "".join(behind).startswith("▁▁ASSISTANT:")
+
+
+# Conversations of which LLaVA's trainer loses count
+
+
+@pytest.mark.parametrize("build", [vicuna, mistral])
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_conversation_that_llava_masks_has_no_loss(llama, build, position):
+    template = build()
+    for spelled in ("</s>", "<unk>", f"and{template.answer_mark}yes"):
+        for turn in (("q", f"a {spelled} b"), (f"q {spelled} b", "a")):
+            turns = [("q", "a"), ("q", "a")]
+            turns[position] = turn
+            ids, labels = encode(template, llama, turns)
+            assert set(labels) == {IGNORED}, turn
+            assert len(ids) == len(labels)
+
+    turns = [("q", "a"), ("q", "a")]
+    turns[position] = ("", "a")
+    assert set(encode(template, llama, turns)[1]) == {IGNORED}
+
+
+@pytest.mark.parametrize("build", [vicuna, mistral])
+@pytest.mark.parametrize("spelled", ["<s>", "USER: hi", "ASSISTANT:", "[INST] x", "<0x0A>"])
+def test_other_spellings_keep_their_loss(llama, build, spelled):
+    _, labels = encode(build(), llama, [(f"<image>\n{spelled}", f"it is {spelled}")])
+    assert IGNORED in labels and set(labels) != {IGNORED}
+
+
+@pytest.mark.parametrize("build", [vicuna, mistral])
+def test_an_empty_answer_is_written_as_llava_does(llama, build):
+    template = build()
+    # In the middle, the next question follows at once, and the other answers keep their loss.
+    turns = [("<image>\nfirst", ""), ("second", "Two."), ("third", "On the road.")]
+    joined = place_media(turns[0][0]) + template.assistant + template.user + "second"
+    expected = encode(template, llama, [(joined, "Two."), ("third", "On the road.")])
+    assert encode(template, llama, turns) == expected
+    assert set(expected[1]) != {IGNORED}
+
+    # At the end nothing marks it, so LLaVA's trainer puts no loss on the whole conversation.
+    turns = [("first", "Two."), ("second", "")]
+    ids, labels = encode(template, llama, turns)
+    assert ids == encode(template, llama, [turns[0], ("second", None)])[0]
+    assert set(labels) == {IGNORED}
+
+
+def test_a_blank_answer_has_loss(llama, legacy):
+    turns = [("<image>\nWhat?", " "), ("Where?", "Here.")]
+    assert encode(vicuna(""), llama, turns) == llava_vicuna(llama, turns, legacy=legacy)
+
+
+def test_chatml_and_captions_take_empty_texts():
+    tokenizer = tiny.tokenizer()
+    _, labels = encode(chatml("s"), tokenizer, [("", ""), ("q", "")])
+    assert tokenizer.decode(with_loss(labels)) == "<|im_end|><|im_end|>"
+    _, labels = encode(plain(), tokenizer, [("<image>", "")])
+    assert tokenizer.decode(with_loss(labels)) == "\n"
+
+
+@pytest.mark.parametrize("build", [vicuna, mistral])
+def test_an_image_in_an_answer_stands_at_its_front_without_loss(llama, build):
+    ids, labels = encode(build(), llama, [("Draw a car", "here: <image> see")])
+    image_id = llama.convert_tokens_to_ids(IMAGE)
+    assert ids.count(image_id) == 1 and labels[ids.index(image_id)] == IGNORED
+    # LLaVA's trainer counts the space before the picture to the answer.
+    assert pieces(llama, with_loss(labels))[:3] == ["▁", "▁", "<0x0A>"]
+    assert pieces(llama, ids)[ids.index(image_id) - 1] == "▁"
 
 
 @given(caption=st.text("ab Z19.,:?!\n-é漢"), legacy=st.booleans())
@@ -434,15 +510,28 @@ PARTS = st.sampled_from([*SPELLED, " ", "\n", "a", "é", "漢"]) | ANY_TEXT
 
 @st.composite
 def hostile_turns(draw, name):
-    """Turns that spell the templates' own texts; in an answer `<image>` is text too."""
+    """Turns of texts that spell the templates' own texts. No text is empty."""
     turns = []
     for _ in range(1 if name == "plain" else draw(st.integers(1, 3))):
-        question = "".join(draw(st.lists(PARTS, max_size=6)))
+        question = "".join(draw(st.lists(PARTS, max_size=6))) or "q"
         if name == "plain" or draw(st.booleans()):
             question = "<image>\n" + question
-        answer = "".join(draw(st.lists(PARTS | st.just(IMAGE), max_size=6)))
+        answer = "".join(draw(st.lists(PARTS, max_size=6))) or "a"
         turns.append((question, answer))
     return turns
+
+
+def llava_finds_the_answers(template, turns):
+    """Whether LLaVA's trainer counts the tokens right: no text spells what it cuts a conversation at."""
+    for question, answer in turns:
+        if not template.answer_mark:
+            continue
+        turn = template.user + place_media(question) + template.assistant
+        turn += template.answer_prefix + answer + template.answer_suffix
+        spelled = [token for token in ("</s>", "<unk>") if token in question + answer]
+        if spelled or len(turn.split(template.answer_mark)) != 2:
+            return False
+    return True
 
 
 def text_of_pieces(tokenizer, ids):
@@ -455,10 +544,10 @@ def text_of_pieces(tokenizer, ids):
 
 
 def expected_texts(name, turns, space):
-    """The texts without and with loss; the tokenizer puts `space` before a text that has none."""
+    """The texts without and with loss; the tokenizer puts `space` before a text by itself."""
 
     def alone(text):
-        return text if text[:1] in ("", " ") else space + text
+        return space + text if text else ""
 
     template = TEMPLATES[name]
     if name == "plain":
@@ -499,8 +588,12 @@ def test_no_text_forges_a_turn(name, kind, knowing, data):
     ids, labels = encode(TEMPLATES[name], tokenizer, turns)
     assert_labels_are_ids(ids, labels)
 
+    is_masked = set(labels) == {IGNORED}
+    assert is_masked != llava_finds_the_answers(TEMPLATES[name], turns)
     prompt = without_loss(ids, labels)
-    if kind in ("bytes", "joining"):
+    if is_masked:
+        pass  # without labels, only the control tokens can be counted
+    elif kind in ("bytes", "joining"):
         expected_prompt, expected_answers = expected_texts(name, turns, space="")
         assert tokenizer.decode(with_loss(labels)) == expected_answers
         assert tokenizer.decode(prompt) == expected_prompt

@@ -35,7 +35,7 @@ def load_sentencepiece_tokenizer(path: str, model_file: Path) -> Any:
     transformers 5 merges pieces in the order of their ids, SentencePiece in the order of their
     scores. The two differ for runs of white space: those pieces have the first ids after the bytes,
     but the lowest score. The order of the scores is restored here. One difference stays: a text
-    that starts with a space gets no second one before it, unlike in SentencePiece.
+    that starts with a space gets no second one before it. `vzip.templates.pieces` adds it.
 
     Args:
         path: the folder or hub id.
