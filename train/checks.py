@@ -26,6 +26,9 @@ from vzip.errors import check_choice
 OPEN_GROUPS = {"reducer": ReducerSettings}
 """Groups whose members have settings of their own, with the settings that are common to them."""
 
+LARGEST_OPTIM = {"lr": 1e3, "weight_decay": 1e3, "max_grad_norm": 1e9, "epochs": 1e4}
+"""The largest values that can make sense. Far larger ones fail in the arithmetic of float32."""
+
 # What messages call the types.
 TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
@@ -36,6 +39,7 @@ def check(cfg: DictConfig) -> None:
     _check_group("", cfg, Config)
     for group, schema in OPEN_GROUPS.items():
         _check_group(f"{group}.", cfg[group], schema, is_open=True)
+    _check_optim(cfg)
     _check_tune(cfg)
     _check_deepspeed(cfg)
     _check_budgets(cfg)
@@ -93,6 +97,22 @@ def _is_a(value: Any, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, int | float) if kind is float else isinstance(value, kind)
+
+
+def _check_optim(cfg: DictConfig) -> None:
+    """Check that AdamW's settings are not so large that weights would leave the range of float32."""
+    for name, most in LARGEST_OPTIM.items():
+        value = cfg.optim[name]
+        if value > most:
+            raise UserError(f"optim.{name}={value} must be at most {most:g}")
+
+    # AdamW multiplies the weights by 1 - lr * weight_decay in each step.
+    decay = cfg.optim.lr * cfg.optim.weight_decay
+    if decay > 1:
+        raise UserError(
+            f"optim.weight_decay={cfg.optim.weight_decay} with optim.lr={cfg.optim.lr} multiplies the "
+            f"weights by {1 - decay:g} in each step; lower one of them, so that their product is at most 1"
+        )
 
 
 def _check_tune(cfg: DictConfig) -> None:

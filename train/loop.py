@@ -13,8 +13,9 @@ from data.batches.dataset import MicroBatches, explain_workers, loader
 from data.progress import progress
 from train.checkpoint import RunFolder
 from train.engine import Engine
+from train.guards.finite import check_number, check_weights
+from train.guards.signals import STOP, Stopped
 from train.track import Tracker, memory_gb
-from vzip import UserError
 
 
 def learning_rate(step: int, *, num_steps: int, peak: float, warmup: float) -> float:
@@ -54,6 +55,9 @@ def train_step(
 
     Returns:
         loss, learning rate and gradient norm, as the tracker names them
+
+    Raises:
+        UserError: the loss or the gradient norm is not finite.
     """
     # Derive the seed from the step, so that resuming needs no saved state of the random generator.
     torch.manual_seed(cfg.seed * 1_000_003 + step * engine.world_size + engine.rank)
@@ -71,17 +75,23 @@ def train_step(
         loss_sum += reported
         engine.backward(loss * scale, is_last=number == num_micro_batches)
 
+    # Report the mean over the label tokens that the trainable parameters learn from. The ranks also
+    # tell each other about signals here, so that all of them stop after the same step.
+    total, *flags = engine.sum_over_ranks([loss_sum.item(), *STOP.flags()])
+    STOP.agree(flags)
+    loss_mean = total / max(batches.num_grad_labels(step), 1)
+    check_number("loss", loss_mean, step=step, engine=engine, cfg=cfg)
+
     # The weights change here, and nowhere else.
     num_steps = batches.plan.num_steps
     lr = learning_rate(step, num_steps=num_steps, peak=cfg.optim.lr, warmup=cfg.optim.warmup)
     grad_norm = engine.optimizer_step(lr)
-
-    # Report the mean over the label tokens that the trainable parameters learn from.
-    loss_mean = engine.sum_over_ranks(loss_sum) / max(batches.num_grad_labels(step), 1)
+    check_number("gradient norm", grad_norm, step=step, engine=engine, cfg=cfg)
     return {"train/loss": loss_mean, "train/lr": lr, "train/grad_norm": grad_norm}
 
 
 @explain_workers()
+@STOP.noted()
 def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, tracker: Tracker) -> None:
     """Train from the newest saved state, or from the start, to the last step.
 
@@ -93,7 +103,8 @@ def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, 
         tracker: where the metrics go.
 
     Raises:
-        UserError: the loss is not finite, or a picture can't be loaded any more.
+        UserError: a number is not finite, or a picture can't be loaded any more.
+        Stopped: a signal asked a rank to stop, and the state is saved.
     """
     # Steps since the saved state are taken again, so their metrics are dropped.
     num_steps = batches.plan.num_steps
@@ -117,18 +128,17 @@ def fit(engine: Engine, batches: MicroBatches, cfg: DictConfig, run: RunFolder, 
         tracker.log(step, metrics)
         bar.set_postfix_str(_summary(metrics), refresh=False)
 
-        # A loss that is not finite has already spoiled the weights: no later step can repair them.
-        loss = metrics["train/loss"]
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {step}; lower optim.lr={cfg.optim.lr}, and start over "
-                f"with fresh=true"
-            )
-
-        # Save every few steps, except after the last one: the result follows it at once.
+        # Save every few steps, but not after the last one: the result follows it at once. Weights are
+        # kept even there, so check them.
         num_done = step + 1
-        if num_done % cfg.save_every == 0 and num_done < num_steps:
+        is_last = num_done == num_steps
+        is_saved = STOP.agreed or (num_done % cfg.save_every == 0 and not is_last)
+        if is_saved or is_last:
+            check_weights(engine, cfg, num_done=num_done)
+        if is_saved:
             run.save_state(engine, num_done)
+        if STOP.agreed:
+            raise Stopped(STOP.agreed, num_done, num_steps)
 
 
 def _summary(metrics: dict[str, float]) -> str:

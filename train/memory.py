@@ -6,16 +6,16 @@ batches as before.
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
 
+from data.cgroups import memory_limits
 from train.config import budgets_of, build_reducers
-from train.ranks import all_gather_list, get_world_size, print_rank0
+from train.ranks import all_gather_list, get_world_size, num_local_ranks, print_rank0
 from vzip import UserError
 from vzip.cost import blocked_memory, generation_memory, head_width, packed_memory, weight_memory
 from vzip.families import Family
@@ -41,10 +41,6 @@ DEEPSPEED_BUCKET = 500_000_000
 
 # DeepSpeed's default limit of gathered parameters under ZeRO 3.
 DEEPSPEED_LIVE = 1_000_000_000
-
-# Where Linux mounts control groups, which limit the memory of containers.
-
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -105,31 +101,9 @@ def card_of(cfg: DictConfig) -> Card:
     # On a CPU, half of the memory is left to other programs, and the ranks share the rest. In a
     # container the machine has more memory than the process may use, so the lower limit counts.
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    num_ranks = int(os.environ.get("LOCAL_SIZE", "1"))
-    share = min([machine, *_cgroup_limits()]) // 2 // num_ranks
+    share = min([machine, *memory_limits()]) // 2 // num_local_ranks()
     of_what = "that each rank has of half of this machine's memory (memory_gb=null)"
     return Card(share, f"the {share / 1e9:.1f} GB {of_what}")
-
-
-def _cgroup_limits() -> Iterator[int]:
-    """Yield the memory limits in bytes of this process' control groups, which containers set."""
-    # The line of version 2 of control groups begins with "0::".
-    own_group = ""
-    listing = Path("/proc/self/cgroup")
-    if listing.is_file():
-        for line in listing.read_text().splitlines():
-            if line.startswith("0::/"):
-                own_group = line.removeprefix("0::/")
-
-    # A group is also bound by the limits of those around it.
-    folder = CGROUPS / own_group
-    while folder.is_relative_to(CGROUPS):
-        limit = folder / "memory.max"
-        if limit.is_file():
-            value = limit.read_text().strip()
-            if value != "max":
-                yield int(value)
-        folder = folder.parent
 
 
 def smallest_card(cfg: DictConfig) -> Card:

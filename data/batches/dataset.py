@@ -1,6 +1,5 @@
 """Micro batches of a run's examples, in an order that depends on seed and step alone."""
 
-import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.batches.collate import Collator, MicroBatch, Packer
 from data.batches.packing import MicroBatchSpec, pack
+from data.batches.workers import outlive_stops, usable_workers
 from data.examples.tokens import Example, Examples
 from vzip import UserError
 
@@ -298,14 +298,6 @@ def explain_workers() -> Iterator[None]:
         raise UserError(message) from None
 
 
-def usable_workers(num_workers: int) -> int:
-    """Limit the number of data workers to the CPUs that this process may use."""
-    # Containers and schedulers may give a process fewer CPUs than the machine has.
-    if hasattr(os, "sched_getaffinity"):
-        return min(num_workers, len(os.sched_getaffinity(0)))
-    return min(num_workers, os.cpu_count() or 1)
-
-
 def loader(batches: MicroBatches, *, first: int, num_workers: int) -> Iterator[MicroBatch]:
     """Yield micro batches from step `first` on, which worker processes build ahead of time.
 
@@ -327,5 +319,6 @@ def loader(batches: MicroBatches, *, first: int, num_workers: int) -> Iterator[M
             batch_size=None,
             sampler=range(batches.first_index(first), len(batches)),
             num_workers=usable_workers(num_workers),
+            worker_init_fn=outlive_stops,
             pin_memory=torch.cuda.is_available(),
         )

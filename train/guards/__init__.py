@@ -1,0 +1,1 @@
+"""Guards of a run: signals that ask it to stop, launchers that end, numbers that are not finite."""
