@@ -6,7 +6,7 @@ and keep master weights in some ZeRO stages only.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -168,10 +168,11 @@ class Engine:
         gradients = [p.grad for p in self.trainable.parameters.values() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
-    def sum_over_ranks(self, value: Tensor) -> float:
-        """Add up a scalar over all ranks, in place. Called by all ranks."""
-        deepspeed.comm.all_reduce(value)
-        return float(value.item())
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Add up each of several numbers over all ranks. Called by all ranks."""
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        deepspeed.comm.all_reduce(sums)
+        return sums.tolist()
 
     def gathered_parameters(self) -> AbstractContextManager[None]:
         """Gather the parameters outside of submodules under ZeRO 3 (LLaVA-NeXT's image_newline).

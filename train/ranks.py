@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
+from data.cgroups import usable_cpus
 from vzip import UserError
 
 T = TypeVar("T")
@@ -26,6 +27,13 @@ def get_rank() -> int:
 def get_world_size() -> int:
     """Return the number of processes."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def num_local_ranks() -> int:
+    """Return the number of processes on this machine."""
+    # DeepSpeed's launcher sets the first variable, torchrun the second one.
+    size = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"
+    return int(size)
 
 
 def is_main() -> bool:
@@ -134,10 +142,10 @@ def init_distributed() -> None:
         _take_gpu(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False)
 
-    # The ranks of one machine share its cores.
+    # The ranks of one machine share the cores that its container has.
     if not torch.cuda.is_available():
-        local_size = int(os.environ.get("LOCAL_SIZE", "1"))
-        torch.set_num_threads(max(1, torch.get_num_threads() // local_size))
+        num_threads = min(torch.get_num_threads(), usable_cpus())
+        torch.set_num_threads(max(1, num_threads // num_local_ranks()))
 
 
 def leave_distributed() -> None:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from train.evaluation.questions import SettingAnswers
 from vzip.files import atomic_write
-from vzip.runs.projector import META, WEIGHTS, read_meta
+from vzip.runs.meta import META, WEIGHTS, read_meta
 
 # Seconds that wandb may take to start a run.
 INIT_TIMEOUT = 20
@@ -36,6 +36,17 @@ def memory_gb(device: torch.device) -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024
     return peak * unit / 1e9
+
+
+def _step_of(line: bytes) -> int | None:
+    """Return the step that a line of metrics.jsonl belongs to; None if the line is damaged."""
+    try:
+        metrics = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_whole = line.endswith(b"\n") and isinstance(metrics, dict)
+    step = metrics.get("step") if is_whole else None
+    return step if type(step) is int else None
 
 
 class Tracker:
@@ -63,16 +74,21 @@ class Tracker:
         if not self.is_main or not self.path.is_file():
             return
 
+        # A kill may have cut the last line short, and a power cut may leave anything.
         valid = []
-        for line in self.path.read_text().splitlines(keepends=True):
-            # A kill may have cut the last line short.
-            is_complete = line.endswith("\n")
-            if is_complete and json.loads(line)["step"] < step:
+        num_damaged = 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            line_step = _step_of(line)
+            if line_step is None:
+                num_damaged += line.endswith(b"\n")
+            elif line_step < step:
                 valid.append(line)
+        if num_damaged:
+            print(f"{self.path}: {num_damaged} damaged line(s) left out", flush=True)
 
         # A kill during the writing must not lose the metrics of all steps.
         with atomic_write(self.path) as scratch:
-            scratch.write_text("".join(valid))
+            scratch.write_bytes(b"".join(valid))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Add the metrics of a step."""

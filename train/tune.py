@@ -1,18 +1,15 @@
-"""Tune the projector of a LLaVA-type model behind a token reducer: the table of contents of a run.
+"""Tune the projector of a LLaVA-type model behind a token reducer: the table of contents of a run."""
 
-make tune MODEL=smol      python train/tune.py model=smol      deepspeed train/tune.py model=llava-7b
-"""
-
-import os
 import sys
 from pathlib import Path
 
 # Import from the repository, whatever folder this file is started in.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# On a CPU, spinning threads slow down the others. On a GPU, lengths that vary fragment the memory.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+from train.guards.start import listen
+
+if __name__ == "__main__":
+    listen()
 
 import hydra
 from omegaconf import DictConfig
