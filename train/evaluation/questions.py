@@ -55,8 +55,8 @@ class HeldOutQuestion:
     def _num_placeholders(self, placeholder: str) -> int:
         """Count a kind of placeholder in this question and the turns before it."""
         # Each placeholder takes the next picture, so their number says how many have been shown.
-        turns = self.conversation.turns[: self.turn + 1]
-        return sum(question.count(placeholder) for question, _ in turns)
+        num_before = sum((question + answer).count(placeholder) for question, answer in self.previous_turns)
+        return num_before + self.text.count(placeholder)
 
     def graded(self, answer: str, *, num_visual_tokens: int) -> dict[str, Any]:
         """Grade an answer. Return its record in answers_SETTING.json."""

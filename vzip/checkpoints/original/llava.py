@@ -64,8 +64,10 @@ _SETTINGS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is in the layout of LLaVA's own code, or of code made from it."""
-    return config.get("mm_vision_tower") is not None
+    """Whether a `config.json` is in the layout of LLaVA's own code."""
+    # Mini-Gemini's code was made from LLaVA's, and names a second tower beside the first one.
+    has_second_tower = config.get("mm_vision_tower_aux") is not None
+    return config.get("mm_vision_tower") is not None and not has_second_tower
 
 
 def _llava_next_error(path: str, reason: str) -> UserError:
