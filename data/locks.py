@@ -44,11 +44,16 @@ def locked(lock: Path, *, wait: bool, busy: str = "") -> Iterator[None]:
     Raises:
         UserError: another process holds the lock.
     """
-    file_lock = FileLock(lock, timeout=-1 if wait else 0)
+    file_lock = FileLock(lock)
     try:
-        file_lock.acquire()
+        file_lock.acquire(timeout=0)
     except Timeout as error:
-        raise UserError(f"{busy} by {holder(lock)}; wait until it ends, or stop it") from error
+        if not wait:
+            raise UserError(f"{busy} by {holder(lock)}; wait until it ends, or stop it") from error
+
+        # Say it, or this command would seem to hang.
+        print(f"{lock.with_suffix('')} is being made by {holder(lock)}; waiting", file=sys.stderr, flush=True)
+        file_lock.acquire()
 
     # Tell the next one who it is waiting for.
     try:

@@ -52,13 +52,7 @@ def make_batches(
         UserError: no example has a gradient, the fast path does not support the language model, or
             an example does not fit into memory.
     """
-    # Say so before the model is moved: training without a gradient would change nothing.
-    has_gradient = gradient_mask(examples, trainable)
-    if not has_gradient.any():
-        raise UserError(
-            f"no example of data.path={cfg.data.path} has an image or a video: the projector can "
-            f"learn nothing"
-        )
+    has_gradient = gradient_mask(cfg, examples, tunes_language=trainable.in_language)
 
     batcher: Batcher
     loss: FastLoss | ReferenceLoss
@@ -74,13 +68,22 @@ def make_batches(
     return MicroBatches(batcher, plan, rank=get_rank(), has_gradient=has_gradient), loss
 
 
-def gradient_mask(examples: Examples, trainable: Trainable) -> Tensor:
+def gradient_mask(cfg: DictConfig, examples: Examples, *, tunes_language: bool) -> Tensor:
     """Tell from which examples the trainable parameters learn: bool[examples].
 
     An example without a picture never reaches the projector. LoRA in the language model learns from
     every example.
+
+    Raises:
+        UserError: they learn from none.
     """
-    return has_media(examples) | trainable.in_language
+    has_gradient = has_media(examples) | tunes_language
+    if not has_gradient.any():
+        raise UserError(
+            f"no example of data.path={cfg.data.path} has an image or a video: the projector can "
+            f"learn nothing"
+        )
+    return has_gradient
 
 
 def _fast_path(
@@ -92,7 +95,7 @@ def _fast_path(
     plan: BatchPlan,
 ) -> tuple[PackedBatcher, FastLoss]:
     """Pack the examples that have a gradient, and make the loss that runs them."""
-    has_gradient = gradient_mask(examples, trainable)
+    has_gradient = gradient_mask(cfg, examples, tunes_language=trainable.in_language)
 
     # All examples begin with the same system prompt. It runs only once, unless LoRA is in the
     # language model: then its keys and values change with every step.

@@ -26,6 +26,7 @@ from data.examples.tokens import Example, Examples
 from vzip import UserError
 from vzip.families import Family
 from vzip.families.features import VisualFeatures
+from vzip.files import read_json_object
 from vzip.reducers import Reducer
 
 FORMAT = 1
@@ -132,14 +133,15 @@ class CacheLayout:
     @classmethod
     def read(cls, folder: Path) -> "CacheLayout":
         """Read `cache.json`. Raises UserError if the folder is not a feature cache."""
-        try:
-            meta = json.loads((folder / META).read_text())
-            return cls(meta["settings"], meta["num_rows"], meta["rows_a_shard"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"data.cache=true: {folder} is no feature cache ({error!r}); "
-                f"run `make cache` with the same settings"
-            ) from error
+        advice = "data.cache=true needs a feature cache: run `make cache` with the same settings"
+        meta = read_json_object(folder / META, advice=advice)
+        settings = meta.get("settings")
+        num_examples = meta.get("num_rows")
+        shard_size = meta.get("rows_a_shard")
+        are_counts = type(num_examples) is int and type(shard_size) is int and shard_size > 0
+        if not isinstance(settings, dict) or not are_counts:
+            raise UserError(f"{folder / META} is damaged (a setting is missing); {advice}")
+        return cls(settings, num_examples, shard_size)
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `cache.json`."""
@@ -171,13 +173,36 @@ class CacheLayout:
         return {"of": f"{self.key}, rows {examples.start} to {examples.stop}"}
 
     def open_shard(self, folder: Path, shard: int) -> Any:
-        """Open a shard. None if it is missing, cut off, or of other settings or examples."""
+        """Open a shard. None if it is missing, damaged, or of other settings or examples."""
         # Opening reads only the header. It says how long the file must be.
         try:
             opened = safe_open(shard_path(folder, shard), framework="pt")
+            is_of_cache = opened.metadata() == self.metadata(shard)
+            num_examples = len(self.examples_in(shard))
+            return opened if is_of_cache and _starts_fit(opened, num_examples) else None
         except (FileNotFoundError, SafetensorError):
             return None
-        return opened if opened.metadata() == self.metadata(shard) else None
+
+
+def _starts_fit(shard: Any, num_examples: int) -> bool:
+    """Tell whether the starts in a shard fit its other tensors.
+
+    After a fault of the disk, a file may have its length and header, and zeros behind them.
+    """
+    names = shard.keys()
+    for name in names:
+        kind, _, field = name.partition(".")
+        if field != "starts":
+            continue
+
+        # The last row says how many media, positions and tokens there are.
+        starts = shard.get_tensor(name)
+        ends = [shard.get_slice(f"{kind}.{part}").get_shape()[0] for part in ("counts", "order", "features")]
+        if list(starts.shape) != [num_examples + 1, 3] or starts[-1].tolist() != ends:
+            return False
+        if bool((starts.diff(dim=0) < 0).any()):
+            return False
+    return True
 
 
 def key_of(settings: Mapping[str, Any]) -> str:

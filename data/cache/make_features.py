@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.batches.dataset import explain_workers, usable_workers
+from data.batches.dataset import explain_workers
 from data.batches.media import Media
+from data.batches.workers import usable_workers
 from data.cache.features import META, CacheLayout, folder_of, shard_path
 from data.examples.tokens import Example
+from data.locks import locked
 from data.progress import progress
 from vzip.families import Family
 from vzip.families.features import VisualFeatures
@@ -177,10 +179,24 @@ def write_features(
     """
     assert len(examples) == layout.num_examples
 
-    # cache.json comes first, so that a run can already tell how many shards are missing.
+    # Two processes would compute the same shards. The second one waits, and finds them all.
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / META, layout.to_json())
+    with locked(folder.with_name(f".{folder.name}.lock"), wait=True):
+        # cache.json comes first, so that a run can already tell how many shards are missing.
+        write_json(folder / META, layout.to_json())
+        _write_missing_shards(folder, layout, examples, maker, batch=batch, num_workers=num_workers)
 
+
+def _write_missing_shards(
+    folder: Path,
+    layout: CacheLayout,
+    examples: Sequence[Example],
+    maker: FeatureMaker,
+    *,
+    batch: int,
+    num_workers: int,
+) -> None:
+    """Compute and write the shards that are missing or damaged, see `write_features`."""
     # One loader for all shards, so that workers read ahead while a shard is written.
     batches_by_shard = _missing_batches(folder, layout, batch)
     batches = list(chain.from_iterable(batches_by_shard.values()))

@@ -14,24 +14,29 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data.conversations import BadExample, Conversation
-from data.examples.bad_examples import check_bad_share, check_lost_sources, first_lines
+import pyarrow as pa
+
+from data.conversations import Conversation
+from data.examples.bad_examples import check_bad_share, check_lost_sources
 from data.examples.hf_folder import HfFolder
+from data.examples.media_check import MediaCheck, first_fault
 from data.examples.subset import DrawnSubset, draw_subset
-from data.examples.table import Table, open_table
+from data.examples.table import MAX_STEM, Table, open_table
 from data.examples.tokens import Examples, tokens_key, write_tokens
-from data.fetch.media import Fault, fetch_media
 from data.fetch.media_index import MediaIndex
 from data.fetch.sources import Source
+from data.locks import locked
 from data.paths import data_dir
 from data.progress import progress
 from vzip import UserError
-from vzip.files import write_json
+from vzip.files import read_json_object, write_json
 from vzip.redact import redacted_values
 from vzip.templates.encode import Template
 
 MANIFEST = "manifest.json"
 CHECKED = "checked.jsonl"
+LOCK = "prepare.lock"
+"""Held by the process that writes a subset, or its token arrays."""
 VERSION = 2
 """Version of the subsets.
 
@@ -95,25 +100,43 @@ class Subset:
         key = tokens_key(template, tokenizer, max_tokens=max_tokens, digest=digest)
         target = self.folder / f"tokens-{key}.arrow"
         if not target.is_file():
-            conversations = progress(
-                self.conversations(),
-                total=self.manifest["num_rows"],
-                title="tokenize",
-                unit="example",
-            )
-            write_tokens(
-                conversations,
-                template,
-                tokenizer,
-                target,
-                max_tokens=max_tokens,
-                sizes=self.sizes(),
-            )
+            with locked(self.folder / LOCK, wait=True):
+                # Another process may have written it in the meantime.
+                if not target.is_file():
+                    self._tokenize(template, tokenizer, target, max_tokens=max_tokens)
         return Examples.open(target, self.image_folder)
+
+    def _tokenize(self, template: Template, tokenizer: Any, target: Path, *, max_tokens: int) -> None:
+        """Write the examples as token ids and labels."""
+        conversations = progress(
+            self.conversations(),
+            total=self.manifest["num_rows"],
+            title="tokenize",
+            unit="example",
+        )
+        write_tokens(
+            conversations,
+            template,
+            tokenizer,
+            target,
+            max_tokens=max_tokens,
+            sizes=self.sizes(),
+        )
+
+    def pictures(self) -> list[str]:
+        """Return the paths of all pictures in the examples, each once."""
+        images = self.table.columns["images"].take(pa.array(self.manifest["positions"], pa.int64()))
+        paths: list[str] = images.combine_chunks().flatten().unique().to_pylist()
+        return paths
+
+    @property
+    def media_index(self) -> MediaIndex:
+        """What is recorded of the pictures and videos."""
+        return MediaIndex(self.folder / CHECKED)
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Return (height, width) of each image by its path in the examples."""
-        return MediaIndex(self.folder / CHECKED).sizes()
+        return self.media_index.sizes()
 
 
 def _key(selection: Selection, table: Table) -> str:
@@ -124,14 +147,6 @@ def _key(selection: Selection, table: Table) -> str:
     settings["image_folder"] = str(Path(selection.image_folder).absolute())
     content = json.dumps([VERSION, settings], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
-
-
-def _first_fault(example: Conversation, reasons: Mapping[str, str]) -> str | None:
-    """Describe the first fault among an example's pictures and videos. None without a fault."""
-    for path in example.images + example.videos:
-        if path in reasons:
-            return f"{path}: {reasons[path]}"
-    return None
 
 
 def _replace_unusable(
@@ -165,7 +180,7 @@ def _replace_unusable(
         # The replacements may be unusable too, so the next round checks them.
         pending = []
         for position, example in examples.items():
-            fault = _first_fault(example, reasons)
+            fault = first_fault(example, reasons)
             if fault is None:
                 usable.append(position)
                 continue
@@ -226,71 +241,24 @@ def _manifest(
     }
 
 
-class _MediaCheck:
-    """Checks the pictures and videos of examples, and fetches those that are missing.
+def _read_manifest(path: Path, num_examples: int) -> dict[str, Any]:
+    """Read what `_manifest` described. Raises UserError if the file is damaged.
 
-    A call with examples returns what is wrong, by path.
+    Args:
+        path: the file.
+        num_examples: examples of the data, which the positions lie in.
     """
+    advice = "delete its folder, and run the same command again, which makes it anew"
+    manifest = read_json_object(path, advice=advice)
 
-    def __init__(
-        self,
-        image_folder: Path,
-        media_index: MediaIndex,
-        sources: Mapping[str, Sequence[Source]],
-        *,
-        replace_unreachable: bool,
-    ) -> None:
-        self.image_folder = image_folder
-        self.media_index = media_index
-        self.sources = sources
-        self.replace_unreachable = replace_unreachable
-        self.bad: list[BadExample] = []
-        self.num_examples = 0
-
-    def __call__(self, examples: Sequence[Conversation]) -> dict[str, str]:
-        """Raise UserError if too much is wrong, or if servers did not answer."""
-        # All media together, so that one pool of threads fetches them.
-        media = []
-        for example in examples:
-            for kind, paths in example.media.items():
-                media += [(kind, path, example.source) for path in paths]
-
-        # A server that is down now may answer later. By default this ends the command, because
-        # replacements would make another subset than on other machines.
-        faults = fetch_media(media, self.image_folder, sources=self.sources, media_index=self.media_index)
-        if not self.replace_unreachable:
-            self._check_all_answered(faults)
-
-        reasons = {path: fault.reason for path, fault in faults.items()}
-        self._check_local(examples, reasons)
-        return reasons
-
-    def _check_all_answered(self, faults: Mapping[str, Fault]) -> None:
-        """Raise UserError if a picture may still come in a later command."""
-        reasons = []
-        for path, fault in faults.items():
-            if not fault.final:
-                reasons.append((path, fault.reason))
-
-        if reasons:
-            raise UserError(
-                f"{len(reasons)} pictures could not be fetched now. Run the same command again: it resumes. "
-                f"If the pictures will not come back, replace their examples by others of the same source "
-                f"with data.replace_unreachable=true. The first ones:\n{first_lines(reasons)}"
-            )
-
-    def _check_local(self, examples: Sequence[Conversation], reasons: Mapping[str, str]) -> None:
-        """Raise UserError if too many examples are bad whose pictures are not fetched."""
-        # Without a source, all pictures must be in the folder already.
-        for example in examples:
-            fault = _first_fault(example, reasons)
-            if fault is not None and not self.sources.get(example.source):
-                self.bad.append(BadExample(example.id, example.source, fault))
-
-        # The first call gets the whole subset. Replacements in later calls do not enlarge it.
-        if not self.num_examples:
-            self.num_examples = len(examples)
-        check_bad_share(self.bad, self.num_examples)
+    # Half a file is no JSON. This is for files that something else has changed.
+    texts = (manifest.get("hash"), manifest.get("media_hash"))
+    positions = manifest.get("positions")
+    if not all(isinstance(text, str) for text in texts) or not isinstance(positions, list):
+        raise UserError(f"{path} is damaged (entries are missing); {advice}")
+    if not all(type(position) is int and 0 <= position < num_examples for position in positions):
+        raise UserError(f"{path} is damaged (it names examples that do not exist); {advice}")
+    return manifest
 
 
 def _make_subset(
@@ -320,9 +288,8 @@ def _make_subset(
         sources = {source: [inside] for source in drawn.candidates}
 
     # The index remembers what earlier commands looked at, so a killed command resumes.
-    folder.mkdir(parents=True, exist_ok=True)
     media_index = MediaIndex(folder / CHECKED)
-    check = _MediaCheck(
+    check = MediaCheck(
         Path(selection.image_folder),
         media_index,
         sources,
@@ -368,10 +335,14 @@ def prepare(
     check_bad_share(table.bad_examples(), len(table))
 
     # With sources, pictures that went missing since the subset was made are fetched again.
-    name = Path(selection.path).stem
+    name = Path(selection.path).stem[:MAX_STEM]
     folder = data_dir() / "prepared" / f"{name}-{_key(selection, table)}"
     if sources is not None or not (folder / MANIFEST).is_file():
-        _make_subset(selection, table, folder, sources or {}, replace_unreachable=replace_unreachable)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / LOCK, wait=True):
+            # Another process may have made it in the meantime.
+            if sources is not None or not (folder / MANIFEST).is_file():
+                _make_subset(selection, table, folder, sources or {}, replace_unreachable=replace_unreachable)
 
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = _read_manifest(folder / MANIFEST, len(table))
     return Subset(folder, manifest, table, Path(selection.image_folder))

@@ -8,28 +8,35 @@ import codecs
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from glob import escape
 from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow as pa
 
-from data.conversations import BadExample, Conversation, parse_conversation
+from data.conversations import BadExample, Conversation, parse_conversation, short_name
 from data.examples.arrow import read_arrow, write_arrow
 from data.examples.hf_folder import HfFolder, is_hf_folder
-from data.examples.json_stream import read_list
+from data.examples.json_stream import MAX_ENTRY, read_list
+from data.locks import locked
 from data.paths import data_dir
 from data.progress import progress
 from vzip import UserError
 from vzip.files import atomic_write
 
-VERSION = 4
+VERSION = 5
 """Version of the table.
 
 Raise it when this file or `parse_conversation` changes what it makes of the same data.
 """
+MAX_STEM = 100
+"""A table's name starts with so many characters of the data's name. File systems limit names."""
+NOT_UTF8 = re.compile("[\udc80-\udcff]")
+"""What the error handler "surrogateescape" makes of bytes that are not UTF-8."""
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -91,15 +98,29 @@ class Table:
         return [BadExample(entry["id"], entry["source"], entry["fault"]) for entry in bad.to_pylist()]
 
 
-def _read_lines(file: TextIO) -> Iterator[Any]:
-    """Yield the entries of a file of JSON lines, and a ValueError for each line that is broken."""
-    for number, line in enumerate(file, start=1):
+def _read_lines(file: TextIO, path: Path) -> Iterator[Any]:
+    """Yield the entries of a file of JSON lines, and a ValueError for each line that is broken.
+
+    Raises UserError for a line without end.
+    """
+    # A file of another format may be a single line of gigabytes, so each line is read in part.
+    lines = iter(partial(file.readline, MAX_ENTRY), "")
+    for number, line in enumerate(lines, start=1):
+        if len(line) == MAX_ENTRY:
+            raise UserError(
+                f"{path}, line {number}: it has more than {MAX_ENTRY:,} characters; "
+                f"write each example on a line of its own"
+            )
         if not line.strip():
+            continue
+
+        # Broken lines are yielded, not raised, so that each costs one example and not the file.
+        if NOT_UTF8.search(line):
+            yield ValueError(f"line {number} is not UTF-8 text; convert the file to UTF-8")
             continue
         try:
             yield json.loads(line)
         except (ValueError, RecursionError) as error:
-            # Yielded instead of raised, so that a broken line costs one example and not the file.
             yield ValueError(f"line {number} is not valid JSON: {error}")
 
 
@@ -116,11 +137,12 @@ def _read_entries(path: Path) -> Iterator[Any]:
                 f"it starts with {start!r}"
             )
 
-        # Bytes that are not UTF-8 cost one line of JSON lines. In a list they could hide where an
-        # entry ends, so there they are an error.
+        # Bytes that are not UTF-8 cost one line of JSON lines, so they must come through until that
+        # line is known. In a list they could hide where an entry ends, so there they are an error.
         is_lines = first == b"{"
-        file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="replace" if is_lines else "strict")
-        entries = _read_lines(file) if is_lines else read_list(file, path)
+        errors = "surrogateescape" if is_lines else "strict"
+        file = io.TextIOWrapper(raw, encoding="utf-8-sig", errors=errors)
+        entries = _read_lines(file, path) if is_lines else read_list(file, path)
         with progress(None, total=path.stat().st_size, title=f"read {path.name}", unit="B") as bar:
             for entry in entries:
                 # The reader is ahead of the entries by what is in memory, so the bar is too.
@@ -157,7 +179,7 @@ def _bad_record(position: int, entry: Any, reason: str) -> dict[str, Any]:
     # Name the example by its id, or else by its position.
     name = f"#{position}"
     if isinstance(entry, dict):
-        name = str(entry.get("id", name))
+        name = short_name(entry.get("id", name))
 
     # JSON can hold half of a surrogate pair, but Arrow refuses it as text: "?" takes its place.
     # The source is not known, because the paths that name it may be wrong too.
@@ -212,6 +234,20 @@ def _short_hash(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
+def _check_is_data(path: Path) -> None:
+    """Raise UserError unless there is a file, or a folder of Hugging Face `datasets`."""
+    if path.is_file() or is_hf_folder(path):
+        return
+
+    # Reading a pipe would wait for ever.
+    problem = "is neither a file nor a folder of `datasets`" if path.exists() else "does not exist"
+    raise UserError(
+        f"data file {path} {problem}; set data.path (or data.held_out) to a LLaVA-format JSON or "
+        f"JSONL file, or to a folder of Hugging Face datasets, or run `make data` if data.address "
+        f"names the file"
+    )
+
+
 def open_table(path: str | Path) -> Table:
     """Open the table of a data file or folder. Make it if it is missing, or if the data changed.
 
@@ -223,22 +259,19 @@ def open_table(path: str | Path) -> Table:
             `Table.bad_examples`.
     """
     path = Path(path).absolute()
-    if not path.is_file() and not is_hf_folder(path):
-        raise UserError(
-            f"data file {path} does not exist; set data.path (or data.held_out) to a LLaVA-format JSON or "
-            f"JSONL file, or to a folder of Hugging Face datasets, or run `make data` if data.address "
-            f"names the file"
-        )
+    _check_is_data(path)
 
     # The first hash stays when the data changes, so the old table can be found and deleted.
     folder = data_dir() / "tables"
     folder.mkdir(parents=True, exist_ok=True)
-    where = _short_hash(str(path))
-    state = _short_hash(VERSION, _state(path))
-    target = folder / f"{path.stem}-{where}-{state}.arrow"
+    name = f"{path.stem[:MAX_STEM]}-{_short_hash(str(path))}"
+    target = folder / f"{name}-{_short_hash(VERSION, _state(path))}.arrow"
 
     # The file with the hash is written last. Without it, the table may be cut short.
     hash_file = target.with_suffix(".sha256")
     if not (hash_file.is_file() and target.is_file()):
-        _write_table(path, target)
+        with locked(folder / f"{name}.lock", wait=True):
+            # Another process may have written it in the meantime.
+            if not (hash_file.is_file() and target.is_file()):
+                _write_table(path, target)
     return Table(read_arrow(target), sha256=hash_file.read_text())

@@ -33,7 +33,7 @@ def check_subset(
     Raises:
         UserError: a file can't be read, or an example is too long for the language model.
     """
-    broken_files = check_files(examples.table, subset.image_folder, seed=seed)
+    broken_files = check_files(examples.table, subset.image_folder, index=subset.media_index, seed=seed)
     report = preflight_report(
         lengths,
         broken_files,

@@ -8,8 +8,11 @@ from pathlib import Path
 import pyarrow as pa
 
 from data.conversations import BadExample
+from data.examples.unchanged import change_of
+from data.fetch.media_index import MediaIndex
 from data.progress import progress
 from vzip import UserError
+from vzip.files import check_is_file
 from vzip.pictures import open_picture, stored_size
 from vzip.videos import check_video
 
@@ -31,7 +34,7 @@ class _MediaFile:
 
 
 def check_files(
-    table: pa.Table, folder: Path, *, seed: int = 0, num_decoded: int = NUM_DECODED
+    table: pa.Table, folder: Path, *, index: MediaIndex, seed: int = 0, num_decoded: int = NUM_DECODED
 ) -> list[BadExample]:
     """Find the images and videos that can't be read or have changed.
 
@@ -40,6 +43,7 @@ def check_files(
     Args:
         table: the columns of `data.examples.tokens.SCHEMA`.
         folder: the folder of images and videos.
+        index: what was recorded of them when the subset was made.
         seed: seed of the sample.
         num_decoded: number of files in the sample that is decoded. Videos are decoded as far as
             `check_video` does.
@@ -54,7 +58,7 @@ def check_files(
     # Decoding all files would take hours. A sample finds faults that many files share.
     def check(key: tuple[str, str]) -> BadExample | None:
         file = files[key]
-        fault = _fault_of(file, folder, decode=key in sample)
+        fault = _fault_of(file, folder, index, decode=key in sample)
         if fault is None:
             return None
         return BadExample(file.conversation_id, file.source, f"{file.path}: {fault}")
@@ -82,10 +86,11 @@ def _files_of(table: pa.Table) -> dict[tuple[str, str], _MediaFile]:
     return files
 
 
-def _fault_of(file: _MediaFile, folder: Path, *, decode: bool) -> str | None:
+def _fault_of(file: _MediaFile, folder: Path, index: MediaIndex, *, decode: bool) -> str | None:
     """Describe the fault of a file. None if it has none."""
     try:
-        _read(file, folder / file.path, decode=decode)
+        _read_medium(file, folder / file.path, decode=decode)
+        return change_of(file.path, folder, index, hashed=True)
     except UserError:
         # UserError is a ValueError too, but it is about the installation, not about this file.
         raise
@@ -93,11 +98,14 @@ def _fault_of(file: _MediaFile, folder: Path, *, decode: bool) -> str | None:
         return "missing"
     except (OSError, ValueError) as error:
         return str(error)
-    return None
 
 
-def _read(file: _MediaFile, path: Path, *, decode: bool) -> None:
+def _read_medium(file: _MediaFile, path: Path, *, decode: bool) -> None:
     """Raise OSError or ValueError if a file can't be read, or is an image of another size."""
+    # A video may be a folder of frames.
+    if file.kind == "image":
+        check_is_file(path)
+
     # PIL would only say that it does not know the format of an empty file.
     if not path.stat().st_size:
         raise ValueError("an empty file")

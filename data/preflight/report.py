@@ -55,7 +55,9 @@ def preflight_report(
     everything["broken_files"] = num_broken.total()
 
     # The run leaves these out without an error, so they are listed apart from the faults.
-    all_left_out = [{key: bad[key] for key in ("id", "source", "reason")} for bad in left_out]
+    all_left_out = []
+    for bad in left_out:
+        all_left_out.append({"id": bad["id"], "source": bad["source"], "reason": bad["reason"]})
     all_left_out += _without_labels(lengths, max_tokens)
 
     faults = [*broken_files, *_too_long_faults(lengths, max_positions)]

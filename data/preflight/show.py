@@ -13,9 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from data.preflight.lengths import MEASURES, ExampleLengths
+from vzip.files import atomic_write
 
 MAX_PANELS = 8
 """The picture shows so many of the largest sources."""
+MAX_LEFT_OUT = 10
+"""So many of the examples that are left out are printed. `check.json` has all of them."""
 MAX_TURNS = 6
 """The sentence about the cut names at most so many turns. `check.json` has all of them."""
 BLUE = "#0072B2"
@@ -25,7 +28,7 @@ BLACK = "#000000"
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """Print counts by source, where conversations are cut, and how long the examples are."""
+    """Print counts by source, cuts, lengths, and the first examples that are left out."""
     console = Console()
 
     # The sources come first, and all of them together in the last line.
@@ -35,6 +38,14 @@ def print_report(report: Mapping[str, Any]) -> None:
     if report["all"]["cut"]["rows"]:
         console.print(_cut_sentence(report), soft_wrap=True, highlight=False)
     console.print(_lengths_table(groups))
+
+    # Names of examples may hold anything, so nothing in them is markup.
+    for bad in report["left_out"][:MAX_LEFT_OUT]:
+        line = f"  left out: {bad['id']} ({bad['source']}): {bad['reason']}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    num_others = len(report["left_out"]) - MAX_LEFT_OUT
+    if num_others > 0:
+        console.print(f"  and {num_others:,} more, which check.json lists", highlight=False)
 
 
 def _counts_table(groups: Mapping[str, Any]) -> Table:
@@ -141,7 +152,8 @@ def draw_report(lengths: ExampleLengths, report: Mapping[str, Any], path: Path) 
         f"nine in ten at most {expanded['p90']:,.0f}, the longest {expanded['max']:,}.\n"
         f"By source, the largest first. A line marks the median."
     )
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as scratch:
+        figure.savefig(scratch, dpi=120, format="png")
 
 
 def _draw_column(

@@ -10,12 +10,15 @@ import hydra
 from omegaconf import DictConfig
 
 from data.examples.prepare import prepare
+from data.examples.unchanged import check_media_unchanged
 from data.preflight.check import check_subset
 from data.preflight.lengths import measure_lengths
 from train import config
+from train.batches import gradient_mask
 from train.checks import check
 from train.cli import exit_on_user_error
 from train.models import count_model, load_unreduced_processor
+from train.ranks import get_world_size
 
 
 @hydra.main(config_path="../../configs", config_name="tune", version_base="1.3")
@@ -31,7 +34,8 @@ def main(cfg: DictConfig) -> None:
     # Prepare the held-out questions too. Otherwise a mistake in them would show after the tuning.
     subset = prepare(config.selection(cfg))
     if config.asks_questions(cfg):
-        prepare(config.held_out(cfg))
+        questions = prepare(config.held_out(cfg))
+        check_media_unchanged(questions, num_hashed=questions.manifest["num_rows"])
 
     # Tokenize as the run will, so that its labels and lengths are checked, not an estimate.
     template = config.instantiate_target(cfg.model.template)
@@ -49,6 +53,11 @@ def main(cfg: DictConfig) -> None:
         max_positions=family.model.config.get_text_config().max_position_embeddings,
         seed=cfg.seed,
     )
+
+    # What else would end a run: no or too few examples, or none that the trainable parts learn from.
+    config.batch_plan(cfg, num_examples=len(examples), world_size=get_world_size())
+    lora = cfg.tune.lora
+    gradient_mask(cfg, examples, tunes_language=lora is not None and lora.target != "projector")
 
 
 if __name__ == "__main__":

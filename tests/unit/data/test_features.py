@@ -128,11 +128,18 @@ def shard_of_other_settings(folder, examples):
     return (folder.parent / "other" / shard_path(folder, 1).name).read_bytes()
 
 
+def zeros_behind_header(folder, examples):
+    content = shard_path(folder, 1).read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    return content[:begin] + bytes(len(content) - begin)
+
+
 DAMAGES = {
     "gone": lambda folder, examples: None,
     "empty": lambda folder, examples: b"",
     "cut off": lambda folder, examples: shard_path(folder, 1).read_bytes()[:-1],
     "cut off in its header": lambda folder, examples: shard_path(folder, 1).read_bytes()[:100],
+    "zeros behind the header": zeros_behind_header,
     "no shard": lambda folder, examples: b"no shard" * 100,
     "of other settings": shard_of_other_settings,
     "of other examples": lambda folder, examples: shard_path(folder, 0).read_bytes(),
@@ -307,9 +314,11 @@ def test_frames_matter_only_to_models_that_take_videos():
     assert settings("video", 3) != settings("video", 4)
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", "{}", json.dumps({"settings": {}, "rows": 3})])
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", "{}", json.dumps({"settings": {}, "num_rows": 3, "rows_a_shard": 0})]
+)
 def test_a_folder_that_is_no_cache_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "cache.json").write_text(content)
-    with pytest.raises(UserError, match=r"data.cache=true: .* is no feature cache .*make cache"):
+    with pytest.raises(UserError, match=r"cache\.json is damaged.*data.cache=true needs .*make cache"):
         CachedMedia(tmp_path, usual_settings())

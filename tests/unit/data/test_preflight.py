@@ -1,6 +1,7 @@
 """The preflight finds what would spoil a run, and its lengths are those that the model gets."""
 
 import json
+import os
 import re
 from dataclasses import asdict
 
@@ -11,17 +12,18 @@ from rich.console import Console
 
 from data.batches.collate import Collator
 from data.conversations import BadExample
+from data.fetch.media_index import Checked, MediaIndex, media_bytes
 from data.preflight.files import check_files
 from data.preflight.lengths import measure_lengths
 from data.preflight.report import check_faults, preflight_report
-from data.preflight.show import MAX_PANELS, MAX_TURNS, draw_report, print_report
+from data.preflight.show import MAX_LEFT_OUT, MAX_PANELS, MAX_TURNS, draw_report, print_report
 from tests.helpers import tiny
 from tests.helpers.broken import encoded
 from tests.helpers.conversations import conversation
 from tests.helpers.examples import tokenize
 from vzip import UserError
 from vzip.families import family_of
-from vzip.files import write_json
+from vzip.files import sha256_of, write_json
 from vzip.reducers.identity import Identity
 from vzip.reducers.random import Random
 from vzip.templates.encode import IGNORED, encode, vicuna
@@ -50,7 +52,25 @@ def folder(tmp_path):
     (tmp_path / "clips/5").mkdir(parents=True)
     for number, frame in enumerate(tiny.video(5, 4)):
         frame.save(tmp_path / f"clips/5/{number}.png")
+    record(tmp_path, *SIZES, "clips/5")
     return tmp_path
+
+
+def index_of(folder):
+    return MediaIndex(folder / "checked.jsonl")
+
+
+def record(folder, *paths):
+    """Record pictures and videos as they are now, as preparing the data does."""
+    for path in paths:
+        file = folder / path
+        digest = "" if file.is_dir() else sha256_of(file)[:16]
+        index_of(folder).record(Checked(path, media_bytes(file), digest=digest))
+
+
+def find_faults(conversations, folder, *, sizes=SIZES, **options):
+    table = table_of(conversations, folder, sizes=sizes)
+    return check_files(table, folder, index=index_of(folder), **options)
 
 
 def family(kind="clip"):
@@ -139,6 +159,7 @@ def test_the_report_counts_by_source(folder):
     assert counts == {"coco": (2, 3, 0, 1), "vg": (2, 2, 1, 0), "text": (1, 0, 0, 0), "gone": (0, 0, 1, 0)}
     assert report["all"]["rows"] == 5
     assert report["all"]["left_out"] == 2
+    assert report["left_out"] == left_out
     assert report["all"]["broken_files"] == 1
 
     visual = report["sources"]["coco"]["tokens"]["visual"]
@@ -194,19 +215,38 @@ DAMAGES = {
 def test_good_files_have_no_fault(folder):
     # The header holds the size before the rotation that EXIF asks for.
     Image.open(folder / "coco/2.png").rotate(90, expand=True).save(folder / "coco/2.png")
-    assert check_files(table_of([*CONVERSATIONS, WITH_VIDEO], folder), folder) == []
+    record(folder, "coco/2.png")
+    assert find_faults([*CONVERSATIONS, WITH_VIDEO], folder) == []
+
+
+@pytest.mark.parametrize("num_decoded", [0, 1000])
+def test_a_picture_that_became_another_of_the_same_size_is_found(folder, num_decoded):
+    path = folder / "vg/3.png"
+    Image.new("RGB", (60, 150), "red").save(path, "BMP")
+    record(folder, "vg/3.png")
+    Image.new("RGB", (60, 150), "blue").save(path, "BMP")
+
+    (fault,) = find_faults(CONVERSATIONS, folder, num_decoded=num_decoded)
+    assert fault.reason == "vg/3.png: it has another content than when the data was prepared"
+
+
+def test_a_pipe_is_a_fault(folder):
+    (folder / "vg/3.png").unlink()
+    os.mkfifo(folder / "vg/3.png")
+    (fault,) = find_faults(CONVERSATIONS, folder)
+    assert fault.reason == "vg/3.png: not a file, but a folder, a pipe or a device"
 
 
 @pytest.mark.parametrize("reason", DAMAGES, ids=lambda reason: reason or "cut")
 def test_a_broken_image_is_reported_once_with_its_first_conversation(folder, reason):
     DAMAGES[reason](folder / "vg/3.png")
-    table = table_of(CONVERSATIONS, folder)
-    (fault,) = check_files(table, folder)
+    (fault,) = find_faults(CONVERSATIONS, folder)
     assert (fault.id, fault.source) == ("2", "coco")
     assert fault.reason.startswith(f"vg/3.png: {reason}")
 
-    # A header does not tell that the rest is missing. Only decoding does.
-    assert len(check_files(table, folder, num_decoded=0)) == (reason != "")
+    # A header does not tell that the rest is missing. The recorded size does.
+    (fault_of_header,) = find_faults(CONVERSATIONS, folder, num_decoded=0)
+    assert reason or "another size" in fault_of_header.reason
 
     report = report_of(measure(CONVERSATIONS, folder), [fault])
     assert report["faults"] == [asdict(fault)]
@@ -220,12 +260,13 @@ def test_the_sample_depends_on_the_seed_alone(folder):
     (folder / "many").mkdir()
     for path in paths:
         (folder / path).write_bytes(encoded("PNG", size=(tiny.SIDE, tiny.SIDE))[:-200])
+    record(folder, *paths)
     conversations = [conversation("<image>", "a", name=path, image=path) for path in paths]
     sizes = dict.fromkeys(paths, (tiny.SIDE, tiny.SIDE))
 
     def sample(conversations, seed):
-        table = table_of(conversations, folder, sizes=sizes)
-        return {bad.id for bad in check_files(table, folder, seed=seed, num_decoded=10)}
+        faults = find_faults(conversations, folder, sizes=sizes, seed=seed, num_decoded=10)
+        return {bad.id for bad in faults}
 
     assert len(sample(conversations, 0)) == 10
     assert sample(conversations, 0) == sample(conversations[::-1], 0) != sample(conversations, 1)
@@ -235,7 +276,7 @@ def test_a_broken_video_is_found(folder):
     for frame in (folder / "clips/5").iterdir():
         frame.unlink()
     for fault in ("no frames", "missing"):
-        (bad,) = check_files(table_of([WITH_VIDEO], folder), folder)
+        (bad,) = find_faults([WITH_VIDEO], folder)
         assert bad.id == "5"
         assert fault in bad.reason
         if fault == "no frames":
@@ -243,6 +284,17 @@ def test_a_broken_video_is_found(folder):
 
 
 # What people see
+
+
+def test_examples_that_are_left_out_are_named(folder, capsys):
+    left_out = []
+    for number in range(MAX_LEFT_OUT + 2):
+        left_out.append({"id": f"[red]{number}", "source": "vg", "reason": "missing", "replaced": True})
+    print_report(report_of(measure(CONVERSATIONS, folder), [], left_out))
+    shown = capsys.readouterr().out
+    assert "  left out: [red]0 (vg): missing\n" in shown
+    assert f"left out: [red]{MAX_LEFT_OUT - 1} (vg)" in shown and f"[red]{MAX_LEFT_OUT} " not in shown
+    assert "  and 2 more, which check.json lists\n" in shown
 
 
 def test_the_tables_show_every_source_and_the_cut(folder, capsys, monkeypatch):
@@ -280,4 +332,6 @@ def test_a_subset_without_any_label_has_a_report_and_no_picture(folder):
     print_report(report)
     write_json(folder / "check.json", report)
     assert report["all"]["rows"] == 0
+    reason = "the cut at data.max_tokens=3 leaves no answer"
+    assert report["left_out"] == [{"id": "0", "source": "coco", "reason": reason}]
     assert not (folder / "check.png").exists()

@@ -3,17 +3,23 @@ nothing is lost.
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from data.examples.prepare import Selection, prepare
+from data.examples.unchanged import check_media_unchanged
 from data.fetch.http import TransientError
 from data.fetch.sources import Folder
+from data.paths import ROOT, data_dir
 from tests.helpers import tiny
 from tests.helpers.broken import JSON, messages, mutated, pictures
 from vzip import UserError
@@ -296,3 +302,117 @@ def test_whatever_examples_and_files_hold_the_good_ones_survive(tmp_path_factory
     assert good <= set(manifest["ids"])
     assert manifest["num_rows"] + len(manifest["bad_rows"]) == len(all_entries)
     assert all(example["reason"] for example in manifest["bad_rows"])
+
+
+DAMAGED_MANIFESTS = {
+    "half": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "zeros": lambda content: bytes(len(content)),
+    "a list": lambda content: b"[]",
+    "no entries": lambda content: b"{}",
+    "other examples": lambda content: content.replace(b'"positions": [', b'"positions": [987654,'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_MANIFESTS)
+def test_a_damaged_manifest_is_refused_with_the_cure(tmp_path, damage):
+    selection = save_examples(tmp_path, 12)
+    manifest = prepare(selection).folder / "manifest.json"
+    manifest.write_bytes(DAMAGED_MANIFESTS[damage](manifest.read_bytes()))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged.*delete its folder.*makes it anew"):
+        prepare(selection)
+
+
+# Pictures that change after the subset was made
+
+
+def test_pictures_that_changed_are_named_before_a_run_goes_on(tmp_path):
+    selection = save_examples(tmp_path, 12)
+    subset = prepare(selection)
+    check_media_unchanged(subset)
+
+    # The first keeps its size in bytes.
+    of_same_size, replaced, gone = (tmp_path / "images" / path for path in subset.pictures()[:3])
+    content = of_same_size.read_bytes()
+    of_same_size.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    replaced.write_bytes(content + content)
+    gone.unlink()
+    with pytest.raises(UserError) as error:
+        check_media_unchanged(subset)
+    message = str(error.value)
+    assert f"3 of {len(subset.pictures())} pictures in" in message
+    assert f"{of_same_size.parent.name}/{of_same_size.name}: it has another content" in message
+    assert message.count("another size") == 2
+    assert f"delete {subset.folder}" in message
+
+    # The message's advice helps.
+    of_same_size.write_bytes(content)
+    gone.write_bytes(content)
+    shutil.rmtree(subset.folder)
+    check_media_unchanged(prepare(selection))
+
+
+def test_only_the_pictures_of_the_subset_are_compared(tmp_path):
+    selection = save_examples(tmp_path, 40)
+    subset = prepare(selection)
+    shown = {path for conversation in subset.conversations() for path in conversation.images}
+    assert sorted(subset.pictures()) == sorted(shown)
+    for path in (tmp_path / "images").rglob("*.png"):
+        if path.relative_to(tmp_path / "images").as_posix() not in shown:
+            path.unlink()
+    check_media_unchanged(subset)
+
+
+# Files that are no pictures to open
+
+
+def test_pipes_devices_and_bombs_are_replaced_and_listed(tmp_path):
+    selection = save_examples(tmp_path, 300)
+    images = tmp_path / "images"
+    names = [name for name in prepare(selection).manifest["ids"] if name.startswith("coco")]
+    shutil.rmtree(prepare(selection).folder)
+    for name in names[:4]:
+        picture_of(images, name).unlink()
+    os.mkfifo(picture_of(images, names[0]))
+    picture_of(images, names[1]).symlink_to("/dev/zero")
+    picture_of(images, names[2]).symlink_to(picture_of(images, names[2]))
+    Image.new("L", (2000, 5)).save(picture_of(images, names[3]))
+
+    manifest = prepare(selection, sources=sources_in(images)).manifest
+    reasons = {example["id"]: example["reason"] for example in manifest["bad_rows"]}
+    assert set(reasons) == set(names[:4])
+    assert "a pipe or a device" in reasons[names[0]] and "a pipe or a device" in reasons[names[1]]
+    assert "symbolic links" in reasons[names[2]]
+    assert "2,000 x 5 px: the longer side" in reasons[names[3]]
+    assert manifest["num_rows_by_source"]["coco"] == len(names)
+
+
+# Several processes
+
+
+def test_processes_that_prepare_one_subset_at_once_make_it_once(tmp_path):
+    selection = save_examples(tmp_path, 40)
+    code = (
+        "import sys\n"
+        "from data.examples.prepare import Selection, prepare\n"
+        "subset = prepare(Selection(path=sys.argv[1], image_folder=sys.argv[2]))\n"
+        "print(subset.manifest['hash'])\n"
+    )
+    command = [sys.executable, "-c", code, selection.path, selection.image_folder]
+    running = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    printed = {process.communicate()[0] for process in running}
+    assert len(printed) == 1 and [process.returncode for process in running] == [0, 0, 0]
+
+    # Each picture was looked at once.
+    (index,) = (data_dir() / "prepared").glob("examples-*/checked.jsonl")
+    lines = index.read_text().splitlines()
+    assert len(lines) == len({json.loads(line)["path"] for line in lines})
+
+
+def test_a_subset_that_exists_is_opened_without_a_lock(tmp_path, monkeypatch):
+    # The folder may be read-only, where no lock can be made.
+    selection = save_examples(tmp_path, 12)
+    examples_of(prepare(selection))
+    monkeypatch.setattr("data.examples.prepare.locked", None)
+    monkeypatch.setattr("data.examples.table.locked", None)
+    assert len(examples_of(prepare(selection))) == prepare(selection).manifest["num_rows"]

@@ -77,6 +77,78 @@ def test_a_broken_line_is_one_bad_example(tmp_path, line):
     assert table.conversation(2).id == "row-2"
 
 
+@pytest.mark.parametrize("whole_file", [True, False])
+def test_answers_that_are_not_utf8_are_never_taken_for_other_text(tmp_path, whole_file):
+    path = tmp_path / "examples.jsonl"
+    entries = [good(number) | {"conversations": messages("<image>\nwhat?", "un café")} for number in range(3)]
+    lines = [json.dumps(entry, ensure_ascii=False).encode() for entry in entries]
+    lines[1] = lines[1].replace("é".encode(), b"\xe9")
+    content = b"\n".join([lines[1]] * 3 if whole_file else lines)
+    path.write_bytes(content)
+    table = open_table(path)
+
+    bad = table.bad_examples()
+    assert [example.id for example in bad] == (["#0", "#1", "#2"] if whole_file else ["#1"])
+    assert "line 2 is not UTF-8 text" in bad[-2 if whole_file else 0].reason
+    if not whole_file:
+        assert table.conversation(2).turns[0][1] == "un café"
+
+
+def test_half_a_surrogate_that_json_spells_is_no_matter_of_utf8(tmp_path):
+    (bad,) = open_table(write(tmp_path, [good(0) | {"x": "\ud800"}, good(1)], "a.json")).bad_examples()
+    assert "surrogates not allowed" in bad.reason
+
+
+@pytest.mark.parametrize("entries", [json.dumps(good()), json.dumps(good()) * 20], ids=["one", "twenty"])
+def test_lines_without_an_end_are_refused(tmp_path, monkeypatch, entries):
+    monkeypatch.setattr(table_module, "MAX_ENTRY", len(json.dumps(good())))
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: it has more than .* each example on a line"):
+        open_table(write(tmp_path, entries, "a.jsonl"))
+
+
+LONG = {
+    "answer": ({"conversations": messages("<image>", "x" * 10**6)}, "the texts have 1,000,007 characters"),
+    "path": ({"image": "x" * 200_000}, "a path of image has 200,000 characters; at most 1,000"),
+    "name": ({"id": "x" * 10**5, "image": "../a.jpg"}, "leaves the image folder"),
+}
+
+
+@pytest.mark.parametrize("change", LONG)
+def test_a_row_of_great_length_is_listed_in_few_words(tmp_path, change):
+    entry, reason = LONG[change]
+    (bad,) = open_table(write(tmp_path, [good(0) | entry, good(1)])).bad_examples()
+    assert reason in bad.reason
+    assert len(bad.id) + len(bad.source) + len(bad.reason) < 500
+
+
+def test_long_names_are_cut(tmp_path):
+    table = open_table(write(tmp_path, [good() | {"id": 10**1000, "source": "s" * 999, "type": "t" * 999}]))
+    example = table.conversation(0)
+    assert max(map(len, (example.id, example.source, example.kind))) < 300
+
+
+def test_a_pipe_and_a_device_are_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    for path in (tmp_path / "a.jsonl", "/dev/zero"):
+        with pytest.raises(UserError, match=r"is neither a file nor a folder of `datasets`; set data\.path"):
+            open_table(path)
+
+
+def test_a_name_may_use_all_characters_that_a_file_system_allows(tmp_path):
+    assert len(open_table(write(tmp_path, [good()], "x" * 250 + ".json"))) == 1
+
+
+def test_processes_that_open_one_file_at_once_make_one_table(tmp_path):
+    path = write(tmp_path, "\n".join(json.dumps(good(number)) for number in range(3000)), "a.jsonl")
+    code = "import sys; from data.examples.table import open_table; print(open_table(sys.argv[1]).sha256)"
+    command = [sys.executable, "-c", code, str(path)]
+    running = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    printed = {process.communicate()[0] for process in running}
+    assert len(printed) == 1 and len(printed.pop().strip()) == 64
+    assert [process.returncode for process in running] == [0, 0, 0]
+    assert len(list((tmp_path / "vzip" / "tables").glob("a-*.arrow"))) == 1
+
+
 def test_a_broken_list_is_named_with_file_line_and_column(tmp_path):
     with pytest.raises(UserError, match=r"examples\.json, line 3, column 8"):
         open_table(write(tmp_path, '[\n{"id": 1},\n{"id": }\n]'))
