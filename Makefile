@@ -79,7 +79,7 @@ cache: setup ## compute the reducer's output for the training data of MODEL once
 
 tune: setup ## tune the projector: MODEL=llava-7b BUDGET=64 ARGS="optim.lr=2e-5"
 	$(PREPARE)
-	$(BIN)/deepspeed --log_level warning --master_port $(PORT) train/tune.py $(TUNE)
+	$(BIN)/python -m train.guards.launch --log_level critical --master_port $(PORT) train/tune.py $(TUNE)
 
 eval: setup ## run lmms-eval on RUN (default: the newest run), or on a model with ARGS="--budget 64"
 	$(BIN)/python -m scripts.evaluate.main $(THE_RUN) $(ARGS)

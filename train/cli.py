@@ -142,8 +142,11 @@ def exit_on_user_error(command: Callable[P, None]) -> Callable[P, None]:
         else:
             return
 
-        # Rank 0 prints the same message. The others wait, so that the launcher ends them first.
+        # Rank 0 prints the same message. The others wait, so that the launcher ends them first. After a
+        # signal they know that rank 0 prints it.
         if os.environ.get("RANK", "0") != "0":
+            if isinstance(error, Stopped):
+                os._exit(code)
             time.sleep(5)
 
         # `os._exit` below would lose what is not yet written. The terminal may be gone, though.
