@@ -82,10 +82,14 @@ def _read_all(run: FinishedRun) -> None:
 
 def block(run: FinishedRun) -> str:
     """Write the part of RESULTS.md about a finished run."""
-    lines = [f"### {run.name}", "", f"{_what_was_run(run)} {_where_it_ran(run)}"]
+    text = f"{_what_was_run(run)} {_where_it_ran(run)}"
     if run.scores:
-        lines += ["", score_table(run.scores).markdown()]
-    return "\n".join(lines)
+        text += f"\n\n{score_table(run.scores).markdown()}"
+
+    # The next report finds the blocks by these marks, so no text of a run may hold one.
+    if any(mark in text for mark in ("\n#", BEGIN, END)):
+        raise UserError(f"{run.path} holds texts that no run writes: a heading, or a mark of the report")
+    return f"### {run.name}\n\n{text}"
 
 
 def _what_was_run(run: FinishedRun) -> str:
@@ -117,8 +121,11 @@ def _where_it_ran(run: FinishedRun) -> str:
     env = run.env
     hardware = env["hardware"]
     changed = " and changed files" if env["modified_files"] else ""
+
+    # A source archive, and a machine without git, know no commit.
+    commit = (env["commit"] or "unknown")[:7]
     return (
-        f"{env['date']}, commit {env['commit'][:7]}{changed}, {hardware['world_size']} rank(s) on "
+        f"{env['date']}, commit {commit}{changed}, {hardware['world_size']} rank(s) on "
         f"{hardware['device']}, {hardware['num_cpus']} cores, torch {env['packages']['torch']}."
     )
 
@@ -166,7 +173,8 @@ def draw_curves(runs: Sequence[FinishedRun], target: Path) -> None:
                 [line[name] for line in lines],
                 color=COLOURS[index % len(COLOURS)],
                 linestyle=STYLES[index // len(COLOURS) % len(STYLES)],
-                label=run.name,
+                # Between two dollars matplotlib would read a formula.
+                label=run.name.replace("$", r"\$"),
             )
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
@@ -177,6 +185,16 @@ def draw_curves(runs: Sequence[FinishedRun], target: Path) -> None:
     with output("--curves", target), atomic_write(target) as scratch:
         figure.savefig(scratch, format="png", dpi=120)
     pyplot.close(figure)
+
+
+def _read_results(path: Path) -> str:
+    """Read the results file, or start a new one. Raises UserError if it can't be read."""
+    if not path.exists():
+        return "# Results\n"
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--results={path} can't be read: {error}; give a text file in UTF-8") from error
 
 
 @exit_on_user_error
@@ -200,10 +218,9 @@ def main() -> None:
     # Only finished runs have scores to write. The curves below also show runs that train.
     blocks = {run.name: block(run) for run in runs if run.is_finished}
     results = arguments.results
-    text = results.read_text() if results.is_file() else "# Results\n"
-    text = update(text, blocks)
+    text = update(_read_results(results), blocks)
     with output("--results", results), atomic_write(results) as scratch:
-        scratch.write_text(text)
+        scratch.write_text(text, encoding="utf-8")
 
     curves = arguments.curves or arguments.runs / "report.png"
     started = [run for run in runs if run.metrics]

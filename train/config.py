@@ -13,8 +13,6 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from data.batches.dataset import BatchPlan
@@ -23,8 +21,9 @@ from data.paths import ROOT, data_dir
 from train.cli import exit_on_user_error
 from train.hardware import native_dtype
 from train.settings import Config, GradientEngine, LoraSettings, ReducerSettings, check_argument
-from vzip import UserError
+from vzip import UserError, reducers, templates
 from vzip.errors import check_choice
+from vzip.families import Family, families
 from vzip.families.anyres import ANYRES
 from vzip.reducers import Reducer
 
@@ -115,20 +114,58 @@ def settings_help() -> str:
     return "\n".join(lines)
 
 
-def instantiate_target(node: DictConfig, **more: Any) -> Any:
-    """Build what `_target_` names from the node's other settings and `more`.
+def _full_name(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
 
-    Raises UserError if they are wrong.
+
+def _buildable() -> dict[str, Any]:
+    """List the reducers and templates that settings may build, by the names of their `_target_`."""
+    # Settings may come with a stranger's run. So the list decides, and no name is ever imported.
+    buildable = {}
+    for name in reducers.names():
+        reducer = reducers.reducer_class(name)
+        buildable[_full_name(reducer)] = reducer
+    for name in templates.__all__:
+        buildable[f"{templates.__name__}.{name}"] = getattr(templates, name)
+    return buildable
+
+
+def instantiate_target(node: DictConfig, **more: Any) -> Any:
+    """Build the reducer or the template that `_target_` names, from the node's settings and `more`.
+
+    Raises:
+        UserError: `_target_` names anything else, or the settings are wrong.
     """
-    try:
-        return instantiate(node, **more)
-    except InstantiationException as error:
-        # Hydra wraps every error. One of ours already says what to do.
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
+    settings = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(settings, dict)
+    target = settings.pop("_target_", None)
+    buildable = _buildable()
+    if not isinstance(target, str) or target not in buildable:
         raise UserError(
-            f"{node['_target_']} can't be made with {OmegaConf.to_container(node)}: {error.__cause__}"
-        ) from error
+            f"_target_={target} is nothing that settings can build; choose one of: {', '.join(buildable)}"
+        )
+
+    # No reducer and no template takes a group of settings, so nothing may be hidden in one.
+    groups = [name for name, value in settings.items() if isinstance(value, dict)]
+    if groups:
+        raise UserError(f"{target} takes no group of settings, but {groups[0]} is one; leave it out")
+    try:
+        return buildable[target](**{**settings, **more})
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{target} can't be made with {settings}: {error}") from error
+
+
+def family_class(cfg: DictConfig) -> type[Family]:
+    """Return the family that `model._target_` names. Raises UserError if it names anything else."""
+    by_name = {_full_name(family): family for family in families().values()}
+    target = cfg.model["_target_"]
+    if not isinstance(target, str) or target not in by_name:
+        raise UserError(
+            f"model._target_={target} is no family of models; choose one of: {', '.join(by_name)}"
+        )
+    return by_name[target]
 
 
 def budgets_of(cfg: DictConfig) -> list[Any]:
@@ -162,7 +199,7 @@ def build_reducers(cfg: DictConfig) -> list[Reducer]:
         return [instantiate_target(settings)]
 
     # A budget counts the tokens of several tiles together, so reducers get their number.
-    tiles = get_class(cfg.model["_target_"]).budget_tiles
+    tiles = family_class(cfg).budget_tiles
     return [instantiate_target(settings, budget=budget, tiles=tiles) for budget in budgets_of(cfg)]
 
 

@@ -5,17 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from data.paths import data_dir
-from train.config import build_reducers, tile_order
+from train.config import build_reducers, family_class, tile_order
 from train.hardware import best_device
 from train.ranks import print_rank0
 from vzip.cost import frozen_linears
 from vzip.errors import UserError, check_package
 from vzip.families import Family
+from vzip.media import image_aspect_ratio, set_aspect_ratio
 from vzip.runs.projector import load_weights
 
 # In int8 products, inputs at least this large stay in float16 (arXiv 2208.07339).
@@ -39,7 +39,7 @@ def load_family(cfg: DictConfig) -> tuple[Family, Any]:
     processor = load_unreduced_processor(cfg)
 
     # Random weights are for benchmarks and dry runs: they need no download.
-    cls = get_class(cfg.model["_target_"])
+    cls = family_class(cfg)
     if cfg.weights == "random":
         torch.manual_seed(cfg.seed)
         model = _build_model(cfg)
@@ -62,10 +62,20 @@ def load_family(cfg: DictConfig) -> tuple[Family, Any]:
 def load_unreduced_processor(cfg: DictConfig) -> Any:
     """Load the processor at `model.id`, which counts all visual tokens.
 
+    It pads pictures if `model.image_aspect_ratio` says so.
+
     Raises:
-        UserError: nothing is there.
+        UserError: nothing is there, or a processor that can't pad.
     """
-    return _load_from_id(get_class(cfg.model["_target_"]).load_processor, cfg)
+    processor = _load_from_id(family_class(cfg).load_processor, cfg)
+    own_ratio = image_aspect_ratio(processor)
+
+    # Padding shows the model other pictures than the saved processor does, so say it.
+    ratio = cfg.model.get("image_aspect_ratio")
+    set_aspect_ratio(processor, ratio)
+    if ratio is not None and ratio != own_ratio:
+        print_rank0(f"model.image_aspect_ratio={ratio}: the processor at {cfg.model.id} has {own_ratio}")
+    return processor
 
 
 def _load_from_id(load: Callable[..., Any], cfg: DictConfig, **settings: Any) -> Any:
@@ -86,7 +96,7 @@ def _load_from_id(load: Callable[..., Any], cfg: DictConfig, **settings: Any) ->
 def _build_model(cfg: DictConfig) -> Any:
     """Build the model of `model.architecture`, in `model.dtype`, with random weights."""
     architecture = OmegaConf.to_container(cfg.model.architecture, resolve=True)
-    cls = get_class(cfg.model["_target_"])
+    cls = family_class(cfg)
     return cls.from_architecture(architecture, dtype=getattr(torch, cfg.model.dtype))
 
 
@@ -94,7 +104,7 @@ def count_model(cfg: DictConfig) -> Family:
     """Build the model on the meta device, without memory, to count parameters and FLOPs."""
     # The projector is in float32, as in training, so that its bytes are counted right.
     with torch.device("meta"):
-        family: Family = get_class(cfg.model["_target_"])(_build_model(cfg), anyres=tile_order(cfg))
+        family: Family = family_class(cfg)(_build_model(cfg), anyres=tile_order(cfg))
         family.projector.float()
     return family
 

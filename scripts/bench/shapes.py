@@ -5,11 +5,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
-from hydra.utils import get_class
 from omegaconf import OmegaConf
 from torch import nn
 
-from train.config import compose_settings
+from train.config import compose_settings, family_class
 from vzip.families import Family
 from vzip.reducers.visionzip import VisionZip
 
@@ -60,10 +59,11 @@ def shape_of(name: str) -> Shape:
     if name == "tiny":
         return tiny_shape()
 
-    model = compose_settings(f"model={name}").model
+    cfg = compose_settings(f"model={name}")
+    model = cfg.model
     return Shape(
         name,
-        family=get_class(model["_target_"]),
+        family=family_class(cfg),
         architecture=OmegaConf.to_container(model.architecture),
         budget=model.budget,
         dtype=getattr(torch, model.dtype),

@@ -12,8 +12,7 @@ from train.examples import held_out_conversations
 from train.runs import FinishedRun
 from vzip import Comparison, UserError
 from vzip.reducers import Reducer
-from vzip.runs.meta import ADAPTER
-from vzip.templates.encode import Template
+from vzip.runs.meta import ADAPTER, template_of
 
 
 def _pictures(cfg: DictConfig) -> list[tuple[Conversation, Path]]:
@@ -35,8 +34,10 @@ def with_pictures(run: Path) -> list[tuple[Conversation, Path]]:
     Raises:
         UserError: the folder has no settings, or the run's data is gone.
     """
-    cfg = FinishedRun(run).settings
-    return _pictures(cfg) if asks_questions(cfg) else []
+    finished = FinishedRun(run)
+    with finished.explained():
+        cfg = finished.settings
+        return _pictures(cfg) if asks_questions(cfg) else []
 
 
 def held_out_with_pictures(run: Path) -> list[tuple[Conversation, Path]]:
@@ -45,12 +46,15 @@ def held_out_with_pictures(run: Path) -> list[tuple[Conversation, Path]]:
     Raises:
         UserError: the run asks no questions, none of them has a picture, or the run's data is gone.
     """
-    cfg = FinishedRun(run).settings
-    if not asks_questions(cfg):
-        raise UserError(
-            f"{run} has no held-out questions: data.held_out was not set, or evaluate.questions was 0"
-        )
-    pictures = _pictures(cfg)
+    finished = FinishedRun(run)
+    with finished.explained():
+        cfg = finished.settings
+        if not asks_questions(cfg):
+            raise UserError(
+                f"{run} has no held-out questions: data.held_out was not set, or evaluate.questions was 0"
+            )
+        pictures = _pictures(cfg)
+
     if not pictures:
         raise UserError(f"{run}: no held-out question has a picture, in data.held_out={cfg.data.held_out}")
     return pictures
@@ -86,12 +90,13 @@ def ask_training_free(
     comparison.attach("full").detach()
 
     # Ask in the format that the run was trained with. Answers that are in the folder are read.
-    evaluator = Evaluator(
-        finished.settings,
-        SingleDevice(comparison.family),
-        AnswerFiles(folder),
-        comparison.processor,
-        Template(**finished.meta["template"]),
-    )
-    (answers,) = evaluator.ask(name, [reducer])
+    with finished.explained():
+        evaluator = Evaluator(
+            finished.settings,
+            SingleDevice(comparison.family),
+            AnswerFiles(folder),
+            comparison.processor,
+            template_of(finished.meta, source=run),
+        )
+        (answers,) = evaluator.ask(name, [reducer])
     return answers.row

@@ -11,12 +11,24 @@ from typing import Any, Self
 
 from scripts.evaluate.target import EvaluationSetting
 from scripts.evaluate.tasks import HELD_OUT
+from vzip.files import read_json_object
+from vzip.runs.schema import NUMBER, NUMBERS, OBJECTS, TEXT, check_entries
 
 FAILED_FILE = "failed"
 """File beside the job of several processes, if one of them fails.
 
 It holds the number, from 1, of the cell that failed.
 """
+
+_RESULT = {
+    "num_visual_tokens": NUMBER,
+    "seconds": NUMBER,
+    "results": OBJECTS,
+    "num_questions": NUMBERS,
+    "table": TEXT,
+    "prompt": TEXT,
+}
+"""What a cell's file holds for the table, and of which kind it is."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +50,21 @@ class Cell:
         """Read the cell's file.
 
         Return None if there is no file, or it was made with other settings.
+
+        Raises:
+            UserError: the file is damaged.
         """
         path = Path(self.path)
         if not path.is_file():
             return None
 
         # Answers of another model, or to other questions, must not get into the table.
-        result: dict[str, Any] = json.loads(path.read_text())
-        return result if result.get("stamp") == self.stamp else None
+        advice = "delete it: the same command then asks this task again"
+        result = read_json_object(path, advice=advice)
+        if result.get("stamp") != self.stamp:
+            return None
+        check_entries(result, _RESULT, source=path, advice=advice)
+        return result
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from train.evaluation.questions import HeldOutQuestion, held_out_questions
 from train.examples import held_out_conversations
 from train.runs import FinishedRun
 from vzip import UserError
-from vzip.files import atomic_write, write_json
+from vzip.files import atomic_write, check_is_file, write_json
 from vzip.videos import read_frames
 
 TEMPLATE = Path(__file__).parent / "held_out_task" / "held_out.yaml"
@@ -79,7 +80,14 @@ def _document(question: HeldOutQuestion, folder: Path, *, num_frames: int) -> di
         num_frames: frames that the model takes of a video.
     """
     # Without a path, `datasets` stores the bytes, and the file does not depend on this machine.
-    images = [{"bytes": (folder / path).read_bytes(), "path": None} for path in question.images]
+    images = []
+    for path in question.images:
+        try:
+            check_is_file(folder / path)
+            content = (folder / path).read_bytes()
+        except (OSError, ValueError) as error:
+            raise UserError(f"a held-out picture, {folder / path}, can't be read: {error}") from error
+        images.append({"bytes": content, "path": None})
 
     videos = []
     for path in question.videos:
@@ -129,13 +137,14 @@ def write_questions(run: Path | None) -> Path:
         a hash of the questions.
 
     Raises:
-        UserError: the file of the questions does not exist.
+        UserError: the file of the questions, or one of their pictures, can't be read.
     """
     # Take the same questions, with the same limit, as the evaluation after tuning.
-    cfg = _question_settings(run)
-    media_folder = Path(cfg.data.image_folder).expanduser()
-    num_frames = cfg.model.get("num_frames", 1)
-    questions = held_out_questions(held_out_conversations(cfg), limit=cfg.evaluate.questions)
+    with nullcontext() if run is None else FinishedRun(run).explained():
+        cfg = _question_settings(run)
+        media_folder = Path(cfg.data.image_folder).expanduser()
+        num_frames = cfg.model.get("num_frames", 1)
+        questions = held_out_questions(held_out_conversations(cfg), limit=cfg.evaluate.questions)
     documents = [_document(question, media_folder, num_frames=num_frames) for question in questions]
 
     # Equal questions share one folder, whichever run they come from. Their answers carry its name,

@@ -121,8 +121,11 @@ def _folder_of_model(arguments: argparse.Namespace) -> Path:
         folder: Path = arguments.out
         return folder
 
-    # A hub id or a path becomes one folder name.
-    return ROOT / "runs" / "eval" / str(arguments.source).strip("/").replace("/", "--")
+    # A hub id or a path becomes one folder name. Dots alone would lead out of the folder.
+    name = str(arguments.source).strip("/").replace("/", "--")
+    if not name.strip("."):
+        name = Path(arguments.source).resolve().name or "root"
+    return ROOT / "runs" / "eval" / name
 
 
 def _identity_of_model(source: str) -> str:
@@ -132,7 +135,8 @@ def _identity_of_model(source: str) -> str:
         return source
 
     # A model card or a picture beside the weights changes no answer.
-    return digest(path for path in sorted(Path(source).glob("*")) if path.suffix in MODEL_FILES)
+    files = [path for path in sorted(Path(source).glob("*")) if path.suffix in MODEL_FILES]
+    return digest(path for path in files if path.is_file())
 
 
 def _export_target(arguments: argparse.Namespace, export: Path) -> Target:
@@ -182,13 +186,21 @@ def _run_target(arguments: argparse.Namespace, run: Path) -> Target:
     settings = settings_of_run(run)
 
     finished = FinishedRun(run)
+    batch_size = BATCH_SIZE
+    name = None
+    if finished.has_settings:
+        batch_size = finished.settings.evaluate.batch
+        name = finished.setting("model.name")
+
+    # A later check says what is wrong with a file that is missing.
+    files = [run / WEIGHTS, run / META, *sorted((run / ADAPTER).glob("*"))]
     return Target(
         settings=settings,
-        folder=arguments.out or run / "eval",
+        folder=arguments.out or finished.own_folder("eval"),
         run=run,
-        batch_size=arguments.batch_size or finished.setting("evaluate.batch", BATCH_SIZE),
-        model=digest([run / WEIGHTS, run / META, *sorted((run / ADAPTER).glob("*"))]),
-        names=[finished.setting("model.name"), read_meta(run)["base"]["id"]],
+        batch_size=arguments.batch_size or batch_size,
+        model=digest(path for path in files if path.is_file()),
+        names=[name if isinstance(name, str) else None, read_meta(run)["base"]["id"]],
     )
 
 

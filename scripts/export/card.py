@@ -13,9 +13,13 @@ from train.runs import FinishedRun
 from vzip.families import families
 from vzip.runs.export import base_name
 from vzip.runs.meta import reducers_of
+from vzip.runs.schema import NUMBER, TEXT, WHOLE, check_entries
 
 SHOWN_SETTINGS = ("reducer", "tune", "optim", "batch", "engine", "quantize", "seed")
 CODE_LICENCE = "Apache-2.0"
+
+_DATA = {"hash": TEXT, "num_rows": WHOLE, "fraction": NUMBER, "seed": WHOLE}
+"""What a run records of its data, and of which kind it is."""
 
 
 def base_licence(base: str) -> str | None:
@@ -158,10 +162,11 @@ def _data(run: FinishedRun) -> str:
     data = run.meta.get("data")
     if data is None:
         return "Not recorded."
+    check_entries(data, _DATA, source=f"{run.path}, data in meta.json", advice="restore the file")
 
     # The file's name alone tells readers which data it was.
     path = run.setting("data.path")
-    file = f" of `{Path(path).name}`" if path else ""
+    file = f" of `{Path(path).name}`" if isinstance(path, str) else ""
     return (
         f"{data['num_rows']:,} examples{file}: a share of {data['fraction']} of each source, drawn with "
         f"seed {data['seed']}; manifest hash `{data['hash']}`."

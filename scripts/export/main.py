@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from scripts.export.card import model_card
 from scripts.export.tag import has_our_card
 from train.cli import count, exit_on_user_error
+from train.runs import FinishedRun
 from vzip import UserError
 from vzip.runs.export import write_hf, write_llava, write_peft
 from vzip.runs.meta import read_meta
@@ -88,7 +89,7 @@ def export(args: argparse.Namespace) -> Path:
     """
     # Everything that can be refused is refused before the model is loaded.
     run = args.run
-    target = args.out or run / "export" / args.to
+    target = args.out or FinishedRun(run).own_folder("export") / args.to
     if args.to not in FORMATS:
         raise UserError(f"TO={args.to} is unknown; choose one of: {', '.join(FORMATS)}")
     if args.to != "hf" and (args.copy or args.budget is not None):

@@ -17,11 +17,12 @@ def card_metadata(card: str | Path) -> dict[str, Any]:
     """
     try:
         return metadata_load(card) or {}
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         return {}
 
 
 def has_our_card(folder: Path) -> bool:
     """Whether `make export` wrote the folder."""
     card = folder / "README.md"
-    return card.is_file() and TAG in (card_metadata(card).get("tags") or ())
+    tags = card_metadata(card).get("tags") if card.is_file() else None
+    return isinstance(tags, list) and TAG in tags

@@ -161,7 +161,7 @@ def figure_inputs(arguments: argparse.Namespace) -> FigureInputs:
     return FigureInputs(
         pictures=_open_pictures(arguments.pictures or _held_out_pictures(source)),
         comparison=Comparison.open(arguments.source),
-        folder=arguments.out or source / "figures",
+        folder=arguments.out or run.own_folder("figures"),
         run=source if run.has_settings else None,
         others=tuple(arguments.runs),
         budgets=tuple(dict.fromkeys(arguments.budgets)),

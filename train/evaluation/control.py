@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from train.checkpoint import RunFolder
-from train.config import build_reducer, tile_order
+from train.config import build_reducer, family_class, tile_order
 from vzip import UserError
 from vzip.reducers.visionzip import VisionZip
 
@@ -30,7 +29,7 @@ def control_settings(cfg: DictConfig) -> DictConfig:
 
     # Keep the same number of tokens. A budget counts the tokens of several tiles together.
     tokens_per_tile = reducer.dominant + reducer.contextual
-    budget_tiles = get_class(cfg.model["_target_"]).budget_tiles
+    budget_tiles = family_class(cfg).budget_tiles
     random_reducer = {
         "_target_": "vzip.reducers.random.Random",
         "budget": tokens_per_tile * budget_tiles,

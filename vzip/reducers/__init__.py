@@ -7,7 +7,7 @@ from typing import Any
 from vzip.errors import UserError
 from vzip.reducers.base import Reducer, ReducerOutput, VisionTokens
 
-__all__ = ["Reducer", "ReducerOutput", "VisionTokens", "create", "names", "with_budget"]
+__all__ = ["Reducer", "ReducerOutput", "VisionTokens", "create", "names", "reducer_class", "with_budget"]
 
 
 def names() -> list[str]:
@@ -15,12 +15,8 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
 
 
-def create(name: str, settings: dict[str, Any]) -> Reducer:
-    """Make the reducer that `Reducer.name` and `Reducer.settings()` describe.
-
-    Raises:
-        UserError: an unknown name or setting.
-    """
+def reducer_class(name: str) -> type[Reducer]:
+    """Return the class of a reducer. Raises UserError for an unknown name."""
     if name not in names():
         raise UserError(f"reducer={name!r} is unknown; there are: {', '.join(names())}")
 
@@ -31,8 +27,17 @@ def create(name: str, settings: dict[str, Any]) -> Reducer:
         for value in vars(module).values()
         if isinstance(value, type) and getattr(value, "name", "") == name
     ]
+    return cls
+
+
+def create(name: str, settings: dict[str, Any]) -> Reducer:
+    """Make the reducer that `Reducer.name` and `Reducer.settings()` describe.
+
+    Raises:
+        UserError: an unknown name or setting.
+    """
     try:
-        reducer: Reducer = cls(**settings)
+        reducer = reducer_class(name)(**settings)
     except TypeError as error:
         raise UserError(f"reducer {name!r} can't be made with {settings}: {error}") from error
     return reducer

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vzip.errors import UserError
 from vzip.families import Family, families, family_at
 from vzip.handle import Handle
+from vzip.media import set_aspect_ratio
 from vzip.reducers import Reducer, with_budget
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
@@ -57,9 +58,18 @@ def _load_base(
     *,
     dtype: torch.dtype,
     anyres: str = "released",
+    aspect_ratio: str | None = None,
     advice: str = _GIVE_BASE,
 ) -> tuple[Family, Any]:
     """Load a base model, frozen, with its projector in float32, and its processor.
+
+    Args:
+        family_class: the model's family.
+        source: its folder or hub id.
+        dtype: of the frozen weights.
+        anyres: order of the tokens of several tiles.
+        aspect_ratio: one of `vzip.media.ASPECT_RATIOS`; None leaves the processor as it is.
+        advice: what to do if it can't be loaded.
 
     Raises:
         UserError: it can't be loaded; the message ends with the advice.
@@ -67,14 +77,23 @@ def _load_base(
     # A base model that has moved is the usual reason, so the message says how to name its new path.
     try:
         model = family_class.load_model(source, dtype=dtype)
-        processor = family_class.load_processor(source)
+        processor = set_aspect_ratio(family_class.load_processor(source), aspect_ratio)
     except (OSError, UserError) as error:
         raise UserError(f"the base model {source} can't be loaded: {error}\n{advice}") from error
 
     # The projector is tuned and saved in float32, so it must not lose bits here.
     family = family_class(model.eval().requires_grad_(False), anyres=anyres)
     family.projector.float()
+
+    # A reducer's method casts what the projector gets. Without a reducer, the model's own does not.
+    family.projector.register_forward_pre_hook(_cast_inputs)
     return family, processor
+
+
+def _cast_inputs(projector: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Cast the inputs of a projector to its own precision, as a forward hook."""
+    dtype = next(projector.parameters()).dtype
+    return tuple(value.to(dtype) for value in inputs)
 
 
 def _load_base_of_run(folder: Path, meta: Mapping[str, Any], *, base: str | None) -> tuple[Family, Any]:
@@ -101,6 +120,8 @@ def _load_base_of_run(folder: Path, meta: Mapping[str, Any], *, base: str | None
         source,
         dtype=getattr(torch, meta["dtype"]),
         anyres=anyres_of(meta),
+        # The projector was tuned for pictures of this form. Older runs left the processor as it was.
+        aspect_ratio=meta.get("image_aspect_ratio"),
         advice=advice,
     )
 
@@ -159,8 +180,11 @@ class Comparison:
     """One base model, and the settings in which it can answer.
 
     Attributes:
-        family: the family of the model. Outside `row` the model has no reducer.
-        processor: the base model's, with the chat template that the projector was tuned with.
+        family: the family of the model. Outside `row` the model has no reducer, and the projector
+            of the setting that came last: before the first one the tuned projector of a run or an
+            export, or that of a base model. LoRA is active there.
+        processor: the base model's, with the chat template that the projector was tuned with. It
+            pads pictures if the run did.
         reducers: the reducers of a run by budget, the first one first; empty for a base model.
         meta: meta.json of a run, or the same entries of an export; empty for a base model.
         adapter: peft's model around the model; None without LoRA.

@@ -27,6 +27,8 @@ from vzip.checkpoints.shards import list_shards, read_config
 from vzip.errors import UserError, check_package
 from vzip.families import Family
 from vzip.files import sha256_of
+from vzip.media import image_aspect_ratio
+from vzip.integrations.vllm import ARCHITECTURE
 from vzip.reducers import Reducer
 from vzip.runs.compare import Comparison, check_tuned_budget
 from vzip.runs.meta import ADAPTER, ADAPTER_WEIGHTS, CONFIG, EXPORT, WEIGHTS, is_export, read_finished
@@ -231,6 +233,7 @@ def write_hf(
         *reducers,
         base=base_name(comparison.meta["base"]["id"]),
         base_fingerprint=fingerprint(family),
+        aspect_ratio=image_aspect_ratio(comparison.processor),
     )
     meta |= {
         "adapter": False,
@@ -239,6 +242,10 @@ def write_hf(
         "sha256": {WEIGHTS: sha256_of(folder / WEIGHTS)},
     }
     setattr(family.model.config, EXPORT, meta)
+
+    # vLLM takes the first architecture that it knows, and asks the plugin for it. transformers does
+    # not look at them.
+    family.model.config.architectures = [ARCHITECTURE, type(family.model).__name__]
     family.model.config.save_pretrained(folder)
 
 
@@ -271,7 +278,8 @@ def _llava_loader_config(family: Family, processor: Any, base: str) -> dict[str,
     """The config.json that LLaVA's loader needs beside the projector; None if none can be made."""
     config = read_config(base)
     if family.original is not None and family.original.is_original(config):
-        return config
+        # The run may have padded pictures where the base does not, or the other way round.
+        return config | {"image_aspect_ratio": image_aspect_ratio(processor)}
     return family.original_config(processor)
 
 

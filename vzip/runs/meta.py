@@ -15,6 +15,7 @@ from vzip.checkpoints.shards import read_config
 from vzip.errors import UserError, check_choice
 from vzip.families.anyres import ANYRES
 from vzip.files import read_json_object, sha256_of
+from vzip.media import ASPECT_RATIOS
 from vzip.reducers import Reducer, create
 from vzip.runs.schema import (
     COUNT,
@@ -68,13 +69,12 @@ _REQUIRED = {
 
 _OPTIONAL = {
     "reducer.anyres": TEXT,
+    "image_aspect_ratio": TEXT.or_null(),
     "num_image_tokens": COUNT,
     "trained": TEXTS,
     "commit": TEXT.or_null(),
     "sha256": NAMED_TEXTS,
     "data": OBJECT.or_null(),
-    "data.hash": TEXT,
-    "data.num_rows": WHOLE,
 }
 """What it may have too."""
 
@@ -184,6 +184,8 @@ def _check_values(meta: Mapping[str, Any], path: Path) -> None:
     """Raise UserError for a value of the right kind that no run records."""
     check_choice(f"{path}: dtype", meta["dtype"], DTYPES)
     check_choice(f"{path}: reducer.anyres", anyres_of(meta), ANYRES)
+    ratios = (None, *ASPECT_RATIOS)
+    check_choice(f"{path}: image_aspect_ratio", meta.get("image_aspect_ratio"), ratios)
 
     # The budgets of further reducers are keys, so JSON holds them as texts.
     for budget in meta["other_budgets"]:

@@ -117,6 +117,7 @@ def projector_meta(
     base: str,
     base_fingerprint: str,
     projector: str | None = None,
+    aspect_ratio: str | None = None,
 ) -> dict[str, Any]:
     """Make the part of meta.json that says what a projector belongs to.
 
@@ -126,6 +127,7 @@ def projector_meta(
         base: folder or hub id of the base model.
         base_fingerprint: its `fingerprint`.
         projector: the file of the projector that training starts from, if it is not the base's own.
+        aspect_ratio: what `vzip.media.image_aspect_ratio` says of the processor.
     """
     # Two reducers with one budget could not be told apart in meta.json.
     budgets = [budget_of(family, reducer) for reducer in reducers]
@@ -142,6 +144,7 @@ def projector_meta(
             "fingerprint": base_fingerprint,
             "projector": projector,
         },
+        "image_aspect_ratio": aspect_ratio,
         "budget": budgets[0],
         "reducer": descriptions[0],
         "other_budgets": {str(budget): description for budget, description in others},

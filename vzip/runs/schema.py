@@ -51,6 +51,10 @@ def _is_object_of_texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
 
 
+def _is_object_of_objects(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, dict) for each in value.values())
+
+
 TEXT = Kind("a text", lambda value: isinstance(value, str))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 WHOLE = Kind("a whole number", _is_whole)
@@ -60,6 +64,7 @@ OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 LIST = Kind("a list", lambda value: isinstance(value, list))
 TEXTS = Kind("a list of texts", _is_list_of_texts)
 NUMBERS = Kind("an object of numbers", _is_object_of_numbers)
+OBJECTS = Kind("an object of objects", _is_object_of_objects)
 NAMED_TEXTS = Kind("an object of texts", _is_object_of_texts)
 
 _MISSING = object()

@@ -14,6 +14,16 @@ optim: {lr: 2.0e-05}
 data: {path: '${oc.env:HOME}/x'}
 """
 
+ANSWER = {
+    "num_visual_tokens": 16,
+    "image": "1.png",
+    "question": "<image>a cat?",
+    "expected": "yes",
+    "answer": "Yes",
+    "kind": "yesno",
+    "correct": True,
+}
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -43,7 +53,7 @@ def test_settings_are_plain_data(folder):
     run = FinishedRun(folder)
     assert run.config["model"]["template"] == {"_target_": "os.system"}
     assert run.config["data"]["path"] == "${oc.env:HOME}/x"
-    assert run.settings.optim.lr == 2e-5
+    refused(lambda: run.settings, words=["config.yaml refers to ${oc.env:HOME}/x"])
     assert run.setting("optim.lr") == 2e-5
     assert run.setting("optim.momentum") is None
     assert run.setting("optim.lr.peak", 3) == 3
@@ -51,13 +61,14 @@ def test_settings_are_plain_data(folder):
 
 def test_a_finished_run_has_scores_and_answers(folder, tiny_folder):
     save_run(folder, attached(tiny_folder), tiny_folder)
-    result = {"rows": [{"name": "full"}], "seed": 0}
+    row = {"name": "full", "num_visual_tokens": 16, "num_questions": 1, "metrics": {"all": 1.0}}
+    result = {"rows": [row], "seed": 0}
     (folder / "result.json").write_text(json.dumps(result))
-    (folder / "answers_full.json").write_text('[{"answer": "yes"}]')
+    (folder / "answers_full.json").write_text(json.dumps([ANSWER]))
     run = FinishedRun(folder)
     assert run.is_finished
     assert run.result == result and run.scores == result["rows"]
-    assert run.answers("full") == [{"answer": "yes"}]
+    assert run.answers("full") == [ANSWER]
     assert run.meta["base"]["id"] == str(tiny_folder)
     assert [other.path for other in find_runs(folder.parent)] == [folder]
 
