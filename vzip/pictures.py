@@ -97,9 +97,9 @@ def _check_encoding(opened: Image.Image, picture: Path | bytes) -> None:
     """Raise ValueError if decoding would take far more than the picture's size."""
     # A tile may be larger than the picture, and is decoded whole.
     if isinstance(opened, TiffImageFile):
-        sides = [opened.tag_v2.get(tag) for tag in TILE_SIDES]
-        if None not in sides:
-            check_size(*sides)
+        width, height = [opened.tag_v2.get(tag, 0) for tag in TILE_SIDES]
+        if width and height:
+            check_size(width, height)
 
     # 0xFFDA begins a pass. Compressed values never contain it.
     if isinstance(opened, JpegImageFile):

@@ -6,14 +6,20 @@ columns are `conversations` as in LLaVA's JSON, `image` or `images` with picture
 """
 
 import hashlib
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from data.fetch.http import NotFoundError
 from data.paths import data_dir
 from vzip.errors import UserError, check_package
+from vzip.files import check_is_file, read_json_object
+from vzip.pictures import MAX_BYTES
 
 PICTURE_COLUMNS = ("image", "images")
 """Columns that hold one picture, or a list of pictures."""
@@ -21,6 +27,8 @@ OTHER_COLUMNS = ("id", "source", "type", "conversations")
 """The other columns that are read."""
 SAVED = ("state.json", "dataset_dict.json")
 """`save_to_disk` writes one of these files: the first for one split, the second for several."""
+CARDS = ("README.md", ".huggingface.yaml")
+"""Files that may tell `load_dataset` where the data is."""
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -43,10 +51,77 @@ def _stored_pictures(row: dict[str, Any]) -> list[dict[str, Any]]:
         if not isinstance(stored, list):
             stored = [stored]
 
-        # A column of strings holds paths.
+        # A column of strings holds paths, and one of bytes holds files.
         for picture in stored:
-            pictures.append({"path": picture} if isinstance(picture, str) else picture)
+            if isinstance(picture, str):
+                picture = {"path": picture}
+            elif isinstance(picture, bytes):
+                picture = {"bytes": picture}
+            pictures.append(picture if isinstance(picture, dict) else {})
     return pictures
+
+
+def _file_inside(folder: Path, name: str) -> Path:
+    """Return a file by its path relative to a folder.
+
+    Raises ValueError if it leaves the folder or is no file, and OSError if it is missing.
+    """
+    # Whoever made the folder must not choose which other files are read here.
+    file = (folder / name).resolve()
+    allowed = [folder.resolve()]
+
+    # In the hub's cache, a file is a link into this folder beside it.
+    if folder.resolve().parent.name == "snapshots":
+        allowed.append(folder.resolve().parent.parent / "blobs")
+    if not any(file.is_relative_to(root) for root in allowed):
+        raise ValueError(f"{name[:100]} leaves the folder")
+
+    check_is_file(file)
+    return file
+
+
+def _named_in_card(card: Path) -> Iterator[str]:
+    """Yield the data files and folders that a card names. Raises YAMLError if it is damaged."""
+    # A README has them between two lines of dashes, in front of its text.
+    text = card.read_text(encoding="utf-8")
+    if card.suffix == ".md":
+        front = re.match(r"\s*---\s*\n(.*?)\n---", text, flags=re.DOTALL)
+        text = front[1] if front else ""
+
+    content = yaml.safe_load(text)
+    if not isinstance(content, dict):
+        return
+
+    # Names lie in lists and groups of any depth.
+    pending = [content.get("configs")]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+
+
+def _check_inside(folder: Path) -> None:
+    """Raise ValueError if a folder's own description names data outside of it."""
+    for card in CARDS:
+        if (folder / card).is_file():
+            for name in _named_in_card(folder / card):
+                if "://" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+                    raise ValueError(f"{card} names {name[:100]}, which leaves the folder")
+
+    # A saved data set lists its splits, and each split its files.
+    advice = "save the data set again"
+    splits = [folder]
+    if (folder / SAVED[1]).is_file():
+        names = read_json_object(folder / SAVED[1], advice=advice).get("splits", [])
+        splits = [_file_inside(folder, f"{name}/{SAVED[0]}").parent for name in names]
+    for split in splits:
+        if (split / SAVED[0]).is_file():
+            for file in read_json_object(split / SAVED[0], advice=advice)["_data_files"]:
+                _file_inside(split, file["filename"])
 
 
 class HfFolder:
@@ -61,15 +136,20 @@ class HfFolder:
     def __str__(self) -> str:
         return str(self.path)
 
-    def entries(self) -> Iterator[dict[str, Any]]:
-        """Yield the examples in LLaVA's form.
+    def entries(self) -> Iterator[Any]:
+        """Yield the examples in LLaVA's form, and a ValueError for each row that can't be read.
 
         The path of a picture says where it is in the folder (row, and number in the row), and ends
         in a hash of its bytes. Raises UserError as `dataset` does.
         """
         for position in range(len(self.dataset)):
-            row = self._row(position)
-            entry = {"id": str(position)}
+            try:
+                row = self._row(position)
+            except ValueError as error:
+                # Arrow does not check that its texts are UTF-8.
+                yield ValueError(f"row {position} can't be read: {error}")
+                continue
+            entry: dict[str, Any] = {"id": str(position)}
             for name in OTHER_COLUMNS:
                 if row.get(name) is not None:
                     entry[name] = row[name]
@@ -101,12 +181,20 @@ class HfFolder:
 
         # Each form has its own loader. The second one converts the files, into our own folder.
         try:
+            _check_inside(self.path)
             if any((self.path / name).is_file() for name in SAVED):
                 dataset = datasets.load_from_disk(str(self.path))
             else:
                 cache = str(data_dir() / "datasets")
-                dataset = datasets.load_dataset(str(self.path), cache_dir=cache)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+                builder = datasets.load_dataset_builder(str(self.path), cache_dir=cache)
+                self._check_data_files(builder.config.data_files or {})
+                builder.download_and_prepare()
+                dataset = builder.as_dataset()
+        except UserError:
+            raise
+        except Exception as error:
+            # Its files may hold anything, and `datasets` has no error of its own for that. A folder
+            # with a script is among them: no setting lets a script run.
             raise UserError(f"data.path={self.path}: `datasets` can't read this folder: {error}") from error
 
         # Several splits come as a dict.
@@ -127,6 +215,14 @@ class HfFolder:
         names = [name for name in PICTURE_COLUMNS + OTHER_COLUMNS if name in dataset.column_names]
         return dataset.select_columns(names).with_format("arrow")
 
+    def _check_data_files(self, data_files: Mapping[str, Sequence[str]]) -> None:
+        """Raise ValueError if `datasets` has chosen data outside of the folder, whatever made it."""
+        for files in data_files.values():
+            for file in files:
+                # Links are the user's own, and may lead to another disk.
+                if not Path(os.path.normpath(file)).is_relative_to(self.path.absolute()):
+                    raise ValueError(f"{file} leaves the folder")
+
     def _row(self, position: int) -> dict[str, Any]:
         # In Arrow form, a slice of the dataset is a table, here of one row.
         row: dict[str, Any] = self.dataset[position : position + 1].to_pylist()[0]
@@ -144,8 +240,12 @@ class HfFolder:
             return bytes(picture["bytes"])
 
         try:
-            return (self.path / (picture.get("path") or "")).read_bytes()
-        except OSError as error:
+            file = _file_inside(self.path, str(picture.get("path") or ""))
+            num_bytes = file.stat().st_size
+            if num_bytes > MAX_BYTES:
+                raise ValueError(f"a file of {num_bytes:,} bytes; at most {MAX_BYTES:,} are allowed")
+            return file.read_bytes()
+        except (OSError, ValueError) as error:
             raise NotFoundError(
                 f"{self.path}: a picture is not inside, and can't be read: {error}"
             ) from error

@@ -1,17 +1,23 @@
 """Folders of Hugging Face `datasets` with the pictures inside are data like any other."""
 
+import json
+import os
 import shutil
 from datetime import datetime
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from data.examples.hf_folder import HfFolder
 from data.examples.prepare import Selection, prepare
+from data.examples.table import open_table
+from data.fetch.http import NotFoundError
 from tests.helpers import tiny
 from tests.helpers.broken import messages
 from vzip import UserError
-from vzip.pictures import open_picture
+from vzip.pictures import MAX_BYTES, open_picture
 
 datasets = pytest.importorskip("datasets")
 
@@ -103,3 +109,120 @@ def test_paths_are_files_in_the_folder_or_refused(tmp_path):
 
     Image.new("RGB", (8, 8), "red").save(tmp_path / "mine" / "red.png")
     assert sorted(prepare(select(tmp_path / "mine")).manifest["ids"]) == ["0", "1"]
+
+
+def test_a_picture_outside_of_the_folder_is_never_read(tmp_path):
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (8, 8), "red").save(secret)
+    folder = tmp_path / "mine"
+    paths = ["../secret.png", str(secret), "/dev/zero", "link.png", "pipe.png", "a\0b", "", None]
+    data = datasets.Dataset.from_dict({"image": paths, "conversations": [ONE_PICTURE] * len(paths)})
+    data.save_to_disk(folder)
+    (folder / "link.png").symlink_to(secret)
+    os.mkfifo(folder / "pipe.png")
+
+    source = HfFolder(folder)
+    entries = list(source.entries())
+    assert len(entries) == len(paths)
+    for entry in entries[:-2]:
+        with pytest.raises(NotFoundError, match=r"leaves the folder|a pipe or a device|null byte"):
+            source.read(entry["image"][0])
+
+
+def test_a_picture_is_limited_in_size(tmp_path):
+    data = datasets.Dataset.from_dict({"image": ["a.png"], "conversations": [ONE_PICTURE]})
+    data.save_to_disk(tmp_path / "mine")
+    with (tmp_path / "mine" / "a.png").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(NotFoundError, match="a file of 100,000,001 bytes"):
+        HfFolder(tmp_path / "mine").read("mine/0-0-x")
+
+
+def test_links_of_the_hubs_cache_are_followed(tmp_path):
+    folder = tmp_path / "datasets--me--mine" / "snapshots" / "abc"
+    data = datasets.Dataset.from_dict({"image": ["red.png"], "conversations": [ONE_PICTURE]})
+    data.save_to_disk(folder)
+    (tmp_path / "datasets--me--mine" / "blobs").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "datasets--me--mine" / "blobs" / "123", "PNG")
+    (folder / "red.png").symlink_to("../../blobs/123")
+    assert prepare(select(folder)).manifest["num_rows"] == 1
+
+
+def card(data_files):
+    return f"---\nconfigs:\n- config_name: default\n  data_files:\n  - {data_files}\n---\n# Data\n"
+
+
+def in_json(**content):
+    return lambda folder: json.dumps(content)
+
+
+OUTSIDE = {
+    "README.md": lambda folder: card("../secret.jsonl"),
+    "README.md ": lambda folder: card(folder.parent / "secret.jsonl"),
+    "README.md  ": lambda folder: card("http://127.0.0.1:9/secret.jsonl"),
+    ".huggingface.yaml": lambda folder: "configs: [{config_name: default, data_files: ../secret.jsonl}]",
+    "state.json": in_json(_data_files=[{"filename": "../secret.arrow"}]),
+    "dataset_dict.json": in_json(splits=["../secret"]),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_folder_that_names_data_outside_of_itself_is_refused(tmp_path, name):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (tmp_path / "secret.jsonl").write_text(json.dumps({"conversations": ONE_PICTURE}))
+    (folder / "a.jsonl").write_text(json.dumps({"conversations": ONE_PICTURE}))
+    (folder / name.strip()).write_text(OUTSIDE[name](folder))
+    with pytest.raises(UserError, match=r"`datasets` can't read this folder: .*leaves the folder"):
+        HfFolder(folder).dataset  # noqa: B018
+
+
+def test_a_card_without_files_is_no_obstacle(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(json.dumps({"conversations": ONE_PICTURE}))
+    for text in ("# Pictures: of: mine\n", "Mine: all: mine [", "---\nlicense: mit\n---\nconfigs: /etc"):
+        (folder / "README.md").write_text(text)
+        assert len(HfFolder(folder).dataset) == 1
+
+
+def test_what_the_library_chose_is_checked_too(tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (tmp_path / "secret.jsonl").write_text(json.dumps({"conversations": ONE_PICTURE}))
+    (folder / "README.md").write_text(card("../secret.jsonl"))
+    monkeypatch.setattr("data.examples.hf_folder.CARDS", ())
+    with pytest.raises(UserError, match=r"secret\.jsonl leaves the folder"):
+        HfFolder(folder).dataset  # noqa: B018
+
+
+BROKEN = {
+    "mine.py": "raise SystemExit(3)",
+    "README.md": "---\nconfigs: [{\n---\n",
+    "state.json": "{",
+    "dataset_dict.json": "[]",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_script_and_broken_descriptions_end_in_a_message(tmp_path, name):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(json.dumps({"conversations": ONE_PICTURE}))
+    (folder / name).write_text(BROKEN[name])
+    with pytest.raises(UserError, match=r"data\.path=.*can't read this folder|is damaged"):
+        HfFolder(folder).dataset  # noqa: B018
+
+
+def test_text_that_is_not_utf8_is_a_listed_row(tmp_path):
+    texts = [b"un caf\xc3\xa9", b"un caf\xe9"]
+    offsets = np.cumsum([0, *map(len, texts)]).astype("int32")
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(texts))]
+    identifiers = pa.StringArray.from_buffers(2, *buffers[1:])
+    table = pa.table({"id": identifiers, "conversations": [messages("hello", "hi")] * 2})
+    datasets.Dataset(table).save_to_disk(tmp_path / "mine")
+
+    table = open_table(tmp_path / "mine")
+    (bad,) = table.bad_examples()
+    assert table.conversation(0).id == "un café"
+    assert (bad.id, bad.reason[:19]) == ("#1", "row 1 can't be read")
