@@ -1,12 +1,11 @@
 """Put a reducer into a model instance, and take it out again."""
 
-import copy
 from types import TracebackType
 from typing import Any, Self
 
 from vzip.errors import UserError
 from vzip.families import family_of
-from vzip.media import MediaInputs
+from vzip.processor import reduced_processor
 from vzip.reducers.base import Reducer
 from vzip.reducers.visionzip import VisionZip
 
@@ -45,39 +44,7 @@ class Handle:
 
     def processor(self, processor: Any) -> Any:
         """Copy the model's processor; the copy writes a placeholder for each token that remains."""
-        # A shallow copy shares its parts with the original, but has methods of its own.
-        reduced = copy.copy(processor)
-
-        # Processors of transformers count placeholders in three methods. These two write those of
-        # one image, or of one video, into the text.
-        def replace_image_token(image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-            inputs = MediaInputs.from_processed("image", image_inputs)
-            token: str = reduced.image_token
-            return token * self.family.num_processed_tokens(self.reducer, "image", inputs, image_idx)
-
-        def replace_video_token(video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
-            inputs = MediaInputs.from_processed("video", video_inputs)
-            token: str = reduced.video_token
-            return token * self.family.num_processed_tokens(self.reducer, "video", inputs, video_idx)
-
-        def get_num_multimodal_tokens(image_sizes: Any = None, video_sizes: Any = None, **kwargs: Any) -> Any:
-            # Processors of models without videos do not take `video_sizes`.
-            sizes = {"image_sizes": image_sizes}
-            if video_sizes is not None:
-                sizes["video_sizes"] = video_sizes
-            counts = processor._get_num_multimodal_tokens(**sizes, **kwargs)
-
-            # Replace the numbers of all tokens by those that remain.
-            if image_sizes is not None:
-                counts.num_image_tokens = [self.num_image_tokens(tuple(size)) for size in image_sizes]
-            if video_sizes is not None:
-                counts.num_video_tokens = [self.num_video_tokens(size[0]) for size in video_sizes]
-            return counts
-
-        reduced.replace_image_token = replace_image_token
-        reduced.replace_video_token = replace_video_token
-        reduced._get_num_multimodal_tokens = get_num_multimodal_tokens
-        return reduced
+        return reduced_processor(processor, self.family, self.reducer)
 
     def detach(self) -> None:
         """Take the reducer out. Reduced processors stay reduced, so use the original one again."""

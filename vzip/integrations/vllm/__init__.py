@@ -1,0 +1,15 @@
+"""Serve a reduced model with vLLM: a plugin that vLLM finds by the entry point `vllm.general_plugins`.
+
+`config.json` of an export names `ARCHITECTURE` first, so that vLLM asks this plugin for the model.
+Every process of vLLM calls `register`, so this module imports nothing that takes time.
+"""
+
+ARCHITECTURE = "VZipForConditionalGeneration"
+"""The architecture in `config.json` of models that this plugin serves."""
+
+
+def register() -> None:
+    """Tell vLLM where the model of `ARCHITECTURE` is. vLLM imports it when it serves one."""
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")

@@ -1,0 +1,88 @@
+"""What a served model's `config.json` says: its family, its reducers, and their budgets."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import vllm
+from packaging.specifiers import SpecifierSet
+
+from vzip.errors import UserError, check_choice
+from vzip.families import Family, families
+from vzip.reducers import Reducer
+from vzip.runs.meta import EXPORT, FORMAT, anyres_of, reducers_of
+
+SUPPORTED = SpecifierSet(">=0.32,<0.33")
+"""Versions of vLLM that the plugin was tested with. It uses parts that vLLM does not promise to keep."""
+
+
+def check_version() -> None:
+    """Raise UserError for a version of vLLM that the plugin was not tested with."""
+    version = vllm.__version__
+    if not SUPPORTED.contains(version, prereleases=True):
+        raise UserError(
+            f"vzip serves with vLLM {SUPPORTED}, this is {version}; install one of those versions"
+        )
+
+
+class Card:
+    """The reducers of a served model, by budget.
+
+    Args:
+        config: the model's config.
+
+    Attributes:
+        reducers: the reducers by budget, the default first.
+
+    Raises:
+        UserError: the config describes no reducer, or one that does not fit the model.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        meta = getattr(config, EXPORT, None)
+        if not isinstance(meta, Mapping) or "reducer" not in meta:
+            raise UserError(
+                f"config.json has no description {EXPORT!r} of a reducer; serve a folder that "
+                f"`make export TO=hf` wrote"
+            )
+        if meta.get("format", FORMAT) != FORMAT:
+            raise UserError(
+                f"config.json: {EXPORT}.format={meta['format']!r} is unknown; this version of vzip reads "
+                f"format {FORMAT}, so install the version that wrote the export"
+            )
+
+        self.family: Family = self.family_class(SimpleNamespace(config=config), anyres=anyres_of(meta))
+        self.reducers: dict[int, Reducer] = reducers_of({"other_budgets": {}, **meta})
+
+        # A reducer that does not fit the model is refused at the start, not at the first picture.
+        for reducer in self.reducers.values():
+            self.family.check_reducer(reducer)
+
+    @property
+    def family_class(self) -> type[Family]:
+        """The adapter of the model's family."""
+        check_choice("model_type", self.config.model_type, sorted(families()))
+        return families()[self.config.model_type]
+
+    @cached_property
+    def default(self) -> int:
+        """The budget of a request that names none."""
+        return next(iter(self.reducers))
+
+    @cached_property
+    def largest(self) -> int:
+        """The budget with the most tokens, which memory is planned for."""
+        return max(self.reducers)
+
+    def reducer(self, budget: Any) -> Reducer:
+        """Return the reducer of a budget, the default for None. Raises UserError for another one."""
+        if budget is None:
+            budget = self.default
+        if type(budget) is not int or budget not in self.reducers:
+            budgets = ", ".join(str(each) for each in self.reducers)
+            raise UserError(
+                f"mm_processor_kwargs: budget={budget!r} was not tuned; this model serves: {budgets}"
+            )
+        return self.reducers[budget]
