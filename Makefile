@@ -8,15 +8,18 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check --constraint cons
 MODEL ?=
 BUDGET ?=
 ARGS ?=
-RUN ?= $(shell ls -t runs/*/result.json 2>/dev/null | sed -n '1s,/result.json$$,,p')
+RUN ?=
 TO ?= hf
 EXTRAS ?=
 
-# Quote a value for the shell: paths may hold spaces, and budgets brackets.
+# Quote a value for the shell: paths may hold spaces, and budgets brackets. A run may come from somebody else, and its
+# name must not become a command. `value` keeps a dollar, which make would take for a variable.
 quote = '$(subst ','\'',$(1))'
 
-THE_RUN = $(call quote,$(or $(RUN),$(error there is no finished run in runs/: `make tune` makes one, or give RUN=FOLDER)))
-TUNE := $(if $(MODEL),model=$(call quote,$(MODEL))) $(if $(BUDGET),reducer.budget=$(call quote,$(BUDGET))) $(ARGS)
+NEWEST = $(shell ls -t runs/*/result.json 2>/dev/null | sed -n '1s,/result.json$$,,p')
+NO_RUN = $(error there is no finished run in runs/: `make tune` makes one, or give RUN=FOLDER)
+THE_RUN = $(call quote,$(or $(value RUN),$(NEWEST),$(NO_RUN)))
+TUNE := $(if $(MODEL),model=$(call quote,$(value MODEL))) $(if $(value BUDGET),reducer.budget=$(call quote,$(value BUDGET))) $(ARGS)
 
 # A free port, so that two runs on one machine do not meet.
 PORT = $(shell $(PYTHON) -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
@@ -27,11 +30,15 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Make ignores variables that no rule uses, so a mistyped setting would silently tune or measure something else.
 # Names in capitals may belong to the environment, so only names with small letters are refused.
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
-WRONG := $(filter-out %_proxy,$(shell printf '%s\n' $(GIVEN) | grep '[a-z]'))
+WRONG := $(filter-out %_proxy,$(shell printf '%s\n' $(foreach name,$(GIVEN),$(call quote,$(name))) | grep '[a-z]'))
 $(if $(WRONG),$(error $(WRONG): not a variable here; the model is MODEL=..., other settings go into ARGS="$(firstword $(WRONG))=..."))
 
 OTHERS := $(if $(filter MODEL BUDGET,$(GIVEN)),$(filter-out setup data data-check cache tune,$(MAKECMDGOALS)))
 $(if $(OTHERS),$(error MODEL and BUDGET are for data, data-check, cache and tune; `make $(firstword $(OTHERS))` takes RUN=... or ARGS="..."))
+
+# Extras become names of targets, in which make takes a semicolon for the start of a command.
+ODD := $(shell printf '%s' $(call quote,$(value EXTRAS)) | tr -d 'a-z0-9 -')
+$(if $(ODD),$(error EXTRAS holds $(ODD): give names of extras in pyproject.toml, e.g. EXTRAS="video dev"))
 
 # The tiny models use the tokenizer and the pictures of the embedded default; the other models need none of it.
 PREPARE := $(if $(filter-out smol %-tiny,$(MODEL)),,$(BIN)/python -m scripts.prepare.smol)
@@ -55,8 +62,8 @@ setup: .venv/.done $(EXTRAS:%=.venv/.done-%) ## make .venv with what `make tune`
 
 # An extra is installed by the first command that needs it.
 .venv/.done-%: .venv/.done
-	$(PIP) 'vzip[$*]'
-	touch $@
+	$(PIP) $(call quote,vzip[$*])
+	touch $(call quote,$@)
 
 data data-check cache tune: $(MODEL_EXTRAS:%=.venv/.done-%)
 data-check figures report: .venv/.done-figures
@@ -85,7 +92,7 @@ eval: setup ## run lmms-eval on RUN (default: the newest run), or on a model wit
 	$(BIN)/python -m scripts.evaluate.main $(THE_RUN) $(ARGS)
 
 export: setup ## write RUN as TO=hf (a model for transformers), llava (mm_projector.bin) or peft (an adapter)
-	$(BIN)/python -m scripts.export.main $(THE_RUN) $(call quote,$(TO)) $(ARGS)
+	$(BIN)/python -m scripts.export.main $(THE_RUN) $(call quote,$(value TO)) $(ARGS)
 
 demo: setup ## serve a page to chat with RUN: the kept tokens, and the answers of all settings side by side
 	$(BIN)/python -m scripts.demo.main $(THE_RUN) $(ARGS)
@@ -119,14 +126,14 @@ test: setup ## run all tests, in two processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup ## check format, lint and types, and run the fast tests
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --hypothesis-profile quick -m 'not slow and not integration'
 
 format: setup ## format the code
-	$(BIN)/ruff format .
-	$(BIN)/ruff check --fix .
+	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix .
 
 clean: ## delete .venv and caches, but neither runs/ nor the prepared data
 	rm -rf .venv .venv-eval build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
