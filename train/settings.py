@@ -117,6 +117,13 @@ class ModelDtype(StrEnum):
     float64 = "float64"
 
 
+class AspectRatio(StrEnum):
+    """What is done to a picture that is not square, in LLaVA's words."""
+
+    pad = "pad"
+    square = "square"
+
+
 class LoraTarget(StrEnum):
     """The parts of a model that LoRA can adapt."""
 
@@ -142,6 +149,8 @@ class ModelSettings:
     """Default of reducer.budget."""
     num_frames: int = checked(1, positive)
     """Frames of a video."""
+    image_aspect_ratio: AspectRatio | None = None
+    """"pad": pad pictures to squares, as LLaVA-1.5 does; "square": don't; null: as the processor does."""
     dtype: ModelDtype = MISSING
     """Precision of the frozen weights. The trainable ones are float32."""
     architecture: dict[str, Any] = MISSING
@@ -160,10 +169,7 @@ class ReducerSettings:
     A list tunes one projector for all of them.
     """
     anyres: str = "released"
-    """Order of the tokens of several tiles.
-
-    "released" (the authors' code), or "spatial" (no padding, ends of rows marked).
-    """
+    """Order of the tokens of tiles: "released" (authors' code), or "spatial" (no padding, rows marked)."""
 
 
 @dataclass
@@ -322,10 +328,7 @@ class Config:
     memory_gb: float | None = checked(None, positive)
     """Memory of one GPU in GB, which limits the tokens of a micro batch; null: what the GPU has."""
     quantize: Quantization | None = None
-    """Hold the frozen linear layers of the language model in 4 ("nf4") or 8 bits ("int8").
-
-    Gradients are no longer exact.
-    """
+    """Hold the frozen language model in 4 ("nf4") or 8 bits ("int8"); gradients are no longer exact."""
     engine: GradientEngine = GradientEngine.fast
     """"fast", or "reference": padded batches and activation checkpoints, slow, for comparison."""
     compile: bool | None = None

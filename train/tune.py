@@ -31,6 +31,7 @@ from train.plan import print_plan
 from train.ranks import get_world_size, init_distributed, leave_distributed, print_rank0
 from train.track import Tracker
 from train.trainable import make_trainable, print_trainable
+from vzip.media import image_aspect_ratio
 from vzip.runs.projector import fingerprint, projector_meta
 
 
@@ -51,7 +52,7 @@ def tune(cfg: DictConfig, run: RunFolder) -> list[dict]:
     # meta.json names the base model by its fingerprint, taken before anything changes.
     base = fingerprint(family)
     source = {"base": cfg.model.id, "base_fingerprint": base, "projector": cfg.model.projector}
-    meta = projector_meta(family, *reducers, **source)
+    meta = projector_meta(family, *reducers, **source, aspect_ratio=image_aspect_ratio(processor))
 
     # Freeze everything, then open the projector or LoRA weights, and print what is frozen.
     trainable = make_trainable(family, cfg.tune, seed=cfg.seed)

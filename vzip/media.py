@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature
+from transformers import BatchFeature, LlavaImageProcessorPil
 from transformers.video_utils import make_batched_videos
 
-from vzip.errors import UserError
+from vzip.errors import UserError, check_choice
 from vzip.pictures import check_size
 
 KINDS = ("image", "video")
@@ -29,6 +29,17 @@ PIXEL_NAMES = {
 
 EXTRA_NAMES = ("image_sizes", "batch_num_images")
 """Names of what some processors return beside the pixels."""
+
+ASPECT_RATIOS = ("pad", "square")
+"""LLaVA's names for what a processor does to a picture that is not square.
+
+"pad": it pads the picture to a square with its mean colour. "square": it cuts out the middle, or
+squeezes the picture.
+"""
+
+_SQUARE_PROCESSORS = ("CLIPImageProcessor", "SiglipImageProcessor", "BitImageProcessor", "ViTImageProcessor")
+_PADDING_PROCESSOR = "LlavaImageProcessor"
+"""Image processors of transformers that make one square of a picture. The last one can pad it."""
 
 LOOKUP_SIDE = 16
 """Side in pixels of the picture that holds all 256 values."""
@@ -98,6 +109,49 @@ class MediaInputs:
         index = (self.pixels.int() + 256 * channel).flatten()
         values = self.lookup.to(dtype).flatten().index_select(0, index)
         return replace(self, pixels=values.view(self.pixels.shape), lookup=None)
+
+
+def image_aspect_ratio(processor: Any) -> str | None:
+    """Tell which of `ASPECT_RATIOS` a model's processor has; None if it makes no single square."""
+    images = processor.image_processor
+    name = images.to_dict().get("image_processor_type")
+    if name == _PADDING_PROCESSOR:
+        return "pad" if images.do_pad else "square"
+    return "square" if name in _SQUARE_PROCESSORS else None
+
+
+def set_aspect_ratio(processor: Any, ratio: str | None) -> Any:
+    """Make a model's processor pad pictures to squares as LLaVA does, or not; returns it.
+
+    Padded pictures have the pixels of LLaVA's own code, bit for bit.
+
+    Args:
+        processor: the model's processor, which is changed.
+        ratio: one of `ASPECT_RATIOS`. None leaves the processor as it is.
+
+    Raises:
+        UserError: an unknown ratio, or a processor that can't have it.
+    """
+    if ratio is None:
+        return processor
+
+    check_choice("model.image_aspect_ratio", ratio, ASPECT_RATIOS)
+    images = processor.image_processor
+    present = image_aspect_ratio(processor)
+    if present is None:
+        raise UserError(
+            f"model.image_aspect_ratio={ratio}: this model's {type(images).__name__} does not make one "
+            "square of each picture; set model.image_aspect_ratio=null, which leaves it as it is"
+        )
+
+    # Only this class rounds like LLaVA's code, so a padding processor of another backend is replaced.
+    if present != ratio or (ratio == "pad" and not isinstance(images, LlavaImageProcessorPil)):
+        settings = images.to_dict() | {"do_pad": ratio == "pad"}
+        del settings["image_processor_type"]
+        # Processors that squeeze pictures cut nothing, and don't mention it.
+        settings.setdefault("do_center_crop", False)
+        processor.image_processor = LlavaImageProcessorPil.from_dict(settings)
+    return processor
 
 
 def lookup_table(kind: str, processor: Any) -> Tensor:

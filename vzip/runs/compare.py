@@ -63,16 +63,8 @@ def _load_base(
 ) -> tuple[Family, Any]:
     """Load a base model, frozen, with its projector in float32, and its processor.
 
-    Args:
-        family_class: the model's family.
-        source: its folder or hub id.
-        dtype: of the frozen weights.
-        anyres: order of the tokens of several tiles.
-        aspect_ratio: one of `vzip.media.ASPECT_RATIOS`; None leaves the processor as it is.
-        advice: what to do if it can't be loaded.
-
-    Raises:
-        UserError: it can't be loaded; the message ends with the advice.
+    `aspect_ratio` is that of `vzip.media.set_aspect_ratio`. Raises UserError if the model or the
+    processor can't be loaded; the message ends with the advice.
     """
     # A base model that has moved is the usual reason, so the message says how to name its new path.
     try:
