@@ -17,6 +17,7 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 from data.fetch.http import Client, NotFoundError, TransientError
 from vzip import UserError
+from vzip.redact import redacted
 
 BLOCK = 4 << 20
 """Bytes of a zip file's directory that one request reads: GQA's directory has 14 MB."""
@@ -149,7 +150,7 @@ class Archive:
     """
 
     def __init__(self, entry: str, content: RandomAccess, *, setting: str) -> None:
-        self.entry = entry
+        self.name = redacted(entry)
         self._content = content
         self._setting = setting
         self._lock = threading.Lock()
@@ -157,12 +158,12 @@ class Archive:
         self._size = 0
 
     def __str__(self) -> str:
-        return self.entry
+        return self.name
 
     def read(self, path: str) -> bytes:
         """Return the member for an example's path, see `Source.read`."""
         member = self._find(path)
-        name = f"{member.filename} in {self.entry}"
+        name = f"{member.filename} in {self.name}"
         self._check_readable(member, name)
 
         try:
@@ -192,7 +193,7 @@ class Archive:
             # The server may answer later, so the setting is not wrong.
             raise
         except (NotFoundError, BadZipFile, NotImplementedError, ValueError, struct.error, OSError) as error:
-            raise UserError(f"{self._setting}: {self.entry} can't be read as a zip file: {error}") from error
+            raise UserError(f"{self._setting}: {self.name} can't be read as a zip file: {error}") from error
 
         # By file name, because the archive's folders may differ from those of the examples' paths.
         by_name = defaultdict(list)
@@ -245,10 +246,10 @@ class Archive:
                 best.append(member)
 
         if not best:
-            raise NotFoundError(f"{self.entry} holds no {path}")
+            raise NotFoundError(f"{self.name} holds no {path}")
         if len(best) > 1:
             names_of_best = ", ".join(member.filename for member in best[:3])
-            raise NotFoundError(f"{self.entry} holds {path} more than once: {names_of_best}")
+            raise NotFoundError(f"{self.name} holds {path} more than once: {names_of_best}")
         return best[0]
 
     def _check_readable(self, member: ZipInfo, name: str) -> None:

@@ -1,118 +1,164 @@
-"""Fetch one file of any size.
+"""Fetch one file of any size: it comes whole or not at all."""
 
-Files on the Hugging Face hub are fetched with the hub's own client, all others by plain HTTP.
-"""
-
-import re
-import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import unquote
+from typing import Any
 
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import constants, get_token
+from tqdm import tqdm
+from urllib3 import BaseHTTPResponse
 
-from data.fetch.http import Client, NotFoundError, TransientError
+from data.fetch.address import Origin, origin
+from data.fetch.deadline import Deadline
+from data.fetch.http import (
+    CHUNK,
+    Client,
+    NotFoundError,
+    TransientError,
+    check_free_space,
+    check_size,
+    content_range,
+)
 from data.progress import progress
 from vzip.files import atomic_write
 
 ENDPOINTS = (constants.ENDPOINT, "https://huggingface.co")
 """Addresses of the hub: `$HF_ENDPOINT`, which may name a mirror, and the hub's own address."""
-HUB_PATH = re.compile(r"/+(?:(datasets|spaces)/)?((?:[^/]+/)?[^/]+)/resolve/([^/]+)/(.+)")
-"""Path of a file on the hub: (type of the repository), its name, revision, file."""
+MAX_BYTES = 20_000_000_000
+"""Largest file. LLaVA's own instruction file has 1 GB, and the largest public ones some GB."""
+MIN_PROGRESS = 1 << 20
+"""Bytes that must come within `Client.total_s`, again and again until the file is there."""
+RESERVE = 100_000_000
+"""Bytes that a file of unknown size leaves free on its disk, for everybody else."""
 
 
-@dataclass(frozen=True)
-class HubFile:
-    """A file in a repository of the Hugging Face hub, with the arguments of `hf_hub_download`."""
-
-    endpoint: str
-    repo_type: str
-    repo_id: str
-    revision: str
-    filename: str
+def hub_logins() -> dict[Origin, str]:
+    """Return the header that sends the user's token, for each address of the Hugging Face hub."""
+    # Some files of the hub can't be read without it.
+    token = get_token()
+    return {origin(endpoint): f"Bearer {token}" for endpoint in ENDPOINTS} if token else {}
 
 
-def parse_hub_address(url: str) -> HubFile | None:
-    """Return the file that an address of the hub names. None for other addresses."""
-    for endpoint in ENDPOINTS:
-        if not url.startswith(f"{endpoint}/"):
-            continue
+class _Download:
+    """The download of one file. A later attempt goes on where an earlier one broke off.
 
-        # The hub's web pages link files as `...?download=true`.
-        path, _, _ = url.removeprefix(endpoint).partition("?")
-        # The hub's client wants the plain names, and an address has them quoted.
-        match = HUB_PATH.fullmatch(path)
-        if match:
-            kind, repo_id, revision, filename = match.groups()
-            repo_type = kind.removesuffix("s") if kind else "model"
-            return HubFile(endpoint, repo_type, repo_id, unquote(revision), unquote(filename))
-
-    return None
-
-
-def _download_from_hub(file: HubFile, target: Path) -> None:
-    """Download with the hub's client, which sends the user's token.
-
-    The client continues after a broken connection while this command runs. The next command starts
-    the file again.
+    Args:
+        url: address of the file.
+        path: where it is written.
+        client: makes the requests.
+        bar: shows the bytes that came.
     """
-    # The client keeps records beside the file, so it gets a folder of its own. A killed command
-    # leaves this folder, but the client never continues a download of another process.
-    folder = target.with_name(f"{target.name}.download")
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        path = hf_hub_download(
-            file.repo_id,
-            file.filename,
-            repo_type=file.repo_type,
-            revision=file.revision,
-            endpoint=file.endpoint,
-            local_dir=folder,
-        )
-        # Only a whole file gets here, so a file at `target` is always whole.
-        Path(path).replace(target)
-    except LocalEntryNotFoundError as error:
-        # The error itself only says that the cache has no copy. Its cause says why the hub failed.
-        raise TransientError(_one_line(error.__cause__ or error)) from error
-    except Exception as error:
-        # The client raises errors of its own, of its HTTP library, and of its storage backend.
-        raise NotFoundError(_one_line(error)) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+
+    def __init__(self, url: str, path: Path, client: Client, bar: "tqdm[Any]") -> None:
+        self.url = url
+        self.path = path
+        self.client = client
+        self.bar = bar
+        # The server's name for this version of the file. Only with one can the rest be asked for.
+        self.etag = ""
+
+    def attempt(self) -> None:
+        """Write the file, or what is missing of it. Raises the errors of `fetch_file`."""
+        num_there = self.path.stat().st_size if self.etag and self.path.exists() else 0
+        headers = {}
+        if num_there:
+            # If the file has changed, a server sends the whole new one.
+            headers = {"Range": f"bytes={num_there}-", "If-Range": self.etag}
+
+        try:
+            self._ask(headers, num_there)
+        except NotFoundError as error:
+            # The file may be there although its rest is not: the next attempt asks for all of it.
+            if not num_there:
+                raise
+            self.etag = ""
+            raise TransientError(str(error)) from error
+
+    def _ask(self, headers: dict[str, str], num_there: int) -> None:
+        """Make one request, and write what comes."""
+        deadline = Deadline(self.client.total_s)
+        with self.client.answer(self.url, headers, deadline) as response:
+            first = self._first_byte(response, num_there)
+            num_left = response.length_remaining
+            size = None if num_left is None else first + num_left
+            check_size(self.url, size or 0, MAX_BYTES)
+            check_free_space(self.url, self.path.parent, num_left or 0)
+
+            # The bytes of an attempt that can't be continued make room for the new ones.
+            if not first:
+                self.path.unlink(missing_ok=True)
+            self.bar.reset(total=size)
+            self.bar.update(first)
+            self._write(response, first, deadline)
+
+        num_bytes = self.path.stat().st_size
+        if size not in (None, num_bytes):
+            raise TransientError(f"{self.url}: {num_bytes:,} of {size:,} bytes came")
+
+    def _first_byte(self, response: BaseHTTPResponse, num_there: int) -> int:
+        """Return the number of the first byte in an answer, and keep the file's version."""
+        # A weak version, W/"...", does not promise the same bytes.
+        etag = response.headers.get("ETag", "")
+        self.etag = "" if etag.startswith("W/") else etag
+        if response.status != 206:
+            return 0
+
+        first, _ = content_range(response, self.url)
+        if first != num_there:
+            raise NotFoundError(f"{self.url}: sends from byte {first} where {num_there} was asked for")
+        return first
+
+    def _write(self, response: BaseHTTPResponse, first: int, deadline: Deadline) -> None:
+        """Write the body of an answer behind the bytes that are there."""
+        has_size = response.length_remaining is not None
+        num_bytes = first
+        num_since = 0
+        with self.path.open("ab") as file:
+            while chunk := response.read1(CHUNK):
+                num_bytes += len(chunk)
+                # An answer without a size may never end, so look at each part of it.
+                check_size(self.url, num_bytes, MAX_BYTES)
+                if not has_size:
+                    check_free_space(self.url, self.path.parent, len(chunk) + RESERVE)
+                file.write(chunk)
+                self.bar.update(len(chunk))
+
+                # Whoever sends enough may go on for hours.
+                num_since += len(chunk)
+                if num_since >= MIN_PROGRESS:
+                    deadline.renew()
+                    num_since = 0
 
 
-def _one_line(error: BaseException) -> str:
-    # The hub's errors have several lines and links, and some errors have no text at all.
-    words = str(error).split() or [type(error).__name__]
-    return " ".join(words)
-
-
-def fetch_file(url: str, target: Path, *, client: Client | None = None) -> None:
+def fetch_file(
+    url: str,
+    target: Path,
+    *,
+    check: Callable[[Path], None] = lambda path: None,
+    client: Client | None = None,
+) -> None:
     """Download a file of any size to `target`, whole or not at all, with a progress bar.
 
     A command that was ended in the middle leaves nothing: the next one starts the file again.
 
     Args:
-        url: its address, on the Hugging Face hub (`.../resolve/REVISION/FILE`) or elsewhere.
+        url: its address.
         target: path of the downloaded file.
-        client: client for addresses outside the hub.
+        check: called with the path of the whole download, before it becomes `target`. What it
+            raises withholds the file.
+        client: client to use.
 
     Raises:
-        NotFoundError: the file is missing, or the user may not read it.
-        TransientError: the server did not answer.
+        NotFoundError: the file is missing or too large, or the user may not read it.
+        TransientError: the server did not answer, or was too slow.
         UserError: the disk is too small for the file.
     """
+    client = client or Client(logins=hub_logins())
+    if constants.HF_HUB_OFFLINE and url.startswith(ENDPOINTS):
+        raise NotFoundError(f"{url}: HF_HUB_OFFLINE=1 in the environment forbids to ask the hub")
+
     target.parent.mkdir(parents=True, exist_ok=True)
-
-    # The hub's client sends the user's token, without which some files can't be read.
-    hub_file = parse_hub_address(url)
-    if hub_file is not None:
-        _download_from_hub(hub_file, target)
-        return
-
-    client = client or Client()
     bar = progress(None, total=0, title=target.name, unit="B")
-    # An attempt that breaks off starts the file again, in the same scratch file.
     with atomic_write(target) as scratch, bar:
-        client.download(url, scratch, bar=bar)
+        client.retry(_Download(url, scratch, client, bar).attempt)
+        check(scratch)

@@ -3,25 +3,25 @@
 A request is repeated if that can help, and ends at a deadline. A file comes whole or not at all.
 """
 
-import math
 import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import unquote
+from typing import TypeVar
 from urllib.request import getproxies, proxy_bypass
 
-from tqdm import tqdm
-from urllib3 import BaseHTTPResponse, PoolManager, ProxyManager, Retry, Timeout, make_headers
-from urllib3.exceptions import HTTPError, InvalidHeader, LocationValueError, MaxRetryError, ResponseError
+from urllib3 import BaseHTTPResponse, PoolManager, ProxyManager, Retry, Timeout
+from urllib3.exceptions import HTTPError, InvalidHeader, LocationValueError
 from urllib3.util import parse_url
 
+from data.fetch.address import Origin, basic_login, origin, redirected, split_login
+from data.fetch.deadline import Deadline, applied, with_deadlines
 from vzip import UserError
+from vzip.redact import redacted
 
 T = TypeVar("T")
 
@@ -29,23 +29,21 @@ CHUNK = 1 << 20
 """Bytes that are read at once."""
 MAX_WAIT_S = 60.0
 """Longest wait between two attempts, even if a server asks for more."""
+MAX_REDIRECTS = 5
+MAX_REDIRECT_BODY = 1 << 16
+"""Bytes behind a redirect that are read, to use the connection again."""
 HEADERS = {"User-Agent": "vzip", "Accept-Encoding": "identity"}
-# urllib3 only follows redirects. The client below repeats requests itself, because it also repeats
-# those whose body breaks off.
-REDIRECTS = Retry(
-    total=None,
-    connect=0,
-    read=0,
-    redirect=5,
-    status=0,
-    other=0,
-    respect_retry_after_header=False,
-)
 MAX_CONNECTIONS = 64
 
 
 class NotFoundError(OSError):
-    """A source does not have the file, or sends something unusable. Asking again does not help."""
+    """A source does not have the file, or sends something unusable. Asking again does not help.
+
+    Messages are recorded, so secrets in addresses are taken out.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class TransientError(OSError):
@@ -58,7 +56,7 @@ class TransientError(OSError):
     """
 
     def __init__(self, message: str, *, wait_s: float = 0.0) -> None:
-        super().__init__(message)
+        super().__init__(redacted(message))
         self.wait_s = wait_s
 
 
@@ -69,23 +67,27 @@ def _manager(scheme: str) -> PoolManager:
     """
     proxy = getproxies().get(scheme)
     if not proxy:
-        return PoolManager(maxsize=MAX_CONNECTIONS)
+        return with_deadlines(PoolManager(maxsize=MAX_CONNECTIONS))
 
     # A proxy is often given as HOST:PORT.
-    url = parse_url(proxy if "://" in proxy else f"http://{proxy}")
+    address = proxy if "://" in proxy else f"http://{proxy}"
+    wrong = f"{scheme}_proxy={address} in the environment is not an http or https proxy; set one, or unset it"
+    try:
+        url = parse_url(address)
+    except LocationValueError as error:
+        raise UserError(wrong) from error
     if url.scheme not in ("http", "https"):
-        raise UserError(
-            f"{scheme}_proxy={proxy} in the environment is not an http or https proxy; set one, or unset it"
-        )
+        raise UserError(wrong)
 
-    login = make_headers(proxy_basic_auth=unquote(url.auth)) if url.auth else None
-    return ProxyManager(url.url, proxy_headers=login, maxsize=MAX_CONNECTIONS)
+    login = {"Proxy-Authorization": basic_login(url.auth)} if url.auth else None
+    proxy_url = url._replace(auth=None).url
+    return with_deadlines(ProxyManager(proxy_url, proxy_headers=login, maxsize=MAX_CONNECTIONS))
 
 
 def _requested_wait_s(response: BaseHTTPResponse) -> float:
     """Return the seconds that the header Retry-After asks for. 0 if it is missing or wrong."""
     try:
-        return float(REDIRECTS.get_retry_after(response) or 0)
+        return float(Retry().get_retry_after(response) or 0)
     except (InvalidHeader, ValueError, OverflowError):  # the last two: dates that no calendar has
         return 0.0
 
@@ -103,7 +105,7 @@ def _check_status(response: BaseHTTPResponse, url: str) -> None:
     raise NotFoundError(message)
 
 
-def _content_range(response: BaseHTTPResponse, url: str) -> tuple[int, int]:
+def content_range(response: BaseHTTPResponse, url: str) -> tuple[int, int]:
     """Return (first byte, bytes of the whole file) of an answer to a range request.
 
     Raises NotFoundError for any other answer.
@@ -121,7 +123,13 @@ def _content_range(response: BaseHTTPResponse, url: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _check_free_space(url: str, folder: Path, num_bytes: int) -> None:
+def check_size(url: str, num_bytes: int, max_bytes: int) -> None:
+    """Raise NotFoundError if a file has more bytes than are allowed."""
+    if num_bytes > max_bytes:
+        raise NotFoundError(f"{url}: has more than {max_bytes:,} bytes, which is not allowed")
+
+
+def check_free_space(url: str, folder: Path, num_bytes: int) -> None:
     """Raise UserError if a folder has no room for so many bytes."""
     # Better now than after an hour of download.
     free = shutil.disk_usage(folder).free
@@ -155,9 +163,11 @@ class Client:
     """
     max_bytes: int = 100_000_000
     """Largest picture, or part of a file."""
+    logins: Mapping[Origin, str] = field(default_factory=dict)
+    """Headers that log in, by scheme, host and port of the servers that they are sent to."""
 
     def __post_init__(self) -> None:
-        self._direct = PoolManager(maxsize=MAX_CONNECTIONS)
+        self._direct = with_deadlines(PoolManager(maxsize=MAX_CONNECTIONS))
         self._managers = {scheme: _manager(scheme) for scheme in ("http", "https")}
 
     def get(self, url: str, *, first: int | None = None, last: int | None = None) -> bytes:
@@ -175,106 +185,108 @@ class Client:
             headers = {"Range": f"bytes={first}-{last}"}
             num_bytes = last - first + 1
 
-        def attempt(deadline: float) -> bytes:
-            with self.answer(url, headers, left_s=deadline - time.monotonic()) as response:
+        deadline = Deadline(self.total_s)
+
+        def attempt() -> bytes:
+            with self.answer(url, headers, deadline) as response:
                 # Check the first byte, because a server may send another part.
                 if headers:
-                    start, _ = _content_range(response, url)
+                    start, _ = content_range(response, url)
                     if start != first:
                         raise NotFoundError(f"{url}: sends from byte {start} where {first} was asked for")
-                data = self._read_body(response, url, deadline)
+                data = self._read_body(response, url)
 
             # A short answer to a range request is no error for urllib3.
             if num_bytes not in (None, len(data)):
                 raise TransientError(f"{url}: {len(data):,} bytes came for bytes {first:,} to {last:,}")
             return data
 
-        return self._retry(attempt, total_s=self.total_s)
+        return self.retry(attempt, deadline)
 
     def size(self, url: str) -> int:
         """Return the bytes of the file at an address. Its server must send parts of files.
 
         Raises the errors of `get`.
         """
+        deadline = Deadline(self.total_s)
 
-        def attempt(deadline: float) -> int:
+        def attempt() -> int:
             # Not HEAD: a signed address is valid for one method only.
-            with self.answer(url, {"Range": "bytes=0-0"}, left_s=deadline - time.monotonic()) as response:
-                _, num_bytes = _content_range(response, url)
+            with self.answer(url, {"Range": "bytes=0-0"}, deadline) as response:
+                _, num_bytes = content_range(response, url)
                 return num_bytes
 
-        return self._retry(attempt, total_s=self.total_s)
-
-    def download(self, url: str, path: Path, *, bar: "tqdm[Any]") -> None:
-        """Write the file at an address, of any size, to `path`.
-
-        Each attempt starts the file again, and may take as long as bytes keep coming.
-
-        Raises:
-            NotFoundError: the file is missing.
-            TransientError: all attempts failed.
-            UserError: the disk is too small for the file.
-        """
-
-        def attempt(_deadline: float) -> None:
-            # The bytes of an earlier attempt take space that this one needs.
-            path.unlink(missing_ok=True)
-            with self.answer(url, {}) as response:
-                size = response.length_remaining
-                _check_free_space(url, path.parent, size or 0)
-
-                # The bar starts again with each attempt, because the file does.
-                bar.reset(total=size)
-                num_bytes = 0
-                with path.open("wb") as file:
-                    while chunk := response.read1(CHUNK):
-                        file.write(chunk)
-                        num_bytes += len(chunk)
-                        bar.update(len(chunk))
-
-            if size not in (None, num_bytes):
-                raise TransientError(f"{url}: {num_bytes:,} of {size:,} bytes came")
-
-        self._retry(attempt, total_s=math.inf)
+        return self.retry(attempt, deadline)
 
     @contextmanager
-    def answer(
-        self, url: str, headers: dict[str, str], *, left_s: float = math.inf
-    ) -> Iterator[BaseHTTPResponse]:
+    def answer(self, url: str, headers: dict[str, str], deadline: Deadline) -> Iterator[BaseHTTPResponse]:
         """Ask once, and yield an answer of status 200 or 206 whose body is not read yet.
 
         Raises NotFoundError and TransientError, even for faults while the caller reads the body.
         """
-        # A timeout must be positive. After the deadline, a millisecond fails just as well.
-        left_s = max(left_s, 0.001)
-        timeout = Timeout(connect=min(self.connect_s, left_s), read=min(self.read_s, left_s))
         try:
-            response = self._manager_of(url).request(
-                "GET",
-                url,
-                headers=HEADERS | headers,
-                timeout=timeout,
-                retries=REDIRECTS,
-                preload_content=False,
-                decode_content=False,
-            )
-            try:
-                _check_status(response, url)
-                yield response
-            finally:
-                # Close the connection of a body that was not read to its end. Otherwise the
-                # connection has been given back already, and this does nothing.
-                response.close()
+            with applied(deadline):
+                response = self._follow(url, headers, deadline)
+                try:
+                    _check_status(response, url)
+                    yield response
+                finally:
+                    # Close the connection of a body that was not read to its end. Otherwise the
+                    # connection has been given back already, and this does nothing.
+                    response.close()
         except (LocationValueError, UnicodeError) as error:
             # The text is not an address at all.
             raise NotFoundError(f"{url}: {error}") from error
-        except MaxRetryError as error:
-            # Too many redirects lead nowhere, so asking again does not help. All other causes are
-            # connections that failed.
-            kind = NotFoundError if isinstance(error.reason, ResponseError) else TransientError
-            raise kind(f"{url}: {error.reason}") from error
         except HTTPError as error:
-            raise TransientError(f"{url}: {error}") from error
+            # The library's messages begin with a connection: "HTTPSConnection(host='...', port=443): ".
+            reason = re.sub(r"^\w+\(host=.*?\): ", "", str(error))
+            if deadline.left_s() <= 0:
+                reason = f"sent too little in {deadline.seconds:g} s"
+            raise TransientError(f"{url}: {reason}") from error
+
+    def _follow(self, url: str, headers: dict[str, str], deadline: Deadline) -> BaseHTTPResponse:
+        """Ask for an address, and for those that the answers redirect to.
+
+        This is the only place where redirects are followed.
+        """
+        # A login goes to the host of this address only, and never to one that a redirect names.
+        first, login = split_login(url)
+        login = login or self.logins.get(origin(first))
+        address = first
+        for _ in range(1 + MAX_REDIRECTS):
+            sent = HEADERS | headers
+            if login is not None and origin(address) == origin(first):
+                sent["Authorization"] = login
+            response = self._ask(address, sent, deadline)
+            location = response.get_redirect_location()
+            if not location:
+                return response
+
+            # A short body is read, because the next request may use the connection again.
+            response.read(MAX_REDIRECT_BODY)
+            response.close()
+            try:
+                address = redirected(address, location)
+            except ValueError as error:
+                raise NotFoundError(f"{url}: {error}") from error
+
+        raise NotFoundError(f"{url}: too many redirects")
+
+    def _ask(self, address: str, headers: dict[str, str], deadline: Deadline) -> BaseHTTPResponse:
+        """Make one request. Raises the errors of urllib3."""
+        # A timeout must be positive. After the deadline, a millisecond fails just as well.
+        left_s = max(deadline.left_s(), 0.001)
+        # urllib3 repeats and follows nothing: the client also repeats requests whose body broke off.
+        return self._manager_of(address).request(
+            "GET",
+            address,
+            headers=headers,
+            timeout=Timeout(connect=min(self.connect_s, left_s), read=min(self.read_s, left_s)),
+            retries=False,
+            redirect=False,
+            preload_content=False,
+            decode_content=False,
+        )
 
     def wait_s(self, failures: int, error: TransientError) -> float:
         """Return the seconds to wait after so many failed attempts."""
@@ -294,38 +306,27 @@ class Client:
             return self._direct
         return self._managers[parts.scheme]
 
-    def _retry(self, attempt: Callable[[float], T], *, total_s: float) -> T:
-        """Call `attempt` until it succeeds, and return its result.
-
-        Its argument is the time by which it must be done (monotonic clock, seconds).
-        """
-        deadline = time.monotonic() + total_s
+    def retry(self, attempt: Callable[[], T], deadline: Deadline | None = None) -> T:
+        """Call `attempt` until it succeeds, and return its result. Give up at a deadline."""
         failures = 0
         while True:
             try:
-                return attempt(deadline)
+                return attempt()
             except TransientError as error:
                 # Give up if the wait alone would pass the deadline.
                 failures += 1
                 wait_s = self.wait_s(failures, error)
-                if failures >= self.attempts or time.monotonic() + wait_s > deadline:
+                is_over = deadline is not None and wait_s > deadline.left_s()
+                if failures >= self.attempts or is_over:
                     raise TransientError(f"{error} (given up after {failures} attempts)") from error
             time.sleep(wait_s)
 
-    def _read_body(self, response: BaseHTTPResponse, url: str, deadline: float) -> bytes:
-        """Read the body of an answer. Raise an error if it is too large, or too slow."""
+    def _read_body(self, response: BaseHTTPResponse, url: str) -> bytes:
+        """Read the body of an answer. Raise an error if it is too large."""
         # The server may say the size before it sends anything.
-        length = response.length_remaining or 0
-        if length > self.max_bytes:
-            raise NotFoundError(f"{url}: has {length:,} bytes; at most {self.max_bytes:,} are allowed")
-
-        # read1() returns the bytes that are there. read() would wait for a whole chunk, maybe past
-        # the deadline.
+        check_size(url, response.length_remaining or 0, self.max_bytes)
         data = bytearray()
         while chunk := response.read1(CHUNK):
             data += chunk
-            if len(data) > self.max_bytes:
-                raise NotFoundError(f"{url}: has more than {self.max_bytes:,} bytes, which is not allowed")
-            if time.monotonic() > deadline:
-                raise TransientError(f"{url}: only {len(data):,} bytes came in {self.total_s:g} s")
+            check_size(url, len(data), self.max_bytes)
         return bytes(data)

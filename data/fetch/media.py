@@ -22,6 +22,7 @@ from data.progress import progress
 from vzip import UserError
 from vzip.files import atomic_write, delete_leftovers
 from vzip.pictures import open_picture
+from vzip.redact import HIDDEN
 from vzip.videos import check_video
 
 MAX_FAILURES = 50
@@ -106,9 +107,11 @@ class _Fetcher:
                 return medium, fetched, True
             entry = replace(entry, fault=fetched.reason, final=fetched.final)
 
-        # Record the sources, so that the next command asks only those that are new.
+        # Record the sources, so that the next command asks only those that are new. One whose
+        # address holds a key is always asked again: the key may have expired.
         if entry.fault:
-            entry = replace(entry, tried=tuple(map(str, sources)))
+            names = map(str, sources)
+            entry = replace(entry, tried=tuple(name for name in names if HIDDEN not in name))
         return medium, entry, must_fetch
 
     def _look(self, kind: str, path: str) -> tuple[Checked, bool]:

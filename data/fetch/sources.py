@@ -13,12 +13,16 @@ from urllib.parse import quote, urlsplit
 from data.fetch.archive import Archive, LocalFile, RemoteFile, parts_below_source, path_parts
 from data.fetch.http import Client, NotFoundError, TransientError
 from vzip import UserError
+from vzip.redact import redacted
 
 ALLOWED = "a base address (http://, https://), a zip file at such an address, a folder, or a zip file"
 
 
 class Source(Protocol):
-    """A place that pictures are fetched from. Its `str` is the entry in the settings."""
+    """A place that pictures are fetched from.
+
+    Its `str` is the entry in the settings, without the secrets of an address.
+    """
 
     def read(self, path: str) -> bytes:
         """Return the file for an example's path. Any thread may call this.
@@ -38,7 +42,7 @@ class Address:
     client: Client
 
     def __str__(self) -> str:
-        return self.entry
+        return redacted(self.entry)
 
     def read(self, path: str) -> bytes:
         # The path goes in front of the address's query, which may hold a key.

@@ -20,6 +20,9 @@ from data.fetch.http import Client
 #   short       as well, but no length was said
 #   stall       nothing more comes
 #   trickle     a byte now and then
+#   header      as well, but in the header of the answer, which never ends
+#   endless     bytes without an end, and no length was said
+#   to URL      a redirect to an address
 #   html        a page that says sorry, with status 200
 #   whole       the whole file, whatever part was asked for
 #   shifted     another part than was asked for
@@ -78,7 +81,7 @@ class Server:
         self.requests = Counter()  # GET requests by path
         self.sent = Counter()  # bytes by path
         self.ranges = []  # (first, last) byte of each file that was sent
-        self.tokens = []  # what HEAD requests were authorized with
+        self.logins = {}  # the last login that a path was asked with
         self.max_concurrent = 0
         self.num_connections = 0
         self.lock = threading.Lock()
@@ -98,7 +101,8 @@ class Server:
         self._http.server_close()
 
     def pause(self, seconds):
-        self._is_closing.wait(seconds)
+        """Wait. Returns whether the server closes."""
+        return self._is_closing.wait(seconds)
 
     def begin(self, path):
         """Count a request. Returns its fault, or None."""
@@ -132,6 +136,7 @@ class _Http(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+    num_sent = 0
 
     def __init__(self, *arguments, server_state):
         self.state = server_state
@@ -148,21 +153,13 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
         self.num_sent = 0
+        self.state.logins[path] = self.headers.get("Authorization")
         fault = self.state.begin(path)
         try:
             self.state.pause(self.state.delay_s)
             self._answer(path, fault)
         finally:
             self.state.end(path, self.num_sent)
-
-    def do_HEAD(self):
-        """What the hub's client asks before it downloads."""
-        self.state.tokens.append(self.headers.get("Authorization"))
-        file = self._file(unquote(urlsplit(self.path).path))
-        if not file.is_file():
-            self._send_head(404, 0, X_Error_Code="EntryNotFound")
-            return
-        self._send_head(200, file.stat().st_size, X_Repo_Commit="0" * 40, ETag='"1"')
 
     def _file(self, path):
         path = HUB.sub("", path.removeprefix(MOVED), count=1)
@@ -197,20 +194,37 @@ class _Handler(BaseHTTPRequestHandler):
             self._say(302, Location=f"{self.state.url}{MOVED}{self.path}")
         elif fault == "loop":
             self._say(302, Location=self.path)
+        elif fault and fault.startswith("to "):
+            self._say(302, Location=fault.removeprefix("to "))
+        elif fault == "header":
+            self._send_endlessly(b"HTTP/1.1 200 OK\r\nX: ", b"x", self.state.trickle_s)
+        elif fault == "endless":
+            self._send_head(200, None)
+            self._send_endlessly(b"[", b"0," * 2**15, 0)
         elif fault == "404" or not file.is_file():
             self._say(404, b"not found")
         else:
             self._send_file(file, fault)
 
+    def _send_endlessly(self, start, part, wait_s):
+        """Send the start, and then the part again and again, until the client or the server goes away."""
+        self.close_connection = True
+        with suppress(OSError):
+            self._write(start)
+            while not self.state.pause(wait_s):
+                self._write(part)
+
     def _send_file(self, file, fault):
         size = file.stat().st_size
-        first, last, status, headers = 0, size - 1, 200, {}
+        etag = f'"{file.stat().st_mtime_ns}-{size}"'
+        first, last, status, headers = 0, size - 1, 200, {"ETag": etag}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked and fault != "whole":
+        is_same = self.headers.get("If-Range", etag) == etag
+        if asked and is_same and fault != "whole":
             first = int(asked[1]) + (fault == "shifted")
             last = min(int(asked[2] or size), size - 1)
             status = 206
-            headers = {"Content_Range": f"bytes {first}-{last}/{size}"}
+            headers["Content_Range"] = f"bytes {first}-{last}/{size}"
 
         self.state.ranges.append((first, last))
         with file.open("rb") as opened:

@@ -25,6 +25,7 @@ from tests.helpers import tiny
 from tests.helpers.broken import encoded
 from tests.helpers.server import Server, client, seeded
 from vzip import UserError
+from vzip.files import machine_name
 from vzip.pictures import open_picture
 
 pytestmark = pytest.mark.slow
@@ -212,6 +213,17 @@ def test_a_fault_is_forgotten_with_its_reason(tmp_path):
     assert set(Command(tmp_path, coco=str(tmp_path / "published")).fetch(media)) == {"coco/3.jpg"}
 
 
+def test_a_source_whose_address_holds_a_key_is_asked_again(tmp_path):
+    """The key may have expired: then the fault goes with a new one. No record holds the key."""
+    media = publish(tmp_path, 1)
+    with Server(tmp_path / "published", {"/train/0.jpg": ["404"]}) as server:
+        command = Command(tmp_path, coco=f"{server.url}/?sig=s3cret")
+        (fault,) = command.fetch(media).values()
+        assert fault.final and "?sig=***: answered 404" in fault.reason
+        assert "s3cret" not in command.index_path.read_text()
+        assert command.fetch(media) == {}
+
+
 def test_a_file_that_changed_or_went_is_looked_at_again(tmp_path):
     media = publish(tmp_path, 3)
     with Server(tmp_path / "published") as server:
@@ -221,13 +233,15 @@ def test_a_file_that_changed_or_went_is_looked_at_again(tmp_path):
         save(command.folder / "coco/train/1.jpg", encoded()[:100])
 
         # What a killed command left goes, and what belongs to a process that runs stays.
-        of_another = f"coco/train/2.jpg.{os.getppid()}-1.vzip-tmp"
-        for leftover in (of_another, "coco/train/2.jpg.999999999-1.vzip-tmp"):
+        of_another = f"coco/train/2.jpg.{machine_name()}-{os.getppid()}-0a.vzip-tmp"
+        of_another_host = "coco/train/2.jpg.other_host-1-999999999-0a.vzip-tmp"
+        killed = f"coco/train/2.jpg.{machine_name()}-999999999-0a.vzip-tmp"
+        for leftover in (of_another, of_another_host, killed):
             save(command.folder / leftover, b"half a pict")
         assert command.fetch(media) == {}
         assert server.requests == {"/train/0.jpg": 2, "/train/1.jpg": 2, "/train/2.jpg": 1}
 
-    assert command.files() == {path for _, path, _ in media} | {of_another}
+    assert command.files() == {path for _, path, _ in media} | {of_another, of_another_host}
     assert open_picture(command.folder / "coco/train/1.jpg").size == (9, 8)
 
 

@@ -1,14 +1,15 @@
-"""One file comes whole or not at all: from the hub with the hub's client, from other addresses by
-plain HTTP.
-"""
+"""One file comes whole or not at all, and only as long as bytes keep coming."""
 
 import shutil
+import time
 from collections import namedtuple
 
 import pytest
 from huggingface_hub import constants
 
-from data.fetch.file import HubFile, fetch_file, parse_hub_address
+from data.fetch import deadline
+from data.fetch import file as fetching
+from data.fetch.file import fetch_file, hub_logins
 from data.fetch.http import NotFoundError, TransientError
 from tests.helpers.server import Server, client
 from vzip import UserError
@@ -31,12 +32,16 @@ def target(tmp_path):
     return tmp_path / "mine" / "b.json"
 
 
+def files_in(folder):
+    return [path.name for path in folder.iterdir()]
+
+
 @pytest.fixture
 def as_hub(monkeypatch):
     """Makes a server the hub, as HF_ENDPOINT does in a new process."""
 
     def use(server):
-        monkeypatch.setattr("data.fetch.file.ENDPOINTS", (server.url,))
+        monkeypatch.setattr(fetching, "ENDPOINTS", (server.url,))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", "hf_mine")
         return f"{server.url}/{HUB_ADDRESS}"
@@ -44,48 +49,60 @@ def as_hub(monkeypatch):
     return use
 
 
-def files_in(folder):
-    return [path.name for path in folder.iterdir()]
+def test_the_users_token_goes_to_the_hub_and_nowhere_else(published, target, as_hub):
+    with (
+        Server(published) as other,
+        Server(published, {f"/{HUB_ADDRESS}": f"to {other.url}/mix.json"}) as hub,
+    ):
+        fetch_file(as_hub(hub), target)
+        assert hub.logins == {f"/{HUB_ADDRESS}": "Bearer hf_mine"}
+        assert other.logins == {"/mix.json": None}
 
-
-def test_addresses_of_the_hub(monkeypatch):
-    monkeypatch.setattr("data.fetch.file.ENDPOINTS", ("http://mirror/hf", "https://huggingface.co"))
-    expected = HubFile("http://mirror/hf", "dataset", "liuhaotian/LLaVA", "main", "mix.json")
-    assert parse_hub_address(f"http://mirror/hf/{HUB_ADDRESS}") == expected
-    assert parse_hub_address(f"http://mirror/hf//{HUB_ADDRESS}?download=true") == expected
-
-    model = parse_hub_address("https://huggingface.co/gpt2/resolve/refs%2Fpr%2F1/a/b%20c.json")
-    assert model == HubFile("https://huggingface.co", "model", "gpt2", "refs/pr/1", "a/b c.json")
-
-    for other in ("https://huggingface.co/", "https://elsewhere/a/b/resolve/main/c", "http://mirror/hfx/a/b"):
-        assert parse_hub_address(other) is None
-
-
-def test_the_hubs_client_sends_the_users_token(published, target, as_hub):
-    leftover = target.parent / "b.json.download"  # of a command that was killed
-    leftover.mkdir(parents=True)
-    (leftover / "half").write_bytes(b"...")
-    with Server(published, {f"/{HUB_ADDRESS}": ["truncate"]}) as server:
-        fetch_file(as_hub(server), target)
-        assert server.tokens == ["Bearer hf_mine"]
+        target.unlink()
+        fetch_file(f"{other.url}/mix.json", target, client=client(logins=hub_logins()))
+        assert other.logins == {"/mix.json": None}
 
     assert target.read_bytes() == CONTENT
     assert files_in(target.parent) == ["b.json"]
 
 
-def test_a_hub_without_an_answer_or_the_file_is_named(published, target, as_hub, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda _: None)  # the client waits between its attempts
-    with Server(published) as server:
-        address = as_hub(server)
-    with pytest.raises(TransientError, match="refused"):
-        fetch_file(address, target)
-
-    with Server(published) as server:
-        address = as_hub(server).replace("mix", "other")
-        with pytest.raises(NotFoundError, match=r"404 .*Entry Not Found .*other\.json") as error:
+def test_a_hub_that_may_not_be_asked_is_not(published, target, as_hub, monkeypatch):
+    with Server(published) as hub:
+        address = as_hub(hub)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(NotFoundError, match="HF_HUB_OFFLINE=1"):
             fetch_file(address, target)
-    assert "\n" not in str(error.value)
-    assert files_in(target.parent) == []
+        assert not hub.requests
+
+
+def test_an_attempt_goes_on_where_the_last_one_broke_off(published, target):
+    with Server(published, {"/mix.json": ["truncate", "truncate"]}) as server:
+        fetch_file(f"{server.url}/mix.json", target, client=client())
+        assert [first for first, _ in server.ranges] == [0, 5120, 7680]
+
+    assert target.read_bytes() == CONTENT
+
+
+def test_a_file_that_changes_between_attempts_is_fetched_anew(published, target):
+    class Changing(Server):
+        def begin(self, path):
+            fault = "truncate" if not self.requests[path] else None
+            (self.folder / "mix.json").write_bytes(CONTENT if fault else CONTENT[::-1])
+            super().begin(path)
+            return fault
+
+    with Changing(published) as server:
+        fetch_file(f"{server.url}/mix.json", target, client=client())
+        assert server.ranges == [(0, 10239), (0, 10239)]
+
+    assert target.read_bytes() == CONTENT[::-1]
+
+
+def test_a_server_without_parts_sends_the_file_again(published, target):
+    with Server(published, {"/mix.json": ["truncate", "whole"]}) as server:
+        fetch_file(f"{server.url}/mix.json", target, client=client())
+
+    assert target.read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("faults", [[], ["drop"], ["truncate", "503"], ["302"]])
@@ -101,7 +118,7 @@ def test_other_addresses_are_tried_again(published, target, faults):
     ("fault", "error", "words"),
     [
         ("404", NotFoundError, "answered 404"),
-        ("truncate", TransientError, r"5,120 of 10,240 bytes came|IncompleteRead"),
+        ("truncate", TransientError, r"bytes came|IncompleteRead"),
         ("503", TransientError, r"answered 503.*given up after 3 attempts"),
     ],
 )
@@ -119,3 +136,57 @@ def test_a_disk_that_is_too_small_is_told_before(published, target, monkeypatch)
     with Server(published) as server:
         with pytest.raises(UserError, match=r"needs 10,240 bytes .* 1,000 are free"):
             fetch_file(f"{server.url}/mix.json", target)
+
+
+def test_a_file_of_unknown_size_leaves_room_on_the_disk(published, target, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 9 * 10**8, 10**8))
+    with Server(published, {"/mix.json": "short"}) as server:
+        with pytest.raises(UserError, match=r"100,000,000 are free"):
+            fetch_file(f"{server.url}/mix.json", target)
+    assert files_in(target.parent) == []
+
+
+@pytest.mark.parametrize("fault", ["endless", None])
+def test_a_file_that_is_too_large_or_never_ends_is_refused(published, target, monkeypatch, fault):
+    monkeypatch.setattr(fetching, "MAX_BYTES", 10_000)
+    with Server(published, {"/mix.json": fault}) as server:
+        with pytest.raises(NotFoundError, match=r"more than 10,000 bytes"):
+            fetch_file(f"{server.url}/mix.json", target, client=client())
+        assert server.requests == {"/mix.json": 1}
+    assert files_in(target.parent) == []
+
+
+@pytest.mark.parametrize("fault", ["header", "trickle"])
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up(published, target, fault):
+    """The whole file would take 102 s, and the header would never end."""
+    with Server(published, {"/mix.json": fault}, trickle_s=0.01) as server:
+        with pytest.raises(TransientError, match=r"sent too little in 1 s .given up after 2 attempts"):
+            fetch_file(f"{server.url}/mix.json", target, client=client(total_s=1, attempts=2))
+    assert files_in(target.parent) == []
+
+
+def test_a_file_that_keeps_coming_may_take_hours(published, target, monkeypatch):
+    """The clock of the client goes an hour ahead with each part that it has read."""
+    now = time.monotonic
+    hours = []
+    monkeypatch.setattr(deadline.time, "monotonic", lambda: now() + 3600 * len(hours))
+    monkeypatch.setattr(fetching, "MIN_PROGRESS", 1)
+    monkeypatch.setattr(fetching, "check_size", lambda *_: hours.append(1))
+    (published / "mix.json").write_bytes(bytes(3_000_000))
+    with Server(published) as server:
+        fetch_file(f"{server.url}/mix.json", target, client=client(total_s=4000))
+
+    assert target.stat().st_size == 3_000_000
+    assert len(hours) > 3
+
+
+def test_a_file_that_is_refused_never_gets_its_name(published, target):
+    def refuse(path):
+        assert path.read_bytes() == CONTENT
+        raise NotFoundError("it is a web page")
+
+    with Server(published) as server:
+        with pytest.raises(NotFoundError, match="web page"):
+            fetch_file(f"{server.url}/mix.json", target, check=refuse)
+    assert files_in(target.parent) == []

@@ -1,11 +1,13 @@
 """What a web server can do wrong is survived, or named, and over in time."""
 
 import time
+from base64 import b64encode
 from contextlib import contextmanager
 from email.utils import formatdate
 
 import pytest
 
+from data.fetch.address import redirected
 from data.fetch.http import Client, NotFoundError, TransientError
 from tests.helpers.server import Server, client
 from vzip import UserError
@@ -23,7 +25,7 @@ def serving(folder, faults=None, *, content=CONTENT, **options):
 
 @pytest.fixture(autouse=True)
 def _no_proxy(monkeypatch):
-    for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY"):
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -85,6 +87,63 @@ def test_other_addresses_than_of_the_web_are_not_found(url):
         client(attempts=1).get(url)
 
 
+BAD_REDIRECTS = {
+    "http://[::1": "which is not an address",
+    "http://a..b/": "a..b",
+    "http://a:port/": "which is not an address",
+    "http://": "too many redirects",
+    "ftp://127.0.0.1/a": "is not a web address",
+    "file:///etc/hostname": "is not a web address",
+    "gopher://127.0.0.1/": "is not a web address",
+}
+
+
+@pytest.mark.parametrize(("location", "words"), BAD_REDIRECTS.items())
+def test_bad_redirects_are_faults(tmp_path, location, words):
+    with serving(tmp_path, f"to {location}") as server:
+        with pytest.raises(NotFoundError, match=words):
+            client().get(f"{server.url}/a.bin")
+
+
+def test_a_redirect_never_leaves_encryption():
+    assert redirected("http://a/b", "https://c/d") == "https://c/d"
+    assert redirected("https://a/b", "/d?e=f") == "https://a/d?e=f"
+    assert redirected("https://a/b", "//c/d") == "https://c/d"
+    with pytest.raises(ValueError, match=r"from https to http .http://c/d.key=\*\*\*"):
+        redirected("https://a/b", "http://c/d?key=s3cret")
+
+
+def test_a_login_goes_to_its_own_host_only(tmp_path):
+    with serving(tmp_path) as other, serving(tmp_path, [None, f"to {other.url}/a.bin", "302"]) as server:
+        url = server.url.replace("http://", "http://me:s3%40cret@") + "/a.bin"
+        for _ in range(3):
+            assert client().get(url) == CONTENT
+
+        sent = f"Basic {b64encode(b'me:s3@cret').decode()}"
+        assert server.logins == {"/a.bin": sent, "/moved/a.bin": sent}
+        assert other.logins == {"/a.bin": None}
+
+
+def test_the_login_of_a_redirect_is_not_sent(tmp_path):
+    with serving(tmp_path) as other:
+        with serving(tmp_path, f"to {other.url.replace('//', '//me:word@')}/a.bin") as server:
+            assert client().get(f"{server.url}/a.bin") == CONTENT
+        assert other.logins == {"/a.bin": None}
+
+
+def test_errors_hold_no_secrets(tmp_path):
+    with serving(tmp_path, "404") as server:
+        url = server.url.replace("http://", "http://me:s3cret@") + "/a.bin?sig=s3cret"
+        with pytest.raises(
+            NotFoundError, match=r"http://\*\*\*@.*/a\.bin\?sig=\*\*\*: answered 404"
+        ) as error:
+            client().get(url)
+    assert "s3cret" not in str(error.value)
+    with pytest.raises(TransientError, match="refused") as error:
+        client(attempts=1).get(url)
+    assert "s3cret" not in str(error.value)
+
+
 def test_redirects_are_followed_with_their_range(tmp_path):
     with serving(tmp_path, "302") as server:
         assert client().get(f"{server.url}/a.bin", first=7, last=9) == CONTENT[7:10]
@@ -113,9 +172,44 @@ def test_a_file_that_is_too_large_for_a_picture_is_refused(tmp_path, fault):
 
 def test_a_byte_now_and_then_is_not_waited_for_for_ever(tmp_path):
     with serving(tmp_path, "trickle", trickle_s=0.01) as server:  # the whole file would take 102 s
-        with pytest.raises(TransientError, match=r"only \d+ bytes came in 0.5 s"):
+        with pytest.raises(TransientError, match="sent too little in 0"):
             client(total_s=0.5).get(f"{server.url}/a.bin")
         assert server.requests["/a.bin"] == 1
+
+
+@pytest.mark.parametrize("ask", [Client.get, Client.size])
+def test_a_header_that_never_ends_is_given_up(tmp_path, ask):
+    with serving(tmp_path, "header", trickle_s=0.1) as server:
+        with pytest.raises(TransientError, match="sent too little in 1 s"):
+            ask(client(total_s=1), f"{server.url}/a.bin")
+
+
+def test_a_proxy_whose_header_never_ends_is_given_up(tmp_path, monkeypatch):
+    with serving(tmp_path) as server:
+        monkeypatch.setenv("https_proxy", server.url)
+        monkeypatch.setattr("tests.helpers.server._Handler.do_CONNECT", endless_header, raising=False)
+        with pytest.raises(TransientError, match="sent too little in 1 s"):
+            client(total_s=1).get("https://far.invalid/a.bin")
+
+
+def endless_header(handler):
+    handler._send_endlessly(b"HTTP/1.1 200 OK\r\nX: ", b"x", 0.1)
+
+
+def test_an_endless_picture_is_refused(tmp_path):
+    with serving(tmp_path, "endless") as server:
+        with pytest.raises(NotFoundError, match="more than 200,000 bytes"):
+            client(max_bytes=200_000).get(f"{server.url}/a.bin")
+
+
+def test_a_connection_is_as_patient_as_before_after_a_deadline(tmp_path):
+    """A short deadline of one request does not shorten the timeout of the next one."""
+    with serving(tmp_path, delay_s=0.5) as server:
+        here = client(total_s=20)
+        assert here.get(f"{server.url}/a.bin") == CONTENT
+        here.total_s = 180
+        assert here.get(f"{server.url}/a.bin") == CONTENT
+        assert server.num_connections == 1
 
 
 @pytest.mark.slow
@@ -161,6 +255,8 @@ def test_the_environments_proxy_is_used_but_for_hosts_without(tmp_path, monkeypa
             client(attempts=1).get("http://far.invalid/a.bin")
         assert proxy.requests["/a.bin"] == 1
 
-    monkeypatch.setenv("http_proxy", "socks5://127.0.0.1:1")
-    with pytest.raises(UserError, match="http_proxy=socks5"):
-        Client()
+    for proxy in ("socks5://me:s3cret@127.0.0.1:1", "me:s3/cret@host:1"):
+        monkeypatch.setenv("http_proxy", proxy)
+        with pytest.raises(UserError, match=r"http_proxy=\w+://\*\*\*@") as error:
+            Client()
+        assert "s3" not in str(error.value)

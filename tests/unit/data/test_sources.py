@@ -22,7 +22,7 @@ def test_a_base_address_is_that_of_the_data_source(tmp_path):
     with Server(tmp_path) as server:
         for base in (f"{server.url}/zip", f"{server.url}/zip/", f"{server.url}/zip/?key=secret"):
             source = parse_source(base, QUICK)
-            assert str(source) == base
+            assert str(source) == base.replace("secret", "***")
             for name in names:
                 assert source.read(f"coco/{name}") == name.encode()
 
