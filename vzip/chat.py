@@ -103,6 +103,8 @@ class Chat:
         # A placeholder in a question would be counted as one more picture.
         if not question.strip():
             raise UserError("the question is empty; ask something about the picture")
+        if any("\ud800" <= character <= "\udfff" for character in question):
+            raise UserError("the question holds half of a surrogate pair, which is no text; type it again")
         for kind in ("image", "video"):
             token = getattr(self.processor, f"{kind}_token", None)
             if token and token in question:

@@ -3,22 +3,27 @@
 make demo RUN=runs/my-run ARGS="--port 7861"
 python -m scripts.demo.main llava-hf/llava-1.5-7b-hf
 
-Only this machine can open the page, unless --host or --share opens it to others. Ctrl-C ends the
-command.
+Only this machine can open the page, unless --host or --share opens it to others. Then it should ask
+for a password: --auth USER:PASSWORD, or the variable VZIP_DEMO_AUTH, which no list of processes
+shows. Ctrl-C ends the command.
 """
 
 import argparse
+import ipaddress
 import os
 import socket
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
 
 from starlette.middleware import Middleware
 
-from scripts.demo.page import STYLE, ExamplePicture, NoOtherHosts, Page, gr
+from scripts.demo.guard import MAX_FILE_MB, NoOtherHosts, SmallRequests, gr
+from scripts.demo.page import ExamplePicture, Page
 from scripts.demo.sessions import SharedModel
+from scripts.demo.style import STYLE
 from train.cli import count, exit_on_user_error
 from train.runs import FinishedRun
 from vzip import Comparison, UserError
@@ -32,9 +37,10 @@ TEMPLATES = {
     "chatml": templates.chatml("You are a helpful assistant."),
 }
 NUM_EXAMPLES = 8
-MAX_FILE_MB = 20
-MAX_VISITORS = 8
-"""Number of visitors whose sessions stay in memory. Each has a KV cache in every setting."""
+MAX_VISITORS = 100
+"""Number of visitors whose conversations are in memory. The one who was away longest is forgotten."""
+AUTH = "VZIP_DEMO_AUTH"
+"""Environment variable that --auth can be given in."""
 
 
 def free_port(host: str, port: int) -> int:
@@ -70,11 +76,14 @@ def held_out_examples(run: Path) -> list[ExamplePicture]:
         questions.setdefault(answer["image"], question)
 
     # Open pictures until the gallery is full.
-    folder = Path(finished.setting("data.image_folder", ".")).expanduser()
+    folder = Path(str(finished.setting("data.image_folder") or ".")).expanduser()
     examples: list[ExamplePicture] = []
     for image, question in questions.items():
         if len(examples) == NUM_EXAMPLES:
             break
+        # A run from somebody else may name a file outside the folder, which visitors must not see.
+        if Path(image).is_absolute() or ".." in Path(image).parts:
+            continue
         # Skip pictures that are gone or damaged, videos, and questions without a picture.
         with suppress(OSError, ValueError):
             examples.append(ExamplePicture(open_picture(folder / image), question))
@@ -113,7 +122,10 @@ def title_of(source: str, model: SharedModel) -> str:
     """Say in Markdown which model answers."""
     network = model.comparison.family.model
     reducer = model.reducer(model.default_budget)
-    title = f"`{source}`: {type(network).__name__} on {network.device}, {reducer}"
+    # Visitors need not know where the run is on this machine.
+    path = Path(source)
+    name = path.resolve().name if path.exists() else source
+    title = f"`{name}`: {type(network).__name__} on {network.device}, {reducer}"
 
     if model.tuned_budgets:
         budgets = " or ".join(str(budget) for budget in model.tuned_budgets)
@@ -132,14 +144,57 @@ def spare_the_proxy(host: str) -> None:
     os.environ["no_proxy"] = ",".join(name for name in hosts if name)
 
 
-def serve(page: Page, *, host: str, port: int, share: bool) -> None:
-    """Show the page until Ctrl-C raises KeyboardInterrupt."""
-    # With `prevent_thread_lock` the call returns, so that Ctrl-C ends the wait below.
+def read_auth(text: str | None) -> tuple[str, str] | None:
+    """Split USER:PASSWORD, by default that of the environment, in two. None if there is none.
+
+    Raises:
+        UserError: one of the two is missing. The message does not repeat them.
+    """
+    if text is None:
+        text = os.environ.get(AUTH)
+    if text is None:
+        return None
+
+    user, _, password = text.partition(":")
+    if not user or not password:
+        raise UserError(f"--auth (or {AUTH}) must be USER:PASSWORD, and neither may be empty")
+    return user, password
+
+
+def is_open_to_others(host: str, *, share: bool) -> bool:
+    """Whether other machines can reach the page."""
+    if share:
+        return True
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        # A name, e.g. localhost.
+        return host != "localhost"
+
+
+@contextmanager
+def uploads_folder() -> Iterator[None]:
+    """Let Gradio keep uploads in a folder that only this user can read, and delete it in the end.
+
+    Its default is one folder for all programs and users of the machine.
+    """
+    with TemporaryDirectory(prefix="vzip-demo-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        yield
+
+
+@contextmanager
+def opened(
+    page: Page, *, host: str, port: int, share: bool = False, auth: tuple[str, str] | None = None
+) -> Iterator[str]:
+    """Yield the address of the page, which visitors can use while the block runs."""
+    # With `prevent_thread_lock` the call returns: the page runs in threads of its own.
     spare_the_proxy(host)
     _, address, public_address = page.blocks.launch(
         server_name=host,
         server_port=port,
         share=share,
+        auth=auth,
         quiet=True,
         prevent_thread_lock=True,
         css=STYLE,
@@ -148,16 +203,29 @@ def serve(page: Page, *, host: str, port: int, share: bool) -> None:
         max_file_size=f"{MAX_FILE_MB}mb",
         state_session_capacity=MAX_VISITORS,
         ssr_mode=False,
-        app_kwargs={"middleware": [Middleware(NoOtherHosts)]},
+        # Nobody needs these records of what visitors did.
+        enable_monitoring=False,
+        run_history=False,
+        app_kwargs={"middleware": [Middleware(NoOtherHosts), Middleware(SmallRequests)]},
     )
-    print(f"the page: {public_address or address} (Ctrl-C ends it)", flush=True)
-
-    # The page runs in threads of its own. This one waits for Ctrl-C, and then ends them.
     try:
-        Event().wait()
+        yield public_address or address
     finally:
-        page.model.stop()
+        page.model.thread.stop()
         page.blocks.close(verbose=False)
+
+
+def serve(page: Page, *, host: str, port: int, share: bool, auth: tuple[str, str] | None) -> None:
+    """Show the page until Ctrl-C raises KeyboardInterrupt."""
+    if auth is None and is_open_to_others(host, share=share):
+        print(
+            "warning: everyone who can reach this page can use it and its model; "
+            f"ask for a password with --auth USER:PASSWORD, or with {AUTH} in the environment",
+            flush=True,
+        )
+    with opened(page, host=host, port=port, share=share, auth=auth) as address:
+        print(f"the page: {address} (Ctrl-C ends it)", flush=True)
+        Event().wait()
 
 
 def parse_demo_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -169,6 +237,7 @@ def parse_demo_arguments(arguments: Sequence[str] | None = None) -> argparse.Nam
     add("--host", default="127.0.0.1", help="0.0.0.0 shows the page to everyone in this network")
     add("--port", type=int, default=7860, help="port of the page; 0 takes any free one")
     add("--share", action="store_true", help="get a public address from Gradio's servers")
+    add("--auth", metavar="USER:PASSWORD", help=f"ask visitors for these; or set {AUTH} to them")
     add("--base", help="folder or hub id of a run's base model, if it has moved")
     add("--template", choices=TEMPLATES, help="chat template, for a model that has none")
     add("--max-new-tokens", type=count, default=128, help="most tokens of an answer")
@@ -180,8 +249,10 @@ def main() -> None:
     """Load the model, then show the page."""
     arguments = parse_demo_arguments()
 
+    auth = read_auth(arguments.auth)
+
     # Ctrl-C is how this command ends, so it is not an error.
-    with suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt), uploads_folder():
         # Look for the port first: loading the model takes minutes.
         port = free_port(arguments.host, arguments.port)
         model = open_model(
@@ -198,7 +269,7 @@ def main() -> None:
             title=title_of(arguments.source, model),
             examples=held_out_examples(Path(arguments.source)),
         )
-        serve(page, host=arguments.host, port=port, share=arguments.share)
+        serve(page, host=arguments.host, port=port, share=arguments.share, auth=auth)
 
 
 if __name__ == "__main__":

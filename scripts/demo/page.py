@@ -3,21 +3,19 @@
 The page loads nothing from any other host.
 """
 
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-# Gradio reads this when it is imported, and would send data about the page to its servers.
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-
-import gradio as gr
+import torch
 from PIL import Image
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from scripts.demo.sessions import Session, SharedModel
-from scripts.demo.show import as_figures, as_messages, describe_tokens, open_upload
+from scripts.demo.guard import UploadsOnly, get_upload_folder, gr
+from scripts.demo.sessions import OUT_OF_MEMORY, Session, SharedModel
+from scripts.demo.show import as_figures, as_messages, describe_tokens
+from scripts.demo.uploads import MAX_QUESTION, check_question, open_upload, uploaded_file
 from vzip import UserError
 from vzip.overlay import attention_map, kept_tokens, merged_tokens
 
@@ -25,6 +23,12 @@ SIDE = 480
 """Side of a drawing in pixels."""
 SECONDS_BETWEEN_UPDATES = 0.1
 """Seconds between two updates of a growing answer. Each update takes time from the model."""
+MAX_ANSWERS = 8
+"""Number of visitors whose questions are answered at the same time, in turns. Others wait in a queue."""
+MAX_WAITING = 64
+"""Length of that queue. Who comes when it is full is told to try again."""
+SECONDS_KEPT = 3600
+"""After so many seconds without a question, a conversation is forgotten. So is an uploaded file."""
 PROJECTORS = {"full": "base projector", "free": "base projector", "tuned": "tuned projector"}
 """The projector of each setting, as the page names it."""
 DRAWINGS = {
@@ -33,49 +37,16 @@ DRAWINGS = {
     "**Attention**: violet little, yellow most": attention_map,
 }
 """Title of each drawing, and the function that draws it."""
+NO_SESSION = "Choose a picture first, then ask about it."
 NO_PICTURE = "Upload a picture, or choose one, to see its tokens."
 FOOTNOTE = (
     "*Prompt run*: the tokens of the conversation that were computed in this turn. The others were in "
-    "the KV cache. The settings answer greedily, one after the other, so that each is timed alone."
+    "the KV cache. The settings answer greedily, one after the other, and only the time in which the "
+    "model worked on the answer is counted."
 )
-# The rules replace what Gradio's own options can't set: widths, the grid of examples, small tables.
-STYLE = """
-.gradio-container > main, .gradio-container { max-width: 1280px; width: 100%; margin: 0 auto; }
-.message:not(:empty) p { border-left: 4px solid #d55e00; padding: .25rem .75rem; }
-.drawing img { image-rendering: pixelated; }
-.drawing:not(:hover) .icon-button-wrapper { opacity: 0; }
-#examples .grid-wrap { height: auto; min-height: 0; padding-top: 2rem; }
-#examples .grid-container { height: auto; }
-#examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
-#examples .grid-container { grid-auto-rows: auto !important; }
-#examples .grid-container button { aspect-ratio: 1; height: auto; }
-.answers button[aria-label="Clear"] { display: none; }
-.figures table { font-size: .85em; width: 100%; }
-.figures th, .figures td { padding: .15rem .4rem !important; white-space: nowrap; }
-.figures th, .figures td { border-color: #8884 !important; }
-"""
 
 Updates = dict[Any, Any]
 """New values of components, by component, as Gradio takes them."""
-
-
-class NoOtherHosts:
-    """Middleware that tells browsers to load nothing for the page from any other host."""
-
-    POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # An answer's headers are sent first, in a message of their own.
-        async def send_with_policy(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                policy = (b"content-security-policy", self.POLICY)
-                message = {**message, "headers": [*message["headers"], policy]}
-            await send(message)
-
-        await self.app(scope, receive, send_with_policy)
 
 
 @dataclass(frozen=True)
@@ -98,11 +69,12 @@ class Page:
     def __init__(self, model: SharedModel, *, title: str, examples: Sequence[ExamplePicture]) -> None:
         self.model = model
         self.examples = examples
-        # Gradio looks at uploaded files every 600 s, and deletes those older than 3,600 s.
-        delete_cache = (600, 3600)
-        with gr.Blocks(title="vzip", analytics_enabled=False, delete_cache=delete_cache) as self.blocks:
+        # Gradio looks every 600 s for uploaded files that are too old.
+        delete_cache = (600, SECONDS_KEPT)
+        self.blocks = UploadsOnly(title="vzip", analytics_enabled=False, delete_cache=delete_cache)
+        with self.blocks:
             # The picture and its tokens stand side by side, the answers of all settings below.
-            self.session = gr.State(None, time_to_live=3600)
+            self.session = gr.State(None, time_to_live=SECONDS_KEPT, delete_callback=model.forget)
             gr.Markdown(f"# Which visual tokens stay, and how the model answers\n{title}")
             with gr.Row():
                 with gr.Column(scale=1, min_width=280):
@@ -118,6 +90,7 @@ class Page:
 
             # Last, because events name their components.
             self._connect()
+        self.blocks.queue(max_size=MAX_WAITING, api_open=False)
 
     def _build_input(self) -> None:
         """Build the upload, and the examples below it."""
@@ -163,7 +136,13 @@ class Page:
         self.summary = gr.Markdown(NO_PICTURE, elem_id="summary")
 
     def _build_budget(self) -> None:
-        """Build the slider of budgets, which is hidden if there is only one."""
+        """Build the slider of budgets, unless there is only one."""
+        budgets = self.model.budgets
+        if len(budgets) == 1:
+            # A slider of one value can't be built. The events need the value all the same.
+            self.budget = gr.State(self.model.default_budget)
+            return
+
         # Say what a budget counts: several tiles together, one tile, or the whole picture.
         family = self.model.comparison.family
         if family.budget_tiles > 1:
@@ -173,7 +152,6 @@ class Page:
         else:
             unit = "a picture"
 
-        budgets = self.model.budgets
         self.budget = gr.Slider(
             budgets[0],
             budgets[-1],
@@ -181,7 +159,6 @@ class Page:
             step=family.budget_tiles,
             label=f"Budget: visual tokens of {unit}",
             info="Another budget starts another conversation.",
-            visible=len(budgets) > 1,
             buttons=[],
             elem_id="budget",
         )
@@ -191,6 +168,7 @@ class Page:
             label="Question",
             placeholder="Ask about the picture, in as many turns as you like",
             submit_btn="Ask",
+            max_length=MAX_QUESTION,
             elem_id="question",
         )
         self.hint = gr.Markdown(elem_id="hint", elem_classes="message")
@@ -246,41 +224,54 @@ class Page:
 
     def _connect(self) -> None:
         """Connect each action of a visitor with one of the methods below."""
-        # All events wait in one queue, so that nothing else runs while an answer is timed.
-        one_at_a_time = {
-            "outputs": self._outputs(),
-            "concurrency_id": "model",
-            "concurrency_limit": 1,
-            "show_progress": "minimal",
-        }
+        # What visitors send is not preprocessed: Gradio would open every format that PIL knows, and
+        # write a traceback into the log where the page has a message.
+        common = {"outputs": self._outputs(), "show_progress": "minimal", "preprocess": False}
+        asked = self.question.submit(
+            self.ask,
+            [self.session, self.question, self.picture, self.budget],
+            concurrency_id="answers",
+            concurrency_limit=MAX_ANSWERS,
+            **common,
+        )
 
-        # Gradio's own preprocessing would open every format that PIL knows. `choose` opens fewer.
-        as_uploaded = {**one_at_a_time, "preprocess": False}
-        self.picture.upload(self.choose, [self.picture, self.budget], **as_uploaded)
-        self.picture.clear(self.clear, None, **one_at_a_time)
-        self.gallery.select(self.pick, [self.budget], **one_at_a_time)
+        # Pictures have a queue of their own, because long answers would hold them up. Each event
+        # begins another conversation, so an answer that still grows is given up.
+        begin = {**common, "concurrency_id": "pictures", "concurrency_limit": 2, "cancels": [asked]}
+        self.picture.upload(self.choose, [self.picture, self.budget], **begin)
+        self.picture.clear(self.clear, None, **begin)
+        self.gallery.select(self.pick, [self.budget], **begin)
         if self.examples:
-            self.blocks.load(self.show_first_example, [self.budget], **one_at_a_time)
+            self.blocks.load(self.show_first_example, [self.budget], **begin)
 
         # While the slider moves, only its last value starts a session.
-        last_value = {**one_at_a_time, "trigger_mode": "always_last"}
-        self.budget.change(self.change_budget, [self.session, self.budget], **last_value)
+        if isinstance(self.budget, gr.Slider):
+            last_value = {**begin, "trigger_mode": "always_last"}
+            self.budget.change(self.change_budget, [self.session, self.budget], **last_value)
+        self.new_conversation.click(self.restart, [self.session], **begin)
 
-        self.new_conversation.click(self.restart, [self.session], **one_at_a_time)
-        self.question.submit(self.ask, [self.session, self.question], **one_at_a_time)
-
-    def _begin(self, picture: Image.Image, slider: float) -> Updates:
-        """Start a session about a picture, and draw its tokens."""
-        # The slider also stops between the budgets that a run was tuned for.
-        budget = self.model.nearest_budget(slider)
-        tokens = self.model.look(picture, budget)
-        session = Session(self.model, picture, budget)
+    def _begin(self, make_session: Callable[[], Session]) -> Updates:
+        """Start a session, and draw the tokens of its picture. Says so if that is not possible."""
+        try:
+            session = make_session()
+            picture = session.open_picture()
+            tokens = self.model.look(picture, session.budget)
+        except UserError as error:
+            return {**self.clear(), self.message: str(error)}
+        except torch.OutOfMemoryError:
+            return {**self.clear(), self.message: OUT_OF_MEMORY}
+        self.model.keep_open(session)
 
         # Replace everything that belongs to the previous picture.
         updates = {self.message: "", self.summary: describe_tokens(tokens)}
         for component, draw in zip(self.drawings, DRAWINGS.values(), strict=True):
             updates[component] = draw(tokens.tile, side=SIDE)
         return {**updates, **self._show_turns(session)}
+
+    def _open(self, file: object, slider: float) -> Session:
+        """Make a session about an uploaded file. Raises UserError if it is not one."""
+        path = uploaded_file(file, get_upload_folder())
+        return Session(self.model, open_upload(path), self.model.nearest_budget(slider), path)
 
     def _show_turns(self, session: Session | None) -> Updates:
         """Show the turns of a session in all settings."""
@@ -295,26 +286,27 @@ class Page:
 
     def _show_example(self, index: int, slider: float) -> Updates:
         example = self.examples[index]
+        # The slider also stops between the budgets that a run was tuned for.
+        budget = self.model.nearest_budget(slider)
         return {
-            **self._begin(example.picture, slider),
             self.picture: example.picture,
             self.question: example.question,
+            **self._begin(lambda: Session(self.model, example.picture, budget)),
         }
 
     def show_first_example(self, slider: float) -> Updates:
         """Handle the opening of the page."""
         return self._show_example(0, slider)
 
-    def choose(self, file: dict[str, Any], slider: float) -> Updates:
+    def choose(self, file: object, slider: float) -> Updates:
         """Handle an uploaded file."""
-        try:
-            picture = open_upload(file["path"])
-        except UserError as error:
-            return {**self.clear(), self.message: str(error)}
-        return self._begin(picture, slider)
+        return self._begin(lambda: self._open(file, slider))
 
     def pick(self, slider: float, event: gr.SelectData) -> Updates:
         """Handle the choice of an example."""
+        # A request may name any example.
+        if event.index not in range(len(self.examples)):
+            return {self.message: "There is no such example."}
         return self._show_example(event.index, slider)
 
     def clear(self) -> Updates:
@@ -328,34 +320,68 @@ class Page:
         """Handle another budget. Other tokens are kept, so another session starts."""
         if session is None:
             return {self.message: ""}
-        return self._begin(session.picture, slider)
+        self.model.forget(session)
+        return self._begin(lambda: session.restart(self.model.nearest_budget(slider)))
 
     def restart(self, session: Session | None) -> Updates:
         """Handle the button for a new conversation about the same picture."""
-        return self._show_turns(session.restart() if session else None)
-
-    def ask(self, session: Session | None, question: str) -> Iterator[Updates]:
-        """Ask a question in all settings, one after the other, so that each is timed alone."""
         if session is None:
-            yield {self.hint: "Choose a picture first, then ask about it."}
-            return
-        if not question.strip():
-            yield {self.hint: "Type a question."}
+            return self._show_turns(None)
+        self.model.forget(session)
+        return self._begin(session.restart)
+
+    def ask(
+        self,
+        session: Session | None,
+        question: object,
+        file: object = None,
+        slider: float = 0,
+    ) -> Iterator[Updates]:
+        """Ask a question in all settings, one after the other.
+
+        Without a session, one begins with the picture that the page still shows.
+        """
+        try:
+            text = check_question(question)
+        except UserError as error:
+            yield {self.hint: str(error)}
             return
 
+        # The page was left for long, or too many visitors came since.
+        if session is None and file is not None:
+            updates = self._begin(lambda: self._open(file, slider))
+            session = updates[self.session]
+            yield updates
+        if session is None:
+            yield {self.hint: NO_SESSION}
+            return
+
+        # A browser waits for its answer. Another program may not.
+        if not session.in_use.acquire(blocking=False):
+            yield {self.hint: "Wait for the answer to the last question."}
+            return
+        try:
+            yield from self._answer(session, text)
+        finally:
+            session.in_use.release()
+
+    def _answer(self, session: Session, question: str) -> Iterator[Updates]:
+        """Ask in all settings, and show the answers as they grow."""
         # Empty the question's box at once, so that the visitor sees that the question was accepted.
         yield {self.hint: "", self.question: ""}
         for setting in session.open_settings:
             # `session.ask` changes these turns, while it yields the growing answer.
             turns = session.turns[setting]
             last_update = 0.0
-            for _ in session.ask(setting, question.strip()):
-                if time.monotonic() - last_update > SECONDS_BETWEEN_UPDATES:
-                    yield {self.answers[setting]: as_messages(turns)}
-                    last_update = time.monotonic()
+            with closing(session.ask(setting, question)) as growing:
+                for _ in growing:
+                    if time.monotonic() - last_update > SECONDS_BETWEEN_UPDATES:
+                        yield {self.answers[setting]: as_messages(turns)}
+                        last_update = time.monotonic()
 
-            # The timings are complete only when the answer is.
+            # The timings are complete only when the answer is. The session is shown as used now.
             yield {
+                self.session: session,
                 self.answers[setting]: as_messages(turns),
                 self.figures[setting]: as_figures(turns),
             }

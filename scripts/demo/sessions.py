@@ -1,29 +1,35 @@
-"""One model that many visitors share.
+"""One model that many visitors share, and their conversations.
 
-A single thread uses the model, and answers one question at a time. A setting is one of
-`vzip.runs.compare.SETTINGS`: "full", "free" (training-free) or "tuned".
+A setting is one of `vzip.runs.compare.SETTINGS`: "full", "free" (training-free) or "tuned".
 """
 
-import queue
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+import math
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
-from threading import Event
-from typing import TypeVar
+from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import torch
 from PIL import Image
 
+from scripts.demo.turns import ModelThread
+from scripts.demo.uploads import open_upload
 from vzip import Comparison, UserError
 from vzip.chat import Answer, Chat
 from vzip.overlay import TileTokens, look
 from vzip.reducers import Reducer
 from vzip.reducers.identity import Identity
 
-T = TypeVar("T")
 WARM_UP_TOKENS = 3
 """Number of tokens generated in each setting before the page opens."""
+MAX_OPEN_SESSIONS = 8
+"""Number of sessions that have their picture and their KV caches in memory.
+
+The others keep only their text, and open the picture again with the next question.
+"""
+OUT_OF_MEMORY = "The model's memory ran out. Ask again, or start a new conversation."
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class SharedModel:
         tuned_budgets: budgets that the projector was tuned for. Empty for a base model.
         budgets: budgets that the page offers.
         default_budget: budget that the page begins with.
+        thread: the thread that uses the model. Nothing else may.
     """
 
     def __init__(self, comparison: Comparison, *, max_new_tokens: int) -> None:
@@ -85,9 +92,11 @@ class SharedModel:
         if self._takes_any_budget(step):
             self.budgets = range(step, most + 1, step)
 
-        # One thread uses the model, so visitors wait for each other without any lock.
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
-        self._stopped = Event()
+        self.thread = ModelThread()
+
+        # The sessions with anything large in memory, the one that was used last at the end.
+        self._open_sessions: list[Session] = []
+        self._lock = Lock()
 
     def _takes_any_budget(self, budget: int) -> bool:
         """Whether there is a training-free setting, whose budget can be changed."""
@@ -98,49 +107,39 @@ class SharedModel:
             return False
         return True
 
-    def run_alone(self, work: Callable[[], T]) -> T:
-        """Call `work` while nobody else uses the model, and return its result."""
-        return self._thread.submit(work).result()
+    def keep_open(self, session: "Session") -> None:
+        """Keep what a session has in memory, and close those that were used longest ago."""
+        self._close_others(session, num_kept=MAX_OPEN_SESSIONS)
 
-    def stream(self, work: Callable[[], Iterator[T]]) -> Iterator[T]:
-        """Yield the values of `work`, which runs while nobody else uses the model.
+    def close_others(self, session: "Session") -> None:
+        """Close all sessions but this one, and those that are being answered."""
+        self._close_others(session, num_kept=1)
 
-        If the reader stops early, `work` is closed in the model's thread. So the model never stays
-        in the setting that `work` has put it in.
-        """
-        # Each value is put into a tuple, so that the empty tuple can mark the end.
-        values: queue.SimpleQueue[tuple[T, ...]] = queue.SimpleQueue()
-        reader_left = Event()
+    def _close_others(self, session: "Session", *, num_kept: int) -> None:
+        with self._lock:
+            others = [other for other in self._open_sessions if other is not session]
+            surplus = len(others) + 1 - num_kept
 
-        def run() -> None:
-            # The end mark comes in any case: without it, the reader would wait for ever.
-            try:
-                with closing(work()) as produced:
-                    for value in produced:
-                        if reader_left.is_set() or self._stopped.is_set():
-                            break
-                        values.put((value,))
-            finally:
-                values.put(())
+            # A session that is being answered can't be closed, so the next one is.
+            kept = []
+            for other in others:
+                if surplus > 0 and other.close():
+                    surplus -= 1
+                else:
+                    kept.append(other)
+            self._open_sessions = [*kept, session]
 
-        job = self._thread.submit(run)
-        try:
-            while value := values.get():
-                yield value[0]
-        finally:
-            reader_left.set()
-
-        # An error of `work` was raised in the other thread. Raise it here again.
-        job.result()
-
-    def stop(self) -> None:
-        """End the answer that is being generated, so that the command can end."""
-        # Do not wait for the thread: it stops by itself at the next token.
-        self._stopped.set()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+    def forget(self, session: "Session | None") -> None:
+        """Close a session that is not used any more."""
+        with self._lock:
+            if session is not None and session.close():
+                self._open_sessions = [other for other in self._open_sessions if other is not session]
 
     def nearest_budget(self, value: float) -> int:
         """Return the offered budget that is nearest to the slider's value."""
+        # A request may hold anything.
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return self.default_budget
         return min(self.budgets, key=lambda budget: abs(budget - value))
 
     def reducer(self, budget: int) -> Reducer:
@@ -158,7 +157,7 @@ class SharedModel:
 
         # Only the first call computes anything. The counts follow from the picture's size.
         return PictureTokens(
-            tile=self.run_alone(lambda: look(family, reducer, image_processor, picture)),
+            tile=self.thread.run_alone(lambda: look(family, reducer, image_processor, picture)),
             num_tiles=family.num_tiles(size),
             num_tokens=family.num_image_tokens(reducer, size),
             num_full_tokens=family.num_image_tokens(Identity(), size),
@@ -175,6 +174,7 @@ class SharedModel:
             with closing(session.ask(setting, "What is this?")) as turns:
                 for _, _ in zip(range(WARM_UP_TOKENS), turns, strict=False):
                     pass
+        self.forget(session)
 
 
 # eq=False: two visitors with the same picture and budget still have different sessions.
@@ -182,25 +182,64 @@ class SharedModel:
 class Session:
     """One visitor's questions about one picture at one budget.
 
-    Each setting has its own KV cache.
+    Each setting has its own KV cache. `SharedModel.keep_open` bounds how many sessions have their
+    caches, and their picture, in memory.
     """
 
     model: SharedModel
-    picture: Image.Image
+    picture: Image.Image | None
+    """The picture, or None while it is not in memory."""
     budget: int
+    file: Path | None = None
+    """Where the picture is opened again. Without a file it always stays in memory."""
     turns: dict[str, list[Turn]] = field(init=False)
     """Turns so far in each setting."""
+    in_use: Lock = field(init=False, default_factory=Lock)
+    """Held while a question is answered, so that there is one at a time."""
 
     def __post_init__(self) -> None:
         self.turns = {setting: [] for setting in self.model.settings}
+        self._size = self.open_picture().size
         self._chats: dict[str, Chat] = {}
+        # The turns of settings whose chat, with its KV cache, is closed.
+        self._messages: dict[str, list[dict[str, Any]]] = {}
+
+    def open_picture(self) -> Image.Image:
+        """Return the picture, which is read again if it is not in memory.
+
+        Raises:
+            UserError: the file is gone.
+        """
+        picture = self.picture
+        if picture is None:
+            assert self.file is not None
+            picture = open_upload(self.file)
+            self.picture = picture
+        return picture
+
+    def close(self) -> bool:
+        """Drop the KV caches and the picture, unless a question is being answered.
+
+        The session can still be asked: what is dropped is then made again.
+        """
+        if not self.in_use.acquire(blocking=False):
+            return False
+        try:
+            for setting, chat in self._chats.items():
+                self._messages[setting] = chat.messages
+            self._chats.clear()
+            if self.file is not None:
+                self.picture = None
+        finally:
+            self.in_use.release()
+        return True
 
     def num_visual_tokens(self, setting: str) -> int:
         """Count the visual tokens of the picture in a setting that can be asked."""
         comparison = self.model.comparison
-        size = (self.picture.height, self.picture.width)
+        width, height = self._size
         reducer = comparison.reducer(setting, budget=self.budget)
-        return comparison.family.num_image_tokens(reducer, size)
+        return comparison.family.num_image_tokens(reducer, (height, width))
 
     def why_closed(self, setting: str) -> str:
         """Say why a setting can't be asked at this budget. Empty if it can."""
@@ -216,9 +255,23 @@ class Session:
         """The settings that can be asked."""
         return [setting for setting in self.model.settings if not self.why_closed(setting)]
 
-    def restart(self) -> "Session":
-        """Make a new session about the same picture at the same budget."""
-        return Session(self.model, self.picture, self.budget)
+    def restart(self, budget: int | None = None) -> "Session":
+        """Make a new session about the same picture, by default at the same budget."""
+        return Session(self.model, self.picture, budget or self.budget, self.file)
+
+    def _chat(self, setting: str, model: Any, processor: Any) -> Chat:
+        """Return the chat of a setting, which keeps the KV cache from one question to the next."""
+        self.model.keep_open(self)
+        if setting not in self._chats:
+            chat = Chat(
+                model,
+                processor,
+                self.open_picture(),
+                max_new_tokens=self.model.max_new_tokens,
+            )
+            chat.messages = self._messages.get(setting, [])
+            self._chats[setting] = chat
+        return self._chats[setting]
 
     def ask(self, setting: str, question: str) -> Generator[Turn]:
         """Ask a question, and yield the turn as its answer grows.
@@ -228,27 +281,26 @@ class Session:
         turns = self.turns[setting]
         turns.append(Turn(question, None))
 
-        # This runs in the model's thread. It puts the model into the setting for this answer alone,
-        # because the next visitor may ask in another one.
-        def work() -> Iterator[Answer]:
-            comparison = self.model.comparison
-            with comparison.row(setting, budget=self.budget) as (model, processor):
-                # A chat keeps the KV cache, so the next turn computes only what is new.
-                if setting not in self._chats:
-                    self._chats[setting] = Chat(
-                        model,
-                        processor,
-                        self.picture,
-                        max_new_tokens=self.model.max_new_tokens,
-                    )
-                yield from self._chats[setting].ask(question)
+        # Both are called in the model's thread. Other visitors, in other settings, have their turns
+        # between those of this answer.
+        def setting_of_model() -> AbstractContextManager[tuple[Any, Any]]:
+            return self.model.comparison.row(setting, budget=self.budget)
+
+        def answers(entered: tuple[Any, Any]) -> Iterator[Answer]:
+            yield from self._chat(setting, *entered).ask(question)
 
         # The page shows `turns`, so each longer answer replaces the last one.
         try:
-            for answer in self.model.stream(work):
-                turns[-1] = Turn(question, answer)
-                yield turns[-1]
-        except (UserError, torch.OutOfMemoryError) as error:
-            # A conversation that got too long must not end the page for all others.
+            with closing(self.model.thread.stream(answers, setting_of_model)) as growing:
+                for answer in growing:
+                    turns[-1] = Turn(question, answer)
+                    yield turns[-1]
+        except UserError as error:
+            # E.g. the conversation got too long. The page goes on for all others.
             turns[-1] = Turn(question, None, refusal=str(error))
+            yield turns[-1]
+        except torch.OutOfMemoryError:
+            # What others keep for later may be what is missing now.
+            self.model.close_others(self)
+            turns[-1] = Turn(question, None, refusal=OUT_OF_MEMORY)
             yield turns[-1]

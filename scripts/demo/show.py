@@ -2,45 +2,13 @@
 
 import html
 from collections.abc import Sequence
-from pathlib import Path
-
-from PIL import Image
 
 from scripts.demo.sessions import PictureTokens, Turn
-from vzip import UserError
-from vzip.pictures import FORMATS, open_picture
 
-MAX_PIXELS = 50_000_000
-"""Most pixels of an uploaded picture: each takes 3 bytes while it is open."""
 FIGURES_HEADER = [
     "| turn | first token | tokens/s | prompt run | cache |",
     "|--:|--:|--:|--:|--:|",
 ]
-
-
-def open_upload(path: str) -> Image.Image:
-    """Open an uploaded picture.
-
-    Raises:
-        UserError: the file is not a picture that can be read, or the picture has too many pixels.
-    """
-    limit = f"at most {MAX_PIXELS // 10**6} million pixels are accepted: make it smaller"
-    try:
-        # Opening reads only the size. A small file may hold a picture that fills the memory.
-        with Image.open(path, formats=FORMATS) as opened:
-            width, height = opened.size
-        if width * height > MAX_PIXELS:
-            raise UserError(f"This picture has {width:,} x {height:,} pixels; {limit}.")
-        return open_picture(Path(path))
-    except UserError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise UserError(f"This picture is too large; {limit}.") from error
-    except (OSError, ValueError, MemoryError) as error:
-        formats = ", ".join(FORMATS)
-        raise UserError(
-            f"This file is not a picture that can be read; choose another one ({formats})."
-        ) from error
 
 
 def describe_tokens(tokens: PictureTokens) -> str:

@@ -3,10 +3,13 @@
 import json
 import socket
 
-from scripts.demo.main import free_port, held_out_examples, open_model
+import pytest
+
+from scripts.demo.main import AUTH, free_port, held_out_examples, is_open_to_others, open_model, read_auth
 from scripts.demo.sessions import Session
 from tests.helpers import tiny
 from tests.helpers.errors import refused
+from vzip import UserError
 from vzip.pictures import open_picture
 
 
@@ -41,6 +44,10 @@ def test_examples_are_the_runs_held_out_pictures_that_can_be_opened(run, tmp_pat
 
     asked = [("a.png", "<image>\nwhat?"), ("a.png", "why?")]
     asked += [(name, "?") for name in ("gone.png", "damaged.png", "clip.mp4", "")]
+
+    # A run from somebody else may name files outside the folder.
+    tiny.picture(1).save(tmp_path.parent / "secret.png")
+    asked += [("../secret.png", "?"), (str(tmp_path.parent / "secret.png"), "?")]
     answers = [{"image": name, "question": question} for name, question in asked]
 
     (run / "answers_full.json").write_text(json.dumps(answers))
@@ -48,3 +55,24 @@ def test_examples_are_the_runs_held_out_pictures_that_can_be_opened(run, tmp_pat
     (example,) = held_out_examples(run)
     assert example.picture == open_picture(tmp_path / "a.png")
     assert example.question == "what?"
+
+
+def test_a_password_comes_from_the_command_or_the_environment_and_is_not_repeated(monkeypatch):
+    assert read_auth(None) is None
+    assert read_auth("me:a:b") == ("me", "a:b")
+    for wrong in ("secret", ":secret", "me:", ""):
+        with pytest.raises(UserError) as error:
+            read_auth(wrong)
+        assert "USER:PASSWORD" in str(error.value) and "secret" not in str(error.value)
+
+    monkeypatch.setenv(AUTH, "you:word")
+    assert read_auth(None) == ("you", "word")
+    assert read_auth("me:a") == ("me", "a")
+
+
+def test_a_page_without_a_password_is_warned_about_where_others_reach_it():
+    assert not any(
+        is_open_to_others(host, share=False) for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost")
+    )
+    assert all(is_open_to_others(host, share=False) for host in ("0.0.0.0", "::", "10.0.0.3", "my-host"))
+    assert is_open_to_others("127.0.0.1", share=True)

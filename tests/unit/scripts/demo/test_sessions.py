@@ -1,15 +1,16 @@
 """A model that many visitors share, and what the page shows of its answers."""
 
 import re
-import time
 
 import pytest
+import torch
 
 import vzip
-from scripts.demo.sessions import Session, SharedModel, Turn
-from scripts.demo.show import as_figures, as_messages, describe_tokens, open_upload
+from scripts.demo.sessions import MAX_OPEN_SESSIONS, Session, SharedModel, Turn
+from scripts.demo.show import as_figures, as_messages, describe_tokens
+from scripts.demo.turns import VALUES_PER_TURN
+from scripts.demo.uploads import open_upload
 from tests.helpers import tiny
-from tests.helpers.errors import refused
 from vzip import Comparison
 from vzip.chat import Chat
 from vzip.templates.encode import vicuna
@@ -63,50 +64,98 @@ def test_tuned_is_closed_at_other_budgets(model):
 
 def test_a_slider_between_budgets_takes_the_nearest(model):
     assert [model.nearest_budget(value) for value in (-3, 1, 6.4, 99)] == [1, 1, 6, 16]
+    # A request may hold anything.
+    assert [model.nearest_budget(value) for value in (None, "9", [], float("nan"))] == [6, 6, 6, 6]
 
 
-def test_a_reader_who_leaves_gives_the_model_back(model):
-    numbers = []
-
-    def long_work():
-        with model.comparison.row("free"):
-            for number in range(2000):
-                numbers.append(number)
-                time.sleep(0.001)
-                yield number
-
-    reader = model.stream(long_work)
-    assert next(reader) == 0
-    reader.close()
+def test_a_visitor_who_leaves_gives_the_model_back(model):
+    session = Session(model, tiny.picture(), 6)
+    growing = session.ask("free", "what?")
+    next(growing)
+    growing.close()
 
     # A model that was left in the other setting would refuse this question.
+    assert last_answer(Session(model, tiny.picture(), 6), "tuned", "what?").text
+
+
+def test_answers_that_grow_in_turns_are_the_same_as_alone(run):
+    model = SharedModel(Comparison.open(run, device="cpu"), max_new_tokens=3 * VALUES_PER_TURN)
+    asked = [
+        (Session(model, tiny.picture(seed), 6), setting) for seed in (1, 2) for setting in model.settings
+    ]
+    alone = [last_answer(session.restart(), setting, "what?").text for session, setting in asked]
+
+    # All answers are begun before any of them ends.
+    growing = [session.ask(setting, "what?") for session, setting in asked]
+    turns = [list(stream)[-1] for stream in interleaved(growing)]
+    assert [turn.answer.text for turn in turns] == alone
+    assert max(map(len, alone)) > VALUES_PER_TURN
+    model.thread.stop()
+
+
+def interleaved(streams):
+    """Take one value of each stream in turn. Returns the values of each."""
+    values = [[] for _ in streams]
+    rest = dict(enumerate(streams))
+    while rest:
+        for index, stream in list(rest.items()):
+            value = next(stream, None)
+            if value is None:
+                del rest[index]
+            else:
+                values[index].append(value)
+    return values
+
+
+def test_with_many_visitors_the_first_lose_only_what_can_be_made_again(model, tmp_path):
+    def visit(seed):
+        file = tmp_path / f"{seed}.png"
+        tiny.picture(seed).save(file)
+        session = Session(model, open_upload(file), 6, file)
+        last_answer(session, "tuned", "what?")
+        return session
+
+    sessions = [visit(seed) for seed in range(MAX_OPEN_SESSIONS + 2)]
+    assert [session.picture is None for session in sessions[:3]] == [True, True, False]
+    assert not sessions[0]._chats and sessions[2]._chats
+
+    # The first one goes on with its conversation. Only its cache is computed again.
+    turn = last_answer(sessions[0], "tuned", "why?")
+    other = Session(model, tiny.picture(0), 6)
+    last_answer(other, "tuned", "what?")
+    assert turn.text == last_answer(other, "tuned", "why?").text
+    assert turn.num_cached_tokens == 0 and turn.num_prompt_tokens > 30
+
+    # Gone is only a picture whose file is gone too.
+    (tmp_path / "1.png").unlink()
+    *_, turn = sessions[1].ask("tuned", "why?")
+    assert turn.refusal == "This picture is no longer here; upload it again."
+
+
+def test_a_session_that_is_in_use_stays_open(model):
     session = Session(model, tiny.picture(), 6)
-    assert last_answer(session, "tuned", "what?").text
-    assert len(numbers) < 2000
+    last_answer(session, "tuned", "what?")
+    with session.in_use:
+        assert not session.close()
+        for seed in range(MAX_OPEN_SESSIONS + 1):
+            model.keep_open(Session(model, tiny.picture(seed), 6))
+    assert session._chats
+    model.forget(session)
+    assert not session._chats
 
 
-def test_an_error_in_the_models_thread_reaches_the_reader(model):
-    def work():
-        yield 1
-        raise ArithmeticError
+def test_memory_that_runs_out_is_said_and_frees_what_others_keep(model, monkeypatch):
+    other, session = (Session(model, tiny.picture(), 6) for _ in range(2))
+    last_answer(other, "tuned", "what?")
 
-    reader = model.stream(work)
-    assert next(reader) == 1
-    with pytest.raises(ArithmeticError):
-        next(reader)
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
 
-
-def test_stopping_ends_an_answer(run):
-    model = SharedModel(Comparison.open(run, device="cpu"), max_new_tokens=5)
-
-    def endless():
-        while True:
-            yield 1
-
-    reader = model.stream(endless)
-    assert next(reader) == 1
-    model.stop()
-    assert all(value == 1 for value in reader)  # the values that were ready, and then the end
+    monkeypatch.setattr(Chat, "ask", run_out)
+    (turn,) = session.ask("tuned", "what?")
+    assert "memory ran out" in turn.refusal and "CUDA" not in turn.refusal
+    assert not other._chats
 
 
 def test_a_refused_question_is_a_turn_with_the_reason(model):
@@ -148,19 +197,3 @@ def test_the_figures_have_a_line_for_each_turn(model):
 
     waiting = as_messages([Turn("what?", None)])
     assert waiting[1] == {"role": "assistant", "content": "…"}
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"no picture", "not a picture that can be read"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture that can be read"),
-        (b"P6 40 40 255\ncut", "not a picture that can be read"),
-        (b"P6 8000 7000 255\n", "8,000 x 7,000 pixels; at most 50 million"),
-        (b"P6 100000 100000 255\n", "too large; at most 50 million"),
-    ],
-)
-def test_an_upload_that_is_not_a_picture_or_is_a_bomb_is_refused(content, words, tmp_path):
-    path = tmp_path / "upload.png"
-    path.write_bytes(content)
-    refused(open_upload, str(path), words=[words])
