@@ -101,8 +101,8 @@ def start(arguments, **changes):
     )
 
 
-def start_ranks(overrides, *, ranks, **changes):
-    """Run the recipe on several ranks of this machine, as the DeepSpeed launcher starts them."""
+def begin_ranks(overrides, *, ranks, script="train/tune.py", **changes):
+    """Begin the recipe on several ranks of this machine, as the DeepSpeed launcher starts them."""
     port = free_port()
     scripts = []
     for rank in range(ranks):
@@ -114,8 +114,14 @@ def start_ranks(overrides, *, ranks, **changes):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        arguments = ["train/tune.py", f"--local_rank={rank}", *overrides]
+        arguments = [str(script), f"--local_rank={rank}", *overrides]
         scripts.append(WarmScript(arguments, environment(**launched, **changes)))
+    return scripts
+
+
+def start_ranks(overrides, *, ranks, **changes):
+    """Run the recipe on several ranks to its end, whatever its exit code."""
+    scripts = begin_ranks(overrides, ranks=ranks, **changes)
 
     # As the launcher does: when one rank fails, the others would wait for it for ever.
     while any(script.process.is_alive() for script in scripts):

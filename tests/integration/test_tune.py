@@ -1,9 +1,6 @@
-"""The recipe, from command line to run folder, on a tiny model: same results on any ranks, resume,
-refusals.
-"""
+"""The recipe, from command line to run folder, on a tiny model: same results on any ranks, refusals."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -108,43 +105,6 @@ def test_zero_stages_agree_in_the_precision_of_real_models(settings, runs):
         tune([*settings, f"name={name}", *changes], ranks=2)
         curves[zero] = [loss for _, loss, _ in metrics(runs / name)]
     assert curves["zero2"] == pytest.approx(curves["zero0"], rel=2e-3) and len(set(curves["zero0"])) == 3
-
-
-KILLED_AFTER_STEP_5 = f"""
-import os, runpy, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-from train.track import Tracker
-
-log = Tracker.log
-def log_and_die(tracker, step, metrics):
-    log(tracker, step, metrics)
-    if step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Tracker.log = log_and_die
-runpy.run_path("train/tune.py", run_name="__main__")
-"""
-
-
-def test_a_killed_run_resumes_to_the_same_bits(settings, runs, tmp_path):
-    # With several budgets, which are drawn anew for each micro batch.
-    long = [*settings, "optim.max_steps=8", "optim.epochs=4", "save_every=4", "evaluate.questions=0"]
-    long += ["reducer.budget=[4,7]", "batch.tokens=300"]
-    tune([*long, "name=whole"])
-
-    program = tmp_path / "killed.py"
-    program.write_text(KILLED_AFTER_STEP_5)
-    start([sys.executable, str(program), *long, "name=killed"])
-    run = runs / "killed"
-    assert len(metrics(run)) == 6 and (run / "state" / "latest").is_file()
-    with pytest.raises(vzip.UserError, match="has not finished"):
-        vzip.load(run)
-
-    tune([*long, "name=killed"])
-    assert metrics(run) == metrics(runs / "whole")
-    projectors = [folder / "projector.safetensors" for folder in (run, runs / "whole")]
-    assert projectors[0].read_bytes() == projectors[1].read_bytes()
-    assert not (run / "state").exists()
 
 
 def test_a_finished_run_does_nothing_until_fresh(settings, plain):
