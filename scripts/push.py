@@ -27,7 +27,7 @@ HUB_ERRORS = HfHubHTTPError.__bases__
 def files_of(folder: Path) -> list[Path]:
     """List the files of an export.
 
-    Raises UserError for any other folder, and for a link to a file that is gone.
+    Raises UserError for any other folder, and for a link to a file that is gone, or holds no weights.
     """
     if not has_our_card(folder):
         raise UserError(f"{folder} is not an export; make one with `make export RUN=... TO=hf`")
@@ -40,7 +40,22 @@ def files_of(folder: Path) -> list[Path]:
             f"{folder}: {', '.join(gone)} link to files of the base model that are gone; "
             f"export again with --copy"
         )
+    # A folder from somebody else may hold links to anything on this machine.
+    foreign = [path.name for path in files if path.is_symlink() and not _holds_weights(path)]
+    if foreign:
+        raise UserError(
+            f"{folder}: {', '.join(foreign)} link to something else than weights, and `make export` makes "
+            "no such links; export again"
+        )
     return files
+
+
+def _holds_weights(path: Path) -> bool:
+    """Whether a file looks like safetensors, the only files that an export links to."""
+    # Such a file begins with the size of its header in 8 bytes, and a JSON object.
+    with path.open("rb") as file:
+        start = file.read(9)
+    return path.suffix == ".safetensors" and start[8:] == b"{"
 
 
 def print_files(folder: Path, files: list[Path]) -> None:

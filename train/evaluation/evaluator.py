@@ -19,9 +19,10 @@ from train.evaluation.questions import HeldOutQuestion, SettingAnswers, held_out
 from train.examples import held_out_conversations
 from train.memory import fitting_questions
 from train.ranks import all_gather_list, get_rank, get_world_size, is_main, on_rank0, print_rank0
-from vzip import UserError, attach
+from train.runs import read_answers
+from vzip import attach
 from vzip.families import Family
-from vzip.files import read_json, write_json
+from vzip.files import write_json
 from vzip.generate import generate_answers
 from vzip.overlay import kept_tokens, look
 from vzip.pictures import open_picture
@@ -74,19 +75,6 @@ class SingleDevice:
         return nullcontext()
 
 
-def _read_answers(path: Path) -> list[dict[str, Any]]:
-    """Read the answers that an earlier run has left. Raises UserError if the file is damaged."""
-    advice = "restore the file, or delete it: the same command then asks the questions again"
-    answers = read_json(path, advice=advice)
-
-    # Scores and wandb's samples need these entries.
-    needed = {"num_visual_tokens", "image", "question", "expected", "answer", "kind", "correct"}
-    is_list = isinstance(answers, list) and bool(answers)
-    if not is_list or not all(isinstance(answer, dict) and needed <= {*answer} for answer in answers):
-        raise UserError(f"{path} is damaged (it holds no answers); {advice}")
-    return list(answers)
-
-
 class AnswerFiles:
     """The answers of each setting as answers_SETTING.json, so that an interrupted run asks once.
 
@@ -106,7 +94,7 @@ class AnswerFiles:
         """
         # Other hosts may not see the file, and all ranks must agree on whether to generate.
         path = self.folder / f"answers_{setting}.json"
-        return on_rank0(lambda: _read_answers(path) if path.is_file() else None)
+        return on_rank0(lambda: read_answers(path) if path.is_file() else None)
 
     def save(self, setting: str, answers: Sequence[dict[str, Any]]) -> None:
         """Write the answers of a setting."""

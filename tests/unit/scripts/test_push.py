@@ -1,7 +1,9 @@
 """Sending an export to the hub, as far as that goes without a network."""
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from scripts import push
 from tests.helpers.errors import refused
@@ -11,7 +13,7 @@ def test_a_dry_run_lists_the_files_that_links_lead_to(tmp_path, call, monkeypatc
     folder = tmp_path / "hf"
     folder.mkdir()
     (folder / "README.md").write_text("---\ntags: [vzip]\n---\n")
-    (tmp_path / "shard").write_bytes(bytes(5_000_000))
+    save_file({"a": torch.zeros(1_250_000)}, tmp_path / "shard")
     (folder / "model-1.safetensors").symlink_to(tmp_path / "shard")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     printed = call(push.main, folder, "--repo", "me/model", "--private", "--dry-run")
@@ -24,6 +26,16 @@ def test_a_dry_run_lists_the_files_that_links_lead_to(tmp_path, call, monkeypatc
     words = ["model-1.safetensors link to files of the base model that are gone"]
     refused(push.files_of, folder, words=words)
     refused(push.files_of, tmp_path, words=["is not an export"])
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "model-1.safetensors"])
+def test_a_link_to_a_private_file_is_not_sent(tmp_path, name):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "README.md").write_text("---\ntags: [vzip]\n---\n")
+    (tmp_path / "private.key").write_text("secret key of this machine")
+    (folder / name).symlink_to(tmp_path / "private.key")
+    refused(push.files_of, folder, words=[name, "something else than weights"])
 
 
 def test_without_a_token_nothing_is_sent(tmp_path, monkeypatch):

@@ -56,6 +56,38 @@ def test_tasks_with_a_judge_need_its_key(monkeypatch):
     assert evaluation.tasks_to_run(None, online=True) == ([task.name for task in PAPER], [])
 
 
+RESULT = {
+    "row": "full",
+    "num_visual_tokens": 16,
+    "seconds": 1.5,
+    "results": {"gqa": {"exact_match,none": 0.5}},
+    "num_questions": {"gqa": 2},
+    "table": "|gqa|",
+    "prompt": "USER: ",
+}
+"""What the harness writes for a cell."""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"stamp": ',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        json.dumps({"stamp": {}}).encode(),
+        json.dumps({"stamp": {}} | RESULT | {"results": {"gqa": [1]}}).encode(),
+        json.dumps({"stamp": {}} | RESULT | {"seconds": "many"}).encode(),
+    ],
+    ids=["empty", "half", "binary", "nested", "no entries", "a list", "a text"],
+)
+def test_a_damaged_result_is_named(tmp_path, content):
+    path = tmp_path / "gqa.json"
+    path.write_bytes(content)
+    cell = Cell("full", row="full", budget=None, task="gqa", path=str(path), stamp={})
+    refused(cell.result, words=[str(path), "delete it"])
+
+
 def test_a_result_counts_if_it_was_made_with_the_same_settings(run, tmp_path):
     settings = settings_of_run(run)
 
@@ -69,7 +101,7 @@ def test_a_result_counts_if_it_was_made_with_the_same_settings(run, tmp_path):
     assert first.result() is None
 
     Path(first.path).parent.mkdir()
-    Path(first.path).write_text(json.dumps({"stamp": first.stamp, "row": "full"}))
+    Path(first.path).write_text(json.dumps({"stamp": first.stamp} | RESULT))
     assert first.result()["row"] == "full"
     assert [cell.result() for cell in others] == [None] * len(others)
     assert cells(limit=3)[0].result() is None
