@@ -28,8 +28,9 @@ from train.engine import Engine
 from train.hardware import best_device, current_commit, current_environment
 from train.ranks import broadcast_from_rank0, is_main, on_rank0
 from train.runs import FinishedRun
-from train.state import PARTS, StateFolder, check_finite
+from train.state import PARTS, StateFolder
 from vzip import UserError
+from vzip.checkpoints.shards import check_all_finite
 from vzip.files import atomic_write, read_json_object, write_json
 from vzip.redact import redacted_values
 from vzip.reducers import Reducer
@@ -45,8 +46,6 @@ BYTES_PER_PARAMETER = 40
 
 # Disk space for everything else.
 OTHER_BYTES = 100_000_000
-
-RESULT_ADVICE = "restore the file, or delete it: the same command then trains the run again"
 
 
 def environment_record(cfg: DictConfig, *, world_size: int) -> dict[str, Any]:
@@ -204,20 +203,16 @@ class RunFolder:
         """
         # All ranks must agree on whether to train, and only rank 0 is sure to see the file.
         is_finished = broadcast_from_rank0((self.path / "result.json").is_file() and not self.cfg.fresh)
-        if not is_finished:
-            return None
-        result = on_rank0(self._read_result)
-
-        # The table of scores needs these entries of each setting.
-        needed = {"name", "num_visual_tokens", "num_questions", "metrics"}
-        rows = result.get("rows")
-        if not isinstance(rows, list) or not all(isinstance(row, dict) and needed <= {*row} for row in rows):
-            raise UserError(f"{self.path / 'result.json'} is damaged (it holds no scores); {RESULT_ADVICE}")
-        return result
+        return on_rank0(self._read_result) if is_finished else None
 
     def _read_result(self) -> dict[str, Any]:
-        """Read result.json of a finished run."""
-        return read_json_object(self.path / "result.json", advice=RESULT_ADVICE)
+        """Read result.json of a finished run. Raises UserError if it is damaged."""
+        try:
+            return FinishedRun(self.path).result
+        except UserError as error:
+            raise UserError(
+                f"{error}. If you delete result.json, the same command trains the run again"
+            ) from error
 
     def begin(self, manifest: Mapping[str, Any], *, num_trainable: int, world_size: int) -> None:
         """Write settings, environment and data before the run trains.
@@ -269,14 +264,15 @@ class RunFolder:
             return
 
         advice = "restore the file, choose another name=..., or start over with fresh=true"
-        before = str(read_json_object(recorded, advice=advice).get("hash"))
-        now = manifest["hash"]
-        if before != now:
-            raise UserError(
-                f"{self.path} was begun on other examples (hash {before[:12]}, now {now[:12]}): the "
-                f"data has changed since; restore it, choose another name=..., or start over with "
-                f"fresh=true"
-            )
+        before = read_json_object(recorded, advice=advice)
+        for key, what in (("hash", "examples"), ("media_hash", "pictures")):
+            then = str(before.get(key))
+            now = str(manifest.get(key))
+            if then != now:
+                raise UserError(
+                    f"{self.path} was begun on other {what} (hash {then[:12]}, now {now[:12]}): the data "
+                    f"has changed since; restore it, choose another name=..., or start over with fresh=true"
+                )
 
     def _check_disk(self, num_trainable: int) -> None:
         """Raise UserError if the disk can't hold the run."""
@@ -342,22 +338,23 @@ class RunFolder:
         projector, adapter = engine.weights()
         peft_model = engine.trainable.peft_model
 
-        # What loading and a model card need to know about the training.
-        how_trained = {
-            "num_image_tokens": engine.family.num_image_tokens(reducer),
-            "template": asdict(template),
-            "dtype": self.cfg.model.dtype,
-            "adapter": peft_model is not None,
-            "trained": list(engine.trainable.parameters),
-            "data": {key: manifest[key] for key in ("hash", "num_rows", "fraction", "seed")},
-            "commit": current_commit(),
-        }
-
         def write() -> None:
-            check_finite({**projector, **adapter}, what=f"the trained projector in {self.path}")
-            with _os_errors():
-                if adapter:
+            if adapter:
+                check_all_finite(adapter, source=f"the tuned adapter of {self.path}", advice="lower optim.lr")
+                with _os_errors():
                     peft_model.save_pretrained(self.path / ADAPTER, state_dict=adapter)
+
+            # What loading and a model card need to know about the training.
+            how_trained = {
+                "num_image_tokens": engine.family.num_image_tokens(reducer),
+                "template": asdict(template),
+                "dtype": self.cfg.model.dtype,
+                "adapter": peft_model is not None,
+                "trained": list(engine.trainable.parameters),
+                "data": {key: manifest[key] for key in ("hash", "num_rows", "fraction", "seed")},
+                "commit": current_commit(),
+            }
+            with _os_errors():
                 save_checkpoint(self.path, projector, {**meta, **how_trained})
 
         on_rank0(write)

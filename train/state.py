@@ -15,12 +15,12 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from vzip import UserError
+from vzip.checkpoints.shards import check_all_finite
 from vzip.files import atomic_write, read_json_object, sha256_of, sync, write_json
 
 PARTS = ("weights", "exp_avg", "exp_avg_sq", "step")
@@ -78,7 +78,8 @@ class StateFolder:
         Raises:
             UserError: a value is not finite.
         """
-        check_finite(tensors, what=f"the state after step {step} ({part})")
+        source = f"the state after step {step} ({part})"
+        check_all_finite(tensors, source=source, advice="lower optim.lr; the states before it are whole")
 
         # The checksum is that of the bytes in memory, so it also finds what goes wrong on their way
         # to the disk.
@@ -197,13 +198,3 @@ def _part_fault(file: Path, checksum: object, shapes: Mapping[str, tuple[int, ..
     if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
         return "belongs to another model (its tensors have other names or shapes)"
     return None
-
-
-def check_finite(tensors: Mapping[str, Tensor], *, what: str) -> None:
-    """Raise UserError if a tensor has a value that is not finite. `what` says where it would go."""
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise UserError(
-                f"{what} is not saved: {name} has values that are not finite; lower optim.lr, or look "
-                f"for values that are not finite in the base model or the data"
-            )

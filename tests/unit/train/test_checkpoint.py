@@ -95,6 +95,8 @@ def test_other_settings_or_examples_are_refused(cfg):
         UserError, match=r"other examples \(hash aaaaaaaaaaaa, now bbbbbbbbbbbb\).*fresh=true"
     ):
         begin(cfg, "b" * 64)
+    with pytest.raises(UserError, match=r"begun on other pictures \(hash None, now b\)"):
+        RunFolder(cfg).begin({"hash": "a" * 64, "media_hash": "b"}, num_trainable=1, world_size=1)
     assert json.loads((RunFolder(cfg).path / "manifest.json").read_text())["hash"] == "a" * 64
 
 
@@ -277,12 +279,10 @@ def test_a_save_that_fails_leaves_the_state_before(cfg):
 def test_no_value_that_is_not_finite_is_kept(cfg):
     run = begin(cfg)
     broken = Weights(value=float("nan"))
-    with pytest.raises(
-        UserError, match=r"state after step 5 \(weights\) is not saved: weight has values that"
-    ):
+    with pytest.raises(UserError, match=r"state after step 5 \(weights\): weight holds values that are not"):
         run.save_state(broken, 5)
     assert run.resume(broken) == 0
-    with pytest.raises(UserError, match=r"the trained projector in .*mine is not saved: weight has values"):
+    with pytest.raises(UserError, match=r"the tuned projector of .*mine: weight holds values that are not"):
         save_trained(run, broken)
     assert not list(run.path.glob("projector*"))
 

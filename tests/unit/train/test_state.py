@@ -179,6 +179,8 @@ def test_values_that_are_not_finite_are_never_saved(states, value):
     states.begin(15)
     tensors = tensors_of("weights", 15)
     tensors["linear.weight"][1, 1] = value
-    with pytest.raises(UserError, match=r"after step 15 \(weights\) is not saved: linear.weight has values"):
+    with pytest.raises(
+        UserError, match=r"after step 15 \(weights\): linear.weight holds values that are not"
+    ):
         states.write(15, "weights", tensors)
     assert states.newest(SHAPES) == 10

@@ -64,15 +64,18 @@ def test_a_control_of_all_tokens_is_refused():
         control_settings(composed("control=true", "reducer=identity"))
 
 
+def row(name, share):
+    return {"name": name, "num_visual_tokens": 6, "num_questions": 8, "metrics": {"all": share}}
+
+
 def test_the_controls_scores_are_added_to_the_runs(tmp_path):
     run = RunFolder(composed(f"runs={tmp_path}", "name=mine"))
     run.path.mkdir()
-    rows = [{"name": "full"}, {"name": "tuned", "metrics": {"all": 0.7}}]
-    run.finish(rows, num_steps=3, manifest={"hash": "a"})
+    run.finish([row("full", 0.9), row("tuned", 0.7)], num_steps=3, manifest={"hash": "a"})
     before = json.loads((run.path / "result.json").read_text())
     assert not has_control(before["rows"])
 
-    rows = add_control(run, before["rows"], [{"name": "tuned", "metrics": {"all": 0.5}}])
-    assert rows == [*before["rows"], {"name": "random", "metrics": {"all": 0.5}}]
+    rows = add_control(run, before["rows"], [row("tuned", 0.5)])
+    assert rows == [*before["rows"], row("random", 0.5)]
     assert has_control(rows)
     assert json.loads((run.path / "result.json").read_text()) == {**before, "rows": rows}
