@@ -254,6 +254,8 @@ class TrackSettings:
     """Log to wandb."""
     project: str | None = MISSING
     """Project in wandb."""
+    media: bool = False
+    """Also send held-out pictures, questions and answers to wandb, not only numbers."""
 
 
 @dataclass

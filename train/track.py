@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from train.evaluation.questions import SettingAnswers
 from vzip.files import atomic_write
+from vzip.redact import redacted, redacted_values
 from vzip.runs.meta import META, WEIGHTS, read_meta
 
 # Seconds that wandb may take to start a run.
@@ -62,6 +63,7 @@ class Tracker:
         self.folder = folder
         self.path = folder / "metrics.jsonl"
         self.is_main = rank == 0
+        self.sends_media = bool(cfg.track.get("media"))
         self.wandb: Any = None
         if self.is_main and cfg.track.wandb:
             self.wandb = _start_wandb(folder, cfg)
@@ -102,7 +104,7 @@ class Tracker:
             self.wandb.log(metrics, step=step)
 
     def log_results(self, settings: Sequence[SettingAnswers], pictures: Sequence[Path]) -> None:
-        """Send scores, some answers, pictures and the projector to wandb.
+        """Send scores and the projector to wandb, and with `track.media` also answers and pictures.
 
         Args:
             settings: the answers of each setting.
@@ -120,27 +122,20 @@ class Tracker:
             for kind, share in row["metrics"].items():
                 self.wandb.summary[f"eval/{row['name']}_{kind}"] = share
 
-        # The same scores as a table, and a table of some answers.
+        # The same scores as a table.
         kinds = list(rows[0]["metrics"]) if rows else []
         scores = wandb.Table(columns=["row", "visual_tokens", "questions", *kinds])
         for row in rows:
             shares = row["metrics"].values()
             scores.add_data(row["name"], row["num_visual_tokens"], row["num_questions"], *shares)
 
-        # A few answers of each setting show what a score means.
-        columns = ["image", "question", "expected", "answer"]
-        samples = wandb.Table(columns=["row", *columns])
-        for setting in settings:
-            for answer in setting.answers[:NUM_SAMPLES]:
-                samples.add_data(setting.name, *(answer[column] for column in columns))
-
-        images = [wandb.Image(str(path)) for path in pictures]
-        self.wandb.log({"eval/scores": scores, "eval/answers": samples, "eval/kept_tokens": images})
+        # Pictures and texts may be private, so they are sent only if the user says so.
+        media = _media(settings, pictures) if self.sends_media else {}
+        self.wandb.log({"eval/scores": scores, **media})
 
         # Send the files that `vzip.load` needs, so that others can use the projector.
-        projector = wandb.Artifact(
-            f"projector-{self.wandb.id}", type="model", metadata=read_meta(self.folder)
-        )
+        metadata = redacted_values(read_meta(self.folder))
+        projector = wandb.Artifact(f"projector-{self.wandb.id}", type="model", metadata=metadata)
         for name in (WEIGHTS, META, "config.yaml"):
             projector.add_file(str(self.folder / name))
         self.wandb.log_artifact(projector)
@@ -161,6 +156,21 @@ class Tracker:
             )
 
 
+def _media(settings: Sequence[SettingAnswers], pictures: Sequence[Path]) -> dict[str, Any]:
+    """Return some questions with the answers of each setting, and pictures of kept tokens."""
+    import wandb
+
+    # A few answers of each setting show what a score means.
+    columns = ["image", "question", "expected", "answer"]
+    samples = wandb.Table(columns=["row", *columns])
+    for setting in settings:
+        for answer in setting.answers[:NUM_SAMPLES]:
+            samples.add_data(setting.name, *(answer[column] for column in columns))
+
+    images = [wandb.Image(str(path)) for path in pictures]
+    return {"eval/answers": samples, "eval/kept_tokens": images}
+
+
 def _start_wandb(folder: Path, cfg: DictConfig) -> Any:
     """Start the run in wandb: online with working credentials and a network, else offline."""
     import wandb
@@ -171,6 +181,8 @@ def _start_wandb(folder: Path, cfg: DictConfig) -> Any:
         init_timeout=INIT_TIMEOUT,
         finish_timeout=FINISH_TIMEOUT,
         finish_timeout_raises=True,
+        # It would send the command line, which may hold secrets, and names of the user and the host.
+        x_disable_meta=True,
     )
 
     # A resumed run continues its curves in wandb, because it has the same id.
@@ -181,7 +193,7 @@ def _start_wandb(folder: Path, cfg: DictConfig) -> Any:
         id=_wandb_id(folder),
         resume="allow",
         dir=folder,
-        config=OmegaConf.to_container(cfg, resolve=True),
+        config=redacted_values(OmegaConf.to_container(cfg, resolve=True)),
         settings=settings,
     )
 
@@ -193,7 +205,7 @@ def _start_wandb(folder: Path, cfg: DictConfig) -> Any:
             mode = "offline"
         return start(mode=mode)
     except wandb.errors.Error as error:
-        reason = " ".join(str(error).split())
+        reason = redacted(" ".join(str(error).split()))
         print(f"wandb can't be reached, the run is tracked offline: {reason}")
 
         # Without teardown, the failed start would keep the run's id.

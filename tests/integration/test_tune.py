@@ -166,7 +166,7 @@ def test_the_control_adds_the_random_setting(settings, runs):
 def test_wandb_offline_holds_the_run(settings, runs, tmp_path):
     """Without a key. Read back from the file that `wandb sync` sends."""
     hidden = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    tune([*settings, "name=tracked", "track=wandb", "optim.max_steps=2"], **hidden)
+    tune([*settings, "name=tracked", "track=wandb", "track.media=true", "optim.max_steps=2"], **hidden)
     run = runs / "tracked"
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
 

@@ -9,8 +9,12 @@ import sys
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 
 from tests.conftest import ROOT
+from tests.helpers.configs import composed
+from train import track
+from train.evaluation.questions import SettingAnswers
 from train.track import INIT_TIMEOUT, Tracker, _has_key, memory_gb
 
 pytestmark = pytest.mark.slow
@@ -51,6 +55,18 @@ def test_a_line_that_a_kill_cut_short_does_not_stop_the_resumed_run(tmp_path):
     tracker.forget_from(1)
     tracker.log(1, {"train/loss": 2.0})
     assert [line["step"] for line in lines(tmp_path)] == [0, 1]
+
+
+def test_lines_that_a_power_cut_damaged_are_left_out(tmp_path, capsys):
+    tracker = Tracker(tmp_path, UNTRACKED, rank=0)
+    for step in range(3):
+        tracker.log(step, {"train/loss": float(step)})
+    whole = tracker.path.read_bytes().splitlines(keepends=True)
+    damaged = [b"\0" * 40 + b"\n", b"\xff\xfe\n", b'{"step": 1, "train\n', b"[1]\n", b'{"step": null}\n']
+    tracker.path.write_bytes(b"".join([whole[0], *damaged, whole[1], whole[2]]))
+    tracker.forget_from(2)
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1]
+    assert "5 damaged line(s) left out" in capsys.readouterr().out
 
 
 def test_other_ranks_write_nothing(tmp_path):
@@ -188,12 +204,62 @@ def test_a_slow_upload_ends_with_the_command_that_sends_the_rest(tmp_path, monke
     assert f"`wandb sync {tmp_path / 'wandb' / 'run-1'}`" in capsys.readouterr().out
 
 
+class Sent:
+    """What a run sends to wandb."""
+
+    id = "1"
+
+    def __init__(self):
+        self.summary = {}
+        self.logged = set()
+
+    def log(self, values, **_):
+        self.logged |= set(values)
+
+    def log_artifact(self, artifact):
+        self.files = set(artifact.manifest.entries)
+        self.metadata = artifact.metadata
+
+
+@pytest.mark.parametrize("media", [None, False, True])
+def test_pictures_and_answers_are_sent_only_on_request(tmp_path, monkeypatch, media):
+    monkeypatch.setattr(wandb, "init", lambda **_: Sent())
+    monkeypatch.setattr(track, "read_meta", lambda _: {"base": "http://me:s3cret@host/a"})
+    for name in ("projector.safetensors", "meta.json", "config.yaml"):
+        (tmp_path / name).write_bytes(b"...")
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+
+    cfg = OmegaConf.merge(TRACKED, {"track": {"media": media}})
+    tracker = Tracker(tmp_path, cfg, rank=0)
+    answer = {
+        "image": "a.png",
+        "question": "a?",
+        "expected": "b",
+        "answer": "b",
+        "kind": "open",
+        "correct": True,
+    }
+    answer |= {"num_visual_tokens": 6}
+    tracker.log_results([SettingAnswers("tuned", [answer])], [tmp_path / "a.png"])
+
+    more = {"eval/answers", "eval/kept_tokens"} if media else set()
+    assert tracker.wandb.logged == {"eval/scores"} | more
+    assert tracker.wandb.summary == {"eval/tuned_open": 1.0, "eval/tuned_all": 1.0}
+    assert tracker.wandb.files == {"projector.safetensors", "meta.json", "config.yaml"}
+    assert tracker.wandb.metadata == {"base": "http://***@host/a"}
+
+
+def test_media_stay_here_by_default():
+    assert composed("track=wandb").track.media is False
+
+
 @pytest.mark.integration
 def test_wandb_without_a_key_is_offline_and_never_prompts(tmp_path, home):
     code = (
         "import sys; from pathlib import Path; from omegaconf import OmegaConf\n"
         "from train.track import Tracker\n"
-        "cfg = OmegaConf.create({'track': {'wandb': True, 'project': 'vzip'}, 'seed': 0})\n"
+        "track = {'wandb': True, 'project': 'vzip', 'media': False}\n"
+        "cfg = OmegaConf.create({'track': track, 'data': {'address': sys.argv[2]}, 'seed': 0})\n"
         "tracker = Tracker(Path(sys.argv[1]), cfg, rank=0)\n"
         "tracker.log(0, {'train/loss': 1.0}); tracker.finish()"
     )
@@ -201,9 +267,12 @@ def test_wandb_without_a_key_is_offline_and_never_prompts(tmp_path, home):
     run.mkdir()
     main, terminal = pty.openpty()  # a prompt would wait here for a person, and run into the time limit
     with os.fdopen(main), os.fdopen(terminal, "w"):
-        command = [sys.executable, "-c", code, str(run)]
+        command = [sys.executable, "-c", code, str(run), "http://me:s3cret@host/a?sig=s3cret"]
         env = os.environ | {"WANDB_MODE": "online"}
         subprocess.run(command, cwd=ROOT, env=env, stdin=terminal, stdout=terminal, timeout=120, check=True)
 
+    # What `wandb sync` would send holds no secret of the settings or of the command.
     assert len(list(run.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+    for file in run.glob("wandb/offline-run-*/**/*"):
+        assert file.is_dir() or b"s3cret" not in file.read_bytes(), file
     assert json.loads((run / "metrics.jsonl").read_text()) == {"step": 0, "train/loss": 1.0}
