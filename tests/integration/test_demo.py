@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
+from scripts.demo.load import Visitor
 from tests.conftest import ROOT
 from tests.helpers import tiny
 from tests.helpers.commands import environment
@@ -49,9 +50,9 @@ def run(tmp_path_factory, tiny_folder):
     return folder
 
 
-def start_demo(run, port):
+def start_demo(run, max_new_tokens):
     """Start the command on a machine with a proxy that does not answer."""
-    arguments = [str(run), "--port", str(port), "--max-new-tokens", "8"]
+    arguments = [str(run), "--port", "0", "--max-new-tokens", str(max_new_tokens)]
     proxy = "http://127.0.0.1:9"
     return subprocess.Popen(
         [sys.executable, "-m", "scripts.demo.main", *arguments],
@@ -66,9 +67,9 @@ def start_demo(run, port):
 
 
 @contextmanager
-def served(run):
+def served(run, max_new_tokens=8):
     """The address of the page, while the command runs. Ctrl-C ends it without an error."""
-    with start_demo(run, 0) as process:
+    with start_demo(run, max_new_tokens) as process:
         printed = ""
         try:
             for line in process.stdout:
@@ -210,3 +211,14 @@ def test_the_page_loads_nothing_from_other_hosts(page, address, requests):
     fetch = "url => fetch(url, {mode: 'no-cors'}).then(() => 'loaded', () => 'refused')"
     assert page.evaluate(fetch, address) == "loaded"
     assert page.evaluate(fetch, elsewhere) == "refused"
+
+
+def test_ctrl_c_ends_the_command_also_while_it_answers(run):
+    with served(run, max_new_tokens=1_500) as address:
+        visitors = [Visitor(address) for _ in range(3)]
+        for visitor in visitors:
+            assert visitor.choose(1)
+            visitor.send("ask", None, "what?", None, visitor.budget)
+        growing = visitors[0].messages()
+        while next(growing)["msg"] != "process_generating":
+            pass
