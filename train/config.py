@@ -146,9 +146,10 @@ def instantiate_target(node: DictConfig, **more: Any) -> Any:
         )
 
     # No reducer and no template takes a group of settings, so nothing may be hidden in one.
-    groups = [name for name, value in settings.items() if isinstance(value, dict)]
-    if groups:
-        raise UserError(f"{target} takes no group of settings, but {groups[0]} is one; leave it out")
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(each, dict | list) for each in values):
+            raise UserError(f"{target} takes no group of settings, but {name} holds one; leave it out")
     try:
         return buildable[target](**{**settings, **more})
     except UserError:

@@ -6,6 +6,7 @@ is built from them but the reducers and templates of this package.
 """
 
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from vzip.runs.schema import (
     TEXT,
     TEXTS,
     WHOLE,
+    Kind,
     check_entries,
 )
 from vzip.templates.encode import Template
@@ -88,17 +90,8 @@ _REDUCER_OPTIONAL = {
     "keep_cls": FLAG,
     "layer": WHOLE.or_null(),
 }
-_TEMPLATE_REQUIRED = {"name": TEXT, "user": TEXT, "assistant": TEXT, "end": TEXT}
-_TEMPLATE_OPTIONAL = {
-    "system": TEXT,
-    "answer_prefix": TEXT,
-    "answer_suffix": TEXT,
-    "separator": TEXT,
-    "controls": TEXTS,
-    "adds_bos": FLAG,
-    "captions": FLAG,
-    "answer_mark": TEXT,
-}
+_TEMPLATE_KINDS: dict[Any, Kind] = {str: TEXT, bool: FLAG, tuple[str, ...]: TEXTS}
+"""Kinds of the fields of a template, by their type."""
 
 
 # Finding
@@ -193,18 +186,22 @@ def _check_values(meta: Mapping[str, Any], path: Path) -> None:
         if not is_count:
             raise UserError(f"{path}: other_budgets has {budget[:60]!r}, which is no budget; {_RESTORE}")
 
-    for description in (meta["reducer"], *meta["other_budgets"].values()):
+    others = {f"other_budgets.{budget}": each for budget, each in meta["other_budgets"].items()}
+    for entry, description in {"reducer": meta["reducer"], **others}.items():
         check_entries(
             description,
             _REDUCER_REQUIRED,
             optional=_REDUCER_OPTIONAL,
-            source=f"{path}, a reducer",
+            source=f"{path}, {entry}",
             advice=_RESTORE,
         )
+    # Older versions lack fields that have a default.
+    template_fields = {each.name: _TEMPLATE_KINDS[each.type] for each in fields(Template)}
+    required = {each.name: template_fields[each.name] for each in fields(Template) if each.default is MISSING}
     check_entries(
         meta["template"],
-        _TEMPLATE_REQUIRED,
-        optional=_TEMPLATE_OPTIONAL,
+        required,
+        optional=template_fields,
         source=f"{path}, template",
         advice=_RESTORE,
     )
