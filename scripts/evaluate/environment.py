@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from data.paths import ROOT
+from scripts.common.pip import check_pip
 from vzip import UserError
 
 FOLDER = ROOT / ".venv-eval"
@@ -53,6 +54,8 @@ def _add_own_packages(folder: Path) -> None:
 
 def _install(python: Path, folder: Path, requirements: Path) -> None:
     """Install the requirements with the running Python's pip. Raises UserError if pip fails."""
+    check_pip("installing lmms-eval")
+
     # --no-deps: the list is complete, and lmms-eval's own pins contradict the packages of .venv.
     pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"]
     process = subprocess.run(

