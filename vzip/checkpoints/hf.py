@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.utils import is_torchvision_available
 
 from vzip.checkpoints.original.renaming import list_names
-from vzip.checkpoints.shards import check_all_finite, list_shards
+from vzip.checkpoints.shards import check_all_finite, is_file_name, list_shards
 from vzip.errors import UserError
 from vzip.files import read_json_object
 from vzip.media import build_processor
@@ -70,7 +70,7 @@ def _check_files(path: str) -> None:
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.is_file():
         names = read_json_object(tokenizer, advice=_WHOLE).get("fast_tokenizer_files") or []
-        if not isinstance(names, list) or any(Path(str(name)).name != name for name in names):
+        if not isinstance(names, list) or not all(is_file_name(name) for name in names):
             raise UserError(f"{tokenizer}: fast_tokenizer_files are not files in its folder; {_WHOLE}")
 
 

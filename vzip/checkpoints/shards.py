@@ -131,6 +131,11 @@ def _download(path: str, pattern: str) -> Path:
         raise OSError(f"{path} is neither a folder nor a hub id") from error
 
 
+def is_file_name(name: Any) -> bool:
+    """Whether a value is the name of a file, and no path that leads to another folder."""
+    return isinstance(name, str) and name != ".." and Path(name).name == name
+
+
 def list_shards(index: Path) -> list[Path]:
     """List the files that an index of shards names.
 
@@ -146,7 +151,7 @@ def list_shards(index: Path) -> list[Path]:
     # Anybody may have written the index. It must not name files of this machine.
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name:
+        if not is_file_name(name):
             raise UserError(
                 f"{index} names {name[:100]!r}, which is not a file in its folder; get the whole checkpoint"
             )
