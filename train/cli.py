@@ -139,13 +139,14 @@ def exit_on_user_error(command: Callable[P, None]) -> Callable[P, None]:
             if message is None:
                 raise
             code = _exit_code(error)
+            is_agreed = isinstance(error, Stopped)
         else:
             return
 
-        # Rank 0 prints the same message. The others wait, so that the launcher ends them first. After a
-        # signal they know that rank 0 prints it.
+        # Rank 0 prints the same message. The others wait, so that the launcher ends them first. If all
+        # ranks have agreed to stop, nobody needs to wait.
         if os.environ.get("RANK", "0") != "0":
-            if isinstance(error, Stopped):
+            if is_agreed:
                 os._exit(code)
             time.sleep(5)
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -130,9 +131,10 @@ def start_ranks(overrides, *, ranks, **changes):
             for script in scripts:
                 script.process.terminate()
 
-    # The rank that failed by itself has a positive code; those that were terminated have a negative one.
+    # Of those that failed, the rank that did so by itself counts, and not one that SIGTERM ended.
     results = [script.wait() for script in scripts]
-    return max(results, key=lambda result: result.returncode)
+    ended = (-signal.SIGTERM, 128 + signal.SIGTERM)
+    return max(results, key=lambda result: -1 if result.returncode in ended else result.returncode)
 
 
 def tune(overrides, *, ranks=None, **changes):

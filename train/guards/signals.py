@@ -106,8 +106,12 @@ class StopRequest:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)
 
-        # A forked child has the same pipe, so its signals would look like ours.
-        os.register_at_fork(after_in_child=self._leave_to_parent)
+        # A forked child has the same pipe, so its signals would look like ours until it lets go.
+        os.register_at_fork(
+            before=self._hold_signals,
+            after_in_parent=self._release_signals,
+            after_in_child=self._leave_to_parent,
+        )
         threading.Thread(target=self._serve, args=(self._pipe[0],), daemon=True, name="signals").start()
 
     @contextmanager
@@ -139,13 +143,27 @@ class StopRequest:
         arrived = [number for number, count in zip(STOPS, counts, strict=True) if count]
         self.agreed = arrived[0] if arrived else 0
 
+    def _hold_signals(self) -> None:
+        """Make signals wait while this thread forks."""
+        if self._pipe is not None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+
+    def _release_signals(self) -> None:
+        """Take the signals that have waited."""
+        if self._pipe is not None:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
     def _leave_to_parent(self) -> None:
         """Undo `listen` in a forked child."""
+        if self._pipe is None:
+            return
         signal.set_wakeup_fd(-1)
         for number in STOPS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 is_interrupt = number == signal.SIGINT
                 signal.signal(number, signal.default_int_handler if is_interrupt else signal.SIG_DFL)
+        self._release_signals()
+        self._pipe = None
 
     def _serve(self, pipe: int) -> None:
         """Wait for signals, and for the end of the launcher."""

@@ -3,13 +3,15 @@
 import argparse
 import errno
 import os
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from tests.conftest import ROOT
-from train.cli import count, exit_on_user_error, output, writable
+from train.cli import _explain, count, exit_on_user_error, output, writable
 from vzip import UserError
 
 
@@ -25,11 +27,21 @@ from vzip import UserError
             2,
         ),
         ("KeyboardInterrupt()", "error: stopped; the same command goes on", 130),
+        ("Stopped(15, 4, 8)", "error: stopped by SIGTERM after 4 of 8 steps, which are saved", 143),
+        ("OSError(30, 'Read-only file system')", "error: the disk is read-only ([Errno 30]", 2),
+        ("PermissionError(13, 'Permission denied', 'x')", "error: this user may not open a file", 2),
+        ("open('x' * 300)", "error: a file's name is too long", 2),
+        (
+            "__import__('safetensors').SafetensorError('No space left on device (os error 28)')",
+            "error: the disk is full (No space left on device (os error 28))",
+            2,
+        ),
     ],
 )
 def test_a_user_error_is_printed_and_ends_the_command(raised, message, code):
     program = (
         "from train.cli import exit_on_user_error; from vzip.errors import UserError\n"
+        "from train.guards.signals import Stopped\n"
         f"@exit_on_user_error\ndef main(): raise {raised}\n"
         "main(); print('went on')"
     )
@@ -53,9 +65,22 @@ def test_other_errors_pass_through(monkeypatch):
             raise error
 
     command(None)
-    for error in (PermissionError(errno.EACCES, "no"), ValueError("a bug"), SystemExit()):
+    for error in (OSError(errno.ENOEXEC, "no"), ValueError("a bug"), SystemExit()):
         with pytest.raises(type(error)):
             command(error)
+
+
+def test_torch_does_not_say_that_the_disk_is_full(monkeypatch, tmp_path):
+    """Its writer only says that the file is shorter than it should be."""
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 0")
+    settings = SimpleNamespace(runs=str(tmp_path))
+    assert _explain(error, [settings]) is None
+
+    usage = shutil.disk_usage(tmp_path)
+    is_full = lambda folder: usage._replace(free=0 if str(folder) == str(tmp_path) else 2**30)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", is_full)
+    assert f"the disk is full (below {tmp_path})" in _explain(error, [settings])
+    assert _explain(RuntimeError("shapes differ"), [settings]) is None
 
 
 @pytest.mark.integration

@@ -22,6 +22,7 @@ from train.loop import train_step
 from train.ranks import init_distributed
 from train.state import PARTS
 from train.trainable import make_trainable
+from vzip import UserError
 from vzip.families import family_of
 from vzip.templates.encode import vicuna
 
@@ -98,6 +99,26 @@ def test_steps_move_the_projector_alone(cfg, examples, path):
     assert trainer.digests(projector=False) == frozen
     after = trainer.digests(projector=True)
     assert all(after[name] != before[name] for name in before)
+
+
+def test_numbers_that_are_not_finite_change_no_weight(cfg, examples):
+    """Whether the loss or only its gradient is not finite."""
+    trainer = Trainer(cfg, tiny.llava(), examples)
+    before = trainer.digests(projector=True)
+    weight = trainer.family.model.get_parameter("model.multi_modal_projector.linear_1.weight")
+    hook = weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(UserError, match="the gradient norm is nan at step 0, before anything was tuned"):
+        trainer.step(0)
+    hook.remove()
+    assert trainer.digests(projector=True) == before
+
+    broken = tiny.llava()
+    with torch.no_grad():
+        broken.lm_head.weight[0, 0] = float("nan")
+    trainer = Trainer(cfg, broken, examples)
+    with pytest.raises(UserError, match=r"the loss is nan at step 0.* because lm_head\.weight holds"):
+        trainer.step(0)
+    assert trainer.digests(projector=True) == before
 
 
 @pytest.mark.parametrize("cut", CUTS)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
+from data import cgroups
 from scripts.bench.paths import kept_bytes
 from tests.helpers import tiny
 from tests.helpers.configs import composed, counted
-from train import memory
 from train.checks import check
 from train.memory import (
     Card,
@@ -167,7 +167,7 @@ def test_a_long_prefix_takes_room(monkeypatch):
     assert packing_of("model=llava-7b", "hardware=80gb").tokens == 16_384
     assert packing_of("model=llava-7b", "hardware=80gb", prefix=400).tokens < 12_000
     with_flash = packing_of("model=llava-7b", "hardware=80gb", longest=16_000)
-    monkeypatch.setattr(memory, "flash_runs", lambda cfg, family: False)
+    monkeypatch.setattr("train.memory.flash_runs", lambda cfg, family: False)
     with pytest.raises(UserError, match="an example of 16000 tokens"):
         packing_of("model=llava-7b", "hardware=80gb", longest=16_000)
     assert with_flash.tokens == packing_of("model=llava-7b", "hardware=80gb").tokens == 16_384
@@ -215,14 +215,21 @@ def test_zero_shares_the_frozen_weights_or_moves_them_to_the_host():
 
 def test_a_rank_has_its_share_of_half_of_the_memory_that_its_container_allows(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
-    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    monkeypatch.setattr(cgroups, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cgroups, "OWN_GROUPS", tmp_path / "none")
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     cfg = composed()
 
     (tmp_path / "memory.max").write_text("max\n")
     alone = card_of(cfg).memory
     monkeypatch.setenv("LOCAL_SIZE", "2")
     assert alone > 1e8 and card_of(cfg).memory == alone // 2
+
+    # torchrun has another name for it.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_SIZE")
+    assert card_of(cfg).memory == alone // 2
 
     (tmp_path / "memory.max").write_text("4096000\n")
     assert card_of(cfg).memory == 1_024_000 and "memory_gb=null" in card_of(cfg).name
