@@ -26,6 +26,11 @@ TAIL = 128 << 10
 
 They say where the directory is. A small directory is in them already.
 """
+MAX_DIRECTORY = 500_000_000
+"""Largest directory, in bytes: a million members need a third of it.
+
+It is read into memory, and a damaged or lying file may say that it has any size.
+"""
 MAX_MEMBER = 100_000_000
 """Largest member, in bytes."""
 LOCAL_HEADER = 30
@@ -116,6 +121,9 @@ class _DirectoryReader(io.RawIOBase):
         # zipfile looks before the start of small files, and expects the error of a real file.
         if self.position < 0:
             raise OSError(errno.EINVAL, "a position before the start of the file")
+        # zipfile goes back to where the directory starts, and nowhere before it.
+        if self.length - self.position > MAX_DIRECTORY:
+            raise BadZipFile(f"its directory has more than {MAX_DIRECTORY:,} bytes")
         return self.position
 
     def readinto(self, buffer: Any) -> int:

@@ -117,7 +117,7 @@ def content_range(response: BaseHTTPResponse, url: str) -> tuple[int, int]:
         )
 
     header = response.headers.get("Content-Range", "")
-    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", header.strip())
+    match = re.fullmatch(r"bytes (\d{1,18})-\d+/(\d{1,18})", header.strip())
     if not match:
         raise NotFoundError(f"{url}: sends a part of a file, but not which one (Content-Range: {header!r})")
     return int(match[1]), int(match[2])

@@ -16,8 +16,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +24,8 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 
+from data.fetch.deadline import Deadline
+from data.fetch.http import Client, NotFoundError, TransientError
 from scripts.evaluate.cells import FAILED_FILE, Cell, Job, make_cells
 from scripts.evaluate.environment import eval_python
 from scripts.evaluate.questions import write_questions
@@ -48,14 +48,14 @@ def hub_answers() -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
 
-    # An error page is an answer too: the hub is there.
+    # Most error pages are an answer too: the hub is there.
     try:
-        urllib.request.urlopen(constants.ENDPOINT, timeout=HUB_TIMEOUT_S).close()
-    except urllib.error.HTTPError:
+        with Client().answer(constants.ENDPOINT, {}, Deadline(HUB_TIMEOUT_S)):
+            return True
+    except NotFoundError:
         return True
-    except OSError:
+    except TransientError:
         return False
-    return True
 
 
 def _missing_keys(names: Sequence[str]) -> dict[str, str]:

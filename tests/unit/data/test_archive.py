@@ -2,6 +2,7 @@
 wherever it lies.
 """
 
+import os
 import random
 import struct
 import zipfile
@@ -86,6 +87,19 @@ def test_more_members_than_the_old_format_can_count(tmp_path):
         for source in open_both(tmp_path, server):
             for number in (0, 65_535, 69_999):
                 assert source.read(f"gqa/images/{number}.jpg") == b"%d" % number
+
+
+def test_a_directory_that_would_fill_the_memory_is_refused(tmp_path):
+    """The end of the file says that its directory has 1.8 GB."""
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, 1_800_000_000, 0, 0)
+    with (tmp_path / "a.zip").open("wb") as file:
+        file.truncate(1_800_000_000)  # a hole, which takes no room on the disk
+        file.seek(0, os.SEEK_END)
+        file.write(end)
+    with Server(tmp_path) as server:
+        for source in open_both(tmp_path, server):
+            with pytest.raises(UserError, match="directory has more than 500,000,000 bytes"):
+                source.read("gqa/images/1.jpg")
 
 
 def test_members_behind_four_gigabytes(tmp_path):

@@ -28,6 +28,11 @@ def test_the_hub_is_asked_once_and_not_for_long(tmp_path, monkeypatch):
     with Server(tmp_path) as server:
         monkeypatch.setattr(evaluation.constants, "ENDPOINT", server.url)
         assert evaluation.hub_answers()  # "404" is an answer too
+
+    monkeypatch.setattr(evaluation, "HUB_TIMEOUT_S", 1)
+    with Server(tmp_path, {"/": "header"}, trickle_s=0.1) as server:  # its header never ends
+        monkeypatch.setattr(evaluation.constants, "ENDPOINT", server.url)
+        assert not evaluation.hub_answers()
         monkeypatch.setattr(evaluation.constants, "HF_HUB_OFFLINE", True)
         assert not evaluation.hub_answers()
 
