@@ -106,17 +106,9 @@ def test_all_ranks_stop_after_the_same_step_if_one_is_asked(settings, runs, slow
 
 
 def test_no_rank_outlives_its_launcher(settings, runs, slow):
+    options = ["--num_gpus", "2", "--master_port", str(free_port())]
     launcher = subprocess.Popen(
-        [
-            "deepspeed",
-            "--num_gpus",
-            "2",
-            "--master_port",
-            str(free_port()),
-            str(slow),
-            *settings,
-            f"name={name}",
-        ],
+        ["deepspeed", *options, str(slow), *settings, "name=orphans"],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,
@@ -131,18 +123,15 @@ def test_no_rank_outlives_its_launcher(settings, runs, slow):
     for process in alive:
         process.kill()
     assert alive == []
-    assert [folder.name for folder in (runs / "orphans" / "state").iterdir()] == [
-        f"step{len(metrics(runs / 'orphans'))}"
-    ]
+    num_done = len(metrics(runs / "orphans"))
+    assert [folder.name for folder in (runs / "orphans" / "state").iterdir()] == [f"step{num_done}"]
 
 
 def test_ctrl_c_under_make_ends_with_a_message(settings, runs, slow):
     """`make tune` starts the ranks with this command."""
+    options = ["--log_level", "critical", "--num_gpus", "2", "--master_port", str(free_port())]
     launcher = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "train.guards.launch", "--log_level", "critical", "--num_gpus", "2"),
-            *("--master_port", str(free_port()), str(slow), *settings, "name=launched"),
-        ],
+        [sys.executable, "-m", "train.guards.launch", *options, str(slow), *settings, "name=launched"],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,
