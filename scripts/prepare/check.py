@@ -21,11 +21,8 @@ from train.models import count_model, load_unreduced_processor
 from train.ranks import get_world_size
 
 
-@hydra.main(config_path="../../configs", config_name="tune", version_base="1.3")
-@exit_on_user_error
-def main(cfg: DictConfig) -> None:
-    check(cfg)
-
+def check_data(cfg: DictConfig) -> None:
+    """Check the data of a run, and print and write the report. Raises UserError if it has faults."""
     # The checks need no weights, so the model is built without them, in seconds.
     family = count_model(cfg).without_weights()
     reducer = config.build_reducer(cfg)
@@ -58,6 +55,13 @@ def main(cfg: DictConfig) -> None:
     config.batch_plan(cfg, num_examples=len(examples), world_size=get_world_size())
     lora = cfg.tune.lora
     gradient_mask(cfg, examples, tunes_language=lora is not None and lora.target != "projector")
+
+
+@hydra.main(config_path="../../configs", config_name="tune", version_base="1.3")
+@exit_on_user_error
+def main(cfg: DictConfig) -> None:
+    check(cfg)
+    check_data(cfg)
 
 
 if __name__ == "__main__":
