@@ -66,6 +66,42 @@ def test_an_export_has_a_card(to, run):
     assert meta["base"]["id"] not in card
 
 
+def test_a_card_holds_no_variable_of_the_environment(run, monkeypatch):
+    monkeypatch.setenv("SECRET", "s3cret")
+    settings = "{seed: '${oc.env:SECRET}', optim: {lr: '${oc.env:SECRET}'}, data: {path: '${oc.env:SECRET}'}"
+    settings += ", model: {name: '${oc.env:SECRET}'}}"
+    (run / "config.yaml").write_text(settings)
+    (run / "result.json").write_text('{"rows": []}')
+    target = command.export(arguments(run, "llava"))
+    assert not any(b"s3cret" in path.read_bytes() for path in target.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b'{"rows": [1]}', b"[" * 100_000])
+@pytest.mark.parametrize("name", ["config.yaml", "result.json", "meta.json"])
+def test_a_damaged_run_is_not_exported(name, content, run):
+    (run / "config.yaml").write_text("seed: 0")
+    (run / "result.json").write_text('{"rows": []}')
+    (run / name).write_bytes(content)
+    # Other entries of config.yaml than settings are nobody's business.
+    if (name, content) == ("config.yaml", b'{"rows": [1]}'):
+        return
+    refused(command.export, arguments(run, "llava"), words=[name])
+    assert not list(run.glob("export/*"))
+
+
+def test_an_export_does_not_follow_a_link_out_of_the_run(run, tmp_path):
+    (tmp_path / "home").mkdir()
+    (run / "export").symlink_to(tmp_path / "home")
+    refused(command.export, arguments(run, "llava"), words=["export is a link out of the run's folder"])
+    assert not list((tmp_path / "home").iterdir())
+
+
+@pytest.mark.parametrize("card", ["tags: vzip", "tags: 5", "tags: {vzip: 1}", "[vzip]", "- " * 20_000])
+def test_a_strange_card_is_not_ours(card, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+    refused(command.check_target, tmp_path, force=True, words=["is not an export"])
+
+
 @pytest.mark.parametrize(
     ("card", "licence"),
     [

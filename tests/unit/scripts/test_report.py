@@ -101,6 +101,46 @@ def test_folders_that_can_not_be_read_are_left_out(tmp_path, capsys):
     refused(read_runs, tmp_path / "something else", words=["holds no run"])
 
 
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_run_without_a_commit_is_reported(tmp_path):
+    """A source archive, and a machine without git, know none."""
+    edit(save_run(tmp_path, "one") / "env.json", commit=None)
+    assert "2026-01-02, commit unknown, 1 rank(s)" in blocks(tmp_path)["one"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"\xff", b"[" * 100_000, bytes(50), b'{"rows": [{"metrics": []}]}', b'{"rows": 1}'],
+)
+@pytest.mark.parametrize("name", ["env.json", "result.json", "config.yaml", "metrics.jsonl"])
+def test_any_damaged_folder_is_left_out_by_name(tmp_path, capsys, name, content):
+    save_run(tmp_path, "good")
+    (save_run(tmp_path, "bad") / name).write_bytes(content + b"\n")
+    # An empty file of metrics is one of a run that was stopped before its first step.
+    left = [run.name for run in read_runs(tmp_path)]
+    assert left == ["good"] and "bad was left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["2026\n### other", f"2026 {END}", f"2026 {BEGIN}"])
+def test_a_run_can_not_write_other_parts_of_the_report(tmp_path, capsys, text):
+    save_run(tmp_path, "good")
+    edit(save_run(tmp_path, "bad") / "env.json", date=text)
+    assert [run.name for run in read_runs(tmp_path)] == ["good"]
+    assert "holds texts that no run writes" in capsys.readouterr().out
+
+
+def test_names_and_results_of_any_kind(tmp_path, call):
+    save_run(tmp_path / "runs", r"$\nonsense{$ a;touch X;")
+    results = tmp_path / "RESULTS.md"
+    words = ["--runs", tmp_path / "runs", "--results", results]
+    call(main, *words)
+    results.write_bytes(b"\xff\xfe")
+    refused(call, main, *words, words=[f"--results={results}", "UTF-8"])
+
+
 def test_the_curves_are_drawn(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(pyplot, "close", drawn.append)

@@ -73,20 +73,127 @@ def test_a_finished_run_has_scores_and_answers(folder, tiny_folder):
     assert [other.path for other in find_runs(folder.parent)] == [folder]
 
 
+READERS = {
+    "config.yaml": lambda run: run.config,
+    "env.json": lambda run: run.env,
+    "result.json": lambda run: run.scores,
+    "metrics.jsonl": lambda run: run.metrics,
+    "answers_full.json": lambda run: run.answers("full"),
+}
+DAMAGES = {
+    "binary": b"\xff\xfe\x00\x01\n",
+    "NULs": bytes(100) + b"\n",
+    "nested": b"[" * 100_000 + b"\n",
+    "a list": b"[1]\n",
+    "a number": b"7\n",
+    "half": b'{"rows": [{"a": \n',
+    "digits": b'{"step": ' + b"1" * 10_000 + b"}\n",
+}
+
+
+@pytest.mark.parametrize("content", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_is_named(folder, name, content):
+    (folder / name).write_bytes(content)
+    # YAML has whole numbers without a limit, and any text is a value.
+    if (name, content) == ("config.yaml", DAMAGES["digits"]):
+        return
+    refused(READERS[name], FinishedRun(folder), words=[str(folder / name)])
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if name != "metrics.jsonl"])
+def test_an_empty_file_is_named(folder, name):
+    (folder / name).write_text("")
+    refused(READERS[name], FinishedRun(folder), words=[str(folder / name)])
+
+
+ROW = {"name": "full", "num_visual_tokens": 16, "num_questions": 1, "metrics": {"all": 1.0}}
+
+
 @pytest.mark.parametrize(
-    ("name", "content", "read"),
+    ("name", "content", "entry"),
     [
-        ("config.yaml", "data: {a: [", lambda run: run.config),
-        ("config.yaml", "- 1", lambda run: run.config),
-        ("config.yaml", "", lambda run: run.settings),
-        ("env.json", "{", lambda run: run.env),
-        ("env.json", "[]", lambda run: run.env),
-        ("metrics.jsonl", "{\n", lambda run: run.metrics),
+        ("env.json", {"commit": 5}, "commit"),
+        ("env.json", {"command": "train/tune.py"}, "command"),
+        ("env.json", {"command": [1]}, "command"),
+        ("env.json", {"hardware": []}, "hardware"),
+        ("env.json", {"hardware": {"world_size": "two"}}, "hardware.world_size"),
+        ("result.json", {"rows": {}}, "rows"),
+        ("result.json", {"rows": [1]}, "name"),
+        ("result.json", {"rows": [ROW | {"metrics": []}]}, "metrics"),
+        ("result.json", {"rows": [ROW | {"metrics": {"all": "1"}}]}, "metrics"),
+        ("result.json", {"rows": [ROW | {"num_questions": 1.5}]}, "num_questions"),
+        ("result.json", {"rows": [ROW], "seed": "0"}, "seed"),
+        ("result.json", {"rows": [ROW], "manifest": 3}, "manifest"),
+        ("metrics.jsonl", {"loss": 1.0}, "step"),
+        ("metrics.jsonl", {"step": 1, "train/loss": "low"}, "line 1"),
+        ("answers_full.json", [], "no answers"),
+        ("answers_full.json", [ANSWER, {}], "answer 1"),
+        ("answers_full.json", [ANSWER | {"image": None}], "image"),
     ],
 )
-def test_a_damaged_file_is_named(folder, name, content, read):
-    (folder / name).write_text(content)
-    refused(read, FinishedRun(folder), words=[str(folder / name)])
+def test_a_wrong_entry_is_named(folder, name, content, entry):
+    (folder / name).write_text(json.dumps(content) + "\n")
+    refused(READERS[name], FinishedRun(folder), words=[str(folder / name), entry])
+
+
+def laughs(levels=9):
+    """A few lines of YAML that stand for a billion values."""
+    lines = ["l0: &l0 [ha]"]
+    for level in range(1, levels + 1):
+        references = ", ".join([f"*l{level - 1}"] * 10)
+        lines.append(f"l{level}: &l{level} [{references}]")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text", [laughs(), "a: &a [*a]", "a: !!python/object/apply:os.system [ls]", "? [1]\n: 2", "data: {a: ["]
+)
+def test_yaml_that_no_run_writes_is_refused(folder, text):
+    (folder / "config.yaml").write_text(text)
+    refused(lambda: FinishedRun(folder).config, words=[str(folder / "config.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("seed: many", "seed"),
+        ("evaluate: {questions: all}", "evaluate.questions"),
+        ("evaluate: 3", "EvaluateSettings"),
+        ("data: [1]", "DataSettings"),
+        ("data: {path: [1]}", "data.path"),
+        ("engine: turbo", "engine"),
+        ("when: 2026-01-01", "when"),
+    ],
+)
+def test_a_setting_of_a_wrong_type_is_named(folder, text, name):
+    (folder / "config.yaml").write_text(text)
+    refused(lambda: FinishedRun(folder).settings, words=[str(folder / "config.yaml"), name])
+
+
+def test_older_runs_have_the_defaults_of_settings_that_they_lack(folder):
+    (folder / "config.yaml").write_text("{data: {held_out: q.json, gone: 1}, gone: 2}")
+    settings = FinishedRun(folder).settings
+    assert (settings.data.held_out, settings.data.gone, settings.gone) == ("q.json", 1, 2)
+    assert settings.evaluate.questions == 300
+
+    def read():
+        with FinishedRun(folder).explained():
+            return settings.data.image_folder
+
+    refused(read, words=["config.yaml lacks a setting", "data.image_folder"])
+
+
+def test_a_folder_to_write_into_lies_in_the_run(folder, tmp_path):
+    run = FinishedRun(folder)
+    assert run.own_folder("figures") == folder / "figures"
+    (tmp_path / "home").mkdir()
+    (folder / "figures").symlink_to(tmp_path / "home")
+    refused(run.own_folder, "figures", words=["figures is a link out of the run's folder", "--out"])
+
+    # A run that is itself a link is fine.
+    (tmp_path / "link").symlink_to(folder)
+    assert FinishedRun(tmp_path / "link").own_folder("eval") == tmp_path / "link" / "eval"
 
 
 def test_a_missing_file_is_named(tmp_path):
