@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from vzip.cost import frozen_linears
 from vzip.errors import UserError, check_package
 from vzip.families import Family
 from vzip.media import image_aspect_ratio, set_aspect_ratio
+from vzip.runs.meta import META, read_meta
 from vzip.runs.projector import load_weights
 
 # In int8 products, inputs at least this large stay in float16 (arXiv 2208.07339).
@@ -52,11 +54,27 @@ def load_family(cfg: DictConfig) -> tuple[Family, Any]:
     family.projector.float()
     if cfg.model.projector and cfg.weights == "pretrained":
         load_weights(family, cfg.model.projector)
+        _name_other_pictures(cfg, processor)
 
     # A budget that does not fit this model should show before any other work.
     for reducer in build_reducers(cfg):
         family.check_reducer(reducer)
     return family, processor
+
+
+def _name_other_pictures(cfg: DictConfig, processor: Any) -> None:
+    """Print it if the starting projector was tuned with pictures of another form."""
+    folder = Path(cfg.model.projector).expanduser().parent
+    if not (folder / META).is_file():
+        return
+
+    tuned_with = read_meta(folder).get("image_aspect_ratio")
+    ratio = image_aspect_ratio(processor)
+    if tuned_with not in (None, ratio):
+        print_rank0(
+            f"model.projector={cfg.model.projector} was tuned with image_aspect_ratio={tuned_with}, and this "
+            f"run has {ratio}: it has to adapt to other pictures too"
+        )
 
 
 def load_unreduced_processor(cfg: DictConfig) -> Any:

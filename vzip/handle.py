@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from vzip.errors import UserError
 from vzip.families import family_of
+from vzip.media import image_aspect_ratio
 from vzip.processor import reduced_processor
 from vzip.reducers.base import Reducer
 from vzip.reducers.visionzip import VisionZip
@@ -19,6 +20,8 @@ class Handle:
         family: the adapter that knows the model's parts.
         reducer: the reducer.
         attached: whether the reducer is in place.
+        aspect_ratio: what `load_projector` has found in a run: how the processor must treat pictures
+            that are not square (`vzip.media.ASPECT_RATIOS`). None if any processor will do.
     """
 
     def __init__(self, model: Any, reducer: Reducer, *, anyres: str = "released") -> None:
@@ -28,6 +31,7 @@ class Handle:
         self.family.check_reducer(reducer)
         self.family.install(reducer)
         self.attached = True
+        self.aspect_ratio: str | None = None
 
     def num_image_tokens(self, image_size: tuple[int, int] | None = None) -> int:
         """Count the placeholders that an image of `image_size` = (height, width) pixels takes.
@@ -43,7 +47,18 @@ class Handle:
         return self.family.num_video_tokens(self.reducer, num_frames)
 
     def processor(self, processor: Any) -> Any:
-        """Copy the model's processor; the copy writes a placeholder for each token that remains."""
+        """Copy the model's processor; the copy writes a placeholder for each token that remains.
+
+        Raises:
+            UserError: a tuned projector was loaded, and the processor pads pictures where its run did
+                not, or the other way round.
+        """
+        if self.aspect_ratio is not None and image_aspect_ratio(processor) != self.aspect_ratio:
+            raise UserError(
+                f"the loaded projector was tuned with image_aspect_ratio={self.aspect_ratio}, and this "
+                f"processor has {image_aspect_ratio(processor)}; call "
+                f"vzip.media.set_aspect_ratio(processor, {self.aspect_ratio!r}) first"
+            )
         return reduced_processor(processor, self.family, self.reducer)
 
     def detach(self) -> None:

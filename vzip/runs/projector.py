@@ -274,3 +274,6 @@ def load_projector(handle: Handle, folder: str | Path) -> None:
     load_tuned(handle.family, folder, meta)
     if meta["adapter"]:
         load_adapter(handle.family, folder, meta)
+
+    # The handle refuses a processor that shows other pictures than the projector has adapted to.
+    handle.aspect_ratio = meta.get("image_aspect_ratio")

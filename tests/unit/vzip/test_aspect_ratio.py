@@ -24,11 +24,11 @@ from tests.helpers.configs import composed
 from tests.helpers.errors import refused
 from tests.helpers.original import save_original
 from tests.helpers.runs import attached, edit_meta, family_class, save_run, tune
-from train.models import load_unreduced_processor
+from train.models import load_family, load_unreduced_processor
 from vzip import Comparison
 from vzip.media import image_aspect_ratio, set_aspect_ratio
 from vzip.runs.export import write_hf, write_llava
-from vzip.runs.projector import META
+from vzip.runs.meta import META, WEIGHTS
 
 CROPPING = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
 SQUEEZING = {"size": {"height": 56, "width": 56}}
@@ -158,6 +158,26 @@ def test_a_run_that_records_nothing_has_the_processor_as_it_is(run):
 
     edit_meta(run, lambda meta: meta.update(image_aspect_ratio="wide"))
     refused(Comparison.open, run, device="cpu", words=[META, "image_aspect_ratio", "wide"])
+
+
+def test_a_projector_refuses_a_processor_with_other_pictures(run, ratio, tiny_folder):
+    handle = attached(tiny_folder)
+    vzip.load_projector(handle, run)
+    processor = tiny.processor()
+    if ratio == "square":
+        handle.processor(processor)
+        set_aspect_ratio(processor, "pad")
+
+    words = [f"tuned with image_aspect_ratio={ratio}", f"set_aspect_ratio(processor, '{ratio}')"]
+    refused(handle.processor, processor, words=words)
+    handle.processor(set_aspect_ratio(processor, ratio))
+
+
+def test_a_starting_projector_of_other_pictures_is_named(run, ratio, tiny_folder, capsys):
+    settings = ["model=llava-7b", f"model.id={tiny_folder}", "reducer.budget=6", "model.dtype=float32"]
+    load_family(composed(*settings, f"model.projector={run / WEIGHTS}"))
+    named = "was tuned with image_aspect_ratio=square, and this run has pad"
+    assert (named in capsys.readouterr().out) == (ratio == "square")
 
 
 def test_an_export_keeps_it(run, ratio, tmp_path):

@@ -90,3 +90,23 @@ def test_what_is_neither_a_run_nor_a_model_is_refused(source, words, tmp_path, m
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     refused(Comparison.open, source, words=[words])
+
+
+@pytest.mark.parametrize("kind", ["clip", "next", "mini-gemini"])
+def test_outside_of_a_setting_a_half_precision_model_keeps_all_tokens(kind, tmp_path):
+    """The projector is in float32 beside a bf16 model, whose own method casts nothing."""
+    folder = tiny.save_llava(tmp_path / "base", kind)
+    run = save_run(tmp_path / "run", tune(attached(folder, kind)), folder, dtype="bfloat16")
+    for source in (run, folder):
+        comparison = Comparison.open(source, dtype=torch.bfloat16, device="cpu")
+        last = comparison.rows[-1]
+        with comparison.row(last, budget=6 * comparison.family.budget_tiles) as (model, processor):
+            assert logits(model, processor).dtype == torch.bfloat16
+
+        # The projector is that of the last setting.
+        outside = logits(comparison.family.model, comparison.processor)
+        assert outside.dtype == torch.bfloat16
+        if last == "free":
+            assert torch.equal(outside, logits_in(comparison, "full"))
+        else:
+            assert not torch.equal(outside, logits_in(comparison, "full"))
