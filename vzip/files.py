@@ -160,9 +160,10 @@ def read_json(path: Path, *, advice: str) -> Any:
         UserError: the file can't be read, or holds no JSON.
     """
     try:
+        check_is_file(path)
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        # ValueError covers both bytes that are no text and text that is no JSON. RecursionError
+        # ValueError covers pipes, bytes that are no text and text that is no JSON. RecursionError
         # comes from values nested thousands of levels deep.
         raise UserError(f"{path} is damaged or can't be read ({error}); {advice}") from error
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from vzip.errors import UserError
-from vzip.files import read_json_object
+from vzip.files import check_is_file, read_json_object
 
 _PICKLED = {".bin", ".pt", ".pth"}
 _FORMATS = {
@@ -32,6 +32,7 @@ _FORMATS = {
 def _read_file(file: Path) -> Any:
     """Read what a file of weights holds. Raises UserError if it can't be read."""
     try:
+        check_is_file(file)
         if file.suffix not in _PICKLED:
             return load_file(file)
 

@@ -1,6 +1,7 @@
 """The LoRA of a run: only what a run writes is given to peft."""
 
 import json
+import os
 import shutil
 import signal
 
@@ -102,6 +103,14 @@ def test_entries_without_effect_may_hold_anything(run):
 def test_a_damaged_configuration_is_refused(run, content):
     (run / CONFIG).write_bytes(content)
     refused(vzip.load, run, device="cpu", words=[str(run / CONFIG)])
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "projector.safetensors"])
+def test_a_pipe_is_refused(run, name, alarm):
+    """Opening it would wait for ever."""
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    refused(vzip.load, run, device="cpu", words=[name, "can't be read"])
 
 
 def drop(tensors):
