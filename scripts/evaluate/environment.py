@@ -13,8 +13,7 @@ import sysconfig
 import venv
 from pathlib import Path
 
-from filelock import FileLock
-
+from data.locks import locked
 from data.paths import ROOT
 from scripts.common.pip import check_pip
 from vzip import UserError
@@ -83,8 +82,9 @@ def eval_python(folder: Path = FOLDER, *, requirements: Path = REQUIREMENTS) -> 
     stamp_file = folder / STAMP_FILE
     stamp = _stamp(requirements)
 
-    # If two commands start together, one makes the environment and the other waits.
-    with FileLock(Path(sys.prefix) / f"{folder.name}.lock"):
+    # If two commands start together, one makes the environment and the other waits. The lock lies
+    # beside it, because nobody may be able to write into the running Python's own environment.
+    with locked(folder.with_name(f"{folder.name}.lock"), wait=True):
         if stamp_file.is_file() and stamp_file.read_text() == stamp:
             return python
 

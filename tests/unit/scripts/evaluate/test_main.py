@@ -170,3 +170,12 @@ def test_an_environment_that_pip_cannot_fill_is_refused(tmp_path, monkeypatch):
     folder = tmp_path / "environment"
     refused(eval_python, folder, requirements=requirements, words=["pip can't install lmms-eval"])
     assert not (folder / STAMP_FILE).exists()  # so the next command tries again
+
+    # Nothing is written into the running environment, which may be read-only.
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "nowhere"))
+    refused(eval_python, folder, requirements=requirements, words=["pip can't install lmms-eval"])
+
+    # An environment that uv made has no pip.
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = ["installing lmms-eval needs pip", "-m ensurepip"]
+    refused(eval_python, folder, requirements=requirements, words=words)
