@@ -76,7 +76,7 @@ TILED = ("next", "next-siglip", "onevision")
 VIDEO = tuple(kind for kind, (model_type, *_) in KINDS.items() if "video" in families()[model_type].kinds)
 
 
-def architecture(kind="clip", *, grid=GRID, layers=LAYERS, width=32):
+def architecture(kind="clip", *, grid=GRID, layers=LAYERS, width=32, text_width=48):
     """Arguments of the config of a kind in `KINDS`, with a tower of `layers` layers on `grid` x `grid`
     patches.
     """
@@ -91,8 +91,8 @@ def architecture(kind="clip", *, grid=GRID, layers=LAYERS, width=32):
     }
     text = {
         "model_type": "qwen2" if kind == "onevision" else "llama",
-        "hidden_size": 48,
-        "intermediate_size": 96,
+        "hidden_size": text_width,
+        "intermediate_size": 2 * text_width,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

@@ -10,6 +10,12 @@ ARCHITECTURE = "VZipForConditionalGeneration"
 
 def register() -> None:
     """Tell vLLM where the model of `ARCHITECTURE` is. vLLM imports it when it serves one."""
+    from transformers import AutoModel
     from vllm import ModelRegistry
+
+    from vzip.models.mini_gemini import MiniGeminiConfig, MiniGeminiModel
+
+    # transformers has no Mini-Gemini, and vLLM makes the model by its config.
+    AutoModel.register(MiniGeminiConfig, MiniGeminiModel, exist_ok=True)
 
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")

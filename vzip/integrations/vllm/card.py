@@ -76,6 +76,17 @@ class Card:
         """The budget with the most tokens, which memory is planned for."""
         return max(self.reducers)
 
+    @cached_property
+    def takes_several_images(self) -> bool:
+        """Whether an image has the same tokens beside others as alone.
+
+        vLLM prepares each image of a prompt by itself, whatever stands beside it.
+        """
+        reducer = self.reducers[self.default]
+        sizes = self.family.image_sizes[-1:]
+        alone = self.family.num_example_tokens(reducer, sizes)
+        return self.family.num_example_tokens(reducer, 2 * sizes) == 2 * alone
+
     def reducer(self, budget: Any) -> Reducer:
         """Return the reducer of a budget, the default for None. Raises UserError for another one."""
         if budget is None:

@@ -80,6 +80,15 @@ class ReducedInfo(MultiModalProcessingInfo):
             self._processors[budget] = reduced
         return self._processors[budget]
 
+    def get_supported_mm_limits(self) -> dict[str, int | None]:
+        """Return how many images and videos a prompt may have; None is any number."""
+        limits: dict[str, int | None] = super().get_supported_mm_limits()
+
+        # LLaVA-OneVision cuts an image into tiles only if it is alone.
+        if not self.card.takes_several_images:
+            limits["image"] = 1
+        return limits
+
     def _get_num_mm_tokens(self, **sizes: Any) -> Any:
         # vLLM plans its memory by this count, so it must hold for every budget.
         return self.get_hf_processor(budget=self.card.largest)._get_num_multimodal_tokens(**sizes)
