@@ -137,6 +137,13 @@ def _use_peft(meta: dict[str, Any], name: str) -> str:
         "",
         f"The adapter holds the whole projector{lora}.",
     ]
+    # The base model's own processor may do something else with pictures that are not square.
+    ratio = meta.get("image_aspect_ratio")
+    if ratio is not None:
+        lines.append(
+            f"It was tuned with `image_aspect_ratio={ratio}`: prepare the base model's processor with "
+            f'`vzip.media.set_aspect_ratio(processor, "{ratio}")`.'
+        )
     return "\n".join(lines)
 
 
