@@ -1,0 +1,126 @@
+"""Runs that are killed, asked to stop, or disturbed by a second command."""
+
+import os
+import random
+import signal
+import time
+
+from tests.conftest import ROOT
+from tests.faults.world import NUM_STEPS, World, check_end, check_same_bits
+from tests.helpers.commands import metrics
+
+KINDS = [(1, "zero0"), (2, "zero0"), (2, "zero2"), (2, "zero3"), (1, "zero2")]
+"""Ranks, and how they share what they hold."""
+
+KILLED_AT_A_WRITE = f"""
+import os, runpy, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train.loop
+
+# Count what makes files last, from the first step on, and end at the given time.
+left = int(os.environ.pop("VZIP_KILLED_AT"))
+is_training = False
+fsync, step = os.fsync, train.loop.train_step
+
+def fsync_or_die(descriptor):
+    global left
+    fsync(descriptor)
+    left -= is_training
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def step_and_count(*arguments):
+    global is_training
+    is_training = True
+    return step(*arguments)
+
+os.fsync, train.loop.train_step = fsync_or_die, step_and_count
+runpy.run_path("train/tune.py", run_name="__main__")
+"""
+
+
+def kill(world: World, rng: random.Random, number: int) -> None:
+    """Kill a run at a random moment, every second time while it writes a file."""
+    ranks, zero = KINDS[number % len(KINDS)]
+    more = [f"deepspeed={zero}"]
+    reference = world.reference(*more, ranks=ranks)
+    settings = world.settings(f"kill-{number}", *more)
+    run = world.runs / f"kill-{number}"
+
+    if number % 2:
+        write = rng.randint(1, 12 * NUM_STEPS)
+        world.description = f"{ranks} rank(s), {zero}, killed at write {write}"
+        script = world.folder / "killed.py"
+        script.write_text(KILLED_AT_A_WRITE)
+        os.environ["VZIP_KILLED_AT"] = str(write)
+        scripts = world.begin_tune(settings, ranks=ranks, script=script)
+        del os.environ["VZIP_KILLED_AT"]
+        # The first rank that ends takes the others with it, as on a machine that loses power.
+        while all(each.process.is_alive() for each in scripts):
+            time.sleep(0.01)
+    else:
+        step = rng.randint(1, NUM_STEPS - 1)
+        delay = rng.random() * 0.3
+        world.description = f"{ranks} rank(s), {zero}, killed {delay:.3f} s after step {step}"
+        scripts = world.begin_tune(settings, ranks=ranks)
+        world.wait_for_steps(run, step, scripts)
+        time.sleep(delay)
+    for each in scripts:
+        each.process.kill()
+    for each in scripts:
+        world.end(each)
+
+    check_end(world.tune(settings, ranks=ranks), 0)
+    check_same_bits(run, reference)
+
+
+def signals(world: World, rng: random.Random, number: int) -> None:
+    """Ask a run to stop, in its steps or before them."""
+    kind = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)[number % 4]
+    ranks = 1 + number // 4 % 2
+    step = rng.choice([0, rng.randint(1, NUM_STEPS - 2)])
+    world.description = f"{ranks} rank(s), {kind.name} after step {step}"
+    reference = world.reference(ranks=ranks)
+    settings = world.settings(f"signal-{number}")
+    run = world.runs / f"signal-{number}"
+
+    scripts = world.begin_tune(settings, ranks=ranks)
+    if step:
+        world.wait_for_steps(run, step, scripts)
+    else:
+        # Loading takes longer than this.
+        time.sleep(1 + rng.random() * 0.5)
+    asked = scripts if step == 0 else [rng.choice(scripts)]
+    for each in asked:
+        os.kill(each.process.pid, kind)
+
+    done, *_ = [world.end(each) for each in scripts]
+    check_end(done, 0, 128 + kind)
+    if done.returncode and run.exists() and "which are saved" in done.stderr:
+        states = [folder.name for folder in (run / "state").iterdir()]
+        assert f"step{len(metrics(run))}" in states, f"no state after the last step: {states}"
+    if done.returncode:
+        check_end(world.tune(settings, ranks=ranks), 0)
+    check_same_bits(run, reference)
+
+
+def together(world: World, rng: random.Random, number: int) -> None:
+    """Start a command a second time while the first one runs."""
+    more = [[], ["fresh=true"]][number % 2]
+    step = rng.randint(1, 4)
+    world.description = f"second command {' '.join(more)} after step {step}"
+    reference = world.reference()
+    settings = world.settings(f"together-{number}")
+    (first,) = world.begin_tune(settings)
+    world.wait_for_steps(world.runs / f"together-{number}", step, [first])
+
+    # The second one needs seconds to start, so the first one waits for it.
+    os.kill(first.process.pid, signal.SIGSTOP)
+    try:
+        second = world.tune([*settings, *more])
+    finally:
+        os.kill(first.process.pid, signal.SIGCONT)
+    check_end(second, 2)
+    assert str(first.process.pid) in second.stderr, f"the holder is not named: {second.stderr[-300:]}"
+    check_end(world.end(first), 0)
+    check_same_bits(world.runs / f"together-{number}", reference)
