@@ -16,7 +16,7 @@ from data.fetch.http import (
     NotFoundError,
     TransientError,
     check_free_space,
-    check_size,
+    check_num_bytes,
     content_range,
 )
 from data.progress import progress
@@ -81,7 +81,7 @@ class _Download:
             first = self._first_byte(response, num_there)
             num_left = response.length_remaining
             size = None if num_left is None else first + num_left
-            check_size(self.url, size or 0, MAX_BYTES)
+            check_num_bytes(self.url, size or 0, MAX_BYTES)
             check_free_space(self.url, self.path.parent, num_left or 0)
 
             # The bytes of an attempt that can't be continued make room for the new ones.
@@ -117,7 +117,7 @@ class _Download:
             while chunk := response.read1(CHUNK):
                 num_bytes += len(chunk)
                 # An answer without a size may never end, so look at each part of it.
-                check_size(self.url, num_bytes, MAX_BYTES)
+                check_num_bytes(self.url, num_bytes, MAX_BYTES)
                 if not has_size:
                     check_free_space(self.url, self.path.parent, len(chunk) + RESERVE)
                 file.write(chunk)

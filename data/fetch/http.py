@@ -123,7 +123,7 @@ def content_range(response: BaseHTTPResponse, url: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def check_size(url: str, num_bytes: int, max_bytes: int) -> None:
+def check_num_bytes(url: str, num_bytes: int, max_bytes: int) -> None:
     """Raise NotFoundError if a file has more bytes than are allowed."""
     if num_bytes > max_bytes:
         raise NotFoundError(f"{url}: has more than {max_bytes:,} bytes, which is not allowed")
@@ -324,9 +324,9 @@ class Client:
     def _read_body(self, response: BaseHTTPResponse, url: str) -> bytes:
         """Read the body of an answer. Raise an error if it is too large."""
         # The server may say the size before it sends anything.
-        check_size(url, response.length_remaining or 0, self.max_bytes)
+        check_num_bytes(url, response.length_remaining or 0, self.max_bytes)
         data = bytearray()
         while chunk := response.read1(CHUNK):
             data += chunk
-            check_size(url, len(data), self.max_bytes)
+            check_num_bytes(url, len(data), self.max_bytes)
         return bytes(data)

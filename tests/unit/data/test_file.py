@@ -172,7 +172,7 @@ def test_a_file_that_keeps_coming_may_take_hours(published, target, monkeypatch)
     hours = []
     monkeypatch.setattr(deadline.time, "monotonic", lambda: now() + 3600 * len(hours))
     monkeypatch.setattr(fetching, "MIN_PROGRESS", 1)
-    monkeypatch.setattr(fetching, "check_size", lambda *_: hours.append(1))
+    monkeypatch.setattr(fetching, "check_num_bytes", lambda *_: hours.append(1))
     (published / "mix.json").write_bytes(bytes(3_000_000))
     with Server(published) as server:
         fetch_file(f"{server.url}/mix.json", target, client=client(total_s=4000))
