@@ -78,15 +78,12 @@ class _Download:
         """Make one request, and write what comes."""
         deadline = Deadline(self.client.total_s)
         with self.client.answer(self.url, headers, deadline) as response:
-            first = self._first_byte(response, num_there)
-            num_left = response.length_remaining
-            size = None if num_left is None else first + num_left
-            check_num_bytes(self.url, size or 0, MAX_BYTES)
-            check_free_space(self.url, self.path.parent, num_left or 0)
-
+            first, size = self._place(response, num_there)
             # The bytes of an attempt that can't be continued make room for the new ones.
             if not first:
                 self.path.unlink(missing_ok=True)
+            check_num_bytes(self.url, size or 0, MAX_BYTES)
+            check_free_space(self.url, self.path.parent, (size or first) - first)
             self.bar.reset(total=size)
             self.bar.update(first)
             self._write(response, first, deadline)
@@ -95,18 +92,18 @@ class _Download:
         if size not in (None, num_bytes):
             raise TransientError(f"{self.url}: {num_bytes:,} of {size:,} bytes came")
 
-    def _first_byte(self, response: BaseHTTPResponse, num_there: int) -> int:
-        """Return the number of the first byte in an answer, and keep the file's version."""
+    def _place(self, response: BaseHTTPResponse, num_there: int) -> tuple[int, int | None]:
+        """Return (number of an answer's first byte, size of the whole file), and keep its version."""
         # A weak version, W/"...", does not promise the same bytes.
         etag = response.headers.get("ETag", "")
         self.etag = "" if etag.startswith("W/") else etag
         if response.status != 206:
-            return 0
+            return 0, response.length_remaining
 
-        first, _ = content_range(response, self.url)
+        first, size = content_range(response, self.url)
         if first != num_there:
             raise NotFoundError(f"{self.url}: sends from byte {first} where {num_there} was asked for")
-        return first
+        return first, size
 
     def _write(self, response: BaseHTTPResponse, first: int, deadline: Deadline) -> None:
         """Write the body of an answer behind the bytes that are there."""
