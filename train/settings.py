@@ -199,10 +199,7 @@ class DataSettings:
     image_folder: str = MISSING
     """Folder that the paths in the examples start from. May be read-only if nothing is missing."""
     pictures: dict[str, Any] = field(default_factory=dict)
-    """Where `make data` fetches missing pictures.
-
-    For each source, the addresses, folders or zip files to try in turn.
-    """
+    """For each source, the addresses, folders or zip files that pictures are fetched from, in turn."""
     replace_unreachable: bool = False
     """Replace an example also if a server did not answer, and not only if its picture is gone."""
     held_out: str | None = None
