@@ -1,5 +1,6 @@
 """Runs that are killed, also while they save, go on to the same bits; and two never write one folder."""
 
+import shutil
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from tests.helpers.commands import (
     environment,
     metrics,
     start,
+    start_ranks,
     tune,
 )
 
@@ -169,6 +171,14 @@ def test_a_run_goes_on_with_another_number_of_ranks(settings, runs, tmp_path):
     scripts[1].process.kill()
     for script in scripts:
         script.wait()
+
+    # Without a whole state, both ranks end with one message.
+    shutil.copytree(runs / "fewer", runs / "damaged")
+    weights = runs / "damaged" / "state" / "step4" / "weights.safetensors"
+    weights.write_bytes(b"")
+    done = start_ranks([*fewer, "name=damaged"], ranks=2)
+    assert done.returncode == 2 and f"{weights} is damaged" in done.stderr
+    assert "Traceback" not in done.stderr
 
     tune(fewer)
     assert_same_metrics(runs / "fewer", runs / "one-rank")
