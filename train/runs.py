@@ -53,7 +53,13 @@ _ENV = {
 }
 _RESULT = {"rows": LIST}
 _RESULT_OPTIONAL = {"num_steps": WHOLE, "manifest": TEXT, "seed": WHOLE}
-_ROW = {"name": TEXT, "num_visual_tokens": NUMBER, "num_questions": COUNT, "metrics": NUMBERS}
+_ROW = {
+    "name": TEXT,
+    "num_visual_tokens": NUMBER,
+    "num_questions": COUNT,
+    "metrics": NUMBERS,
+    "metrics.all": NUMBER,
+}
 _ANSWER = {
     "num_visual_tokens": NUMBER,
     "image": TEXT,
@@ -217,8 +223,13 @@ class FinishedRun:
     def result(self) -> dict[str, Any]:
         """result.json: scores ("rows"), number of steps, hash of the data, seed."""
         result = self._object("result.json", _RESULT, optional=_RESULT_OPTIONAL)
+        path = self.path / "result.json"
         for row in result["rows"]:
-            check_entries(row, _ROW, source=f"{self.path / 'result.json'}, a row", advice=_RESTORE)
+            check_entries(row, _ROW, source=f"{path}, a row", advice=_RESTORE)
+
+            # All settings answer the same questions, so they have scores of the same kinds.
+            if row["metrics"].keys() != result["rows"][0]["metrics"].keys():
+                raise UserError(f"{path}: the rows have metrics of different kinds; {_RESTORE}")
         return result
 
     @property

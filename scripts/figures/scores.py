@@ -73,7 +73,10 @@ class ComparedRun:
     """What a comparison needs to know about a finished run."""
 
     measured_on: tuple[Any, ...]
-    """Base model, starting projector, order of tiles, questions. Equal if scores are comparable."""
+    """Base model, starting projector, order of tiles, questions and their kinds.
+
+    Equal if scores are comparable.
+    """
     recipe: dict[str, Any]
     """How the run was tuned. All runs that a figure takes by itself have the same recipe."""
     scores: list[Score]
@@ -139,6 +142,7 @@ def read_compared(run: FinishedRun) -> ComparedRun:
 
         # A folder with only a projector lacks both files, and reading them says so.
         _ = run.config, run.result
+        scores = _scores(run)
         return ComparedRun(
             measured_on=(
                 base["fingerprint"],
@@ -146,9 +150,10 @@ def read_compared(run: FinishedRun) -> ComparedRun:
                 anyres_of(run.meta),
                 run.setting("data.held_out"),
                 run.setting("evaluate.questions"),
+                sorted(scores[0].metrics) if scores else [],
             ),
             recipe=_recipe(run),
-            scores=_scores(run),
+            scores=scores,
         )
     except UserError:
         raise

@@ -122,6 +122,8 @@ ROW = {"name": "full", "num_visual_tokens": 16, "num_questions": 1, "metrics": {
         ("result.json", {"rows": [1]}, "name"),
         ("result.json", {"rows": [ROW | {"metrics": []}]}, "metrics"),
         ("result.json", {"rows": [ROW | {"metrics": {"all": "1"}}]}, "metrics"),
+        ("result.json", {"rows": [ROW | {"metrics": {"open": 1.0}}]}, "metrics.all"),
+        ("result.json", {"rows": [ROW, ROW | {"metrics": {"all": 1, "open": 1}}]}, "different kinds"),
         ("result.json", {"rows": [ROW | {"num_questions": 1.5}]}, "num_questions"),
         ("result.json", {"rows": [ROW], "seed": "0"}, "seed"),
         ("result.json", {"rows": [ROW], "manifest": 3}, "manifest"),
