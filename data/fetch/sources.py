@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote, urlsplit
 
-from data.fetch.archive import Archive, LocalFile, RemoteFile, parts_below_source, path_parts
+from data.fetch.archive import MAX_MEMBER, Archive, LocalFile, RemoteFile, parts_below_source, path_parts
 from data.fetch.http import Client, NotFoundError, TransientError
 from vzip import UserError
 from vzip.redact import redacted
@@ -72,7 +72,14 @@ class Folder:
             for start in range(len(parts)):
                 file = folder.joinpath(*parts[start:])
                 if file.is_file():
+                    # Addresses and zip files have the same limit: what is read lies in memory.
+                    if file.stat().st_size > MAX_MEMBER:
+                        raise NotFoundError(
+                            f"{file} has more than {MAX_MEMBER:,} bytes, which is not allowed"
+                        )
                     return file.read_bytes()
+        except NotFoundError:
+            raise
         except OSError as error:
             # A network drive may be back later.
             raise TransientError(f"{file}: {error.strerror}") from error

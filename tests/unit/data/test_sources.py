@@ -42,6 +42,13 @@ def test_a_folder_may_be_that_of_all_pictures_or_lie_deep_below(tmp_path):
                 source.read(path)
 
 
+def test_a_file_that_is_no_picture_by_its_size_is_never_read(tmp_path):
+    with (tmp_path / "1.jpg").open("wb") as file:
+        file.truncate(200_000_000_000)  # a hole, which takes no room on the disk
+    with pytest.raises(NotFoundError, match="more than 100,000,000 bytes"):
+        parse_source(str(tmp_path), QUICK).read("coco/1.jpg")
+
+
 @pytest.mark.parametrize("path", ["/etc/hostname", "../a.zip", "coco/../../a.zip"])
 def test_paths_that_leave_are_never_read(tmp_path, path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
