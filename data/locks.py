@@ -52,7 +52,7 @@ def locked(lock: Path, *, wait: bool, busy: str = "") -> Iterator[None]:
             raise UserError(f"{busy} by {holder(lock)}; wait until it ends, or stop it") from error
 
         # Say it, or this command would seem to hang.
-        print(f"{lock.with_suffix('')} is being made by {holder(lock)}; waiting", file=sys.stderr, flush=True)
+        print(f"waiting for {holder(lock)}, which holds {lock}", file=sys.stderr, flush=True)
         file_lock.acquire()
 
     # Tell the next one who it is waiting for.

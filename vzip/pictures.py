@@ -9,6 +9,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -25,6 +26,8 @@ PIL knows more, one of which (EPS) runs the file.
 
 MAX_BYTES = 100_000_000
 """Largest file. PIL keeps the texts and profiles of a file in memory, whatever the picture's size."""
+MAX_COMMENT = 1_000_000
+"""Most bytes in front of the first picture of a GIF. The time that PIL takes grows with their square."""
 MAX_PIXELS = 50_000_000
 """Most pixels. Opening so many takes up to 0.7 GB, and a processor 0.5 GB."""
 MAX_SIDE = 12_000
@@ -93,6 +96,26 @@ def upright_rgb(picture: Image.Image) -> Image.Image:
     return _in_8_bits(picture, upright).convert("RGB")
 
 
+def _check_comments(file: BinaryIO) -> None:
+    """Raise ValueError if a file is a GIF with long comments in front of its first picture."""
+    header = file.read(13)
+    if not header.startswith(b"GIF8") or len(header) < 13:
+        return
+
+    # A table of colours may follow the header.
+    if header[10] & 0x80:
+        file.seek(3 << ((header[10] & 7) + 1), io.SEEK_CUR)
+
+    # An exclamation mark begins a comment, of blocks that start with their length. The last one has
+    # none. A picture begins with a comma.
+    while file.read(1) == b"!":
+        file.seek(1, io.SEEK_CUR)
+        while (length := file.read(1)) not in (b"", b"\0"):
+            file.seek(length[0], io.SEEK_CUR)
+            if file.tell() > MAX_COMMENT:
+                raise ValueError(f"a GIF with more than {MAX_COMMENT:,} bytes of comments")
+
+
 def _check_encoding(opened: Image.Image, picture: Path | bytes) -> None:
     """Raise ValueError if decoding would take far more than the picture's size."""
     # A tile may be larger than the picture, and is decoded whole.
@@ -122,6 +145,9 @@ def _open_header(picture: Path | bytes) -> Iterator[Image.Image]:
     if num_bytes > MAX_BYTES:
         raise ValueError(f"a file of {num_bytes:,} bytes; at most {MAX_BYTES:,} are allowed")
 
+    # PIL gets the path and not the open file, because its messages name what it gets.
+    with io.BytesIO(picture) if isinstance(picture, bytes) else picture.open("rb") as content:
+        _check_comments(content)
     file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
     try:
         with Image.open(file, formats=FORMATS) as opened:

@@ -36,8 +36,11 @@ def write_arrow(records: Iterable[dict[str, Any]], schema: pa.Schema, target: Pa
 def read_arrow(path: Path) -> pa.Table:
     """Open a file, memory-mapped. Raises UserError if it is damaged."""
     try:
-        return ipc.open_file(pa.memory_map(str(path))).read_all()
-    except pa.ArrowInvalid as error:
+        table = ipc.open_file(pa.memory_map(str(path))).read_all()
+        # Arrow trusts what it maps: a damaged offset would end this process later.
+        table.validate(full=True)
+        return table
+    except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path} is damaged ({error}); delete it, and run the same command again, which makes it"
         ) from error

@@ -37,7 +37,7 @@ MANIFEST = "manifest.json"
 CHECKED = "checked.jsonl"
 LOCK = "prepare.lock"
 """Held by the process that writes a subset, or its token arrays."""
-VERSION = 2
+VERSION = 3
 """Version of the subsets.
 
 Raise it when a change of the code draws other examples from the same data, or changes the files.

@@ -234,6 +234,14 @@ def _short_hash(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
+def _read_hash(path: Path) -> str:
+    """Read the hash of a table's content. Raises UserError if the file is damaged."""
+    content = path.read_text(encoding="ascii", errors="replace")
+    if not re.fullmatch("[0-9a-f]{64}", content):
+        raise UserError(f"{path} is damaged; delete it, and run the same command again, which makes it")
+    return content
+
+
 def _check_is_data(path: Path) -> None:
     """Raise UserError unless there is a file, or a folder of Hugging Face `datasets`."""
     if path.is_file() or is_hf_folder(path):
@@ -274,4 +282,4 @@ def open_table(path: str | Path) -> Table:
             # Another process may have written it in the meantime.
             if not (hash_file.is_file() and target.is_file()):
                 _write_table(path, target)
-    return Table(read_arrow(target), sha256=hash_file.read_text())
+    return Table(read_arrow(target), sha256=_read_hash(hash_file))

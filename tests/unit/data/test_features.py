@@ -5,6 +5,7 @@ another run.
 import json
 import pickle
 from functools import cache
+from threading import Thread
 
 import pytest
 import torch
@@ -168,6 +169,19 @@ def test_a_damaged_shard_or_one_of_another_cache_is_refused_and_made_anew(tmp_pa
     # The other shards were never touched.
     untouched = [shard_path(folder, 0), shard_path(folder, 2)]
     assert {path.stat().st_mtime_ns for path in untouched} < set(times)
+
+
+def test_two_that_make_one_cache_compute_each_shard_once(tmp_path):
+    examples = examples_of(TEXTS, tmp_path)
+    folder = tmp_path / "cache"
+    loaded = []
+    threads = [Thread(target=lambda: loaded.extend(write(folder, examples))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(loaded) == sorted(write(tmp_path / "other", examples))
+    assert contents(folder) == contents(tmp_path / "other")
 
 
 @pytest.mark.parametrize("kind", ["clip", "next", "onevision"])

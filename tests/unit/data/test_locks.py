@@ -1,7 +1,10 @@
 """Only one process at a time writes a folder, and the next one is told who that is."""
 
+import os
 import subprocess
 import sys
+import time
+from threading import Thread
 
 import pytest
 
@@ -31,3 +34,19 @@ def test_the_second_process_is_told_who_holds_the_lock(tmp_path):
     # A process that was killed holds nothing.
     with locked(lock, wait=False):
         assert lock.exists()
+
+
+def test_who_waits_is_told_for_whom(tmp_path, capsys):
+    lock = tmp_path / "data.lock"
+    waiting = Thread(target=lambda: wait_for(lock))
+    with locked(lock, wait=False):
+        waiting.start()
+        while "waiting for process" not in (printed := capsys.readouterr().err):
+            time.sleep(0.01)
+    waiting.join()
+    assert f"waiting for process {os.getpid()} on" in printed and f"which holds {lock}" in printed
+
+
+def wait_for(lock):
+    with locked(lock, wait=True):
+        pass

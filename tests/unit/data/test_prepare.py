@@ -390,7 +390,17 @@ def test_pipes_devices_and_bombs_are_replaced_and_listed(tmp_path):
 # Several processes
 
 
-def test_processes_that_prepare_one_subset_at_once_make_it_once(tmp_path):
+def container():
+    """Words before a command that give it numbers of processes of its own, as a container does. None
+    where nobody may do that.
+    """
+    words = ["unshare", "--pid", "--fork", "--mount-proc"]
+    may = shutil.which("unshare") and not subprocess.run([*words, "true"], check=False).returncode
+    return words if may else []
+
+
+@pytest.mark.integration
+def test_containers_that_prepare_one_subset_at_once_make_it_once(tmp_path):
     selection = save_examples(tmp_path, 40)
     code = (
         "import sys\n"
@@ -398,10 +408,10 @@ def test_processes_that_prepare_one_subset_at_once_make_it_once(tmp_path):
         "subset = prepare(Selection(path=sys.argv[1], image_folder=sys.argv[2]))\n"
         "print(subset.manifest['hash'])\n"
     )
-    command = [sys.executable, "-c", code, selection.path, selection.image_folder]
-    running = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    command = [*container(), sys.executable, "-c", code, selection.path, selection.image_folder]
+    running = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = {process.communicate()[0] for process in running}
-    assert len(printed) == 1 and [process.returncode for process in running] == [0, 0, 0]
+    assert len(printed) == 1 and [process.returncode for process in running] == [0, 0]
 
     # Each picture was looked at once.
     (index,) = (data_dir() / "prepared").glob("examples-*/checked.jsonl")

@@ -189,6 +189,28 @@ def test_a_table_is_made_once_and_anew_when_it_or_the_file_changes(tmp_path):
     assert open_table(path).conversation(1).id == "row-1"
 
 
+def test_a_damaged_table_is_refused_with_the_cure(tmp_path):
+    path = write(tmp_path, [good(number) for number in range(50)])
+    open_table(path)
+    (file,) = (tmp_path / "vzip" / "tables").glob("*.arrow")
+    content = file.read_bytes()
+    middle = content.index(b"a cat")
+
+    # The last one changes offsets of texts, and reading them would end this process.
+    offsets = content[: middle - 512] + b"\xff\x7f" * 128 + content[middle - 256 :]
+    for damaged in (content[:-100], content[:middle] + bytes(len(content) - middle), b"", offsets):
+        file.write_bytes(damaged)
+        with pytest.raises(
+            UserError, match=r"\.arrow is damaged .*delete it, and run the same command again"
+        ):
+            open_table(path)
+
+    file.write_bytes(content)
+    file.with_suffix(".sha256").write_bytes(bytes(64))
+    with pytest.raises(UserError, match=r"\.sha256 is damaged; delete it"):
+        open_table(path)
+
+
 @pytest.mark.integration
 def test_a_large_file_takes_little_memory(tmp_path):
     """30 MB of JSON, five times as much as Python objects."""

@@ -178,6 +178,20 @@ def test_a_large_file_and_large_texts_are_refused(tmp_path):
             open_picture(png[:33] + chunk(name, b"a\0\0" + bomb) + png[33:])
 
 
+@pytest.mark.parametrize("mode", ["P", "L"])
+def test_a_gif_with_long_comments_is_refused(tmp_path, mode):
+    content = io.BytesIO()
+    Image.new(mode, (8, 8)).save(content, "GIF", comment=b"short")
+    gif = content.getvalue()
+    open_picture(gif)
+
+    begin = gif.index(b"!")
+    comment = b"!\xfe" + (b"\xff" + b"a" * 255) * 4096 + b"\0"
+    (tmp_path / "a.gif").write_bytes(gif[:begin] + comment + gif[begin:])
+    with pytest.raises(ValueError, match="a GIF with more than 1,000,000 bytes of comments"):
+        open_picture(tmp_path / "a.gif")
+
+
 def test_every_door_has_the_limits(tmp_path):
     thin = Image.new("RGB", (400, 4))
     thin.save(tmp_path / "a.png")
