@@ -1,6 +1,8 @@
 """What the page's server refuses before any of the page's own code runs."""
 
 import os
+import shutil
+import tempfile
 from typing import Any
 
 # Gradio reads these when it is imported. It would send data about the page to its servers, and it
@@ -20,6 +22,8 @@ MAX_FILE_MB = 20
 """Largest picture that can be uploaded."""
 MAX_REQUEST_MB = 1
 """Largest request that uploads nothing. Those of the page have a few kilobytes."""
+MIN_FREE_MB = 200
+"""Uploads are refused while the disk has less space than that. They are deleted after some time."""
 
 
 class NoOtherHosts:
@@ -42,7 +46,7 @@ class NoOtherHosts:
 
 
 class SmallRequests:
-    """Middleware that refuses large requests before their content is read into memory."""
+    """Middleware that refuses requests which memory or disk have no room for, before it reads them."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -64,6 +68,8 @@ class SmallRequests:
         limit_mb = MAX_REQUEST_MB
         if scope["path"].rstrip("/").endswith("/upload"):
             limit_mb += MAX_FILE_MB
+            if shutil.disk_usage(tempfile.gettempdir()).free < MIN_FREE_MB * 2**20:
+                return PlainTextResponse("There is no room for uploads; try again later.", status_code=507)
         if length.isdigit() and int(length) > limit_mb * 2**20:
             return PlainTextResponse(f"This request has more than {limit_mb} MB.", status_code=413)
         return None

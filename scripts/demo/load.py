@@ -119,21 +119,21 @@ class Visitor:
         # A table of timings is sent when an answer is complete.
         tables = set()
         for message in self.call("ask", None, question, None, self.budget):
-            for text in _texts(message):
+            for text in _all_texts(message):
                 if text.startswith("| turn |"):
                     tables.add(text)
         return len(tables)
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _all_texts(value: Any) -> Iterator[str]:
     """Yield all texts in a message."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        yield from _texts(list(value.values()))
+        yield from _all_texts(list(value.values()))
     elif isinstance(value, list):
         for part in value:
-            yield from _texts(part)
+            yield from _all_texts(part)
 
 
 def visit(address: str, seed: int, num_questions: int) -> str:
@@ -148,8 +148,10 @@ def visit(address: str, seed: int, num_questions: int) -> str:
                 return f"failed: {num_answers} of {visitor.num_settings} settings answered"
     except RefusedError:
         return "refused"
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         return f"failed: {type(error).__name__}: {error}"
+    except (ValueError, KeyError) as error:
+        return f"failed: this is not the page of a demo ({type(error).__name__}: {error})"
     return "whole"
 
 

@@ -145,7 +145,7 @@ def spare_the_proxy(host: str) -> None:
 
 
 def read_auth(text: str | None) -> tuple[str, str] | None:
-    """Split USER:PASSWORD, by default that of the environment, in two. None if there is none.
+    """Split USER:PASSWORD, by default that of the environment, in two. Without either, return None.
 
     Raises:
         UserError: one of the two is missing. The message does not repeat them.

@@ -269,6 +269,8 @@ class Session:
                 self.open_picture(),
                 max_new_tokens=self.model.max_new_tokens,
             )
+            # A picture may take 150 MB, so the chats share it. It is upright and RGB already.
+            chat.picture = self.open_picture()
             chat.messages = self._messages.get(setting, [])
             self._chats[setting] = chat
         return self._chats[setting]

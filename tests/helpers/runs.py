@@ -63,6 +63,12 @@ def save_run(folder, handle, base, *other_reducers, **changes):
     return folder
 
 
+def held_out_answer(image, question):
+    """An entry of answers_SETTING.json."""
+    rest = {"num_visual_tokens": 6, "expected": "yes", "answer": "no", "kind": "open", "correct": False}
+    return {"image": image, "question": question, **rest}
+
+
 def edit_meta(folder, change):
     """Call `change` with the content of a run's meta.json, and write the result."""
     meta = json.loads((folder / META).read_text())

@@ -18,7 +18,7 @@ from scripts.demo.load import Visitor
 from tests.conftest import ROOT
 from tests.helpers import tiny
 from tests.helpers.commands import environment
-from tests.helpers.runs import attached, save_run, tune
+from tests.helpers.runs import attached, held_out_answer, save_run, tune
 from vzip.templates.encode import vicuna
 
 pytestmark = pytest.mark.integration
@@ -43,7 +43,7 @@ def run(tmp_path_factory, tiny_folder):
     save_run(folder, tune(attached(tiny_folder)), tiny_folder, template=asdict(vicuna("s ")))
 
     tiny.picture(5).save(folder / "example.png")
-    answers = [{"image": "example.png", "question": "<image>\nwhat is shown?"}]
+    answers = [held_out_answer("example.png", "<image>\nwhat is shown?")]
     (folder / "answers_full.json").write_text(json.dumps(answers))
     (folder / "config.yaml").write_text(f"data: {{image_folder: '{folder}'}}\n")
     (folder / "result.json").write_text("{}")

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from scripts.demo import guard
 from scripts.demo import page as page_module
 from scripts.demo.load import RefusedError, Visitor, visit_at_once
 from scripts.demo.main import free_port, open_model, opened, uploads_folder
@@ -137,7 +138,7 @@ def test_text_that_is_no_question_gets_a_message(address):
     assert visitor.ask("what?") == 3
 
 
-def test_large_requests_are_refused_before_they_are_read(address):
+def test_large_requests_are_refused_before_they_are_read(address, monkeypatch):
     visitor = Visitor(address)
     for path, size in (("queue/join", 2), ("queue/join/", 2), ("upload", 25), ("component_server", 2)):
         response = visitor.client.post(f"/gradio_api/{path}", content=b"x" * (size * 2**20))
@@ -146,6 +147,11 @@ def test_large_requests_are_refused_before_they_are_read(address):
     endless = visitor.client.post("/gradio_api/queue/join", content=iter([b"x"]))
     assert endless.status_code == 411
     assert is_served(visitor)
+
+    monkeypatch.setattr(guard, "MIN_FREE_MB", 10**12)
+    upload = visitor.client.post("/gradio_api/upload", files={"files": ("a.png", b"x")})
+    assert upload.status_code == 507
+    assert visitor.ask("what?") == 3
 
 
 def test_thirty_visitors_at_once_have_whole_conversations_in_bounded_memory(address):
@@ -214,6 +220,16 @@ def test_who_comes_when_the_queue_is_full_is_told_so(run, monkeypatch):
         with pytest.raises(RefusedError, match="Queue is full"):
             visitors[2].send("ask", None, "what?", None, 6)
         messages.close()
+
+
+def test_a_visitor_who_stays_away_is_forgotten(run, monkeypatch):
+    monkeypatch.setattr(page_module, "SECONDS_KEPT", 2)
+    with serving(run, max_new_tokens=4) as (page, address):
+        visitor = Visitor(address)
+        assert is_served(visitor)
+        assert page.model._open_sessions
+        wait_until(lambda: not page.model._open_sessions)
+        assert "Choose a picture first" in str(visitor.call("ask", None, "why?", None, 6))
 
 
 def test_a_page_with_a_password_shows_nothing_without_it(run, tmp_path):

@@ -175,6 +175,7 @@ def test_what_can_not_be_asked_is_refused(model):
     handle, processor = model
     chat = chat_with(handle, processor)
     refused(ask, chat, "  ", words=["is empty"])
+    refused(ask, chat, "why \ud83d?", words=["half of a surrogate pair"])
     refused(ask, chat, "an <image>?", words=["spells <image>"])
     refused(ask, chat, "a" * 2048, words=["the model takes 2048"])
     assert chat.messages == []

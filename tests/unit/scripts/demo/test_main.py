@@ -9,6 +9,7 @@ from scripts.demo.main import AUTH, free_port, held_out_examples, is_open_to_oth
 from scripts.demo.sessions import Session
 from tests.helpers import tiny
 from tests.helpers.errors import refused
+from tests.helpers.runs import held_out_answer
 from vzip import UserError
 from vzip.pictures import open_picture
 
@@ -48,7 +49,7 @@ def test_examples_are_the_runs_held_out_pictures_that_can_be_opened(run, tmp_pat
     # A run from somebody else may name files outside the folder.
     tiny.picture(1).save(tmp_path.parent / "secret.png")
     asked += [("../secret.png", "?"), (str(tmp_path.parent / "secret.png"), "?")]
-    answers = [{"image": name, "question": question} for name, question in asked]
+    answers = [held_out_answer(name, question) for name, question in asked]
 
     (run / "answers_full.json").write_text(json.dumps(answers))
     (run / "config.yaml").write_text("data:\n  image_folder: '~'\n")

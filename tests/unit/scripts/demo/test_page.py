@@ -45,7 +45,8 @@ def test_a_question_needs_a_picture_and_words(page):
 def test_all_open_settings_answer(page):
     session = page.change_budget(page.show_first_example(6)[page.session], 9)[page.session]
     *_, last = page.ask(session, "what?")
-    assert set(last) == {page.session, page.answers["free"], page.figures["free"]}  # tuned is closed at this budget
+    # "tuned" is closed at this budget.
+    assert set(last) == {page.session, page.answers["free"], page.figures["free"]}
     assert [len(turns) for turns in session.turns.values()] == [1, 1, 0]
 
     restarted = page.restart(session)
