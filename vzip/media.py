@@ -127,7 +127,7 @@ def set_aspect_ratio(processor: Any, ratio: str | None) -> Any:
 
     Args:
         processor: the model's processor, which is changed.
-        ratio: one of `ASPECT_RATIOS`. None leaves the processor as it is.
+        ratio: one of `ASPECT_RATIOS`. None changes nothing.
 
     Raises:
         UserError: an unknown ratio, or a processor that can't have it.
@@ -141,7 +141,7 @@ def set_aspect_ratio(processor: Any, ratio: str | None) -> Any:
     if present is None:
         raise UserError(
             f"model.image_aspect_ratio={ratio}: this model's {type(images).__name__} does not make one "
-            "square of each picture; set model.image_aspect_ratio=null, which leaves it as it is"
+            "square of each picture; set model.image_aspect_ratio=null, which changes nothing"
         )
 
     # Only this class rounds like LLaVA's code, so a padding processor of another backend is replaced.

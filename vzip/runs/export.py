@@ -13,7 +13,7 @@ does not. `config.json` holds the entries of the run's meta.json under the key `
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,20 @@ def _with_first(reducers: Mapping[int, Reducer], budget: int | None) -> list[Red
     return [reducers[budget], *others]
 
 
+def _export_meta(comparison: Comparison, family: Family, reducers: Sequence[Reducer]) -> dict[str, Any]:
+    """Make the entries of the run's meta.json for an export, which is its own base model."""
+    # The fingerprint is taken again, because merged LoRA has changed the weights.
+    own = projector_meta(
+        family,
+        *reducers,
+        base=base_name(comparison.meta["base"]["id"]),
+        base_fingerprint=fingerprint(family),
+        aspect_ratio=image_aspect_ratio(comparison.processor),
+    )
+    own |= {"adapter": False, "num_image_tokens": family.num_image_tokens(reducers[0])}
+    return comparison.meta | own
+
+
 def write_hf(
     run: Path,
     folder: Path,
@@ -226,21 +240,8 @@ def write_hf(
     comparison.processor.save_pretrained(folder)
     family.model.generation_config.save_pretrained(folder)
 
-    # The entries of the run's meta.json, except that the base model is now the export itself. The
-    # fingerprint is taken again, because merged LoRA has changed the weights.
-    meta = comparison.meta | projector_meta(
-        family,
-        *reducers,
-        base=base_name(comparison.meta["base"]["id"]),
-        base_fingerprint=fingerprint(family),
-        aspect_ratio=image_aspect_ratio(comparison.processor),
-    )
-    meta |= {
-        "adapter": False,
-        "merged_adapter": has_lora,
-        "num_image_tokens": family.num_image_tokens(reducers[0]),
-        "sha256": {WEIGHTS: sha256_of(folder / WEIGHTS)},
-    }
+    meta = _export_meta(comparison, family, reducers)
+    meta |= {"merged_adapter": has_lora, "sha256": {WEIGHTS: sha256_of(folder / WEIGHTS)}}
     setattr(family.model.config, EXPORT, meta)
 
     # vLLM takes the first architecture that it knows, and asks the plugin for it. transformers does
