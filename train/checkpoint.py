@@ -217,7 +217,7 @@ class RunFolder:
     def begin(self, manifest: Mapping[str, Any], *, num_trainable: int, world_size: int) -> None:
         """Write settings, environment and data before the run trains.
 
-        With `fresh` the old run is deleted here, after every check of the new one.
+        With `fresh` the old run is deleted or moved away here, after every check of the new one.
 
         Args:
             manifest: what the training data consists of.
@@ -225,9 +225,9 @@ class RunFolder:
             world_size: ranks.
 
         Raises:
-            UserError: the disk is too full, or the training data has changed.
+            UserError: the disk is too full, the training data has changed, or a file of the run is
+                damaged.
         """
-        # The other ranks write into this folder, so they wait until it is there.
         on_rank0(lambda: self._begin(manifest, num_trainable=num_trainable, world_size=world_size))
 
     def _begin(self, manifest: Mapping[str, Any], *, num_trainable: int, world_size: int) -> None:
