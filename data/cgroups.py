@@ -14,7 +14,7 @@ OWN_GROUPS = Path("/proc/self/cgroup")
 """The groups of this process, one a line: number:resources:path."""
 
 
-def _groups(resource: str) -> Iterator[Path]:
+def _limiting_groups(resource: str) -> Iterator[Path]:
     """Yield the folders of the groups that limit a resource of this process.
 
     Args:
@@ -47,7 +47,7 @@ def _read(file: Path) -> list[str]:
 def memory_limits() -> list[int]:
     """Return all limits of this process' memory, in bytes."""
     limits = []
-    for folder in _groups("memory"):
+    for folder in _limiting_groups("memory"):
         # "max" in version 2 means no limit. Version 1 has a very large number instead.
         words = _read(folder / "memory.max") + _read(folder / "memory.limit_in_bytes")
         limits += [int(word) for word in words if word.isdecimal()]
@@ -63,7 +63,7 @@ def usable_cpus() -> int:
         num_cpus = os.cpu_count() or 1
 
     # A container may use all CPUs, but only for so long: 150000 of each 100000 us are 1.5 CPUs.
-    for folder in _groups("cpu"):
+    for folder in _limiting_groups("cpu"):
         words = _read(folder / "cpu.max")
         words = words or _read(folder / "cpu.cfs_quota_us") + _read(folder / "cpu.cfs_period_us")
         # No limit is "max" in version 2, and -1 in version 1.

@@ -52,7 +52,7 @@ def servers(world: World, rng: random.Random, number: int) -> None:
     with Server(folder, lambda path: fault, trickle_s=0.2) as server:
         _fetch(server, folder, content)
         _fetch_picture(server, content)
-        if fault in ("html", "endless", "404"):
+        if fault in ("html", "404"):
             _make_data(world, server, number)
 
 
