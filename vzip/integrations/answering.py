@@ -6,16 +6,17 @@ A video's is the path of a file, or a list of frames.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from PIL import Image
 
 from vzip.errors import UserError
 from vzip.generate import end_ids, generate_answers
-from vzip.pictures import open_picture, upright_rgb
+from vzip.pictures import check_size, open_picture, upright_rgb
 from vzip.runs.compare import Comparison
 from vzip.videos import read_frames
 
@@ -103,20 +104,45 @@ class GenerationSettings:
             )
 
 
+@contextmanager
+def _explain_media(medium: Any) -> Iterator[None]:
+    """Turn an error about a picture or a video into UserError, which names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        name = medium if isinstance(medium, str) else "a picture of the task"
+        raise UserError(f"{name} can't be shown to the model: {error}; take it out of the task") from error
+
+
 def _picture(image: Any) -> Any:
-    """Open a picture, given as such or as a path, as upright RGB, as in training."""
-    return open_picture(Path(image)) if isinstance(image, str) else upright_rgb(image)
+    """Open a picture, given as such or as a path, as upright RGB, as in training.
+
+    Raises UserError if it can't be read, or exceeds the limits of `vzip.pictures`.
+    """
+    with _explain_media(image):
+        return open_picture(Path(image)) if isinstance(image, str) else upright_rgb(image)
 
 
 def _frames(video: Any, num_frames: int) -> Any:
-    """Read the frames of a video file, as in training. A list of frames is returned unchanged."""
+    """Read the frames of a video file, as in training. A list of frames is returned unchanged.
+
+    Raises UserError if they can't be read, or exceed the limits of `vzip.pictures`.
+    """
     if isinstance(video, Mapping):
         raise UserError(
             f"a video with {', '.join(sorted(video))}: parts of videos are not supported; "
             "give the path of a file"
         )
-    if isinstance(video, str):
-        return read_frames(Path(video), num_frames)
+    with _explain_media(video):
+        if isinstance(video, str):
+            return read_frames(Path(video), num_frames)
+
+        # Other frames are arrays, which the processor checks.
+        for frame in video if isinstance(video, list | tuple) else ():
+            if isinstance(frame, Image.Image):
+                check_size(*frame.size)
     return video
 
 

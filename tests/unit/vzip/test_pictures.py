@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
 
 from tests.helpers import tiny
+from vzip import UserError
 from vzip.chat import Chat
 from vzip.integrations import answering
 from vzip.media import FrameProcessor
@@ -202,12 +203,22 @@ def test_every_door_has_the_limits(tmp_path):
     doors = [
         lambda: answering._picture(thin),
         lambda: answering._picture(str(tmp_path / "a.png")),
+        lambda: answering._frames([thin], 8),
         lambda: Chat(model, chatting, thin),
         lambda: processor([[thin]]),
     ]
     for door in doors:
         with pytest.raises(ValueError, match="400 x 4 px: the longer side"):
             door()
+
+
+def test_a_task_of_an_evaluation_names_what_can_not_be_shown(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"<html>")
+    for fails in (answering._picture, lambda path: answering._frames(path, 8)):
+        with pytest.raises(UserError, match=r"a\.png can't be shown to the model: .*take it out of the task"):
+            fails(str(tmp_path / "a.png"))
+    with pytest.raises(UserError, match="a picture of the task can't be shown to the model: 1 x 9 px"):
+        answering._picture(Image.new("RGB", (1, 9)))
 
 
 def test_a_pipe_a_device_and_a_folder_are_refused_at_once(tmp_path):
