@@ -48,7 +48,7 @@ MODEL_EXTRAS := $(if $(findstring video,$(MODEL)),video) $(if $(findstring mini-
 
 .DEFAULT_GOAL := help
 .PHONY: help setup data data-check cache tune eval export demo figures efficiency report dashboard
-.PHONY: bench bench-tower bench-prefill bench-loader test check format clean
+.PHONY: bench bench-tower bench-prefill bench-loader test check faults format clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -70,7 +70,7 @@ data-check figures report: .venv/.done-figures
 eval: .venv/.done-eval
 demo: .venv/.done-demo
 dashboard: .venv/.done-dashboard
-test check format: .venv/.done-dev
+test check faults format: .venv/.done-dev
 
 data: setup ## fetch the training data of MODEL, resumable; without MODEL, prepare the embedded default
 	$(PREPARE)
@@ -130,6 +130,9 @@ check: setup ## check format, lint and types, and run the fast tests
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --hypothesis-profile quick -m 'not slow and not integration'
+
+faults: setup ## try what disks, clusters and strangers do, in 15 minutes: ARGS="--only kill --budget 60"
+	$(BIN)/python -m tests.faults $(ARGS)
 
 format: setup ## format the code
 	$(BIN)/python -m ruff format .
