@@ -43,6 +43,7 @@ STORAGE = {
     errno.ELOOP: "a link leads back to itself ({error}); remove it, or choose another path",
     errno.EIO: "the disk does not answer ({error}); check it, and run the same command again: it resumes",
     errno.ESTALE: "a network disk was mounted anew ({error}); run the same command again: it resumes",
+    errno.EPIPE: "nobody reads what this command prints ({error}); run the same command again: it resumes",
     errno.EMFILE: "too many files are open ({error}); raise `ulimit -n`, or lower data.num_workers",
 }
 """By number of a system error: what is wrong with the disk, and what to do."""
@@ -62,6 +63,14 @@ def _is_out_of_memory(error: Exception) -> bool:
     # Without an import: a command that has not loaded torch must not wait for it here.
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def _is_lost_rank(error: Exception) -> bool:
+    """Tell whether a collective failed, mostly because another rank has ended."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
+    return isinstance(error, torch.distributed.DistError) or "/gloo/transport/" in str(error)
 
 
 def _full_folder(arguments: Iterable[Any]) -> Path | None:
@@ -113,6 +122,12 @@ def _explain(error: BaseException, arguments: Iterable[Any]) -> str | None:
             f"the GPU's memory ran out ({reason}); make batch.tokens smaller, or evaluate.batch if it "
             f"happened while questions were answered"
         )
+    if isinstance(error, Exception) and _is_lost_rank(error):
+        reason = str(error).splitlines()[0]
+        return (
+            f"a rank can't reach another one any more ({reason}); it has ended, and may have said why; "
+            f"run the same command again: it resumes"
+        )
     return _explain_storage(error, arguments) if isinstance(error, Exception) else None
 
 
@@ -153,6 +168,7 @@ def exit_on_user_error(command: Callable[P, None]) -> Callable[P, None]:
         # `os._exit` below would lose what is not yet written. The terminal may be gone, though.
         with suppress(OSError):
             sys.stdout.flush()
+        with suppress(OSError):
             print(f"error: {message}", file=sys.stderr, flush=True)
 
         # Another rank may wait for this one in a collective, and a normal exit would hang with it.

@@ -26,6 +26,12 @@ from vzip import UserError
             "error: the GPU's memory ran out (CUDA out of memory); make batch",
             2,
         ),
+        (
+            "RuntimeError('[pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:544] Connection closed by peer')"
+            " if __import__('torch') else None",
+            "error: a rank can't reach another one any more ([pytorch",
+            2,
+        ),
         ("KeyboardInterrupt()", "error: stopped; the same command goes on", 130),
         ("Stopped(15, 4, 8)", "error: stopped by SIGTERM after 4 of 8 steps, which are saved", 143),
         ("OSError(30, 'Read-only file system')", "error: the disk is read-only ([Errno 30]", 2),
