@@ -14,7 +14,17 @@ from train import config
 from train.runs import FinishedRun
 from vzip import UserError
 from vzip.reducers.identity import Identity
-from vzip.runs.meta import ADAPTER, META, WEIGHTS, is_export, locate, read_finished, read_meta, reducers_of
+from vzip.runs.meta import (
+    ADAPTER,
+    META,
+    WEIGHTS,
+    has_file,
+    is_export,
+    locate,
+    read_finished,
+    read_meta,
+    reducers_of,
+)
 
 BATCH_SIZE = 8
 """Questions that a model answers at a time. For a run, the number is that after its tuning."""
@@ -75,7 +85,7 @@ def settings_of_run(run: Path) -> list[EvaluationSetting]:
 
     # The other settings need the projector from which training started.
     projector = meta["base"].get("projector")
-    if projector is not None and not Path(projector).is_file():
+    if projector is not None and not has_file(projector):
         print(
             f"full and training-free are left out: {projector}, from which training started, no longer exists"
         )

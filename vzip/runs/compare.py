@@ -20,7 +20,7 @@ from vzip.reducers import Reducer, with_budget
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
 from vzip.runs.adapter import load_adapter
-from vzip.runs.meta import anyres_of, is_export, locate, read_meta, reducers_of, template_of
+from vzip.runs.meta import anyres_of, has_file, is_export, locate, read_meta, reducers_of, template_of
 from vzip.runs.projector import budget_of, check_fits, load_tuned, load_weights, projector_parameters
 from vzip.templates.jinja import chat_template
 
@@ -156,7 +156,7 @@ def _read_projectors(family: Family, folder: Path, meta: Mapping[str, Any]) -> _
     if not is_export(folder):
         if start is None:
             base = _copies(parameters)
-        elif Path(start).is_file():
+        elif has_file(start):
             load_weights(family, start)
             base = _copies(parameters)
 

@@ -257,6 +257,15 @@ def reducers_of(meta: Mapping[str, Any]) -> dict[int, Reducer]:
     return reducers
 
 
+def has_file(path: str) -> bool:
+    """Whether a path that a meta.json records is a file on this machine."""
+    # A damaged path may be too long for the system, or hold a zero.
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def template_of(meta: Mapping[str, Any], *, source: Path) -> Template:
     """Make the template that a meta.json records.
 

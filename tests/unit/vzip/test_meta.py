@@ -100,6 +100,12 @@ def test_a_wrong_entry_is_named(run, name, value):
     refused(vzip.load, run, device="cpu", words=[str(run / META), key])
 
 
+@pytest.mark.parametrize("path", ["x" * 5_000, "a\0b", "/dev/zero", "."])
+def test_a_starting_projector_that_is_no_file_is_gone(run, path):
+    edit_meta(run, lambda meta: meta["base"].update(projector=path))
+    assert vzip.Comparison.open(run, device="cpu").rows == ("tuned",)
+
+
 @given(st.data())
 def test_whatever_an_entry_holds_nothing_but_a_user_error_is_raised(finished, tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("changed")
