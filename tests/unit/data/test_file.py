@@ -140,9 +140,9 @@ def test_a_disk_that_is_too_small_is_told_before(published, target, monkeypatch)
 
 def test_a_file_of_unknown_size_leaves_room_on_the_disk(published, target, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 9 * 10**8, 10**8))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**10, 9 * 10**9, 10**9))
     with Server(published, {"/mix.json": "short"}) as server:
-        with pytest.raises(UserError, match=r"100,000,000 are free"):
+        with pytest.raises(UserError, match=r"1,000,000,000 are free"):
             fetch_file(f"{server.url}/mix.json", target)
     assert files_in(target.parent) == []
 
