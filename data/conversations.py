@@ -17,6 +17,8 @@ SPEAKERS = ("human", "gpt")  # in turn
 
 MAX_TEXT = 1_000_000
 """Most characters of a conversation. It is tokenized whole, which takes seconds for so many."""
+MAX_MESSAGES = 10_000
+"""Most messages of a conversation. Each is tokenized by itself, however short it is."""
 MAX_PATH = 1000
 """Most characters of a path. Many systems open no longer ones."""
 MAX_NAME = 200
@@ -90,6 +92,8 @@ def _texts(messages: Any) -> list[str]:
             raise ValueError(f"message {position} has no text in 'value'")
         texts.append(message["value"])
 
+    if len(texts) > MAX_MESSAGES:
+        raise ValueError(f"it has {len(texts):,} messages; at most {MAX_MESSAGES:,} are allowed")
     num_characters = sum(map(len, texts))
     if num_characters > MAX_TEXT:
         raise ValueError(f"the texts have {num_characters:,} characters; at most {MAX_TEXT:,} are allowed")

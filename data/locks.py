@@ -1,5 +1,6 @@
 """Locks that keep two processes, also of two hosts, from writing one folder at once."""
 
+import errno
 import os
 import shlex
 import sys
@@ -14,6 +15,9 @@ from filelock import FileLock, Timeout
 from vzip.errors import UserError
 from vzip.files import read_json_object, write_json
 from vzip.redact import redacted
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP)
+"""Errors of network file systems that are mounted without locks."""
 
 
 def _holder_file(lock: Path) -> Path:
@@ -42,7 +46,7 @@ def locked(lock: Path, *, wait: bool, busy: str = "") -> Iterator[None]:
             written". Needed unless `wait`.
 
     Raises:
-        UserError: another process holds the lock.
+        UserError: another process holds the lock, or the file system has no locks.
     """
     file_lock = FileLock(lock)
     try:
@@ -54,6 +58,13 @@ def locked(lock: Path, *, wait: bool, busy: str = "") -> Iterator[None]:
         # Say it, or this command would seem to hang.
         print(f"waiting for {holder(lock)}, which holds {lock}", file=sys.stderr, flush=True)
         file_lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise UserError(
+            f"{lock.parent} is on a file system without locks ({error.strerror}), where two commands could "
+            f"write at once; choose a folder on another disk"
+        ) from error
 
     # Tell the next one who it is waiting for.
     try:

@@ -47,6 +47,8 @@ TILE_SIDES = (322, 323)
 """TIFF's tags for the width and the height of tiles."""
 BITS = 258
 """TIFF's tag for the bits of a pixel's values."""
+ZERO_IS = 262
+"""TIFF's tag that is 0 where the value 0 means white."""
 
 
 def check_size(width: int, height: int) -> None:
@@ -77,9 +79,12 @@ def _in_8_bits(picture: Image.Image, upright: Image.Image) -> Image.Image:
     is_deep_grey = upright.mode == "I" and picture.format in ("PNG", "PPM")
     if upright.mode.startswith("I;16") or is_deep_grey:
         # Some cameras and scanners write 12 bits, and only TIFF says so.
-        bits = picture.tag_v2.get(BITS, (16,))[0] if isinstance(picture, TiffImageFile) else 16
-        high_bytes = np.asarray(upright) >> (bits - 8)
-        return Image.fromarray(high_bytes.astype("uint8"))
+        tags = picture.tag_v2 if isinstance(picture, TiffImageFile) else {}
+        bits = tags.get(BITS, (16,))[0]
+        grey = (np.asarray(upright) >> (bits - 8)).astype("uint8")
+
+        # 0 is mostly black. PIL looks at this only where there are 8 bits.
+        return Image.fromarray(255 - grey if tags.get(ZERO_IS, 1) == 0 else grey)
 
     # White may be 1.0, 255, 65,535 or anything else. A guess would change the picture unseen.
     if upright.mode in ("I", "F"):

@@ -1,5 +1,6 @@
 """Only one process at a time writes a folder, and the next one is told who that is."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -50,3 +51,12 @@ def test_who_waits_is_told_for_whom(tmp_path, capsys):
 def wait_for(lock):
     with locked(lock, wait=True):
         pass
+
+
+def test_a_disk_without_locks_is_named(tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", fails)
+    with pytest.raises(UserError, match=r"file system without locks .*choose a folder on another disk"):
+        wait_for(tmp_path / "data.lock")

@@ -108,6 +108,10 @@ def test_lines_without_an_end_are_refused(tmp_path, monkeypatch, entries):
 
 LONG = {
     "answer": ({"conversations": messages("<image>", "x" * 10**6)}, "the texts have 1,000,007 characters"),
+    "messages": (
+        {"conversations": messages("<image>", *"ab" * 6000, "c")},
+        "it has 12,002 messages; at most",
+    ),
     "path": ({"image": "x" * 200_000}, "a path of image has 200,000 characters; at most 1,000"),
     "name": ({"id": "x" * 10**5, "image": "../a.jpg"}, "leaves the image folder"),
 }

@@ -95,6 +95,13 @@ def test_grey_of_12_bits_keeps_its_shades(tmp_path):
     assert np.asarray(open_picture(tmp_path / "a.tiff"))[0, :, 0].tolist() == [0, 255] * 4
 
 
+@pytest.mark.parametrize(("zero_is", "shades"), [(0, [255, 0]), (1, [0, 255])])
+def test_white_may_be_zero_in_deep_grey(tmp_path, zero_is, shades):
+    tags = {256: 8, 257: 4, 258: 16, 259: 1, 262: zero_is, 277: 1, 278: 4, 279: 64}
+    (tmp_path / "a.tiff").write_bytes(tiff(tags, b"\x00\x00\xff\xff" * 16))
+    assert np.asarray(open_picture(tmp_path / "a.tiff"))[0, :, 0].tolist() == shades * 4
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int32"])
 def test_values_without_a_known_white_are_refused(tmp_path, dtype):
     picture = Image.fromarray(np.ones((8, 8), dtype=dtype))
