@@ -22,6 +22,8 @@ MAX_FILE_MB = 20
 """Largest picture that can be uploaded."""
 MAX_REQUEST_MB = 1
 """Largest request that uploads nothing. Those of the page have a few kilobytes."""
+POSTS = ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset", "/gradio_api/upload", "/login")
+"""What the page's own script sends. Gradio's server takes more, e.g. recordings that it converts."""
 MIN_FREE_MB = 200
 """Uploads are refused while the disk has less space than that. They are deleted after some time."""
 
@@ -45,8 +47,11 @@ class NoOtherHosts:
         await self.app(scope, receive, send_with_policy)
 
 
-class SmallRequests:
-    """Middleware that refuses requests which memory or disk have no room for, before it reads them."""
+class ExpectedRequests:
+    """Middleware that refuses requests which the page never sends, or which there is no room for.
+
+    It does so before it reads them.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -57,6 +62,9 @@ class SmallRequests:
 
     def _why_refused(self, scope: Scope) -> PlainTextResponse | None:
         """Return the answer to a request that is refused; None for any other request."""
+        path = scope["path"].rstrip("/")
+        if scope["method"] not in ("GET", "HEAD") and not path.endswith(POSTS):
+            return PlainTextResponse("This page has no such service.", status_code=404)
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"")
 
@@ -66,7 +74,7 @@ class SmallRequests:
 
         # A form around the file takes a little more than the file itself.
         limit_mb = MAX_REQUEST_MB
-        if scope["path"].rstrip("/").endswith("/upload"):
+        if path.endswith("/upload"):
             limit_mb += MAX_FILE_MB
             if shutil.disk_usage(tempfile.gettempdir()).free < MIN_FREE_MB * 2**20:
                 return PlainTextResponse("There is no room for uploads; try again later.", status_code=507)

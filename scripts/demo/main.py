@@ -20,7 +20,7 @@ from threading import Event
 
 from starlette.middleware import Middleware
 
-from scripts.demo.guard import MAX_FILE_MB, NoOtherHosts, SmallRequests, gr
+from scripts.demo.guard import MAX_FILE_MB, ExpectedRequests, NoOtherHosts, gr
 from scripts.demo.page import ExamplePicture, Page
 from scripts.demo.sessions import SharedModel
 from scripts.demo.style import STYLE
@@ -206,7 +206,7 @@ def opened(
         # Nobody needs these records of what visitors did.
         enable_monitoring=False,
         run_history=False,
-        app_kwargs={"middleware": [Middleware(NoOtherHosts), Middleware(SmallRequests)]},
+        app_kwargs={"middleware": [Middleware(NoOtherHosts), Middleware(ExpectedRequests)]},
     )
     try:
         yield public_address or address

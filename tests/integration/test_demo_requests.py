@@ -138,11 +138,15 @@ def test_text_that_is_no_question_gets_a_message(address):
     assert visitor.ask("what?") == 3
 
 
-def test_large_requests_are_refused_before_they_are_read(address, monkeypatch):
+def test_unknown_and_large_requests_are_refused_before_they_are_read(address, monkeypatch):
     visitor = Visitor(address)
-    for path, size in (("queue/join", 2), ("queue/join/", 2), ("upload", 25), ("component_server", 2)):
+    for path, size in (("queue/join", 2), ("queue/join/", 2), ("upload", 25)):
         response = visitor.client.post(f"/gradio_api/{path}", content=b"x" * (size * 2**20))
         assert response.status_code == 413, path
+
+    # Services of Gradio that the page does not use are closed.
+    for path in ("component_server", "process_recording", "run/choose", "call/choose", "stream/x"):
+        assert visitor.client.post(f"/gradio_api/{path}", json={}).status_code == 404, path
 
     endless = visitor.client.post("/gradio_api/queue/join", content=iter([b"x"]))
     assert endless.status_code == 411
