@@ -24,11 +24,11 @@ from vzip.files import atomic_write
 
 ENDPOINTS = (constants.ENDPOINT, "https://huggingface.co")
 """Addresses of the hub: `$HF_ENDPOINT`, which may name a mirror, and the hub's own address."""
-MAX_BYTES = 20_000_000_000
+MAX_BYTES = 10_000_000_000
 """Largest file. LLaVA's own instruction file has 1 GB, and the largest public ones some GB."""
 MIN_PROGRESS = 1 << 20
 """Bytes that must come within `Client.total_s`, again and again until the file is there."""
-RESERVE = 100_000_000
+RESERVE = 1_000_000_000
 """Bytes that a file of unknown size leaves free on its disk, for everybody else."""
 
 
