@@ -22,8 +22,9 @@ def ids_alone(tokenizer: Any, text: str) -> list[int]:
     SentencePiece puts a space before every text. The tokenizers of transformers 5 leave it out if
     the text starts with one, so it is added here.
     """
-    # A tokenizer that leaves it out gives a word and the word behind a space the same ids.
-    if text.startswith(" ") and _ids(tokenizer, "a") == _ids(tokenizer, " a"):
+    # A tokenizer that leaves it out gives a word and the word behind a space the same ids. It takes
+    # SentencePiece's sign for a space as one, too.
+    if text.startswith((" ", "▁")) and _ids(tokenizer, "a") == _ids(tokenizer, " a"):
         text = " " + text
     return _ids(tokenizer, text)
 
