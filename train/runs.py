@@ -268,11 +268,14 @@ class FinishedRun:
         """Return a folder of the run that a command writes into.
 
         Raises:
-            UserError: it is a link out of the run, which may have come with a stranger's folder.
+            UserError: it, or a folder in it, is a link out of the run, which may have come with a
+                stranger's folder.
         """
         folder = self.path / name
-        if not folder.resolve().is_relative_to(self.path.resolve()):
-            raise UserError(f"{folder} is a link out of the run's folder; give another folder as --out")
+        for path in (folder, *folder.glob("*")):
+            leads_out = not path.resolve().is_relative_to(self.path.resolve())
+            if leads_out and not path.is_file():
+                raise UserError(f"{path} is a link out of the run's folder; give another folder as --out")
         return folder
 
     def _text(self, name: str, consequence: str) -> str:

@@ -193,6 +193,11 @@ def test_a_folder_to_write_into_lies_in_the_run(folder, tmp_path):
     (folder / "figures").symlink_to(tmp_path / "home")
     refused(run.own_folder, "figures", words=["figures is a link out of the run's folder", "--out"])
 
+    (folder / "eval").mkdir()
+    (folder / "eval" / "full").symlink_to(tmp_path / "home")
+    refused(run.own_folder, "eval", words=["full is a link out of the run's folder"])
+    (folder / "eval" / "full").unlink()
+
     # A run that is itself a link is fine.
     (tmp_path / "link").symlink_to(folder)
     assert FinishedRun(tmp_path / "link").own_folder("eval") == tmp_path / "link" / "eval"

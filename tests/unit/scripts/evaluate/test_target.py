@@ -52,6 +52,19 @@ def test_a_run_without_its_starting_projector_has_the_tuned_setting_alone(run, t
     assert "full and training-free are left out" in capsys.readouterr().out
 
 
+def test_results_stay_in_their_folder(run, tmp_path, tiny_folder, monkeypatch):
+    """Neither a link in a received run nor a model that is named by dots leads out of it."""
+    (tmp_path / "home").mkdir()
+    (run / "eval").symlink_to(tmp_path / "home")
+    refused(target_of, run, None, words=["eval is a link out of the run's folder"])
+    (run / "eval").unlink()
+    (run / "adapter" / "folder").mkdir(parents=True)
+    assert target_of(run, None).folder == run / "eval"
+
+    monkeypatch.chdir(shutil.copytree(tiny_folder, tmp_path / "model"))
+    assert target_of(".", None, budget=[6]).folder == target_module.ROOT / "runs" / "eval" / "model"
+
+
 def test_settings_of_a_base_model(tiny_folder, tmp_path):
     assert as_tuples(target_of(tiny_folder, tmp_path, budget=[6, 9]).settings) == [
         ("full", "full", None),
