@@ -33,8 +33,10 @@ class Stranger:
         self.marker = folder / "ran"
         self.run = Path(shutil.copytree(run, folder / "run"))
         self.base = Path(shutil.copytree(base, folder / "base"))
-        if (self.run / "meta.json").is_file():
-            self._edit_json(self.run / "meta.json", base=str(self.base))
+        self.meta = self.run / "meta.json"
+        if self.meta.is_file():
+            base = json.loads(self.meta.read_text())["base"]
+            self._edit_json(self.meta, base={**base, "id": str(self.base)})
 
     @staticmethod
     def _edit_json(path: Path, **changes: object) -> None:
@@ -49,6 +51,9 @@ class Stranger:
 
     def _pickle(self, path: Path) -> None:
         path.write_bytes(pickle.dumps({"x": Trap(self.marker)}))
+
+    def no_code(self) -> None:
+        """Change nothing: the commands must all do their work."""
 
     def pickled_projector(self) -> None:
         self._pickle(self.run / "projector.safetensors")
@@ -87,13 +92,13 @@ class Stranger:
 
     def meta_target(self) -> None:
         target = {"_target_": "os.makedirs", "name": str(self.marker)}
-        meta = json.loads((self.run / "meta.json").read_text())
-        self._edit_json(self.run / "meta.json", template=target, reducer={**meta["reducer"], **target})
+        meta = json.loads((self.meta).read_text())
+        self._edit_json(self.meta, template=target, reducer={**meta["reducer"], **target})
 
     def template_in_jinja(self) -> None:
         code = "{{ cycler.__init__.__globals__.os.makedirs('" + str(self.marker) + "') }}"
         (self.base / "chat_template.jinja").write_text(code)
-        self._edit_json(self.run / "meta.json", template={"chat_template": code})
+        self._edit_json(self.meta, template={"chat_template": code})
 
     def code_of_the_processor(self) -> None:
         (self.base / "evil.py").write_text(EVIL.format(marker=str(self.marker)))
@@ -122,10 +127,11 @@ class Stranger:
         }
         (adapter / "adapter_config.json").write_text(json.dumps(config))
         torch.save({"x": Trap(self.marker)}, adapter / "adapter_model.bin")
-        self._edit_json(self.run / "meta.json", adapter=True)
+        self._edit_json(self.meta, adapter=True)
 
 
 TRICKS = [
+    Stranger.no_code,
     Stranger.pickled_projector,
     Stranger.torch_projector,
     Stranger.pickled_state,
@@ -153,13 +159,17 @@ def strangers(world: World, rng: random.Random, number: int) -> None:
     stranger = Stranger(folder, run, world.folder / "model")
     trick(stranger)
 
-    commands = [[world.load_script, stranger.run]]
-    commands.append(module("scripts.export.main", stranger.run, "hf", "--out", folder / "exported"))
-    commands.append(module("scripts.figures.main", stranger.run, "--figures", "recovery"))
-    if is_state or "base" in trick.__name__ or "code" in trick.__name__:
-        moved = [f"runs={folder}", f"name={stranger.run.name}"]
-        commands = [["train/tune.py", *world.settings("x", *moved, base=None if is_state else stranger.base)]]
+    # A state is resumed. A finished run is opened, and a new one starts from its base model.
+    if is_state:
+        commands = [["train/tune.py", *world.settings("run", f"runs={folder}")]]
+    else:
+        commands = [
+            [world.load_script, stranger.run],
+            module("scripts.export.main", stranger.run, "hf", "--out", folder / "exported"),
+            module("scripts.figures.main", stranger.run, "--figures", "recovery"),
+            ["train/tune.py", *world.settings("new", f"runs={folder}", base=stranger.base)],
+        ]
     for command in commands:
         done = world.run(*command)
-        assert not stranger.marker.exists(), f"its code ran in {command[1]}"
-        check_end(done, 0, 2)
+        assert not stranger.marker.exists(), f"its code ran: {command[:2]}"
+        check_end(done, 0, *([] if trick is Stranger.no_code else [2]))
