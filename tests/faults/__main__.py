@@ -49,6 +49,8 @@ def main() -> None:
     chosen = [campaign for campaign in CAMPAIGNS if campaign.name in (arguments.only or campaign.name)]
     all_shares = sum(campaign.share for campaign in chosen)
 
+    # Killed processes leave semaphores, which Python tidies up with a warning.
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
     tallies = []
     with tempfile.TemporaryDirectory(prefix="vzip-faults-") as folder:
         os.environ["VZIP_DATA"] = str(Path(folder, "vzip"))
