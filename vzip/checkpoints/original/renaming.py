@@ -82,7 +82,8 @@ def text_config(config: Mapping[str, Any]) -> Any:
 def _grow(name: str, old: Tensor, config: Mapping[str, Any]) -> Tensor:
     """Add rows to float[vocab_size, d], each the mean of the old ones.
 
-    The logit of a mean row is the mean of the logits, so a new id is never the most likely one.
+    The logit of a mean row is the mean of the logits, so a new id is never the most likely one. It
+    takes part in the softmax, as in the checkpoints of llava-hf (docs/fidelity.md).
     """
     size = vocab_size(config)
     if old.dim() != 2 or old.shape[0] != size:
