@@ -14,6 +14,7 @@ from data.batches.media import ProcessedMedia
 from data.cache.features import cache_settings, name_of_examples
 from data.cache.make_features import FeatureMaker, make_cache
 from data.examples.prepare import prepare
+from data.examples.unchanged import check_media_unchanged
 from train import config
 from train.checks import check
 from train.cli import exit_on_user_error
@@ -34,6 +35,7 @@ def cache_features(cfg: DictConfig) -> Path:
 
     # The same examples, in the same order, as in the run that tunes from the cache.
     subset = prepare(config.selection(cfg))
+    check_media_unchanged(subset)
     examples = subset.examples(template, processor.tokenizer, max_tokens=cfg.data.max_tokens)
 
     # A run refuses a cache of other settings, so they are written with it.
