@@ -47,8 +47,8 @@ PREPARE := $(if $(filter-out smol %-tiny,$(MODEL)),,$(BIN)/python -m scripts.pre
 MODEL_EXTRAS := $(if $(findstring video,$(MODEL)),video) $(if $(findstring mini-gemini,$(MODEL)),llava)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data-check cache tune eval export demo figures efficiency report dashboard
-.PHONY: bench bench-tower bench-prefill bench-loader test check faults format clean
+.PHONY: help setup data data-check cache tune eval export serve demo figures efficiency report dashboard
+.PHONY: bench bench-tower bench-prefill bench-loader bench-serve test test-serve check faults format clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -94,6 +94,9 @@ eval: setup ## run lmms-eval on RUN (default: the newest run), or on a model wit
 export: setup ## write RUN as TO=hf (a model for transformers), llava (mm_projector.bin) or peft (an adapter)
 	$(BIN)/python -m scripts.export.main $(THE_RUN) $(call quote,$(value TO)) $(ARGS)
 
+serve: setup ## serve RUN with vLLM behind OpenAI's API on 127.0.0.1; ARGS="--port 8000", and options of vLLM
+	$(BIN)/python -m scripts.serve.main $(THE_RUN) $(ARGS)
+
 demo: setup ## serve a page to chat with RUN: the kept tokens, and the answers of all settings side by side
 	$(BIN)/python -m scripts.demo.main $(THE_RUN) $(ARGS)
 
@@ -121,9 +124,17 @@ bench-prefill: setup ## time prefill and decoding for several numbers of visual 
 bench-loader: setup ## count the pictures that a data loader worker prepares per second, and time the first batch
 	$(BIN)/python -m scripts.bench.loader $(ARGS)
 
+bench-serve: setup ## serve all tokens and a tenth of them under the same load: requests/s, first token, KV cache
+	$(BIN)/python -m scripts.serve.bench $(ARGS)
+
 test: setup ## run all tests, in two processes
 	$(BIN)/python -m scripts.prepare.smol
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-serve: setup ## run the tests of serving, in the environment of vLLM
+	$(BIN)/python -m scripts.prepare.smol
+	$(BIN)/python -m scripts.serve.environment
+	OMP_NUM_THREADS=1 .venv-serve/bin/python -m pytest --confcutdir tests/serve tests/serve
 
 check: setup ## check format, lint and types, and run the fast tests
 	$(BIN)/python -m ruff format --check .
@@ -139,4 +150,4 @@ format: setup ## format the code
 	$(BIN)/python -m ruff check --fix .
 
 clean: ## delete .venv and caches, but neither runs/ nor the prepared data
-	rm -rf .venv .venv-eval build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-eval .venv-serve build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

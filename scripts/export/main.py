@@ -118,7 +118,8 @@ def export(args: argparse.Namespace) -> Path:
     return target
 
 
-def _export_parser() -> argparse.ArgumentParser:
+def export_parser() -> argparse.ArgumentParser:
+    """Make the parser of this command's arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -141,7 +142,7 @@ def _export_parser() -> argparse.ArgumentParser:
 @exit_on_user_error
 def main() -> None:
     """Export a run, and list the files that were written."""
-    target = export(_export_parser().parse_args())
+    target = export(export_parser().parse_args())
     for file in sorted(target.iterdir()):
         print(f"{file.stat().st_size / 1e6:12,.3f} MB  {file.name}")
     print(target)

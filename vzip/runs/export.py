@@ -27,12 +27,12 @@ from vzip.checkpoints.shards import list_shards, read_config
 from vzip.errors import UserError, check_package
 from vzip.families import Family
 from vzip.files import sha256_of
-from vzip.integrations.vllm import ARCHITECTURE
 from vzip.media import image_aspect_ratio
 from vzip.reducers import Reducer
 from vzip.runs.compare import Comparison, check_tuned_budget
 from vzip.runs.meta import ADAPTER, ADAPTER_WEIGHTS, CONFIG, EXPORT, WEIGHTS, is_export, read_finished
 from vzip.runs.projector import fingerprint, projector_meta, projector_parameters
+from vzip.runs.schema import ARCHITECTURE
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

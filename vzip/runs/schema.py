@@ -10,6 +10,9 @@ from typing import Any
 
 from vzip.errors import UserError
 
+ARCHITECTURE = "VZipForConditionalGeneration"
+"""The architecture that `config.json` of an export names for vLLM, whose plugin serves it."""
+
 LARGEST = 10**15
 """Whole numbers of a run are smaller. A damaged file may hold one of thousands of digits."""
 

@@ -1,14 +1,13 @@
 """Serve a reduced model with vLLM: a plugin that vLLM finds by the entry point `vllm.general_plugins`.
 
 `config.json` of an export names `ARCHITECTURE` first, so that vLLM asks this plugin for the model.
-Every process of vLLM calls `register`, so this module imports nothing that takes time.
+Every process of vLLM calls `register_models`, so this module imports nothing that takes time.
 """
 
-ARCHITECTURE = "VZipForConditionalGeneration"
-"""The architecture in `config.json` of models that this plugin serves."""
+from vzip.runs.schema import ARCHITECTURE
 
 
-def register() -> None:
+def register_models() -> None:
     """Tell vLLM where the model of `ARCHITECTURE` is. vLLM imports it when it serves one."""
     from transformers import AutoModel
     from vllm import ModelRegistry

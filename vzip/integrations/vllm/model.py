@@ -15,8 +15,8 @@ from vllm.model_executor.models.transformers import TransformersMultiModalForCau
 from vllm.model_executor.models.transformers.multimodal import MultiModalDummyInputsBuilder
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vzip.integrations.vllm.card import Card, check_version
 from vzip.integrations.vllm.processing import ReducedInfo, ReducedProcessor, budget_field
+from vzip.integrations.vllm.served import ServedReducers, check_version
 from vzip.media import EXTRA_NAMES, PIXEL_NAMES, MediaInputs
 
 check_version()
@@ -37,7 +37,10 @@ def _groups(kind: str, fields: dict[str, Any]) -> Iterator[tuple[int, list[int],
         members.setdefault((budget, shape), []).append(index)
 
     for (budget, _), indices in members.items():
-        yield budget, indices, {name: torch.stack([fields[name][i] for i in indices]) for name in names}
+        inputs = {}
+        for name in names:
+            inputs[name] = torch.stack([fields[name][index] for index in indices])
+        yield budget, indices, inputs
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -48,10 +51,10 @@ class VZipForConditionalGeneration(TransformersMultiModalForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.card = Card(self.config)
+        self.served = ServedReducers(self.config)
 
         # `family` finds the modules in the model. `self.model` is transformers' inner module.
-        self.family = self.card.family_class(self, anyres=self.card.family.anyres)
+        self.family = self.served.family_class(self, anyres=self.served.family.anyres)
 
         # The weights are loaded later. An export holds the projector in float32, as it was trained.
         self.family.projector.float()
@@ -77,7 +80,7 @@ class VZipForConditionalGeneration(TransformersMultiModalForCausalLM):
                 continue
             for budget, indices, arguments in _groups(kind, kwargs):
                 inputs = MediaInputs.from_processed(kind, arguments)
-                features = self.family.visual_features(kind, inputs, self.card.reducers[budget])
+                features = self.family.visual_features(kind, inputs, self.served.reducers[budget])
                 tokens = self.family.project(features).to(self.model.language_model.dtype)
                 of_each = torch.split(tokens, features.counts.tolist())
                 embeddings |= dict(zip(indices, of_each, strict=True))

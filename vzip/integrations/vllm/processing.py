@@ -17,8 +17,10 @@ from vllm.model_executor.models.transformers.multimodal import (
 )
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import MultiModalDataItems
+from vllm.multimodal.processing import ProcessorInputs, TimingContext
 
-from vzip.integrations.vllm.card import Card
+from vzip.errors import UserError
+from vzip.integrations.vllm.served import ServedReducers
 from vzip.media import EXTRA_NAMES, KINDS, PIXEL_NAMES
 from vzip.processor import reduced_processor
 
@@ -47,9 +49,9 @@ class ReducedInfo(MultiModalProcessingInfo):
     """Gives vLLM the model's processor, reduced to a budget."""
 
     @cached_property
-    def card(self) -> Card:
+    def served(self) -> ServedReducers:
         """The budgets of the model."""
-        return Card(self.get_hf_config())
+        return ServedReducers(self.get_hf_config())
 
     @cached_property
     def _processors(self) -> dict[int, Any]:
@@ -62,20 +64,20 @@ class ReducedInfo(MultiModalProcessingInfo):
 
         The family loads it, because transformers needs torchvision for those of videos.
         """
-        return self.card.family_class.load_processor(self.ctx.model_config.model)
+        return self.served.family_class.load_processor(self.ctx.model_config.model)
 
     def budget_of(self, settings: Mapping[str, object]) -> int:
         """Return the budget of a request. Raises UserError for one that was not tuned."""
         budget = self.ctx.get_merged_mm_kwargs(settings).get(BUDGET)
-        self.card.reducer(budget)
-        return self.card.default if budget is None else int(budget)
+        self.served.reducer(budget)
+        return self.served.default if budget is None else int(budget)
 
     def get_hf_processor(self, **kwargs: object) -> Any:
         """Return the processor for the budget in `kwargs`. Raises UserError for another one."""
         budget = self.budget_of(kwargs)
         if budget not in self._processors:
-            reducer = self.card.reducers[budget]
-            reduced = reduced_processor(self._whole_processor, self.card.family, reducer)
+            reducer = self.served.reducers[budget]
+            reduced = reduced_processor(self._whole_processor, self.served.family, reducer)
             reduced.__class__ = _without_budget(type(reduced))
             self._processors[budget] = reduced
         return self._processors[budget]
@@ -85,19 +87,30 @@ class ReducedInfo(MultiModalProcessingInfo):
         limits: dict[str, int | None] = super().get_supported_mm_limits()
 
         # LLaVA-OneVision cuts an image into tiles only if it is alone.
-        if not self.card.takes_several_images:
+        if not self.served.takes_several_images:
             limits["image"] = 1
         return limits
 
     def _get_num_mm_tokens(self, **sizes: Any) -> Any:
         # vLLM plans its memory by this count, so it must hold for every budget.
-        return self.get_hf_processor(budget=self.card.largest)._get_num_multimodal_tokens(**sizes)
+        return self.get_hf_processor(budget=self.served.largest)._get_num_multimodal_tokens(**sizes)
 
 
 class ReducedProcessor(MultiModalProcessor):
     """Adds the budget to the fields of each picture."""
 
     info: ReducedInfo
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> Any:
+        """Process a request. Raises UserError for settings other than the budget."""
+        # Others could ask for pictures of any size, and for the memory that these take.
+        others = sorted(set(inputs.hf_processor_mm_kwargs) - {BUDGET})
+        if others:
+            raise UserError(
+                f"mm_processor_kwargs: {', '.join(others)} can't be set in a request; "
+                f"it may give {BUDGET!r} alone"
+            )
+        return super().apply(inputs, timing_ctx)
 
     def _get_modality_field_names(self, modality: str) -> set[str]:
         # vLLM drops fields that belong to no kind of media if a prompt has several kinds.

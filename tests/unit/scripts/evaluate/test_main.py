@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from scripts.common.environment import STAMP_FILE
 from scripts.evaluate import main as evaluation
 from scripts.evaluate.cells import Cell, Job, make_cells
-from scripts.evaluate.environment import STAMP_FILE, eval_python
+from scripts.evaluate.environment import eval_python
 from scripts.evaluate.target import settings_of_run
 from scripts.evaluate.tasks import HELD_OUT, PAPER
 from tests.helpers.errors import refused

@@ -26,7 +26,7 @@ def check_version() -> None:
         )
 
 
-class Card:
+class ServedReducers:
     """The reducers of a served model, by budget.
 
     Args:

@@ -1,0 +1,1 @@
+"""Serve a tuned model with vLLM, and measure what the reduction saves there."""

@@ -1,0 +1,138 @@
+"""Start vLLM's OpenAI server for a folder, wait until it answers, and stop it.
+
+This module imports nothing but the standard library, so that it also runs in `.venv-serve`.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+MODULE = "vllm.entrypoints.openai.api_server"
+
+START_SECONDS = 1800
+"""Most seconds until a server answers. A large model is read from a disk that may be slow."""
+
+STOP_SECONDS = 60
+"""Most seconds that a server may take to end."""
+
+ENVIRONMENT = {
+    # vLLM sends statistics about its use unless it is told not to.
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    # On a CPU: GiB for keys and values. vLLM's own default is half of the memory.
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+
+
+class ServerError(RuntimeError):
+    """The server ended before it answered."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    address: str
+    """Such as http://127.0.0.1:8000."""
+    model: str
+    """The name that requests give."""
+    log: Path
+    """What the server prints."""
+    process: subprocess.Popen[bytes]
+
+
+def unused_port(host: str) -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind((host, 0))
+        return int(listener.getsockname()[1])
+
+
+def _is_ready(address: str) -> bool:
+    """Tell whether the server is ready."""
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _wait(server: Server) -> None:
+    """Wait until the server answers. Raises ServerError if it ends, or takes too long."""
+    deadline = time.monotonic() + START_SECONDS
+    while not _is_ready(server.address):
+        if server.process.poll() is not None:
+            raise ServerError(f"vLLM ended with code {server.process.returncode}")
+        if time.monotonic() > deadline:
+            raise ServerError(f"vLLM does not answer after {START_SECONDS} seconds")
+        time.sleep(0.5)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server as Ctrl-C does, and its workers with it."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+
+    # The server has a group of its own, so whatever is left of it can be found.
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@contextmanager
+def serving(
+    python: Path,
+    folder: Path | str,
+    *,
+    model: str,
+    log: Path,
+    options: Sequence[str] = (),
+    address: tuple[str, int | None] = ("127.0.0.1", None),
+) -> Iterator[Server]:
+    """Run a server for the time of the `with` block.
+
+    Args:
+        python: the Python of an environment with vLLM.
+        folder: the model.
+        model: the name that requests give.
+        log: the file for what the server prints.
+        options: further options of vLLM.
+        address: host and port; None is a free port.
+
+    Raises:
+        ServerError: the server does not start. The log says why.
+    """
+    host, port = address
+    if port is None:
+        port = unused_port(host)
+    command = [str(python), "-m", MODULE, "--model", str(folder), "--served-model-name", model]
+    command += ["--host", host, "--port", str(port)]
+
+    # Lets requests choose their budget. The plugin refuses all other settings of the processor.
+    command += ["--trust-request-mm-kwargs", *options]
+
+    # A session of its own: Ctrl-C reaches this process alone, which then ends the server in order.
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**ENVIRONMENT, **os.environ},
+            start_new_session=True,
+        )
+    server = Server(f"http://{host}:{port}", model, log, process)
+    try:
+        _wait(server)
+        yield server
+    finally:
+        _stop(process)
