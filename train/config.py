@@ -176,6 +176,8 @@ def budgets_of(cfg: DictConfig) -> list[Any]:
         UserError: the list is empty, or holds anything but different whole numbers.
     """
     budget = cfg.reducer.get("budget")
+    if keeps_a_share(cfg):
+        return [None]
     if not OmegaConf.is_list(budget):
         return [budget]
 
@@ -188,6 +190,25 @@ def budgets_of(cfg: DictConfig) -> list[Any]:
             f"e.g. [64, 128, 192]"
         )
     return budgets
+
+
+def keeps_a_share(cfg: DictConfig) -> bool:
+    """Tell whether `reducer.keep` is given, instead of a budget.
+
+    Raises:
+        UserError: both are given.
+    """
+    if cfg.reducer.get("keep") is None:
+        return False
+
+    # The budget of the model stands in the settings anyway, so only another one is the user's.
+    budget = cfg.reducer.get("budget")
+    if budget is not None and budget != cfg.model.get("budget"):
+        raise UserError(
+            f"reducer.keep={cfg.reducer.keep} and reducer.budget={budget} can't be met together; "
+            f"give one of them"
+        )
+    return True
 
 
 def build_reducers(cfg: DictConfig) -> list[Reducer]:
@@ -320,5 +341,7 @@ def run_name(cfg: DictConfig) -> str:
     digest = hashlib.sha256(json.dumps(identity(cfg), sort_keys=True).encode()).hexdigest()[:6]
     reducer = cfg.reducer["_target_"].rsplit(".", 1)[-1].lower()
     budgets = budgets_of(cfg) if "budget" in cfg.reducer else []
+    if keeps_a_share(cfg):
+        budgets = [f"keep{cfg.reducer.keep}"]
     words = [cfg.model.name, reducer, *budgets, cfg.tune.name, f"seed{cfg.seed}", digest]
     return "-".join(map(str, words))

@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from data.batches.collate import MicroBatch, PackedBatch, PaddedBatch
 from vzip.families import Family
-from vzip.families.features import VisualFeatures
+from vzip.families.features import LanguageInputs, VisualFeatures
+from vzip.families.positions import first_of_rows
 from vzip.fast.language import PackedLanguage
 from vzip.fast.loss import cross_entropy
 from vzip.fast.segments import Prefix, Segments
@@ -30,42 +31,64 @@ from vzip.reducers import Reducer
 from vzip.templates.encode import IGNORED
 
 
-def visual_tokens(family: Family, reducer: Reducer, batch: MicroBatch, kind: str) -> Tensor:
-    """Compute the visual tokens of all images, or all videos, of a micro batch: float[n, d_llm]."""
+def visual_features(family: Family, reducer: Reducer, batch: MicroBatch, kind: str) -> VisualFeatures:
+    """Compute what the projector gets of all images, or all videos, of a micro batch."""
     # With a feature cache, the tower and the reducer have run before. Otherwise they run here.
     media = batch.media[kind]
     if isinstance(media, VisualFeatures):
-        features = media
-    else:
-        inputs = media.normalized(family.model.dtype)
-        features = family.visual_features(kind, inputs, reducer)
-    return family.project(features)
+        return media
+    return family.visual_features(kind, media.normalized(family.model.dtype), reducer)
 
 
-def embed(family: Family, reducer: Reducer, batch: MicroBatch) -> Tensor:
-    """Turn the ids int64[...] of a micro batch into the language model's input: float[..., d_llm].
+def visual_tokens(family: Family, reducer: Reducer, batch: MicroBatch, kind: str) -> Tensor:
+    """Compute the visual tokens of all images, or all videos, of a micro batch: float[n, d_llm]."""
+    return family.project(visual_features(family, reducer, batch, kind))
+
+
+def language_inputs(
+    family: Family, reducer: Reducer, batch: MicroBatch, *, counted: Tensor, first: Tensor
+) -> LanguageInputs:
+    """Turn the ids int64[...] of a micro batch into the language model's input.
 
     Visual tokens replace the placeholders.
+
+    Args:
+        family: the adapter around the model.
+        reducer: reduces the pictures.
+        batch: the micro batch.
+        counted: bool[...], false for padding.
+        first: int64[...], the index of the first token of each token's example.
     """
     # Project the pictures first, so that every rank runs the same modules in the same order,
     # whatever its examples hold.
-    tokens_by_kind = {kind: visual_tokens(family, reducer, batch, kind) for kind in batch.media}
+    features = {kind: visual_features(family, reducer, batch, kind) for kind in batch.media}
+    tokens = {kind: (family.project(media), *family.project_deep(media)) for kind, media in features.items()}
 
     # Embed all ids. The placeholders are embedded too, and replaced below.
     embeddings: Tensor = family.model.get_input_embeddings()(batch.input_ids)
-    for kind, tokens in tokens_by_kind.items():
+    num_added = max(len(of_kind) for of_kind in tokens.values()) - 1
+    inputs = [embeddings, *[torch.zeros_like(embeddings) for _ in range(num_added)]]
+    for kind, of_kind in tokens.items():
         num_placeholders = batch.num_placeholders[kind]
-        if num_placeholders:
-            assert len(tokens) == num_placeholders, (
-                f"{num_placeholders} placeholders of {kind}s, {len(tokens)} tokens"
-            )
-            is_placeholder = batch.input_ids == family.placeholder_id(kind)
-            embeddings = embeddings.masked_scatter(is_placeholder.unsqueeze(-1), tokens.to(embeddings.dtype))
-        else:
-            # A micro batch without a picture holds a blank one. Its gradient is zero, but it must
-            # run: under ZeRO 3 the ranks wait for each other in every module.
-            embeddings = embeddings + (0.0 * tokens.sum()).to(embeddings.dtype)
-    return embeddings
+        is_placeholder = (batch.input_ids == family.placeholder_id(kind)).unsqueeze(-1)
+        for number, values in enumerate(of_kind):
+            if num_placeholders:
+                assert len(values) == num_placeholders, (
+                    f"{num_placeholders} placeholders of {kind}s, {len(values)} tokens"
+                )
+                inputs[number] = inputs[number].masked_scatter(is_placeholder, values.to(embeddings.dtype))
+            else:
+                # A micro batch without a picture holds a blank one. Its gradient is zero, but it
+                # must run: under ZeRO 3 the ranks wait for each other in every module.
+                inputs[number] = inputs[number] + (0.0 * values.sum()).to(embeddings.dtype)
+
+    present = {kind: media for kind, media in features.items() if batch.num_placeholders[kind]}
+    positions = family.positions(
+        batch.input_ids.flatten(), present, counted=counted.flatten(), first=first.flatten()
+    )
+    if positions is not None:
+        positions = positions.reshape(3, *batch.input_ids.shape)
+    return LanguageInputs(inputs[0], positions, tuple(inputs[1:]))
 
 
 class ReferenceLoss(nn.Module):
@@ -91,7 +114,9 @@ class ReferenceLoss(nn.Module):
         Returns:
             (sum over all examples, sum over those that the trainable parameters learn from)
         """
-        embeddings = embed(self.family, self.reducer, batch)
+        first = first_of_rows(batch.input_ids)
+        counted = batch.attention_mask.bool()
+        inputs = language_inputs(self.family, self.reducer, batch, counted=counted, first=first)
 
         # Checkpointing saves memory: each layer keeps only its input, and runs again in the
         # backward pass.
@@ -100,7 +125,12 @@ class ReferenceLoss(nn.Module):
         for layer in language.layers:
             checkpointed[layer] = partial(checkpoint, layer.forward, use_reentrant=False)
         with replaced_forwards(checkpointed):
-            output = language(inputs_embeds=embeddings, attention_mask=batch.attention_mask, use_cache=False)
+            output = language(
+                inputs_embeds=inputs.embeddings,
+                attention_mask=batch.attention_mask,
+                use_cache=False,
+                **self.family.language_arguments(inputs),
+            )
 
         # The float32 logits of all tokens are the largest tensor of this path.
         logits: Tensor = self.model.lm_head(output.last_hidden_state)
@@ -161,11 +191,15 @@ class FastLoss(nn.Module):
             (the sum, the same sum without a gradient): all packed examples have a gradient
         """
         # A micro batch belongs to one of the budgets.
-        embeddings = embed(self.family, self.reducers[batch.reducer], batch)
+        segments = Segments(batch.lengths, self.prefix_by_layer)
+        counted = torch.ones_like(batch.input_ids, dtype=torch.bool)
+        inputs = language_inputs(
+            self.family, self.reducers[batch.reducer], batch, counted=counted, first=segments.first
+        )
 
         # Attention sees the prefix before each example, and no other example.
-        segments = Segments(batch.lengths, self.prefix_by_layer)
-        hidden = self.language(embeddings, segments, batch.at_labels)
+        segments.set_positions(inputs.positions)
+        hidden = self.language(inputs.embeddings, segments, batch.at_labels, added=inputs.added)
 
         # Logits are computed only where a label follows, in chunks, and never kept.
         loss = cross_entropy(self.model.lm_head, hidden, batch.targets)

@@ -51,6 +51,7 @@ def load_family(cfg: DictConfig) -> tuple[Family, Any]:
     # The starting projector is the base model's own, or one from a file. It is tuned in float32,
     # because AdamW's small steps would round away in bf16.
     family: Family = cls(model, anyres=tile_order(cfg))
+    family.read_processor(processor)
     family.projector.float()
     if cfg.model.projector and cfg.weights == "pretrained":
         load_weights(family, cfg.model.projector)

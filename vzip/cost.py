@@ -88,8 +88,8 @@ def example_cost(
     text: Any = family.language_model.config
 
     # Count the complete tower, and take the share of its layers that run: all layers cost the same.
-    tile = family.num_patches * linear_flops(family.tower)
-    tile += attention_flops(vision, family.num_patches)
+    tile = family.num_patches * linear_flops(family.tower_layers)
+    tile += 4 * family.num_patches * sum(family.patches_seen) * vision.hidden_size
     tower = num_tiles * tile * family.num_layers_run(reducer) // vision.num_hidden_layers
 
     # In causal attention a token sees only those before it, so half of the scores are computed.
@@ -255,7 +255,8 @@ def packed_memory(
     running = 3 * kept_memory(text, **settings) // 2
 
     # For each token, what the projector saves in float32, and the embeddings.
-    ends = 4 * (config.vision_config.hidden_size + 3 * text.hidden_size)
+    inner = max(text.hidden_size, family.feature_width)
+    ends = 4 * (family.feature_width + 3 * inner)
     ends += 3 * itemsize * text.hidden_size
 
     # Logits in float32, with twice as much beside them, but only one chunk at a time.

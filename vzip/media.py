@@ -27,8 +27,14 @@ PIXEL_NAMES = {
 }
 """Names of the pixels, by kind of media. Video-LLaVA has its own name for those of images."""
 
-EXTRA_NAMES = ("image_sizes", "batch_num_images")
-"""Names of what some processors return beside the pixels."""
+EXTRA_NAMES = {
+    "image": ("image_sizes", "batch_num_images", "image_grid_thw"),
+    "video": ("video_grid_thw", "second_per_grid_ts"),
+}
+"""Names of what some processors return beside the pixels, by kind of media."""
+
+GRID_NAMES = ("image_grid_thw", "video_grid_thw")
+"""Names of the grids of patches, for processors that cut pictures of any size into patches."""
 
 ASPECT_RATIOS = ("pad", "square")
 """LLaVA's names for what a processor does to a picture that is not square.
@@ -50,10 +56,13 @@ class MediaInputs:
     """All images, or all videos, of a micro batch: what the model's processor makes of them."""
 
     pixels: Tensor
-    """float or uint8[B, (tiles or frames,) 3, height, width]."""
+    """float or uint8[B, (tiles or frames,) 3, height, width]. Of a processor that cuts pictures into
+    patches: [patches, 3 * frames * height * width], all patches one behind the other.
+    """
     extra: dict[str, Tensor] = field(default_factory=dict)
-    """Other arguments: `image_sizes` int64[images, 2], as (height, width) in pixels, and
-    `batch_num_images` int64[examples].
+    """Other arguments: `image_sizes` int64[images, 2], as (height, width) in pixels,
+    `batch_num_images` int64[examples], `image_grid_thw` and `video_grid_thw` int64[media, 3], as
+    (steps in time, rows, columns) of patches, and `second_per_grid_ts`, the seconds of a step.
     """
     lookup: Tensor | None = None
     """float32[3, 256]: the normalized value of each uint8 value, by channel; None if it is done."""
@@ -66,17 +75,19 @@ class MediaInputs:
         pixel_names = [name for name in PIXEL_NAMES[kind] if processed.get(name) is not None]
         assert pixel_names, f"no pixels of any {kind} among {', '.join(processed)}"
 
-        # Sizes and counts belong to images alone.
         extra = {}
-        for name in EXTRA_NAMES if kind == "image" else ():
+        for name in EXTRA_NAMES[kind]:
             if processed.get(name) is not None:
-                extra[name] = processed[name]
+                extra[name] = torch.as_tensor(processed[name])
 
         return cls(processed[pixel_names[0]], extra, lookup, pixel_names[0])
 
     @property
     def num_media(self) -> int:
         """Number of images or videos."""
+        for name in GRID_NAMES:
+            if name in self.extra:
+                return len(self.extra[name])
         return len(self.pixels)
 
     @property
@@ -104,11 +115,14 @@ class MediaInputs:
         if self.lookup is None:
             return replace(self, pixels=self.pixels.to(dtype))
 
-        # One flat table of 3 * 256 values, so that a single index_select does all channels.
-        channel = torch.arange(3, dtype=torch.int32, device=self.pixels.device).view(3, 1, 1)
-        index = (self.pixels.int() + 256 * channel).flatten()
+        # One flat table of 3 * 256 values, so that a single index_select does all channels. Rows of
+        # patches have the channels one behind the other.
+        shape = self.pixels.shape
+        pixels = self.pixels.view(len(self.pixels), 3, 1, -1) if self.pixels.dim() == 2 else self.pixels
+        channel = torch.arange(3, dtype=torch.int32, device=pixels.device).view(3, 1, 1)
+        index = (pixels.int() + 256 * channel).flatten()
         values = self.lookup.to(dtype).flatten().index_select(0, index)
-        return replace(self, pixels=values.view(self.pixels.shape), lookup=None)
+        return replace(self, pixels=values.view(shape), lookup=None)
 
 
 def image_aspect_ratio(processor: Any) -> str | None:
@@ -169,6 +183,9 @@ def lookup_table(kind: str, processor: Any) -> Tensor:
     settings: dict[str, Any] = {"size": square, "crop_size": square}
     if hasattr(processor, "image_grid_pinpoints"):
         settings["image_grid_pinpoints"] = [[LOOKUP_SIDE, LOOKUP_SIDE]]
+    if hasattr(processor, "merge_size"):
+        # A processor that cuts pictures into patches: the picture is a single patch.
+        settings = {"do_resize": False, "patch_size": LOOKUP_SIDE, "merge_size": 1, "temporal_patch_size": 1}
 
     def first_tile(**more: bool) -> Tensor:
         processed = processor([[picture]], return_tensors="pt", **settings, **more)
@@ -176,7 +193,7 @@ def lookup_table(kind: str, processor: Any) -> Tensor:
         return pixels.reshape(-1, 3, 256)[0]
 
     # Without arithmetic, the values must come back in their order.
-    untouched = first_tile(do_rescale=False, do_normalize=False)
+    untouched = first_tile(do_rescale=False, do_normalize=False).to(torch.uint8)
     assert torch.equal(untouched, ramp.view(1, 256).expand(3, 256)), (
         f"{type(processor).__name__} changes pixels where it should not"
     )
@@ -245,6 +262,9 @@ class FrameProcessor:
     # Saving a processor reads this attribute of its parts.
     _auto_class = None
 
+    saved_type: str | None = None
+    """Name of the video processor of transformers that is saved instead; None to derive it."""
+
     def __init__(self, image_processor: Any) -> None:
         self.image_processor = image_processor
         self.settings = image_processor.to_dict()
@@ -277,9 +297,15 @@ class FrameProcessor:
             side = size.get("height") or size["shortest_edge"]
             settings["image_grid_pinpoints"] = [[side, side]]
 
-        processed = [
-            self._process_video(video, settings) for video in make_batched_videos(_convert_to_rgb(videos))
-        ]
+        processed = []
+        for video in make_batched_videos(_convert_to_rgb(videos)):
+            frames = [_frame_to_picture(frame) for frame in video]
+            check_num_frames(len(frames))
+            processed.append(self.process_frames(frames, settings))
+        return self.join(processed)
+
+    def join(self, processed: list[Any]) -> BatchFeature:
+        """Put the processed videos together."""
         # Videos are stacked, so they must be of the same length.
         counts = [len(frames) for frames in processed]
         if len(set(counts)) > 1:
@@ -288,11 +314,8 @@ class FrameProcessor:
             )
         return BatchFeature({"pixel_values_videos": torch.stack(processed)})
 
-    def _process_video(self, video: Any, settings: Mapping[str, Any]) -> Tensor:
-        """float[frames, 3, height, width]."""
-        frames = [_frame_to_picture(frame) for frame in video]
-        check_num_frames(len(frames))
-
+    def process_frames(self, frames: list[Image.Image], settings: Mapping[str, Any]) -> Any:
+        """Process the frames of one video: float[frames, 3, height, width]."""
         # Frames are processed like pictures. With tiles, each has its base tile alone.
         processed = self.image_processor(frames, return_tensors="pt", **settings)
         pixels = MediaInputs.from_processed("image", processed).pixels
@@ -300,7 +323,12 @@ class FrameProcessor:
 
 
 def build_processor(
-    processor_class: Any, image_processor: Any, tokenizer: Any, settings: dict[str, Any]
+    processor_class: Any,
+    image_processor: Any,
+    tokenizer: Any,
+    settings: dict[str, Any],
+    *,
+    frame_processor: type[FrameProcessor] = FrameProcessor,
 ) -> Any:
     """Build a processor of images and videos with a `FrameProcessor`, without torchvision."""
 
@@ -313,8 +341,8 @@ def build_processor(
         def to_dict(self) -> dict[str, Any]:
             """Return what transformers' own class saves, with a video processor of its own."""
             saved: dict[str, Any] = super().to_dict()
-            name = processor_class.__name__
-            kind = {"video_processor_type": name.replace("Processor", "VideoProcessor")}
+            name = processor_class.__name__.replace("Processor", "VideoProcessor")
+            kind = {"video_processor_type": frame_processor.saved_type or name}
             return saved | {"video_processor": self.image_processor.to_dict() | kind}
 
     # Saved tokenizers record the name of the class.
@@ -322,6 +350,6 @@ def build_processor(
     return WithoutTorchvision(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        video_processor=FrameProcessor(image_processor),
+        video_processor=frame_processor(image_processor),
         **settings,
     )

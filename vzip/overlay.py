@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from vzip.errors import UserError
 from vzip.families import Family
 from vzip.media import MediaInputs
 from vzip.reducers.base import Reducer
@@ -76,20 +77,23 @@ class TileTokens:
         return rows, columns
 
 
-def _tile_pixels(image_processor: Any, picture: Image.Image, **settings: Any) -> Tensor:
-    """Prepare a picture: [1, 3, height, width]. The first of several tiles, which shows it all."""
-    processed = image_processor([[picture]], return_tensors="pt", **settings)
-    pixels: Tensor = MediaInputs.from_processed("image", processed).pixels
-    return pixels.flatten(0, -4)[:1]
-
-
 def first_tile(family: Family, image_processor: Any, picture: Image.Image) -> Tensor:
     """Prepare a picture for the tower: float[1, 3, height, width].
 
     If the model cuts pictures into tiles, this is the first one, which shows the whole picture.
+
+    Raises:
+        UserError: the model takes pictures of any size, cut into patches.
     """
+    if family.has_grids:
+        raise UserError(
+            f"the tower of a {family.model_type!r} model takes pictures of any size, whose layers can't be "
+            f"compared; `vzip.overlay.look` shows which tokens are kept"
+        )
     weight = next(family.tower.parameters())
-    return _tile_pixels(image_processor, picture).to(weight.device, weight.dtype)
+    processed = image_processor([[picture]], return_tensors="pt")
+    pixels: Tensor = MediaInputs.from_processed("image", processed).pixels
+    return pixels.flatten(0, -4)[:1].to(weight.device, weight.dtype)
 
 
 @torch.no_grad()
@@ -110,9 +114,12 @@ def look(family: Family, reducer: Reducer, image_processor: Any, picture: Image.
     """
     # The drawings show attention, so it is computed also for a reducer that does not need it.
     attentive = reducer if reducer.uses_attention else VisionZip(dominant=1, contextual=0)
-    tokens = family.vision_tokens(attentive, first_tile(family, image_processor, picture))
+    weight = next(family.tower.parameters())
+    inputs = MediaInputs.from_processed("image", image_processor([[picture]], return_tensors="pt"))
+    inputs = inputs.map(lambda values: values.to(weight.device))
+    tokens, grid = family.look(attentive, inputs.normalized(weight.dtype))
     assert tokens.saliency is not None
-    output = reducer(tokens)
+    output = family.fitting(reducer, tokens)(tokens)
 
     # Token numbers become patch numbers: CLS, if there is one, is token 0, and gets the number -1.
     num_cls = int(tokens.has_cls)
@@ -124,12 +131,12 @@ def look(family: Family, reducer: Reducer, image_processor: Any, picture: Image.
     members = output.slots[0, num_cls:].cpu() - num_dominant
 
     # The picture is shown as the tower sees it, but with its own colours.
-    side = int(tokens.saliency.shape[1] ** 0.5)
-    values = _tile_pixels(image_processor, picture, do_rescale=False, do_normalize=False)
-    shown = values[0].to(torch.uint8).permute(1, 2, 0).contiguous()
+    processed = image_processor([[picture]], return_tensors="pt", do_rescale=False, do_normalize=False)
+    seen = family.seen_picture(MediaInputs.from_processed("image", processed))
+    shown = seen.to(torch.uint8).permute(1, 2, 0).contiguous()
     return TileTokens(
         picture=Image.fromarray(shown.cpu().numpy()),
-        saliency=tokens.saliency[0].float().cpu().view(side, side),
+        saliency=tokens.saliency[0].float().cpu().view(grid),
         dominant=dominant[dominant >= 0],
         has_cls=bool((dominant < 0).any()),
         contextual=contextual,

@@ -16,6 +16,9 @@ def reduced_processor(processor: Any, family: Family, reducer: Reducer) -> Any:
         family: the adapter around the model, or around its config alone.
         reducer: decides how many tokens remain.
     """
+    # Some processors have settings that decide how many tokens a picture has.
+    family.read_processor(processor)
+
     # A shallow copy shares its parts with the original, but has methods of its own.
     reduced = copy.copy(processor)
 

@@ -187,6 +187,27 @@ def captured(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
+@contextmanager
+def captured_keywords(modules: dict[str, nn.Module]) -> Iterator[dict[str, dict[str, Any]]]:
+    """Collect the keyword arguments of modules, by name, while the block runs."""
+    keywords: dict[str, dict[str, Any]] = {}
+
+    def store_as(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, given: dict[str, Any]) -> None:
+            keywords[name] = given
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(store_as(name), with_kwargs=True) for name, module in modules.items()
+    ]
+    try:
+        yield keywords
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def check_pixel_values(pixel_values: Tensor) -> None:
     """Raise UserError unless there is at least one picture, float[B, 3, height, width]."""
     if pixel_values.dim() != 4 or pixel_values.shape[1] != 3 or len(pixel_values) == 0:

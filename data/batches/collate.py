@@ -138,6 +138,7 @@ class Collator:
         self.num_frames = num_frames
         # Each data worker gets a copy of the collator, which must not hold the model's weights.
         self.family = family.without_weights()
+        self.family.read_processor(processor)
         self.media = media or ProcessedMedia(processor, self.family, reducer, num_frames=num_frames)
 
         # Some tokenizers have no padding token. Any token will do: the attention mask hides it.

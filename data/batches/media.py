@@ -1,9 +1,11 @@
 """Where the images and videos of a micro batch come from."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from PIL import Image
 
 from data.examples.tokens import Example
@@ -109,4 +111,7 @@ class ProcessedMedia:
         # Without rescaling and normalizing, the pixels stay uint8.
         process = self.processors[kind]
         processed = process(media, return_tensors="pt", do_rescale=False, do_normalize=False)
-        return MediaInputs.from_processed(kind, processed, lookup=self.lookup[kind])
+        inputs = MediaInputs.from_processed(kind, processed, lookup=self.lookup[kind])
+
+        # Processors that cut pictures into patches return whole numbers as float32.
+        return replace(inputs, pixels=inputs.pixels.to(torch.uint8))

@@ -71,7 +71,7 @@ def cache_settings(
         "processors": processors,
         # Type and width of the features: a blank image has to be made without reading any.
         "dtype": str(next(family.tower.parameters()).dtype).removeprefix("torch."),
-        "width": family.model.config.vision_config.hidden_size,
+        "width": family.feature_width,
         # Only the features of videos depend on the number of frames.
         "num_frames": num_frames if "video" in family.kinds else None,
         "rows": examples_name,
@@ -304,7 +304,13 @@ class CachedMedia:
 
         # In the shard, `order` counts from its first token. -1 is `image_newline`, and stays.
         order = torch.where(order < 0, order, order - begin[2])
-        return VisualFeatures(features, order, counts)
+
+        # Only some models have places for their tokens.
+        places = {}
+        if f"{kind}.kept" in shard.keys():  # noqa: SIM118  a shard is no dict
+            places["kept"] = shard.get_slice(f"{kind}.kept")[begin[1] : end[1]]
+            places["grids"] = shard.get_slice(f"{kind}.grids")[begin[0] : end[0]]
+        return VisualFeatures(features, order, counts, **places)
 
     def load(self, kind: str, examples: Sequence[Example]) -> VisualFeatures:
         """Read the features of all images, or videos, of the examples."""

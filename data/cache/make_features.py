@@ -104,9 +104,11 @@ class FeatureMaker:
 
     def no_features(self) -> VisualFeatures:
         """Return features of no image. They give a shard without images its dtype and width."""
-        width = self.family.model.config.vision_config.hidden_size
         none = torch.empty(0, dtype=torch.int64)
-        return VisualFeatures(torch.empty(0, width, dtype=self.dtype), none, none)
+        features = torch.empty(0, self.family.feature_width, dtype=self.dtype)
+        if not self.family.has_grids:
+            return VisualFeatures(features, none, none)
+        return VisualFeatures(features, none, none, kept=none, grids=torch.empty(0, 4, dtype=torch.float64))
 
 
 def examples_per_shard(family: Family, reducer: Reducer, settings: Mapping[str, Any]) -> int:
@@ -270,6 +272,9 @@ def _shard_tensors(
         tensors[f"{kind}.features"] = joined.features
         tensors[f"{kind}.order"] = joined.order
         tensors[f"{kind}.counts"] = joined.counts
+        if joined.kept is not None and joined.grids is not None:
+            tensors[f"{kind}.kept"] = joined.kept
+            tensors[f"{kind}.grids"] = joined.grids
         tensors[f"{kind}.starts"] = _starts(num_media[kind], joined)
     return tensors
 

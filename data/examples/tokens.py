@@ -16,7 +16,7 @@ from data.conversations import Conversation
 from data.examples.arrow import read_arrow, write_arrow
 from vzip import UserError
 from vzip.media import KINDS
-from vzip.templates.encode import IGNORED, IMAGE, VIDEO, Template, encode
+from vzip.templates.encode import IGNORED, Template, encode
 
 VERSION = 2
 """Version of the written columns.
@@ -43,9 +43,6 @@ SCHEMA = pa.schema(
 )
 """Columns of the file. It has one record for each conversation of the subset."""
 
-PLACEHOLDERS = {"image": IMAGE, "video": VIDEO}
-"""Token that stands for an image, or a video, in a question."""
-
 
 @dataclass(frozen=True)
 class Example:
@@ -66,18 +63,23 @@ class Example:
 
 
 def example_of(
-    ids: list[int], labels: list[int], conversation: Conversation, tokenizer: Any, folder: Path
+    ids: list[int],
+    labels: list[int],
+    conversation: Conversation,
+    template: Template,
+    tokenizer: Any,
+    folder: Path,
 ) -> Example:
     """Build an example with as many images and videos as `ids` has placeholders."""
     media = {}
-    for kind, token in PLACEHOLDERS.items():
+    for kind in KINDS:
         # Look up the placeholder of videos only if there are any: some tokenizers have none.
         paths = conversation.media[kind]
         if not paths:
             continue
 
         # A cut removes placeholders from the end, so the first paths belong to those that are left.
-        num_placeholders = ids.count(tokenizer.convert_tokens_to_ids(token))
+        num_placeholders = ids.count(tokenizer.convert_tokens_to_ids(template.placeholder(kind)))
         if num_placeholders:
             media[kind] = tuple(folder / path for path in paths[:num_placeholders])
 
@@ -332,7 +334,7 @@ def write_tokens(
         for conversation in conversations:
             # Encode the whole conversation first, to record how much the cut removes.
             ids, labels = _encode(conversation, template, tokenizer)
-            cut = example_of(ids[:max_tokens], labels[:max_tokens], conversation, tokenizer, Path())
+            cut = example_of(ids[:max_tokens], labels[:max_tokens], conversation, template, tokenizer, Path())
             example = replace(cut, sizes=_sizes_of(conversation, cut, sizes))
             yield record_of(
                 example,

@@ -27,6 +27,8 @@ def check_data(cfg: DictConfig) -> None:
     family = count_model(cfg).without_weights()
     reducer = config.build_reducer(cfg)
     family.check_reducer(reducer)
+    processor = load_unreduced_processor(cfg)
+    family.read_processor(processor)
 
     # Prepare the held-out questions too. Otherwise a mistake in them would show after the tuning.
     subset = prepare(config.selection(cfg))
@@ -36,8 +38,7 @@ def check_data(cfg: DictConfig) -> None:
 
     # Tokenize as the run will, so that its labels and lengths are checked, not an estimate.
     template = config.instantiate_target(cfg.model.template)
-    tokenizer = load_unreduced_processor(cfg).tokenizer
-    examples = subset.examples(template, tokenizer, max_tokens=cfg.data.max_tokens)
+    examples = subset.examples(template, processor.tokenizer, max_tokens=cfg.data.max_tokens)
 
     # An example's length depends on the reducer, and on the sizes of its pictures.
     num_frames = cfg.model.get("num_frames", 1)

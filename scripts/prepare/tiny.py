@@ -30,6 +30,14 @@ WITH_CLS = {
 # An unused special token of SmolLM2's tokenizer, which becomes `<video>`.
 VIDEO_TOKEN = "<jupyter_script>"
 
+# More of them, which become the tokens that Qwen-VL models write around pictures.
+VISION_TOKENS = {
+    "<file_sep>": "<|vision_start|>",
+    "<filename>": "<|image_pad|>",
+    "<gh_stars>": "<|vision_end|>",
+    "<issue_start>": "<|video_pad|>",
+}
+
 
 def rename_token(tokenizer: Any, old: str, new: str) -> Any:
     """Return the tokenizer with a special token under another name."""
@@ -84,6 +92,21 @@ def _mini_gemini(architecture: dict[str, Any], tokenizer: Any) -> Any:
     return mini_gemini.make_processor(mini_gemini.MiniGeminiConfig(**architecture), tokenizer)
 
 
+def _qwen2_5_vl(architecture: dict[str, Any], tokenizer: Any) -> Any:
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
+
+    from vzip.families.patches import FramePatchProcessor
+    from vzip.media import build_processor
+
+    # Every picture has 8 x 8 tokens, each made of 2 x 2 patches.
+    num_pixels = (2 * SIDE) ** 2
+    size = {"shortest_edge": num_pixels, "longest_edge": num_pixels}
+    images = Qwen2VLImageProcessorPil(size=size, patch_size=PATCH)
+    for old, new in VISION_TOKENS.items():
+        tokenizer = rename_token(tokenizer, old, new)
+    return build_processor(Qwen2_5_VLProcessor, images, tokenizer, {}, frame_processor=FramePatchProcessor)
+
+
 # Functions that build the processor of a tiny model from its architecture and a tokenizer, by the
 # module of the model's family.
 PROCESSORS = {
@@ -92,6 +115,7 @@ PROCESSORS = {
     "llava_onevision": _llava_onevision,
     "video_llava": _video_llava,
     "mini_gemini": _mini_gemini,
+    "qwen2_5_vl": _qwen2_5_vl,
 }
 
 

@@ -34,6 +34,7 @@ def projector(vision, text):
 
 
 CLIP_336, CLIP_224, SIGLIP = 303_507_456, 303_179_776, 397_747_744
+QWEN_TOWER = 630_470_400 + 1_505_280  # and its patch embedding
 VICUNA_7B, VICUNA_13B = 6_607_605_760 + 32064 * 4096, 12_852_352_000 + 32064 * 5120
 COUNTS = {  # parameters before the projector, of the projector, of language model and head
     "llava-7b": (CLIP_336, projector(1024, 4096), VICUNA_7B),
@@ -46,6 +47,8 @@ COUNTS = {  # parameters before the projector, of the projector, of language mod
     "mini-gemini-13b": (CLIP_336 + 196_227_264 + 6_963_456, projector(1024, 5120), VICUNA_13B),
     "onevision-0.5b": (SIGLIP, projector(1152, 896), 494_090_112),
     "onevision-7b": (SIGLIP, projector(1152, 3584), 7_616_075_264),
+    "qwen2.5-vl-3b": (QWEN_TOWER, 1280 + projector(5120, 5120) - 5120 * 3072 - 3072, 3_085_938_688),
+    "qwen2.5-vl-7b": (QWEN_TOWER, 1280 + projector(5120, 5120) - 5120 * 1536 - 1536, 7_615_616_512),
 }
 BUDGETS = {  # tokens of the paper's picture: before, after
     "llava-7b": (576, 64),
@@ -138,7 +141,8 @@ def test_only_the_projector_of_a_model_is_trainable(name):
         before = sum(num_parameters(part) for part in family.frozen_parts.values())
         after = num_parameters(family.language_model, family.lm_head)
         assert (before, num_parameters(family.projector), after) == COUNTS[name]
-        assert len(opened) == 4
+        # The merger of Qwen-VL has the weight of a norm besides two linear layers.
+        assert len(opened) == (5 if family.has_grids else 4)
 
 
 def test_real_models_have_documented_counts():

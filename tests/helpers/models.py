@@ -4,6 +4,8 @@ import hashlib
 
 import torch
 
+from vzip.families import family_of
+
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
@@ -21,12 +23,12 @@ def projector_gradients(model, inputs):
     """Gradients of the loss with respect to the projector's parameters."""
     model.zero_grad()
     model(**inputs).loss.backward()
-    return [parameter.grad.clone() for parameter in model.model.multi_modal_projector.parameters()]
+    return [parameter.grad.clone() for parameter in family_of(model).projector.parameters()]
 
 
 def train_projector(model, inputs, *, num_steps=5):
     """Train the projector on one batch: the losses of the steps. Everything else is frozen."""
-    projector = model.model.multi_modal_projector
+    projector = family_of(model).projector
     model.requires_grad_(False)
     projector.requires_grad_(True)
     model.train()

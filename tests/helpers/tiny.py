@@ -14,11 +14,14 @@ from transformers import (
     LlavaOnevisionProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessorPil,
     VideoLlavaImageProcessor,
     VideoLlavaProcessor,
 )
 
 from vzip.families import families
+from vzip.families.patches import FramePatchProcessor
 from vzip.media import MediaInputs, build_processor
 from vzip.models.mini_gemini import MiniGeminiConfig, make_processor
 
@@ -33,8 +36,10 @@ TOWERS = {
 SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>", "<video>"]
 
 
-def tokenizer(special=tuple(SPECIAL)):
-    """A tokenizer of bytes, with the special tokens of all templates: 263 ids."""
+def tokenizer(special=tuple(SPECIAL), *, names=None):
+    """A tokenizer of bytes, with the special tokens of all templates: 263 ids. `names` are attributes
+    for some of them.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -46,8 +51,12 @@ def tokenizer(special=tuple(SPECIAL)):
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<unk>",
-        extra_special_tokens=list(special[3:]),
+        extra_special_tokens=list(special[3:]) if names is None else names | named_by_themselves(special[3:]),
     )
+
+
+def named_by_themselves(tokens):
+    return {f"{token}_token": token for token in tokens}
 
 
 def pinpoints(grid=GRID):
@@ -71,7 +80,10 @@ KINDS = {  # (model_type of the family, vision tower, more of the config)
     ),
     "video": ("video_llava", "clip", {}),
     "mini-gemini": ("mini_gemini", "clip", {}),
+    "qwen2.5-vl": ("qwen2_5_vl", "qwen2_5_vl", {}),
 }
+NATIVE = ("qwen2.5-vl",)
+"""Kinds that take pictures of any size. Their tokens are groups of 2 x 2 patches."""
 TILED = ("next", "next-siglip", "onevision")
 VIDEO = tuple(kind for kind, (model_type, *_) in KINDS.items() if "video" in families()[model_type].kinds)
 
@@ -81,6 +93,8 @@ def architecture(kind="clip", *, grid=GRID, layers=LAYERS, width=32, text_width=
     patches.
     """
     _, tower, more = KINDS[kind]
+    if kind in NATIVE:
+        return native_architecture(kind, layers=layers, width=width)
     vision = {
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -121,6 +135,41 @@ def architecture(kind="clip", *, grid=GRID, layers=LAYERS, width=32, text_width=
     return config
 
 
+TEXT = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": len(SPECIAL) + 256,
+    "max_position_embeddings": 2048,
+}
+
+
+def native_architecture(kind, *, layers=LAYERS, width=32):
+    """Like `architecture`. Only every second layer of the tower, and the last, sees whole pictures."""
+    vision = {
+        "model_type": "qwen2_5_vl_vision",
+        "depth": layers,
+        "hidden_size": width,
+        "intermediate_size": 64,
+        "num_heads": 4,
+        "patch_size": PATCH,
+        "window_size": 4 * PATCH,
+        "fullatt_block_indexes": sorted({1, layers - 1}),
+        "out_hidden_size": 48,
+        "tokens_per_second": 2,
+    }
+    ends = {"bos_token_id": SPECIAL.index("<s>"), "eos_token_id": SPECIAL.index("</s>")}
+    rope = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 2, 2]}
+    return {
+        "vision_config": vision,
+        "text_config": {"model_type": "qwen2_5_vl_text", "rope_parameters": rope, **TEXT, **ends},
+        "image_token_id": SPECIAL.index("<image>"),
+        "video_token_id": SPECIAL.index("<video>"),
+    }
+
+
 def llava(kind="clip", *, seed=0, dtype=torch.float32, **shape):
     """A model of a kind in `KINDS`.
 
@@ -130,10 +179,10 @@ def llava(kind="clip", *, seed=0, dtype=torch.float32, **shape):
     model = families()[KINDS[kind][0]].from_architecture(architecture(kind, **shape), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "_tower" in name and "_proj.weight" in name:
+            if ("_tower" in name and "_proj.weight" in name) or "attn.qkv.weight" in name:
                 parameter.normal_(std=0.4)
         for name, parameter in model.named_parameters():
-            if "patch_embedding" in name or "projection.weight" in name:
+            if "patch_embed" in name or "projection.weight" in name:
                 parameter.normal_(std=0.1)
     return model.to(dtype)
 
@@ -142,6 +191,8 @@ def processor(kind="clip", *, grid=GRID):
     """The processor of `llava(kind, grid=grid)`."""
     side = grid * PATCH
     model_type, tower, _ = KINDS[kind]
+    if kind in NATIVE:
+        return native_processor(kind)
     has_cls = tower != "siglip"
     square = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     layout = {
@@ -167,6 +218,14 @@ def processor(kind="clip", *, grid=GRID):
     if model_type == "video_llava":
         return build_processor(VideoLlavaProcessor, VideoLlavaImageProcessor(**square), tokenizer(), layout)
     return LlavaProcessor(CLIPImageProcessorPil(**square), tokenizer(), **layout)
+
+
+def native_processor(kind):
+    """The processor of a kind in `NATIVE`. Every picture has at least 16 tokens."""
+    size = {"shortest_edge": SIDE * SIDE * 4, "longest_edge": 2 * SIDE * SIDE * 4}
+    images = Qwen2VLImageProcessorPil(size=size, patch_size=PATCH)
+    named = tokenizer(names={"image_token": "<image>", "video_token": "<video>"})
+    return build_processor(Qwen2_5_VLProcessor, images, named, {}, frame_processor=FramePatchProcessor)
 
 
 def save_llava(folder: Path, kind="clip", *, seed=0, **shape) -> Path:

@@ -30,9 +30,12 @@ def control_settings(cfg: DictConfig) -> DictConfig:
     # Keep the same number of tokens. A budget counts the tokens of several tiles together.
     tokens_per_tile = reducer.dominant + reducer.contextual
     budget_tiles = family_class(cfg).budget_tiles
+    count: dict[str, Any] = {"budget": tokens_per_tile * budget_tiles}
+    if reducer.keep is not None:
+        count = {"keep": reducer.keep}
     random_reducer = {
         "_target_": "vzip.reducers.random.Random",
-        "budget": tokens_per_tile * budget_tiles,
+        **count,
         "anyres": tile_order(cfg),
     }
 

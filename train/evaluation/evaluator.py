@@ -143,7 +143,7 @@ class Evaluator:
         turns = [*question.previous_turns, (question.text, None)]
         ids, labels = encode(self.template, tokenizer, turns)
         folder = Path(self.cfg.data.image_folder).expanduser()
-        return example_of(ids, labels, question.conversation, tokenizer, folder)
+        return example_of(ids, labels, question.conversation, self.template, tokenizer, folder)
 
     def baselines(self, reducers: Sequence[Reducer]) -> list[SettingAnswers]:
         """Ask with all tokens (`full`), and reduced (`free`), before tuning."""
@@ -270,6 +270,7 @@ class Evaluator:
         inputs: dict[str, Any] = {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
+            **family.text_arguments(batch.input_ids),
         }
 
         # A batch without a picture holds a blank one, which the model would refuse as an argument.

@@ -18,7 +18,7 @@ from vzip.checkpoints.original.renaming import list_names
 from vzip.checkpoints.shards import check_all_finite, is_file_name, list_shards
 from vzip.errors import UserError
 from vzip.files import read_json_object
-from vzip.media import build_processor
+from vzip.media import FrameProcessor, build_processor
 
 _WHOLE = "get the whole checkpoint, with its own configs"
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -109,10 +109,12 @@ def load_hf_processor(path: str) -> Any:
         return AutoProcessor.from_pretrained(path, trust_remote_code=False)
 
 
-def load_video_processor(processor_class: Any, path: str) -> Any:
+def load_video_processor(
+    processor_class: Any, path: str, *, frame_processor: type[FrameProcessor] = FrameProcessor
+) -> Any:
     """Load the processor of a model that takes videos, with or without torchvision.
 
-    Raises the same errors as `load_hf_processor`.
+    `frame_processor` prepares videos without it. Raises the same errors as `load_hf_processor`.
     """
     if is_torchvision_available():
         return load_hf_processor(path)
@@ -128,4 +130,5 @@ def load_video_processor(processor_class: Any, path: str) -> Any:
             AutoImageProcessor.from_pretrained(path, trust_remote_code=False),
             AutoTokenizer.from_pretrained(path, trust_remote_code=False),
             own_settings,
+            frame_processor=frame_processor,
         )

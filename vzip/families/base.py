@@ -16,23 +16,20 @@ Legend of shapes: B pictures (images, tiles or frames), n visual tokens, d_llm w
 model.
 """
 
-import functools
-import inspect
-import types
-from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
-from typing import Any, ClassVar, Self
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vzip.checkpoints import hf
-from vzip.checkpoints.shards import read_config
 from vzip.errors import UserError, check_choice
 from vzip.families.anyres import ANYRES
-from vzip.families.features import VisualFeatures
-from vzip.media import EXTRA_NAMES, PIXEL_NAMES, MediaInputs
+from vzip.families.features import LanguageInputs, VisualFeatures
+from vzip.families.install import check_not_attached, features_method, replace_method
+from vzip.families.loading import Loading
+from vzip.media import MediaInputs
 from vzip.reducers.base import Reducer, VisionTokens
 from vzip.reducers.identity import Identity
 from vzip.tap import layer_index, run_tower, tower_layout
@@ -46,7 +43,7 @@ def num_dropped_tokens(config: Any) -> int:
     return 1 if config.vision_feature_select_strategy == "default" else 0
 
 
-class Family:
+class Family(Loading):
     """Adapter of one family of models, around one model.
 
     A subclass in this folder is found by its `model_type`. The defaults suit models that keep their
@@ -60,12 +57,6 @@ class Family:
         UserError: an unknown order.
     """
 
-    model_type: ClassVar[str]
-    """`config.model_type` of the models that the family takes."""
-    model_class: ClassVar[type]
-    """The class of these models."""
-    original: ClassVar[Any] = None
-    """Module of `vzip.checkpoints.original` for folders of the model's own code; None without."""
     projector_name: ClassVar[str] = "model.multi_modal_projector"
     """Name of the projector among the model's modules."""
     frozen_names: ClassVar[Mapping[str, str]] = {"vision tower": "model.vision_tower"}
@@ -78,6 +69,8 @@ class Family:
     """Number of tiles whose tokens a `budget` counts together."""
     config_of_features: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
     """Entries of the model's config that `visual_features` depends on."""
+    has_grids: ClassVar[bool] = False
+    """Whether visual tokens have positions of time, row and column in the language model."""
     export_note: ClassVar[str | None] = None
     """Why an export can't be loaded with `transformers` alone; None if it can."""
 
@@ -85,51 +78,6 @@ class Family:
         check_choice("reducer.anyres", anyres, ANYRES)
         self.model = model
         self.anyres = anyres
-
-    # ---- Loading ----
-
-    @classmethod
-    def load_model(cls, path: str, *, dtype: torch.dtype) -> Any:
-        """Load the model of a folder or hub id, on the CPU.
-
-        Raises:
-            OSError: no such folder or hub id, or no config.json in it.
-            UserError: a broken file, a model of another family, or missing weights, of which
-                `transformers` only warns.
-        """
-        config = read_config(path)
-        if cls.original is not None and cls.original.is_original(config):
-            return cls.original.load_model(path, dtype=dtype)
-
-        # transformers would load another family's weights and only warn that none of them fit.
-        model_type = config.get("model_type")
-        if model_type != cls.model_type:
-            raise UserError(
-                f"{path} holds a model of type {model_type!r}, not {cls.model_type!r}; "
-                f"give one of that family"
-            )
-        return hf.load_hf_model(cls.model_class, path, dtype=dtype)
-
-    @classmethod
-    def load_processor(cls, path: str) -> Any:
-        """Load the processor, which counts all tokens. Raises the same errors as `load_model`."""
-        if cls.original is not None and cls.original.is_original(read_config(path)):
-            return cls.original.load_processor(path)
-        return hf.load_hf_processor(path)
-
-    @classmethod
-    def from_architecture(cls, architecture: dict[str, Any], *, dtype: torch.dtype) -> Any:
-        """Build the model with random weights, on torch's default device ("meta" for counting)."""
-        model_class: Any = cls.model_class
-        return model_class._from_config(model_class.config_class(**architecture), dtype=dtype).eval()
-
-    def without_weights(self) -> Self:
-        """Return an adapter around the config alone, which counts tokens in a data worker."""
-        return type(self)(SimpleNamespace(config=self.model.config), anyres=self.anyres)
-
-    def original_config(self, processor: Any) -> dict[str, Any] | None:
-        """Return `config.json` for the model's own code; None if that can't load the model."""
-        return None
 
     # ---- The parts of the model ----
 
@@ -162,6 +110,11 @@ class Family:
         module: nn.Module = self.model.lm_head
         return module
 
+    @property
+    def tower_layers(self) -> nn.Module:
+        """The vision tower without the projector, which may be a part of it."""
+        return self.tower
+
     def drop_towers(self) -> None:
         """Free the memory of the frozen parts, for a model that only projects cached features."""
         for name in self.frozen_names.values():
@@ -173,6 +126,11 @@ class Family:
     def has_cls(self) -> bool:
         """Whether the vision tower has a CLS token."""
         return tower_layout(self.model.config.vision_config).has_cls
+
+    @property
+    def feature_width(self) -> int:
+        """Numbers of a token before the projector."""
+        return int(self.model.config.vision_config.hidden_size)
 
     @property
     def tile_side(self) -> int:
@@ -188,6 +146,11 @@ class Family:
     def image_sizes(self) -> list[tuple[int, int]]:
         """(height, width) of images that the processor cuts in different ways."""
         return [(self.tile_side, self.tile_side)]
+
+    @property
+    def patches_seen(self) -> list[int]:
+        """How many patches a patch sees in each layer of the tower."""
+        return [self.num_patches] * int(self.model.config.vision_config.num_hidden_layers)
 
     @property
     def other_flops(self) -> int:
@@ -276,6 +239,25 @@ class Family:
         dropped = num_dropped_tokens(self.model.config)
         return self._run_tower(self.tower, reducer, pixel_values, num_dropped=dropped, **options)
 
+    def look(self, reducer: Reducer, inputs: MediaInputs) -> tuple[VisionTokens, tuple[int, int]]:
+        """Show one image to the tower, or its first tile, which shows the whole image.
+
+        Returns:
+            Its tokens, and the rows and columns of its patches.
+        """
+        tokens = self.vision_tokens(reducer, inputs.pixels.flatten(0, -4)[:1])
+        num_patches = tokens.features.shape[1] - int(tokens.has_cls)
+        side = math.isqrt(num_patches)
+        return tokens, (side, side)
+
+    def fitting(self, reducer: Reducer, tokens: VisionTokens) -> Reducer:
+        """Return what reduces a picture of these tokens: the reducer."""
+        return reducer
+
+    def seen_picture(self, inputs: MediaInputs) -> Tensor:
+        """Return the pixels [3, height, width] of one image, or of its first tile."""
+        return inputs.pixels.flatten(0, -4)[0]
+
     def _run_tower(
         self,
         tower: nn.Module,
@@ -332,6 +314,39 @@ class Family:
         projected: Tensor = self.projector(features.to(dtype))
         return projected
 
+    def project_deep(self, features: VisualFeatures) -> tuple[Tensor, ...]:
+        """Project what is added behind the first layers of the language model: float[n, d_llm] each."""
+        return ()
+
+    def positions(
+        self,
+        input_ids: Tensor,
+        features: Mapping[str, VisualFeatures],
+        *,
+        counted: Tensor,
+        first: Tensor,
+    ) -> Tensor | None:
+        """Number the tokens of some sequences; None if the language model only counts them.
+
+        Args:
+            input_ids: int64[T], the sequences one behind the other.
+            features: by kind, for the placeholders in `input_ids`.
+            counted: bool[T], false for padding.
+            first: int64[T], the index of the first token of each token's sequence.
+
+        Returns:
+            int64[3, T]
+        """
+        return None
+
+    def text_arguments(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Return the arguments of the model that depend on token ids int64[B, L] alone."""
+        return {}
+
+    def language_arguments(self, inputs: LanguageInputs) -> dict[str, Any]:
+        """Return the arguments of the language model besides the embeddings."""
+        return {} if inputs.positions is None else {"position_ids": inputs.positions}
+
     # ---- Patching one model instance ----
 
     @property
@@ -345,53 +360,25 @@ class Family:
         Raises:
             UserError: a reducer is attached already.
         """
-        # An attribute of the instance hides the method of its class. Other models keep that one.
-        inner = self.model.model
-        if set(self.patched_methods) & set(vars(inner)):
-            raise UserError("a reducer is attached to this model already; call detach() on its handle first")
-
+        check_not_attached(self)
         for name, kind in self.patched_methods.items():
-            method = getattr(type(inner), name)
-            setattr(inner, name, types.MethodType(_patched(method, self, kind, reducer), inner))
+            replace_method(self, name, features_method(self, name, kind, reducer))
 
     def uninstall(self) -> None:
         """Give the model instance its own methods back."""
         for name in self.patched_methods:
             delattr(self.model.model, name)
 
+    def features_for_model(
+        self, kind: str, inputs: MediaInputs, reducer: Reducer, **options: Any
+    ) -> VisualFeatures:
+        """Compute `visual_features` for the patched method, whose model runs them at once."""
+        return self.visual_features(kind, inputs, reducer, **options)
 
-def _patched(method: Callable[..., Any], family: Family, kind: str, reducer: Reducer) -> Callable[..., Any]:
-    """Make a method of `project(visual_features(...))` with the signature that `generate` reads."""
-    signature = inspect.signature(method)
-    family_class = type(family)
-    anyres = family.anyres
-
-    @functools.wraps(method)
-    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # All arguments by name, including those that `method` takes as **kwargs.
-        arguments = dict(signature.bind_partial(self, *args, **kwargs).arguments)
-        del arguments["self"]
-        more_arguments = arguments.pop("kwargs", {})
-        arguments |= more_arguments
-
-        # Pixels and sizes are inputs; everything else is an option of the tower.
-        inputs = MediaInputs.from_processed(kind, arguments)
-        options = {
-            name: value
-            for name, value in arguments.items()
-            if name not in PIXEL_NAMES[kind] and name not in EXTRA_NAMES
-        }
-
-        # `self` is the inner module, or its copy in a deep copy of the model. So a new adapter is
-        # made around it: `family` still holds the first model.
-        adapter = family_class(SimpleNamespace(config=self.config, model=self), anyres=anyres)
-        features = adapter.visual_features(kind, inputs, reducer, **options)
-        tokens = adapter.project(features)
-
+    def model_output(self, kind: str, features: VisualFeatures) -> Any:
+        """Project the tokens, and return them as the model's own method would."""
         # The model wants the tokens of each image, or video, apart.
-        of_each = list(torch.split(tokens, features.counts.tolist()))
+        of_each = list(torch.split(self.project(features), features.counts.tolist()))
         return BaseModelOutputWithPooling(
-            pooler_output=torch.stack(of_each) if kind in family_class.stacked else of_each
+            pooler_output=torch.stack(of_each) if kind in self.stacked else of_each
         )
-
-    return patched

@@ -1,7 +1,7 @@
-"""What stands between the reducer and the projector: tokens and their order."""
+"""What stands between the reducer and the projector, and between that and the language model."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -23,6 +23,12 @@ class VisualFeatures:
     among those of its image."""
     counts: Tensor
     """int64[images]: positions of each image, or video."""
+    kept: Tensor | None = field(default=None, kw_only=True)
+    """int64[n]: which of all tokens of its image, or video, stands at each position. None for a
+    model that numbers its visual tokens like text."""
+    grids: Tensor | None = field(default=None, kw_only=True)
+    """float64[images, 4]: steps in time, rows and columns of all tokens of each image, or video, and
+    how far one step in time moves the position. None as above."""
 
     @classmethod
     def in_order(cls, features: Tensor, *, num_media: int) -> Self:
@@ -50,7 +56,13 @@ class VisualFeatures:
             num_tokens += len(tokens)
 
         counts = torch.cat([part.counts for part in parts])
-        return cls(torch.cat(features), torch.cat(orders), counts)
+        return cls(
+            torch.cat(features),
+            torch.cat(orders),
+            counts,
+            kept=_joined([part.kept for part in parts]),
+            grids=_joined([part.grids for part in parts]),
+        )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Apply a function to each tensor, e.g. move it to a device."""
@@ -59,7 +71,16 @@ class VisualFeatures:
             features=change(self.features),
             order=change(self.order),
             counts=change(self.counts),
+            kept=None if self.kept is None else change(self.kept),
+            grids=None if self.grids is None else change(self.grids),
         )
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Join what all parts have; None if none of them has it."""
+    present = [part for part in parts if part is not None]
+    assert len(present) in (0, len(parts))
+    return torch.cat(present) if present else None
 
 
 @dataclass(frozen=True)
@@ -76,3 +97,15 @@ class UnpackedFeatures(VisualFeatures):
     """Tiles of each image, or frames of each video."""
     image_sizes: Tensor | None
     """int64[images, 2]: (height, width) in pixels; None for videos."""
+
+
+@dataclass(frozen=True)
+class LanguageInputs:
+    """What the language model gets of a micro batch. The shape [...] is that of its token ids."""
+
+    embeddings: Tensor
+    """float[..., d_llm]: of text and visual tokens."""
+    positions: Tensor | None = None
+    """int64[3, ...]: step in time, row and column of each token. None if tokens are only counted."""
+    added: tuple[Tensor, ...] = ()
+    """float[..., d_llm] each: what is added to the outputs of the first layers, one after another."""

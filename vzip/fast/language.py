@@ -23,7 +23,7 @@ from vzip.fast.fused import rms_norm, swiglu_mlp
 from vzip.fast.segments import Prefix, Segments
 from vzip.patch import replaced_forwards
 
-MODEL_TYPES = ("llama", "mistral", "qwen2")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
 """Language models whose layers consist of a norm, attention, a norm and a SwiGLU MLP."""
 
 
@@ -132,13 +132,16 @@ class PackedLanguage:
         finally:
             config._attn_implementation = own_attention
 
-    def __call__(self, embeddings: Tensor, segments: Segments, at: Tensor) -> Tensor:
+    def __call__(
+        self, embeddings: Tensor, segments: Segments, at: Tensor, *, added: Sequence[Tensor] = ()
+    ) -> Tensor:
         """Run the model, and return the normed outputs float[n, d] of the tokens `at`.
 
         Args:
             embeddings: float[T, d].
             segments: where the examples are, with the prefix.
             at: int64[n], positions in the sequence.
+            added: float[T, d] each, added to the outputs of the first layers.
         """
         hidden = embeddings[None]
         with self._packed():
@@ -149,8 +152,11 @@ class PackedLanguage:
             }
 
             *layers, last = self.model.layers
-            for layer in layers:
+            assert len(added) <= len(layers)
+            for number, layer in enumerate(layers):
                 hidden = layer(hidden, **settings)
+                if number < len(added):
+                    hidden = hidden + added[number]
 
             # The attention of the last layer needs all tokens. What follows it treats each token by
             # itself, so it runs only for the tokens `at`.

@@ -63,11 +63,25 @@ class Segments:
         self.device = first_keys.device
 
     @cached_property
+    def first(self) -> Tensor:
+        """int64[T]: the index of the first token of each token's example."""
+        starts = torch.tensor(self.starts[:-1])
+        return starts.repeat_interleave(torch.tensor(self.lengths)).to(self.device)
+
+    @cached_property
     def positions(self) -> Tensor:
-        """int64[1, T]: the position of each token in its own example, the prefix counted."""
+        """int64[1, T]: the position of each token in its own example, the prefix counted.
+
+        int64[3, 1, T] for a model that numbers visual tokens by time, row and column.
+        """
         # Positions start again in each example, as if it were alone behind the prefix.
         positions = torch.cat([torch.arange(length) for length in self.lengths])
         return (positions + self.num_prefix)[None].to(self.device)
+
+    def set_positions(self, positions: Tensor | None) -> None:
+        """Use positions int64[3, T], counted from the end of the prefix; None to count tokens."""
+        if positions is not None:
+            self.positions = (positions + self.num_prefix)[:, None]
 
     @cached_property
     def query_bounds(self) -> Tensor:

@@ -52,6 +52,6 @@ def with_budget(reducer: Reducer, budget: int, *, tiles: int) -> Reducer:
     # The old counts belong to the old budget; all other settings stay.
     settings = {"budget": budget, "tiles": tiles}
     for name, value in reducer.settings().items():
-        if name not in ("budget", "dominant", "contextual"):
+        if name not in ("budget", "dominant", "contextual", "keep"):
             settings[name] = value
     return create(reducer.name, settings)

@@ -32,6 +32,32 @@ def budget_of_a_tile(budget: int, tiles: int) -> int:
     )
 
 
+def check_keep(keep: float | None, **others: int | None) -> None:
+    """Check the share of a picture's tokens that a reducer keeps.
+
+    Args:
+        keep: the share; None if another setting gives a number.
+        others: the settings that give a number.
+
+    Raises:
+        UserError: a share outside of (0, 1], or a share and a number.
+    """
+    if keep is None:
+        return
+
+    is_number = isinstance(keep, int | float) and not isinstance(keep, bool)
+    if not is_number or not 0 < keep <= 1:
+        raise UserError(f"reducer.keep={keep} is no share of a picture's tokens; choose one above 0, up to 1")
+    given = [f"reducer.{name}={value}" for name, value in others.items() if value is not None]
+    if given:
+        raise UserError(f"give either reducer.keep={keep} or {', '.join(given)}, not both")
+
+
+def share_of(keep: float, num_patches: int) -> int:
+    """Count the tokens that remain of a picture if it keeps a share of them: at least one."""
+    return max(1, round(keep * num_patches))
+
+
 @dataclass(frozen=True)
 class VisionTokens:
     """The tokens of one layer of the vision tower, and the attention that they receive."""

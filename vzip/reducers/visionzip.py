@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vzip.errors import UserError, check_choice, check_count
-from vzip.reducers.base import ReducerOutput, VisionTokens, budget_of_a_tile
+from vzip.reducers.base import ReducerOutput, VisionTokens, budget_of_a_tile, check_keep, share_of
 
 MERGES = ("sum", "average")
 
@@ -150,6 +150,7 @@ class VisionZip:
         tiles: number of tiles that the budget counts together; LLaVA-NeXT's counts 5.
         dominant: D of one tile.
         contextual: C of one tile.
+        keep: share of a picture's patches that remain, split like a budget. Instead of all of these.
         merge: see the attribute, like the ones that follow.
         keep_cls: whether CLS is one of the dominant tokens.
         layer: hidden state whose layer's attention is read.
@@ -171,6 +172,8 @@ class VisionZip:
     """Whether CLS is one of the dominant tokens."""
     layer: int | None = None
     """Hidden state whose layer's attention is read; None: that of the features, as in the paper."""
+    keep: float | None = None
+    """Share of a picture's patches that remain. If it is given, D and C above are 0."""
 
     def __init__(  # noqa: PLR0913  all of them are settings
         self,
@@ -182,6 +185,7 @@ class VisionZip:
         merge: str = "sum",
         keep_cls: bool = True,
         layer: int | None = None,
+        keep: float | None = None,
     ) -> None:
         check_choice("reducer.merge", merge, MERGES)
         check_choice("reducer.keep_cls", keep_cls, (True, False))
@@ -189,8 +193,16 @@ class VisionZip:
         self.keep_cls = keep_cls
         self.layer = layer
 
+        check_keep(keep, budget=budget, dominant=dominant, contextual=contextual)
+        self.keep = keep
+
         # An error message shows the budget the way the user gave it.
         self._tiles = 1 if budget is None else tiles
+
+        # A share is turned into counts when the size of a picture is known.
+        if keep is not None:
+            self.dominant = self.contextual = 0
+            return
 
         # The counts of one tile are given, or follow from the budget. Only they are stored.
         tile_budget = None if budget is None else budget_of_a_tile(budget, tiles)
@@ -225,6 +237,8 @@ class VisionZip:
 
     def __repr__(self) -> str:
         shown = [f"{self.dominant} dominant + {self.contextual} contextual"]
+        if self.keep is not None:
+            shown = []
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name not in ("dominant", "contextual") and value != field.default:
@@ -232,12 +246,24 @@ class VisionZip:
         return f"VisionZip({', '.join(shown)})"
 
     def settings(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.keep is None:
+            del settings["keep"]
+        else:
+            del settings["dominant"], settings["contextual"]
+        return settings
+
+    def counts(self, num_patches: int) -> tuple[int, int]:
+        """Return D and C for a picture of `num_patches` patches."""
+        if self.keep is None:
+            return self.dominant, self.contextual
+        return split_budget(share_of(self.keep, num_patches))
 
     def num_tokens(self, num_patches: int, *, has_cls: bool, num_dropped: int) -> int:
         # CLS can be kept beside the patches, but is never merged.
-        num_tokens = self.dominant + self.contextual
-        keeps_cls = has_cls and self.keep_cls and self.dominant > 0
+        num_dominant, num_contextual = self.counts(num_patches)
+        num_tokens = num_dominant + num_contextual
+        keeps_cls = has_cls and self.keep_cls and num_dominant > 0
         available = num_patches + int(keeps_cls)
         if num_tokens <= available:
             return num_tokens
@@ -262,28 +288,29 @@ class VisionZip:
 
         # Refuse a picture with fewer patches than the budget, such as a tile of another size.
         self.num_tokens(saliency.shape[1], has_cls=has_cls, num_dropped=tokens.num_dropped)
+        num_dominant, num_contextual = self.counts(saliency.shape[1])
 
         # Dominant tokens are kept unchanged. They take the first D slots of the output.
-        dominant = select_dominant(saliency, self.dominant, has_cls=has_cls, keep_cls=self.keep_cls)
+        dominant = select_dominant(saliency, num_dominant, has_cls=has_cls, keep_cls=self.keep_cls)
         kept = take(features, dominant)
-        slot = torch.arange(self.dominant + self.contextual, device=features.device)
+        slot = torch.arange(num_dominant + num_contextual, device=features.device)
         slot = slot.expand(num_images, -1)
         slots = torch.full((num_images, num_tokens), -1, device=features.device)
-        slots.scatter_(1, dominant, slot[:, : self.dominant])
-        if self.contextual == 0:
+        slots.scatter_(1, dominant, slot[:, :num_dominant])
+        if num_contextual == 0:
             nothing = dominant[:, :0]
             return ReducerOutput(features=kept, dominant=dominant, contextual=nothing, slots=slots)
 
         # Merge the remaining patches into C targets: keys choose the target, features are merged.
         remaining = remaining_tokens(dominant, num_tokens, has_cls=has_cls)
-        target_index, other_index, assigned = assign_to_targets(take(keys, remaining), self.contextual)
+        target_index, other_index, assigned = assign_to_targets(take(keys, remaining), num_contextual)
         targets = remaining[:, target_index]
         others = remaining[:, other_index]
         merged = merge(take(features, targets), take(features, others), assigned, self.merge)
 
         # Each target takes one of the last C slots, together with the tokens assigned to it.
-        slots.scatter_(1, targets, slot[:, self.dominant :])
-        slots.scatter_(1, others, self.dominant + assigned)
+        slots.scatter_(1, targets, slot[:, num_dominant:])
+        slots.scatter_(1, others, num_dominant + assigned)
         return ReducerOutput(
             features=torch.cat([kept, merged], dim=1),
             dominant=dominant,

@@ -79,6 +79,7 @@ def _load_base(
 
     # A reducer's method casts what the projector gets. Without a reducer, the model's own does not.
     family.projector.register_forward_pre_hook(_cast_inputs)
+    family.read_processor(processor)
     return family, processor
 
 

@@ -266,7 +266,7 @@ def llava_tensors(family: Family) -> dict[str, Tensor]:
     # Other projectors have other layers, or another activation between them.
     tensors = _projector_copies(family)
     names = {f"{family.projector_name}.{ours}": theirs for ours, theirs in _LLAVA_NAMES.items()}
-    activation = family.model.config.projector_hidden_act
+    activation = getattr(family.model.config, "projector_hidden_act", None)
     if tensors.keys() != names.keys() or activation != "gelu":
         raise UserError(
             f"TO=llava: this projector ({activation}, {', '.join(sorted(tensors))}) is not LLaVA's "

@@ -63,20 +63,36 @@ class Template:
     """Whether a conversation is one caption, and its question keeps only the placeholders."""
     answer_mark: str = ""
     """Text that LLaVA's trainer looks for to find an answer; "" for a trainer that needs none."""
+    image: tuple[str, ...] = (IMAGE,)
+    """Tokens of an image. The one in the middle is repeated for each visual token."""
+    video: tuple[str, ...] = (VIDEO,)
+    """Tokens of a video, like those of an image."""
+    media_end: str = "\n"
+    """Text behind each image and video of a question."""
+
+    @property
+    def media(self) -> dict[str, tuple[str, ...]]:
+        """The tokens that are written for `<image>` and `<video>`."""
+        return {IMAGE: self.image, VIDEO: self.video}
+
+    def placeholder(self, kind: str) -> str:
+        """Return the token that is repeated for each visual token of an "image" or a "video"."""
+        tokens = self.image if kind == "image" else self.video
+        return tokens[len(tokens) // 2]
 
 
 # Ids of questions and answers
 
 
-def place_media(text: str) -> str:
-    """Move the placeholders of a question or an answer to its front, each followed by a newline.
+def place_media(text: str, end: str = "\n") -> str:
+    """Move the placeholders of a question or an answer to its front, each followed by `end`.
 
     Images come before videos. For one image this is LLaVA's preprocessing
     (`preprocess_multimodal`), which keeps only one of several. Video-LLaVA's moves nothing: its data
     starts with `<video>` and a newline already. Only its few examples with both kinds have the
     videos before the images.
     """
-    front = (IMAGE + "\n") * text.count(IMAGE) + (VIDEO + "\n") * text.count(VIDEO)
+    front = (IMAGE + end) * text.count(IMAGE) + (VIDEO + end) * text.count(VIDEO)
     if not front:
         return text
 
@@ -119,7 +135,7 @@ def _prompt_ids(
     if template.captions:
         question = _placeholders_alone(template, question)
     else:
-        question = place_media(question)
+        question = place_media(question, template.media_end)
 
     # Cut the template's own texts at its control tokens, then put the question between them.
     first, pairs_before = split_at(before + template.user, template.controls)
@@ -135,10 +151,10 @@ def _prompt_ids(
         texts.append(text)
 
     # Control tokens get their ids; all text between them stays text.
-    ids = ids_with_media(tokenizer, texts[0], anchor)
+    ids = ids_with_media(tokenizer, texts[0], anchor, template.media)
     for control, text in zip(controls, texts[1:], strict=True):
         ids.append(control_token_id(template.name, tokenizer, control))
-        ids += ids_with_media(tokenizer, text, control_anchor)
+        ids += ids_with_media(tokenizer, text, control_anchor, template.media)
     return ids
 
 
@@ -146,18 +162,20 @@ def _answer_ids(template: Template, tokenizer: Any, answer: str) -> list[int]:
     """Tokenize an answer with its prefix, its suffix and its end token."""
     # A prefix is a space, which follows the last word of the prompt. Any word can be the anchor.
     anchor = "a" if template.answer_prefix else ""
-    text = template.answer_prefix + place_media(answer) + template.answer_suffix
-    ids = ids_with_media(tokenizer, text, anchor)
+    text = template.answer_prefix + place_media(answer, template.media_end) + template.answer_suffix
+    ids = ids_with_media(tokenizer, text, anchor, template.media)
     if template.end:
         ids.append(control_token_id(template.name, tokenizer, template.end))
     return ids
 
 
-def _answer_labels(tokenizer: Any, answer: str, ids: list[int]) -> list[int]:
+def _answer_labels(template: Template, tokenizer: Any, answer: str, ids: list[int]) -> list[int]:
     """Make the labels of an answer: its ids, without those of pictures and videos."""
     # The model never writes a picture. Most answers have none, so look at the text first.
-    placeholders = [token for token in (IMAGE, VIDEO) if token in answer]
-    no_loss = set(tokenizer.convert_tokens_to_ids(placeholders))
+    no_loss: set[int] = set()
+    for placeholder, tokens in template.media.items():
+        if placeholder in answer:
+            no_loss |= set(tokenizer.convert_tokens_to_ids(list(tokens)))
     return [IGNORED if token in no_loss else token for token in ids]
 
 
@@ -183,9 +201,10 @@ def _is_masked(template: Template, tokenizer: Any, turns: Sequence[tuple[str, st
         if template.end in text or (tokenizer.unk_token or template.end) in text:
             return True
 
-        written += template.user + place_media(question) + template.assistant
+        written += template.user + place_media(question, template.media_end) + template.assistant
         if answer:
-            written += template.answer_prefix + place_media(answer) + template.answer_suffix + template.end
+            written += template.answer_prefix + place_media(answer, template.media_end)
+            written += template.answer_suffix + template.end
 
     # A text that spells the mark makes two of it. An empty last answer leaves a part without any.
     *parts, rest = written.split(template.end)
@@ -223,7 +242,7 @@ def _join_turns(
         # For an empty answer LLaVA's code writes nothing, not even its end: the next question follows.
         is_unanswered = answer == "" and template.answer_mark != ""
         if is_unanswered and number < last:
-            before += template.user + place_media(question) + template.assistant
+            before += template.user + place_media(question, template.media_end) + template.assistant
             continue
 
         prompt_ids = _prompt_ids(
@@ -244,7 +263,7 @@ def _join_turns(
         # The end token has loss too: the model has to learn where its answer ends.
         answer_ids = _answer_ids(template, tokenizer, answer)
         ids += answer_ids
-        labels += _answer_labels(tokenizer, answer, answer_ids)
+        labels += _answer_labels(template, tokenizer, answer, answer_ids)
 
         # From now on a question follows the end token of an answer.
         before = template.separator

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from vzip.errors import UserError
-from vzip.templates.encode import IMAGE, VIDEO, Template
+from vzip.templates.encode import Template
 
 _CHAT_TEMPLATE = """\
 {{ OPENING }}\
@@ -84,8 +84,8 @@ def chat_template(template: Template, tokenizer: Any) -> str:
     expressions = {
         "OPENING": _literal(opening),
         "USER": _literal(template.user),
-        "IMAGE_LINE": _literal(IMAGE + space + "\n"),
-        "VIDEO_LINE": _literal(VIDEO + space + "\n"),
+        "IMAGE_LINE": _literal("".join(template.image) + space + template.media_end),
+        "VIDEO_LINE": _literal("".join(template.video) + space + template.media_end),
         "TEXT_LINES": _TEXT_LINES,
         "ASSISTANT": _literal(template.assistant),
         "ANSWER_PREFIX": _literal(template.answer_prefix),

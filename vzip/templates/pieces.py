@@ -1,13 +1,16 @@
 """Token ids of one piece of text, as it stands behind other text or behind a token."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vzip.errors import UserError
 
 IMAGE = "<image>"
 VIDEO = "<video>"
+
+MEDIA = {IMAGE: (IMAGE,), VIDEO: (VIDEO,)}
+"""The tokens that most models have for an image and a video."""
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -89,19 +92,28 @@ def split_at(text: str, tokens: Sequence[str]) -> tuple[str, Iterator[tuple[str,
     return first, zip(rest[::2], rest[1::2], strict=True)
 
 
-def ids_with_media(tokenizer: Any, text: str, anchor: str) -> list[int]:
-    """Tokenize text that stands after `anchor`, with one id for each `<image>` and `<video>`.
+def ids_with_media(
+    tokenizer: Any, text: str, anchor: str, media: Mapping[str, Sequence[str]] = MEDIA
+) -> list[int]:
+    """Tokenize text that stands after `anchor`, with ids for each `<image>` and `<video>`.
 
     The text on both sides of a placeholder is tokenized by itself, as in LLaVA
     (`tokenizer_image_token`).
 
+    Args:
+        tokenizer: the model's tokenizer.
+        text: the text.
+        anchor: see `ids_after`.
+        media: the tokens that are written for `<image>` and `<video>`.
+
     Raises:
-        UserError: the tokenizer does not know a placeholder.
+        UserError: the tokenizer does not know a token of a placeholder.
     """
     first, rest = split_at(text, (IMAGE, VIDEO))
     ids = ids_after(tokenizer, anchor, first)
     for placeholder, chunk in rest:
-        error = f"an example has {placeholder}, which this model's tokenizer does not know; remove such ones"
-        ids.append(_token_id(tokenizer, placeholder, error))
+        for token in media[placeholder]:
+            error = f"an example has {token}, which this model's tokenizer does not know; remove such ones"
+            ids.append(_token_id(tokenizer, token, error))
         ids += ids_alone(tokenizer, chunk)
     return ids

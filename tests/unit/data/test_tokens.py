@@ -37,7 +37,7 @@ def test_examples_are_what_encode_gives(tmp_path, template):
 
     for index, (example, source) in enumerate(zip(examples, CONVERSATIONS, strict=True)):
         ids, labels = encode(template, TOKENIZER, source.turns)
-        expected = example_of(ids, labels, source, TOKENIZER, tmp_path / "images")
+        expected = example_of(ids, labels, source, template, TOKENIZER, tmp_path / "images")
         assert (example.ids, example.labels, example.media) == (ids, labels, expected.media)
         assert example.index == index
         assert example.sizes == tuple(SIZES[path] for path in source.images)

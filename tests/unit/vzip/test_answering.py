@@ -9,6 +9,7 @@ import vzip
 from tests.helpers import tiny
 from tests.helpers.errors import refused
 from tests.helpers.runs import attached, save_run, tune
+from vzip.families import family_of
 from vzip.integrations.answering import Answerer, GenerationSettings, cut
 from vzip.templates.encode import chatml, vicuna
 from vzip.templates.jinja import chat_template
@@ -105,7 +106,7 @@ def test_what_a_source_lacks_is_refused(run, tiny_folder, answerer):
 @pytest.mark.parametrize("kind", ["clip", "onevision", "video"])
 def test_a_batch_is_answered_as_its_questions_alone(kind, tmp_path):
     model = tiny.llava(kind)
-    parts = (model.model.language_model, model.model.multi_modal_projector)
+    parts = (model.model.language_model, family_of(model).projector)
     with torch.no_grad():
         # With the weights that it is made with, the model gives the same answer to every question.
         for parameter in [parameter for part in parts for parameter in part.parameters()]:

@@ -9,12 +9,12 @@ from PIL import Image
 
 import vzip
 from tests.helpers import tiny
+from vzip.media import MediaInputs
 from vzip.overlay import (
     CONTEXTUAL,
     DOMINANT,
     RAMP,
     attention_map,
-    first_tile,
     kept_tokens,
     look,
     merged_tokens,
@@ -32,9 +32,9 @@ def look_at(kind, reducer, picture=PICTURE, *, anyres="released"):
     family = vzip.families.family_of(tiny.llava(kind), anyres=anyres)
     image_processor = tiny.processor(kind).image_processor
     tile = look(family, reducer, image_processor, picture)
-    pixels = first_tile(family, image_processor, picture)
-    tokens = family.vision_tokens(VisionZip(dominant=1, contextual=0), pixels)
-    return tile, tokens, reducer(family.vision_tokens(reducer, pixels))
+    inputs = MediaInputs.from_processed("image", image_processor([[picture]], return_tensors="pt"))
+    tokens, _ = family.look(VisionZip(dominant=1, contextual=0), inputs)
+    return tile, tokens, reducer(family.look(reducer, inputs)[0])
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +54,16 @@ def test_every_family_says_where_its_tokens_went(kind):
     tile, tokens, output = look_at(kind, REDUCER)
     num_cls = int(tokens.has_cls)
     dominant = [index - num_cls for index in output.dominant[0].tolist()]
-    assert tile.grid == (tiny.GRID, tiny.GRID)
+    # 90 x 60 pixels have 16 tokens at least, as 5 x 4 groups.
+    assert tile.grid == ((5, 4) if kind in tiny.NATIVE else (tiny.GRID, tiny.GRID))
     assert tile.has_cls == tokens.has_cls
     assert torch.equal(tile.saliency.flatten(), tokens.saliency[0])
     assert tile.dominant.tolist() == [patch for patch in dominant if patch >= 0]
     assert tile.contextual.tolist() == [index - num_cls for index in output.contextual[0].tolist()]
     assert tile.members[tile.contextual].tolist() == [0, 1, 2]
     assert set((tile.members < 0).nonzero().flatten().tolist()) == set(tile.dominant.tolist())
-    assert tile.picture.width == tile.picture.height
+    rows, columns = tile.grid
+    assert tile.picture.width * rows == tile.picture.height * columns
 
 
 def test_the_tile_is_what_the_tower_sees():

@@ -14,6 +14,7 @@ from scripts.figures.attention import (
     top_shares,
 )
 from tests.helpers import tiny
+from vzip import UserError
 from vzip.families import family_of
 from vzip.overlay import first_tile
 from vzip.tap import MAX_SCORES
@@ -52,7 +53,16 @@ def test_the_attention_of_every_layer_is_that_of_an_eager_tower(kind):
     torch.testing.assert_close(torch.cat(chunks).sort(dim=0).values, whole.sort(dim=0).values)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in tiny.KINDS if kind not in tiny.TOWERS])
+ONE_SIZE = [kind for kind in tiny.KINDS if kind not in (*tiny.TOWERS, *tiny.NATIVE)]
+
+
+@pytest.mark.parametrize("kind", tiny.NATIVE)
+def test_towers_for_pictures_of_any_size_are_refused(kind):
+    with pytest.raises(UserError, match="pictures of any size"):
+        first_tile(family_of(tiny.llava(kind)), tiny.processor(kind).image_processor, tiny.picture())
+
+
+@pytest.mark.parametrize("kind", ONE_SIZE)
 @torch.no_grad()
 def test_the_first_tile_of_every_family_has_attention(kind):
     family = family_of(tiny.llava(kind))

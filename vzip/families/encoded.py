@@ -1,0 +1,140 @@
+"""What an attached model has encoded last: its positions depend on the tokens that stay.
+
+A model of the Qwen-VL type computes positions in `get_rope_index`, from token ids and grids. Its
+`forward` encodes the pictures before that, `generate` encodes them behind it. So an attached model
+remembers which tokens its encoder has kept, and `get_rope_index` encodes first if it is early.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vzip.errors import UserError
+from vzip.families.features import VisualFeatures
+from vzip.families.install import replace_method
+from vzip.families.positions import first_of_rows
+from vzip.media import PIXEL_NAMES, MediaInputs
+from vzip.reducers.base import Reducer
+
+NAME = "vzip_encoded"
+"""Name of the `Encoded` among the attributes of the inner module."""
+
+
+@dataclass
+class Encoded:
+    """What a model instance has encoded, by kind of media."""
+
+    latest: dict[str, VisualFeatures] = field(default_factory=dict)
+    """Which tokens stay, without the tokens."""
+    ahead: dict[str, tuple[Tensor, VisualFeatures]] = field(default_factory=dict)
+    """Pixels that were encoded for their positions, and their features, until the model asks."""
+
+    def features(
+        self, family: Any, kind: str, inputs: MediaInputs, reducer: Reducer, **options: Any
+    ) -> VisualFeatures:
+        """Return the features of pixels that were encoded ahead, or encode them."""
+        pixels, features = self.ahead.pop(kind, (None, None))
+        if features is None or pixels is not inputs.pixels:
+            features = family.visual_features(kind, inputs, reducer, **options)
+            self.latest[kind] = replace(features, features=features.features[:0])
+        return features
+
+    def encode_ahead(self, family: Any, kind: str, inputs: MediaInputs, reducer: Reducer) -> None:
+        """Encode pixels before the model asks for them, and keep their features until then."""
+        features = self.features(family, kind, inputs, reducer)
+        self.ahead[kind] = (inputs.pixels, features)
+
+
+def encoded_by(family: Any) -> Encoded:
+    """Return what the family's model has encoded."""
+    encoded: Encoded = vars(family.model.model)[NAME]
+    return encoded
+
+
+def install_positions(family: Any, reducer: Reducer) -> None:
+    """Make a model instance number its tokens by those that the reducer keeps."""
+    setattr(family.model.model, NAME, Encoded())
+    replace_method(family, "get_rope_index", _rope_index_method(family, reducer))
+
+
+def uninstall_positions(family: Any) -> None:
+    """Give the model instance its own positions back."""
+    del family.model.model.get_rope_index
+    delattr(family.model.model, NAME)
+
+
+def _rope_index_method(family: Any, reducer: Reducer) -> Callable[..., Any]:
+    """Make a `get_rope_index` that knows which tokens stay."""
+    method = type(family.model.model).get_rope_index
+    signature = inspect.signature(method)
+    family_class = type(family)
+
+    @functools.wraps(method)
+    def get_rope_index(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        arguments = dict(signature.bind_partial(self, *args, **kwargs).arguments)
+        more_arguments = arguments.pop("kwargs", {})
+        arguments |= more_arguments
+
+        # As in the other patched methods, `self` may be a copy of the family's inner module.
+        adapter = family_class(SimpleNamespace(config=self.config, model=self))
+        return _rope_index(adapter, reducer, arguments)
+
+    return get_rope_index
+
+
+def _rope_index(family: Any, reducer: Reducer, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return positions int64[3, B, L], and int64[B, 1]: how far text goes on ahead of its index."""
+    input_ids = arguments["input_ids"]
+    encoded = encoded_by(family)
+    features = {}
+    for kind in family.kinds:
+        if arguments.get(f"{kind}_grid_thw") is None:
+            continue
+        inputs = None
+        if any(arguments.get(name) is not None for name in PIXEL_NAMES[kind]):
+            inputs = MediaInputs.from_processed(kind, arguments)
+            encoded.encode_ahead(family, kind, inputs, reducer)
+        features[kind] = _checked(family, kind, encoded, arguments)
+
+    counted = torch.ones_like(input_ids, dtype=torch.bool)
+    if arguments.get("attention_mask") is not None:
+        counted = arguments["attention_mask"].bool()
+
+    num_rows, length = input_ids.shape
+    positions, reach = family.positions_and_reach(
+        input_ids.flatten(),
+        features,
+        counted=counted.flatten(),
+        first=first_of_rows(input_ids).flatten(),
+    )
+    # A new token's position is its index, plus what this adds.
+    next_position = reach.view(num_rows, length).amax(dim=1, keepdim=True)
+    ahead = next_position - counted.sum(dim=1, keepdim=True)
+    return positions.reshape(3, num_rows, length).to(input_ids.dtype), ahead
+
+
+def _checked(family: Any, kind: str, encoded: Encoded, arguments: dict[str, Any]) -> VisualFeatures:
+    """Return which tokens of the media stay. Raises UserError unless they fit the placeholders."""
+    features = encoded.latest.get(kind)
+    num_placeholders = int((arguments["input_ids"] == family.placeholder_id(kind)).sum())
+    if features is None or features.kept is None or len(features.kept) != num_placeholders:
+        num_kept = 0 if features is None or features.kept is None else len(features.kept)
+        raise UserError(
+            f"the text has {num_placeholders} placeholders of {kind}s, and the model has encoded "
+            f"{num_kept} tokens; use the handle's processor, and give the pixels with the text"
+        )
+
+    # `forward` learns how long the steps of a video are only after it has encoded them.
+    if kind == "video" and arguments.get("second_per_grid_ts") is not None:
+        inputs = MediaInputs(
+            features.features,
+            {name: torch.as_tensor(arguments[name]) for name in ("video_grid_thw", "second_per_grid_ts")},
+        )
+        features = replace(features, grids=family.grids_of_tokens(kind, inputs))
+    return features

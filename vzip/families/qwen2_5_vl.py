@@ -1,0 +1,387 @@
+"""Qwen2.5-VL: pictures of any size, groups of 2 x 2 patches that become one token, and videos.
+
+The part that learns is the merger, which turns a group of patches into a token of the language
+model. The reducer comes before it: it selects and merges groups. A group's score is the mean of the
+attention that its patches receive in the last layer of full attention (most layers attend within
+windows), and its key is the mean of its patches' keys.
+
+Each step in time of a video (2 frames) is reduced by itself, like a picture. A picture with fewer
+tokens than the budget keeps all of them.
+
+Legend of shapes: G groups of all pictures, d width of the tower, H heads.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+
+from vzip.checkpoints import hf
+from vzip.errors import UserError
+from vzip.families.base import HANDLED_OPTIONS, Family
+from vzip.families.encoded import encoded_by, install_positions, uninstall_positions
+from vzip.families.features import VisualFeatures
+from vzip.families.grids import (
+    PixelLimits,
+    ReducedGrids,
+    check_grids,
+    fitting,
+    num_reduced,
+    pictures_of,
+    window_order,
+)
+from vzip.families.patches import FramePatchProcessor, picture_of
+from vzip.families.positions import grid_places, grid_positions
+from vzip.media import MediaInputs, check_num_frames
+from vzip.patch import replaced_forwards
+from vzip.reducers.base import Reducer, VisionTokens
+from vzip.reducers.identity import Identity
+from vzip.tap import captured, captured_keywords, layer_index, received_attention
+
+USUAL_SIDE = 24
+"""Groups a side of the square picture that is assumed if no size is known: 576 tokens."""
+
+
+class Qwen25VL(Family):
+    """Adapter of `Qwen2_5_VLForConditionalGeneration`. A budget counts the tokens of a picture."""
+
+    model_type: ClassVar[str] = "qwen2_5_vl"
+    model_class: ClassVar[type] = Qwen2_5_VLForConditionalGeneration
+    processor_class: ClassVar[type] = Qwen2_5_VLProcessor
+    projector_name: ClassVar[str] = "model.visual.merger"
+    frozen_names = {  # noqa: RUF012
+        "vision tower": "model.visual.blocks",
+        "patch embedding": "model.visual.patch_embed",
+    }
+    kinds: ClassVar[tuple[str, ...]] = ("image", "video")
+    config_of_features: ClassVar[tuple[str, ...]] = ()
+    has_grids: ClassVar[bool] = True
+
+    rotate: ClassVar[Any] = staticmethod(modeling_qwen2_5_vl.apply_rotary_pos_emb_vision)
+    """The tower's function that rotates queries and keys by their positions."""
+    steps_apart: ClassVar[bool] = False
+    """Whether text stands between the steps of a video."""
+
+    def __init__(self, model: Any, *, anyres: str = "released") -> None:
+        super().__init__(model, anyres=anyres)
+        # The limits of the released processors, until `read_processor` is called.
+        self.limits = PixelLimits(least=56 * 56, most=16384 * 28 * 28)
+
+    # ---- Loading ----
+
+    @classmethod
+    def load_processor(cls, path: str) -> Any:
+        return hf.load_video_processor(cls.processor_class, path, frame_processor=FramePatchProcessor)
+
+    def read_processor(self, processor: Any) -> None:
+        self.limits = PixelLimits.of(processor.image_processor)
+
+    # ---- The parts of the model ----
+
+    @property
+    def tower(self) -> nn.Module:
+        return self._module("model.visual")
+
+    @property
+    def tower_layers(self) -> nn.Module:
+        return self._module("model.visual.blocks")
+
+    # ---- Sizes and counts ----
+
+    @property
+    def has_cls(self) -> bool:
+        return False
+
+    @property
+    def merge(self) -> int:
+        """Patches a side of a group."""
+        return int(self.model.config.vision_config.spatial_merge_size)
+
+    @property
+    def group_side(self) -> int:
+        """Pixels a side of a group."""
+        return self.merge * int(self.model.config.vision_config.patch_size)
+
+    @property
+    def feature_width(self) -> int:
+        return super().feature_width * self.merge**2
+
+    @property
+    def tile_side(self) -> int:
+        return USUAL_SIDE * self.group_side
+
+    @property
+    def num_patches(self) -> int:
+        rows, columns = self.grid_of((self.tile_side, self.tile_side))
+        return rows * columns * self.merge**2
+
+    def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Count the rows and columns of tokens that the model itself has of an image."""
+        return self.limits.grid(image_size, side=self.group_side)
+
+    @property
+    def patches_seen(self) -> list[int]:
+        config = self.model.config.vision_config
+        in_window: int = min(self.num_patches, (config.window_size // config.patch_size) ** 2)
+        seen = [in_window] * config.depth
+        for layer in self.full_layers:
+            seen[layer] = self.num_patches
+        return seen
+
+    def num_layers_run(self, reducer: Reducer) -> int:
+        depth: int = self.model.config.vision_config.depth
+        return depth
+
+    def num_tile_tokens(self, reducer: Reducer) -> int:
+        return num_reduced(reducer, self.num_patches // self.merge**2)
+
+    def num_image_tokens(self, reducer: Reducer, image_size: tuple[int, int] | None = None) -> int:
+        """Count the placeholders of one image. Raises UserError for a size that can't be shown."""
+        self.check_image_size(image_size)
+        if image_size is None:
+            return self.num_tile_tokens(reducer)
+        rows, columns = self.grid_of(image_size)
+        return num_reduced(reducer, rows * columns)
+
+    def num_video_tokens(self, reducer: Reducer, num_frames: int) -> int:
+        """Count the placeholders of one video, whose frames are taken to be of the usual size."""
+        check_num_frames(num_frames)
+        num_steps: int = math.ceil(num_frames / self.model.config.vision_config.temporal_patch_size)
+        return num_steps * self.num_tile_tokens(reducer)
+
+    def num_processed_tokens(self, reducer: Reducer, kind: str, inputs: MediaInputs, index: int) -> int:
+        steps, rows, columns = inputs.extra[f"{kind}_grid_thw"][index].tolist()
+        return int(steps * num_reduced(reducer, rows * columns // self.merge**2))
+
+    # ---- Checks before any work ----
+
+    def attention_layer(self, reducer: Reducer) -> int:
+        """Return the index of the layer whose attention is read.
+
+        Raises:
+            UserError: `reducer.layer` is no layer of the tower, or attends within windows.
+        """
+        config = self.model.config.vision_config
+        full = sorted(self.full_layers)
+        if reducer.layer is None:
+            return full[-1]
+
+        index = layer_index(reducer.layer, config.depth, setting="reducer.layer")
+        if index not in full:
+            choices = ", ".join(str(layer + 1) for layer in full)
+            raise UserError(
+                f"reducer.layer={reducer.layer} attends within windows, so its attention does not rank "
+                f"all patches; choose one of {choices}, or null for the last of them"
+            )
+        return index
+
+    @property
+    def full_layers(self) -> Sequence[int]:
+        """Indices of the layers in which all patches of a picture see each other."""
+        return tuple(self.model.config.vision_config.fullatt_block_indexes)
+
+    def check_reducer(self, reducer: Reducer) -> None:
+        """Raise UserError if the reducer's layer can't be read."""
+        self.num_tile_tokens(reducer)
+        if reducer.uses_attention:
+            self.attention_layer(reducer)
+
+    # ---- The two computations ----
+
+    def group_order(self, grids: Tensor) -> Tensor:
+        """int64[G]: the group, in raster order, at each place of the tower's own order."""
+        # The layers that attend within windows keep the groups of a window together.
+        window = self.model.config.vision_config.window_size // self.group_side
+        return window_order(grids, merge=self.merge, window=window)
+
+    def visual_features(
+        self, kind: str, inputs: MediaInputs, reducer: Reducer, **options: Any
+    ) -> VisualFeatures:
+        """Run the tower on all images, or all videos, and reduce each picture by itself."""
+        grids = inputs.extra[f"{kind}_grid_thw"]
+        check_grids(grids, len(inputs.pixels), merge=self.merge, kind=kind)
+        tokens = self.run_groups(reducer, inputs.pixels, grids, **options)
+        if isinstance(reducer, Identity):
+            return self._all_tokens(kind, inputs, tokens)
+
+        # Neighbours of equal size, such as the steps of a video, are reduced together.
+        reduced = ReducedGrids(tokens, reducer)
+        for num_pictures, num_patches in pictures_of(grids):
+            reduced.add(num_pictures, num_patches // self.merge**2)
+        return reduced.features(grids[:, 0], self.grids_of_tokens(kind, inputs))
+
+    def _all_tokens(self, kind: str, inputs: MediaInputs, tokens: VisionTokens) -> VisualFeatures:
+        """Keep all tokens, in the tower's own order, so that not a bit of the merger differs."""
+        grids = inputs.extra[f"{kind}_grid_thw"]
+        order = self.group_order(grids).to(tokens.features.device)
+        counts = grids.prod(dim=1).cpu() // self.merge**2
+        kept = torch.cat([torch.arange(count) for count in counts.tolist()])
+        return VisualFeatures(
+            tokens.features[0, order],
+            order.argsort(),
+            counts,
+            kept=kept.to(order.device),
+            grids=self.grids_of_tokens(kind, inputs),
+        )
+
+    def grids_of_tokens(self, kind: str, inputs: MediaInputs) -> Tensor:
+        """float64[media, 4]: see `VisualFeatures.grids`."""
+        grids = inputs.extra[f"{kind}_grid_thw"].double()
+        interval = torch.ones_like(grids[:, :1])
+
+        # A second of a video moves the position in time by some numbers.
+        if kind == "video":
+            interval *= self.model.config.vision_config.tokens_per_second
+            if "second_per_grid_ts" in inputs.extra:
+                interval *= inputs.extra["second_per_grid_ts"].to(interval).view(-1, 1)
+        return torch.cat([grids[:, :1], grids[:, 1:] / self.merge, interval], dim=1)
+
+    def run_groups(self, reducer: Reducer, pixels: Tensor, grids: Tensor, **options: Any) -> VisionTokens:
+        """Run the tower without its merger, and return the groups of all pictures in raster order.
+
+        Returns:
+            Tokens float[1, G, 4 d], whose patches lie side by side.
+        """
+        # Attention is computed only for reducers that read it.
+        tower: Any = self.tower
+        hooked = {"features": tower.blocks[-1]}
+        attention = {}
+        if reducer.uses_attention:
+            attention["layer"] = tower.blocks[self.attention_layer(reducer)].attn
+            hooked["qkv"] = attention["layer"].qkv
+
+        # The merger runs later, and only for the groups that stay.
+        tower_options = {name: value for name, value in options.items() if name not in HANDLED_OPTIONS}
+        with (
+            replaced_forwards({tower.merger: lambda hidden: hidden}),
+            captured(hooked) as outputs,
+            captured_keywords(attention) as keywords,
+        ):
+            tower(pixels.to(next(tower.parameters()).dtype), grid_thw=grids, **tower_options)
+
+        in_raster = self.group_order(grids).to(pixels.device).argsort()
+        features = self.by_group(outputs["features"])[in_raster].flatten(1)
+        tokens = VisionTokens(features=features[None], has_cls=False)
+        if not reducer.uses_attention:
+            return tokens
+        return self._with_scores(
+            tokens, outputs["qkv"], keywords["layer"]["position_embeddings"], grids, in_raster
+        )
+
+    def look(self, reducer: Reducer, inputs: MediaInputs) -> tuple[VisionTokens, tuple[int, int]]:
+        grids = inputs.extra["image_grid_thw"]
+        _, rows, columns = (grids[0] // self.merge).tolist()
+        return self.run_groups(reducer, inputs.pixels, grids), (rows, columns)
+
+    def fitting(self, reducer: Reducer, tokens: VisionTokens) -> Reducer:
+        """Return the reducer, or the identity for a picture of fewer tokens than its budget."""
+        return fitting(reducer, tokens.features.shape[1])
+
+    def seen_picture(self, inputs: MediaInputs) -> Tensor:
+        grid = inputs.extra["image_grid_thw"][0]
+        return picture_of(inputs.pixels, grid, merge=self.merge, patch=self.group_side // self.merge)
+
+    def by_group(self, patches: Tensor) -> Tensor:
+        """Put the patches of a group together: float[patches, ...] to float[G, 4, ...]."""
+        return patches.view(-1, self.merge**2, *patches.shape[1:])
+
+    @torch.no_grad()
+    def _with_scores(
+        self,
+        tokens: VisionTokens,
+        qkv: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        grids: Tensor,
+        in_raster: Tensor,
+    ) -> VisionTokens:
+        """Add the saliency and the keys of the groups, computed from float[patches, 3 d]."""
+        # Queries and keys are compared after they are rotated by their positions.
+        num_heads = self.model.config.vision_config.num_heads
+        heads = qkv.view(len(qkv), 3, num_heads, -1)
+        queries, keys = self.rotate(heads[:, 0], heads[:, 1], *rotation)
+
+        # Windows have mixed up the groups, so put them in raster order.
+        accurate = torch.promote_types(queries.dtype, torch.float32)
+        queries = self.by_group(queries)[in_raster].flatten(0, 1).to(accurate)
+        keys = self.by_group(keys)[in_raster].flatten(0, 1).to(accurate)
+
+        # The patches of a picture see each other, and no other picture.
+        received = []
+        first = 0
+        for num_pictures, num_patches in pictures_of(grids):
+            block = slice(first, first + num_pictures * num_patches)
+            first = block.stop
+            shape = (num_pictures, num_patches, num_heads, -1)
+            block_queries = queries[block].view(shape).transpose(1, 2)
+            block_keys = keys[block].view(shape).transpose(1, 2)
+            received.append(received_attention(block_queries, block_keys).flatten())
+
+        # A group has the mean of its patches.
+        saliency = self.by_group(torch.cat(received)).mean(dim=1)
+        group_keys = self.by_group(keys.mean(dim=1)).mean(dim=1)
+        return replace(tokens, saliency=saliency[None], keys=group_keys[None])
+
+    def project(self, features: VisualFeatures) -> Tensor:
+        return self.run_projector(features.features)[features.order]
+
+    def run_projector(self, features: Tensor) -> Tensor:
+        """Run the merger in its own precision on float[..., 4 d], and return float[m, d_llm]."""
+        # The merger norms the patches of a group one by one.
+        patches = features.reshape(-1, super().feature_width)
+        return super().run_projector(patches)
+
+    # ---- Positions ----
+
+    def text_arguments(self, input_ids: Tensor) -> dict[str, Tensor]:
+        # The model looks for positions of pictures only if it is told where they are.
+        types = torch.zeros_like(input_ids)
+        for number, kind in enumerate(self.kinds, start=1):
+            types += number * (input_ids == self.placeholder_id(kind))
+        return {"mm_token_type_ids": types}
+
+    def positions(
+        self,
+        input_ids: Tensor,
+        features: Mapping[str, VisualFeatures],
+        *,
+        counted: Tensor,
+        first: Tensor,
+    ) -> Tensor | None:
+        positions, _ = self.positions_and_reach(input_ids, features, counted=counted, first=first)
+        return positions
+
+    def positions_and_reach(
+        self,
+        input_ids: Tensor,
+        features: Mapping[str, VisualFeatures],
+        *,
+        counted: Tensor,
+        first: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute what `vzip.families.positions.grid_positions` returns."""
+        places = []
+        for kind, media in features.items():
+            steps_apart = self.steps_apart and kind == "video"
+            places.append((self.placeholder_id(kind), grid_places(media, steps_apart=steps_apart)))
+        return grid_positions(input_ids, places, counted=counted, first=first)
+
+    # ---- Patching one model instance ----
+
+    def install(self, reducer: Reducer) -> None:
+        super().install(reducer)
+        install_positions(self, reducer)
+
+    def uninstall(self) -> None:
+        super().uninstall()
+        uninstall_positions(self)
+
+    def features_for_model(
+        self, kind: str, inputs: MediaInputs, reducer: Reducer, **options: Any
+    ) -> VisualFeatures:
+        """Compute the features, and remember which tokens stay: the model asks for positions later."""
+        return encoded_by(self).features(self, kind, inputs, reducer, **options)
