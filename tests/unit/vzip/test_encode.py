@@ -1,4 +1,7 @@
-"""Conversation templates: ids and labels, against lists worked out by hand and LLaVA's own rule."""
+"""Conversation templates: ids and labels, against lists worked out by hand, and for any text.
+
+`tests/contract/test_golden_labels.py` compares them with those of LLaVA's own trainer.
+"""
 
 import copy
 import re
@@ -14,7 +17,6 @@ from tests.helpers.errors import refused
 from vzip.templates.encode import (
     IGNORED,
     IMAGE,
-    VICUNA_SYSTEM,
     VIDEO,
     chatml,
     encode,
@@ -131,128 +133,6 @@ def test_plain_token_by_token(llama):
     assert_pieces(llama, encoded, [IMAGE])
 
 
-# Against LLaVA's preprocessing
-
-
-def llava_image_tokens(prompt, tokenizer):
-    """LLaVA's tokenizer_image_token: BOS, and every chunk between images by itself."""
-    ids = [tokenizer.bos_token_id]
-    for index, chunk in enumerate(prompt.split(IMAGE)):
-        ids += [tokenizer.convert_tokens_to_ids(IMAGE)] if index else []
-        # LLaVA's slow tokenizer puts a space before every text, also before one that has a space.
-        space = " " if chunk.startswith((" ", "▁")) else ""
-        ids += tokenizer.encode(space + chunk, add_special_tokens=False)
-    return ids
-
-
-def llava_question(question):
-    """LLaVA's preprocess_multimodal."""
-    return (IMAGE + "\n" + question.replace(IMAGE, "").strip()).strip() if IMAGE in question else question
-
-
-def llava_vicuna(tokenizer, turns, *, system="", legacy=False):
-    """LLaVA's preprocess_v1: tokenize the whole prompt; find each answer by counting tokens."""
-    prompt = system
-    for question, answer in turns:
-        prompt += f"USER: {llava_question(question)} ASSISTANT: {answer}</s>"
-    ids = llava_image_tokens(prompt, tokenizer)
-    labels = [IGNORED] * len(ids)
-    position = 1  # after BOS
-    for index, text in enumerate(prompt.split("</s>")[:-1]):
-        question, _ = text.split(" ASSISTANT: ")
-        # Each round is counted with a BOS, which stands for its </s>; in the prompt, a later round
-        # has no leading space.
-        joined = 1 if index and not legacy else 0
-        length = len(llava_image_tokens(text, tokenizer)) - joined
-        skipped = len(llava_image_tokens(question + " ASSISTANT: ", tokenizer)) - 2 - joined
-        labels[position + skipped : position + length] = ids[position + skipped : position + length]
-        position += length
-    assert position == len(ids)
-    return ids, labels
-
-
-def mistral_prompt(turns):
-    """LLaVA's conv_mistral_instruct: spaces around questions and answers, no system prompt."""
-    return "".join(f"[INST] {llava_question(question)} [/INST] {answer} </s>" for question, answer in turns)
-
-
-def llava_mistral(tokenizer, turns):
-    """LLaVA's preprocess_llama_2: tokenize the whole prompt; find each answer by counting tokens."""
-    prompt = mistral_prompt(turns)
-    ids = llava_image_tokens(prompt, tokenizer)
-    labels = [IGNORED] * len(ids)
-    position = 1  # after BOS
-    for text in prompt.split("</s>")[:-1]:
-        question, _ = text.split("[/INST] ")
-        length = len(llava_image_tokens(text, tokenizer))  # its BOS stands for the </s>
-        # Neither the BOS nor the last space belongs to the question.
-        skipped = len(llava_image_tokens(question + "[/INST] ", tokenizer)) - 2
-        labels[position + skipped : position + length] = ids[position + skipped : position + length]
-        position += length
-    assert position == len(ids)
-    return ids, labels
-
-
-def llava_plain(tokenizer, caption):
-    """LLaVA's preprocess_plain."""
-    ids = llava_image_tokens(f"{IMAGE}{caption}\n", tokenizer)
-    skipped = len(llava_image_tokens(IMAGE, tokenizer))
-    return ids, [IGNORED] * skipped + ids[skipped:]
-
-
-CONVERSATIONS = [
-    [("<image>\nWhat is it?", "A red car.")],
-    [("What is it?\n<image>", "Ein rotes Auto, größer als 3 m.")],
-    [("<image>\nWhat is it?", "A red car."), ("Where?", "On the road."), ("Sure?\nReally?", "Yes!")],
-    [("What is it?", "A red car."), ("And this?\n<image>", "Two\nlines.")],
-    [("Hello", "Hi"), ("  spaces  inside ", "42 %")],
-    [("<image>\n日本語?", "はい。🙂"), ("Count: 1, 2", "3\n4\n")],
-    [("<image>\nList", "\nTwo"), ("again", " lead"), ("and", "  two")],
-    [("<image>\nBox?", "[0.1, 0.25, 0.9, 1.0]"), ("Sign?", "(a) :: b"), ("Word?", "ASSISTANT")],
-]
-
-
-@pytest.mark.parametrize("turns", CONVERSATIONS)
-def test_vicuna_and_mistral_are_llavas_preprocessing(llama, legacy, turns):
-    for system in ("", VICUNA_SYSTEM):
-        expected = llava_vicuna(llama, turns, system=system, legacy=legacy)
-        assert encode(vicuna(system), llama, turns) == expected
-    assert encode(mistral(), llama, turns) == llava_mistral(llama, turns)
-
-
-def test_the_default_system_prompt_is_vicunas(llama):
-    ids, _ = encode(vicuna(), llama, [("<image>\nHi", None)])
-    before_image = ids[: ids.index(llama.convert_tokens_to_ids(IMAGE))]
-    assert before_image == llava_image_tokens(VICUNA_SYSTEM + "USER: ", llama)
-    assert VICUNA_SYSTEM.startswith("A chat between a curious user and an artificial intelligence")
-
-
-LLAVA_TEXT = st.text("ab Z19.,:?!\n-é漢", min_size=1).filter(str.strip)
-
-
-@given(
-    turns=st.lists(st.tuples(LLAVA_TEXT, LLAVA_TEXT), min_size=1, max_size=3),
-    image_at=st.integers(0, 3),
-)
-def test_vicuna_is_llavas_preprocessing_for_any_text(sentencepiece, turns, image_at):
-    if image_at < len(turns):
-        question, answer = turns[image_at]
-        turns[image_at] = (f"{IMAGE}\n{question}", answer)
-    assert encode(vicuna(""), sentencepiece[False], turns) == llava_vicuna(sentencepiece[False], turns)
-
-
-@pytest.mark.parametrize("question", ["<image>", "<image>\n", "<image> \n "])
-def test_a_question_that_is_only_an_image_is_as_in_llava(llama, legacy, question):
-    turns = [(question, "A red car."), ("Where?", "Here.")]
-    encoded = encode(vicuna(""), llama, turns)
-    assert encoded == llava_vicuna(llama, turns, legacy=legacy)
-    assert encode(mistral(), llama, turns) == llava_mistral(llama, turns)
-
-    # LLaVA's tokenizer puts a space before the text behind the picture, which starts with one.
-    behind = pieces(llama, encoded[0])[pieces(llama, encoded[0]).index(IMAGE) + 1 :]
-    assert "".join(behind).startswith("▁▁ASSISTANT:")
-
-
 # Conversations of which LLaVA's trainer loses count
 
 
@@ -274,13 +154,6 @@ def test_a_conversation_that_llava_masks_has_no_loss(llama, build, position):
 
 
 @pytest.mark.parametrize("build", [vicuna, mistral])
-@pytest.mark.parametrize("spelled", ["<s>", "USER: hi", "ASSISTANT:", "[INST] x", "<0x0A>"])
-def test_other_spellings_keep_their_loss(llama, build, spelled):
-    _, labels = encode(build(), llama, [(f"<image>\n{spelled}", f"it is {spelled}")])
-    assert IGNORED in labels and set(labels) != {IGNORED}
-
-
-@pytest.mark.parametrize("build", [vicuna, mistral])
 def test_an_empty_answer_is_written_as_llava_does(llama, build):
     template = build()
     # In the middle, the next question follows at once, and the other answers keep their loss.
@@ -295,11 +168,6 @@ def test_an_empty_answer_is_written_as_llava_does(llama, build):
     ids, labels = encode(template, llama, turns)
     assert ids == encode(template, llama, [turns[0], ("second", None)])[0]
     assert set(labels) == {IGNORED}
-
-
-def test_a_blank_answer_has_loss(llama, legacy):
-    turns = [("<image>\nWhat?", " "), ("Where?", "Here.")]
-    assert encode(vicuna(""), llama, turns) == llava_vicuna(llama, turns, legacy=legacy)
 
 
 def test_chatml_and_captions_take_empty_texts():
@@ -320,13 +188,6 @@ def test_an_image_in_an_answer_stands_at_its_front_without_loss(llama, build):
     assert pieces(llama, ids)[ids.index(image_id) - 1] == "▁"
 
 
-@given(caption=st.text("ab Z19.,:?!\n-é漢▁"), legacy=st.booleans())
-def test_plain_is_llavas_preprocessing_for_any_caption(sentencepiece, caption, legacy):
-    tokenizer = sentencepiece[legacy]
-    encoded = encode(plain(), tokenizer, [("What is it?\n<image>", caption)])
-    assert encoded == llava_plain(tokenizer, caption)
-
-
 # ChatML
 
 
@@ -339,24 +200,12 @@ def chatml_text(turns, system="Be kind."):
     return text
 
 
-def test_chatml_is_the_templates_string():
-    tokenizer = tiny.tokenizer()
-    turns = [("<image>\nWhat is it?", "A red car."), ("Where?", " On the\nroad."), ("Text only", "ok")]
-    ids, labels = encode(chatml("Be kind."), tokenizer, turns)
-    assert ids == tokenizer.encode(chatml_text(turns), add_special_tokens=False)
-
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    ends = [index for index, token in enumerate(ids) if token == end]
-    assert [labels[index] != IGNORED for index in ends] == [False, False, True, False, True, False, True]
-    assert all(labels[index + 1] == IGNORED for index in ends)
-    assert tokenizer.decode(with_loss(labels)) == "A red car.<|im_end|> On the\nroad.<|im_end|>ok<|im_end|>"
-
-
-def test_chatml_joins_nothing_across_answers(joining):
-    turns = [("<image>\nWhat?\n\nreally?", "A x."), ("Where?", "On\n\n x")]
-    ids, labels = encode(chatml("Be kind."), joining, turns)
-    assert ids == joining.encode(chatml_text(turns), add_special_tokens=False)
-    assert joining.decode(with_loss(labels)) == "A x.<|im_end|>On\n\n x<|im_end|>"
+def test_chatml_is_the_templates_string_and_joins_nothing_across_answers(joining):
+    turns = [("<image>\nWhat?\n\nreally?", "A x."), ("Where?", "On\n\n x"), ("Text only", "ok")]
+    for tokenizer in (joining, tiny.tokenizer()):
+        ids, labels = encode(chatml("Be kind."), tokenizer, turns)
+        assert ids == tokenizer.encode(chatml_text(turns), add_special_tokens=False)
+        assert tokenizer.decode(with_loss(labels)) == "A x.<|im_end|>On\n\n x<|im_end|>ok<|im_end|>"
 
 
 @pytest.mark.parametrize("answer", ["\nTwo", " lead", "  lead", "\n\nTwo", "\n x", "\t", " ", "\n"])
@@ -408,9 +257,6 @@ def test_a_prompt_is_the_beginning_of_its_conversation(llama, build):
     prompt, prompt_labels = encode(build(), llama, [TURNS[0], ("Where?", None)])
     assert prompt == ids[: len(prompt)] and prompt_labels == labels[: len(prompt)]
     assert llama.decode(ids[len(prompt) :]).replace(" ", "") == "Ontheroad.</s>"
-    if build is mistral:
-        text = mistral_prompt(TURNS[:1]) + "[INST] Where? [/INST]"
-        assert prompt == llava_image_tokens(text, llama)
 
 
 # Placeholders
@@ -419,17 +265,11 @@ def test_a_prompt_is_the_beginning_of_its_conversation(llama, build):
 @pytest.mark.parametrize(
     ("question", "placed"),
     [
-        ("no image", "no image"),
         ("  no image\n", "  no image\n"),
-        ("<image>\nWhat?", "<image>\nWhat?"),
         ("What?\n<image>", "<image>\nWhat?"),
-        ("Is <image> that?", "<image>\nIs  that?"),
-        ("<image> and\n<image>", "<image>\n<image>\nand"),
-        ("<video>", "<video>"),
-        ("<video>\nWhat?", "<video>\nWhat?"),
         ("Is <video> that?\n", "<video>\nIs  that?"),
+        ("<video>", "<video>"),
         ("<video><video>\nSame?", "<video>\n<video>\nSame?"),
-        ("<video> like <image>?", "<image>\n<video>\nlike ?"),
         ("<video>a<image>b<video>c<image>", "<image>\n<image>\n<video>\n<video>\nabc"),
     ],
 )
