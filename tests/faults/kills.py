@@ -2,8 +2,10 @@
 
 import os
 import random
+import re
 import signal
 import time
+from pathlib import Path
 
 from tests.conftest import ROOT
 from tests.faults.world import NUM_STEPS, World, check_end, check_same_bits
@@ -87,30 +89,43 @@ def signals(world: World, rng: random.Random, number: int) -> None:
     """Ask a run to stop, in its steps or before them."""
     kind = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)[number % 4]
     ranks = 1 + number // 4 % 2
-    step = rng.choice([0, rng.randint(1, NUM_STEPS - 2)])
+    step = rng.choice([0, rng.randint(1, NUM_STEPS)])
     world.description = f"{ranks} rank(s), {kind.name} after step {step}"
     reference = world.reference(ranks=ranks)
     settings = world.settings(f"signal-{number}")
     run = world.runs / f"signal-{number}"
 
-    scripts = world.begin_tune(settings, ranks=ranks)
     if step:
-        world.wait_for_steps(run, step, scripts)
+        # One rank is enough.
+        kill_it = f"os.kill(os.getpid(), {int(kind)})"
+        script = world.hooked(step, kill_it, ranks=(rng.randrange(ranks),))
+        scripts = world.begin_tune(settings, ranks=ranks, script=script)
     else:
-        # Loading takes longer than this.
-        time.sleep(1 + rng.random() * 0.5)
-    asked = scripts if step == 0 else [rng.choice(scripts)]
-    for each in asked:
-        os.kill(each.process.pid, kind)
+        # Before it listens, a process of Python ends as any other. Then loading takes longer than this.
+        scripts = world.begin_tune(settings, ranks=ranks)
+        for each in scripts:
+            while not _listens(each.process.pid):
+                time.sleep(0.01)
+        time.sleep(rng.random() * 0.2)
+        for each in scripts:
+            os.kill(each.process.pid, kind)
 
     done, *_ = [world.end(each) for each in scripts]
-    check_end(done, 0, 128 + kind)
-    if done.returncode and run.exists() and "which are saved" in done.stderr:
+    check_end(done, 128 + kind)
+    if step:
+        assert f"after {step} of {NUM_STEPS} steps, which are saved" in done.stderr, "not saved"
         states = [folder.name for folder in (run / "state").iterdir()]
-        assert f"step{len(metrics(run))}" in states, f"no state after the last step: {states}"
-    if done.returncode:
-        check_end(world.tune(settings, ranks=ranks), 0)
+        assert f"step{step}" in states, f"no state after the last step: {states}"
+        assert len(metrics(run)) == step, "it went on"
+    check_end(world.tune(settings, ranks=ranks), 0)
     check_same_bits(run, reference)
+
+
+def _listens(pid: int) -> bool:
+    """Tell whether a process has a handler for SIGUSR1, which nobody but a run has."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(re.search(r"^SigCgt:\s*(\w+)", status, re.MULTILINE)[1], 16)
+    return bool(caught >> (signal.SIGUSR1 - 1) & 1)
 
 
 def together(world: World, rng: random.Random, number: int) -> None:
@@ -120,15 +135,13 @@ def together(world: World, rng: random.Random, number: int) -> None:
     world.description = f"second command {' '.join(more)} after step {step}"
     reference = world.reference()
     settings = world.settings(f"together-{number}")
-    (first,) = world.begin_tune(settings)
+    # The second one needs seconds to start, so the first one stops before its next step.
+    stop = world.hooked(step + 1, "os.kill(os.getpid(), signal.SIGSTOP)")
+    (first,) = world.begin_tune(settings, script=stop)
     world.wait_for_steps(world.runs / f"together-{number}", step, [first])
-
-    # The second one needs seconds to start, so the first one waits for it.
-    os.kill(first.process.pid, signal.SIGSTOP)
-    try:
-        second = world.tune([*settings, *more])
-    finally:
-        os.kill(first.process.pid, signal.SIGCONT)
+    time.sleep(0.2)
+    second = world.tune([*settings, *more])
+    os.kill(first.process.pid, signal.SIGCONT)
     check_end(second, 2)
     assert str(first.process.pid) in second.stderr, f"the holder is not named: {second.stderr[-300:]}"
     check_end(world.end(first), 0)

@@ -2,7 +2,6 @@
 
 import os
 import random
-import resource
 import shutil
 import subprocess
 from contextlib import suppress
@@ -10,6 +9,9 @@ from pathlib import Path
 
 from tests.faults.world import NUM_STEPS, World, check_end, check_same_bits, module
 from tests.helpers.commands import metrics
+
+FILLER = "filler"
+"""Name of the file that fills a disk."""
 
 
 def disk(world: World, rng: random.Random, number: int) -> None:
@@ -21,25 +23,22 @@ def disk(world: World, rng: random.Random, number: int) -> None:
         world.description = f"disk full after step {step}"
         settings = [*world.settings(name), f"runs={small}"]
         run = small / name
-        (script,) = world.begin_tune(settings)
-        world.wait_for_steps(run, step, [script])
-        _fill(small / "filler")
+        fill = f"import tests.faults.storage as s; s.fill({str(small)!r})"
+        (script,) = world.begin_tune(settings, script=world.hooked(step, fill))
         done = world.end(script)
-        (small / "filler").unlink()
+        (small / FILLER).unlink()
     else:
-        # This works for every user: no file of the process may grow beyond some bytes.
-        most = rng.choice([100, 1000, 10_000])
+        # This works for every user: no file of the process may grow beyond some bytes. What it prints
+        # is a file too, and smaller; weights and states are larger.
+        most = rng.choice([8000, 10_000, 12_000])
         world.description = f"files limited to {most} bytes after step {step}"
         settings = world.settings(name)
         run = world.runs / name
-        (script,) = world.begin_tune(settings)
-        world.wait_for_steps(run, step, [script])
-        _, hard = resource.prlimit(script.process.pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(script.process.pid, resource.RLIMIT_FSIZE, (most, hard))
+        limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))"
+        (script,) = world.begin_tune(settings, script=world.hooked(step, limit))
         done = world.end(script)
 
-    # It may just have ended before there was no space.
-    check_end(done, 0, 2)
+    check_end(done, 2)
     check_end(world.tune(settings), 0)
     check_same_bits(run, reference)
     shutil.rmtree(run)
@@ -64,10 +63,10 @@ def unmount(world: World) -> None:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def _fill(file: Path) -> None:
-    """Write until the disk is full."""
+def fill(folder: str) -> None:
+    """Write until the disk is full. A run calls this between two steps."""
     # Large blocks, and then small ones into what they leave.
-    with file.open("wb", buffering=0) as opened:
+    with Path(folder, FILLER).open("wb", buffering=0) as opened:
         for size in (2**20, 2**12, 1):
             with suppress(OSError):
                 while True:

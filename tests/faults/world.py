@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from tests.conftest import ROOT
 from tests.helpers import tiny
 from tests.helpers.commands import WarmScript, begin_ranks, environment, metrics
 
@@ -13,6 +14,26 @@ WAIT_S = 240
 """Seconds after which a command counts as hanging."""
 
 NUM_STEPS = 8
+
+HOOKED = """
+import os, resource, runpy, signal, sys
+sys.path.insert(0, {root!r})
+import train.loop
+
+num_calls = 0
+train_step = train.loop.train_step
+
+def hooked_step(*arguments):
+    global num_calls
+    num_calls += 1
+    if num_calls == {step} and int(os.environ["RANK"]) in {ranks}:
+        {code}
+    return train_step(*arguments)
+
+train.loop.train_step = hooked_step
+runpy.run_path("train/tune.py", run_name="__main__")
+"""
+"""The recipe, with a line of code that is run before a step."""
 
 LOAD = """
 import sys
@@ -70,6 +91,12 @@ class World:
         """Begin a script in a warm process."""
         script = WarmScript([str(word) for word in arguments], environment(**self.variables))
         self._scripts.append(script)
+        return script
+
+    def hooked(self, step: int, code: str, *, ranks: tuple[int, ...] = (0, 1)) -> Path:
+        """Write a script that tunes, and runs some code on some ranks before a step, counted from 1."""
+        script = self.folder / "hooked.py"
+        script.write_text(HOOKED.format(root=str(ROOT), step=step, code=code, ranks=ranks))
         return script
 
     def begin_tune(
