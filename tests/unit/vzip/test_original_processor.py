@@ -4,11 +4,10 @@ import json
 import random
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, CLIPImageProcessorPil, LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig
 
 import vzip
 from tests.helpers import damage, tiny
@@ -16,30 +15,15 @@ from tests.helpers.errors import refused
 from tests.helpers.original import VOCABULARY, change_config, save_original
 from vzip.checkpoints.original import sentencepieces
 from vzip.checkpoints.original.llava import load_model, load_processor, load_tokenizer
+from vzip.media import image_aspect_ratio
 
 # Pictures
 
 
-def expand_to_square(picture, colour):
-    """Pad as LLaVA does (`llava/mm_utils.py`, `expand2square`), with PIL."""
-    side = max(picture.size)
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    return square
-
-
-@pytest.mark.parametrize("ratio", ["pad", "square", "absent"])
-def test_pictures_are_prepared_as_llava_does(tmp_path, ratio):
+@pytest.mark.parametrize(("ratio", "expected"), [("pad", "pad"), ("square", "square"), ("absent", "square")])
+def test_pictures_are_prepared_as_config_json_says(tmp_path, ratio, expected):
     folder = save_original(tmp_path / "llava", tiny.llava(), image_aspect_ratio=ratio)
-    clip = CLIPImageProcessorPil.from_pretrained(tmp_path / "some" / "clip")
-    colour = tuple(int(255 * value) for value in clip.image_mean)
-    processor = load_processor(str(folder)).image_processor
-    for width, height in ((90, 41), (33, 70), (64, 64)):
-        pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        picture = Image.fromarray(pixels)
-        expected = expand_to_square(picture, colour) if ratio == "pad" else picture
-        values = processor(picture, return_tensors="pt")["pixel_values"]
-        assert torch.equal(values, clip(expected, return_tensors="pt")["pixel_values"])
+    assert image_aspect_ratio(load_processor(str(folder))) == expected
 
 
 def test_a_tower_without_its_preprocessing_is_refused(original_folder, tmp_path):
@@ -72,11 +56,9 @@ def test_image_is_the_first_new_id(original_folder):
     assert tokenizer.decode([VOCABULARY], skip_special_tokens=True) == ""
     assert tokenizer.pad_token == "<unk>"
 
-
-def test_a_padded_vocabulary_has_image_after_its_padding(original_folder):
+    # A padded vocabulary has it behind its padding.
     change_config(original_folder, vocab_size=VOCABULARY + 5)
-    tokenizer = load_tokenizer(str(original_folder))
-    assert tokenizer.convert_tokens_to_ids("<image>") == VOCABULARY + 5
+    assert load_tokenizer(str(original_folder)).convert_tokens_to_ids("<image>") == VOCABULARY + 5
 
 
 @pytest.mark.parametrize("size", [VOCABULARY - 1, VOCABULARY + 64, 9])
@@ -135,11 +117,7 @@ def test_a_sentencepiece_model(original_folder, pieces, settings, model_type):
     if settings:
         (original_folder / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = load_tokenizer(str(original_folder))
-    for text in (
-        "A chat between a user and an assistant.",
-        "USER: What's  this?\nÄpfel, 苹果 🍎",
-        "two  spaces",
-    ):
+    for text in ("A chat between a user and an assistant.", "USER: What's  this?\nÄpfel, 苹果 🍎"):
         assert tokenizer.encode(text) == [1, *pieces.encode(text)]
 
     image_id = pieces.get_piece_size()
@@ -156,19 +134,7 @@ def test_ids_are_those_of_sentencepiece_for_any_white_space(original_folder, pie
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved", config=LlamaConfig())
 
     draw = random.Random(0)
-    words = [
-        "a",
-        "the",
-        "cat",
-        "What's",
-        "indent\tfoo",
-        "苹果",
-        "🍎",
-        "12345",
-        "http://x.y/z",
-        "...",
-        "ASSISTANT:",
-    ]
+    words = ["a", "cat", "What's", "indent\tfoo", "苹果", "🍎", "12345", "http://x.y/z", "...", "ASSISTANT:"]
     gaps = [" ", "  ", "   ", "\n", "\n  ", "\n\n", " " * 17]
     for _ in range(200):
         text = "".join(draw.choice(words) + draw.choice(gaps) for _ in range(12))
