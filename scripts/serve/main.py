@@ -4,14 +4,15 @@ make serve RUN=runs/my-run          python -m scripts.serve.main runs/my-run --p
 """
 
 import argparse
-import json
+import os
 import time
 from pathlib import Path
+from tempfile import gettempdir, mkstemp
 
-from data.paths import ROOT
 from scripts.export.main import export, export_parser
 from scripts.serve.environment import has_gpu, serve_python
-from scripts.serve.server import Server, ServerError, serving
+from scripts.serve.request import example_request
+from scripts.serve.server import Server, ServerError, serving, stop_on_signals, unused_port
 from train.cli import exit_on_user_error
 from train.hardware import native_dtype
 from vzip import UserError
@@ -50,30 +51,13 @@ def served_folder(source: str, base: str | None) -> Path:
     return export(export_parser().parse_args(arguments))
 
 
-def example_request(server: Server, budgets: list[int]) -> str:
-    """Write a request that can be copied into a terminal."""
-    message = {
-        "role": "user",
-        "content": [
-            {"type": "image_url", "image_url": {"url": "data:image/png;base64,'$(base64 -w0 PICTURE.png)'"}},
-            {"type": "text", "text": "What is in the picture?"},
-        ],
-    }
-    body: dict[str, object] = {"model": server.model, "messages": [message], "max_tokens": 64}
-    if len(budgets) > 1:
-        body["mm_processor_kwargs"] = {"budget": budgets[-1]}
-
-    command = f"curl {server.address}/v1/chat/completions -H 'Content-Type: application/json' -d"
-    return f"{command} '{json.dumps(body)}'"
-
-
 def _announce(server: Server, budgets: list[int]) -> None:
     """Tell how to ask the server."""
     print(f"{server.model} is served at {server.address}/v1 (Ctrl-C ends it; log: {server.log})\n")
     counts = ", ".join(str(budget) for budget in budgets)
     if len(budgets) > 1:
         print(f"A request names its budget, one of {counts}; without one it gets {budgets[0]}.\n")
-    print(example_request(server, budgets), flush=True)
+    print(f"Ask about PICTURE.png:\n\n{example_request(server, budgets)}", flush=True)
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:
@@ -92,10 +76,39 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args()
 
 
+def new_log() -> Path:
+    """Make an empty file for what the server prints."""
+    # A run may lie in a folder that nobody can write into. The descriptor is not needed.
+    descriptor, name = mkstemp(prefix="vzip-serve-", suffix=".log", dir=gettempdir())
+    os.close(descriptor)
+    return Path(name)
+
+
+def with_log(error: ServerError, log: Path) -> UserError:
+    """Say why a server has ended, with the end of its log."""
+    lines = log.read_text(errors="replace").splitlines()
+
+    # vLLM's own traceback follows, of which the plugin's message is one line.
+    prefix = f"{UserError.__name__}: "
+    for line in lines:
+        if prefix in line:
+            return UserError(f"{line.partition(prefix)[2]}\nThe whole log is {log}")
+
+    end = "\n".join(lines[-LOG_LINES:])
+    return UserError(f"{error}. The end of its log:\n{end}\nThe whole log is {log}")
+
+
 @exit_on_user_error
 def main() -> None:
     """Export the run if needed, start vLLM, print a request to copy, and wait for Ctrl-C."""
     arguments, options = _parse()
+    stop_on_signals()
+
+    # What can be refused is refused before vLLM is installed.
+    try:
+        port = unused_port(arguments.host, arguments.port)
+    except ServerError as error:
+        raise UserError(str(error)) from error
     folder = served_folder(arguments.source, arguments.base)
     budgets = list(reducers_of(read_meta(folder)))
     python = serve_python()
@@ -104,34 +117,25 @@ def main() -> None:
     if not has_gpu() and native_dtype() != "bfloat16" and "--dtype" not in options:
         options += ["--dtype", native_dtype()]
 
-    log = ROOT / "runs" / "serve.log"
-    log.parent.mkdir(exist_ok=True)
+    log = new_log()
     print(f"starting vLLM, which takes a minute or more (log: {log})", flush=True)
     name = arguments.name or Path(arguments.source).resolve().name
+    address = (arguments.host, port)
     try:
-        with serving(
-            python,
-            folder,
-            model=name,
-            log=log,
-            options=options,
-            address=(arguments.host, arguments.port),
-        ) as server:
+        with serving(python, folder, model=name, log=log, options=options, address=address) as server:
             _announce(server, budgets)
             _wait_for_end(server)
+    except KeyboardInterrupt:
+        # Ctrl-C is how this command ends, so it is no error.
+        print("\nstopped", flush=True)
     except ServerError as error:
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
-        raise UserError(f"{error}. The end of its log:\n{end}\nThe whole log is {log}") from error
+        raise with_log(error, log) from error
 
 
 def _wait_for_end(server: Server) -> None:
-    """Wait for Ctrl-C. Raises ServerError if the server ends by itself."""
-    try:
-        while server.process.poll() is None:
-            time.sleep(0.5)
-    except KeyboardInterrupt:
-        print("\nstopping", flush=True)
-        return
+    """Wait for ever, or until the server ends by itself, which raises ServerError."""
+    while server.process.poll() is None:
+        time.sleep(0.5)
     raise ServerError(f"vLLM ended with code {server.process.returncode}")
 
 

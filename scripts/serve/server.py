@@ -3,13 +3,13 @@
 This module imports nothing but the standard library, so that it also runs in `.venv-serve`.
 """
 
+import http
+import http.client
 import os
 import signal
 import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -49,26 +49,39 @@ class Server:
     process: subprocess.Popen[bytes]
 
 
-def unused_port(host: str) -> int:
-    """Return a port that nothing listens on."""
+def unused_port(host: str, port: int | None = None) -> int:
+    """Return a port that nothing listens on. Raises ServerError if that is not `port`."""
+    # A server that listens there already would be taken for the new one.
     with socket.socket() as listener:
-        listener.bind((host, 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port or 0))
+        except (OSError, OverflowError) as error:
+            raise ServerError(
+                f"--host={host} --port={port} can't be opened: {error}; give another one"
+            ) from error
         return int(listener.getsockname()[1])
 
 
-def _is_ready(address: str) -> bool:
-    """Tell whether the server is ready."""
+def read_page(address: str, path: str, *, seconds: float = 10) -> str | None:
+    """Return a page of a server at http://HOST:PORT; None if it does not answer with one."""
+    # http.client does not ask the network's proxy, which can't reach this machine.
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=seconds)
     try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
+        connection.request("GET", path)
+        response = connection.getresponse()
+        content = response.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+    return content if response.status == http.HTTPStatus.OK else None
 
 
 def _wait(server: Server) -> None:
     """Wait until the server answers. Raises ServerError if it ends, or takes too long."""
     deadline = time.monotonic() + START_SECONDS
-    while not _is_ready(server.address):
+    while read_page(server.address, "/health") is None:
         if server.process.poll() is not None:
             raise ServerError(f"vLLM ended with code {server.process.returncode}")
         if time.monotonic() > deadline:
@@ -78,15 +91,23 @@ def _wait(server: Server) -> None:
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """End a server as Ctrl-C does, and its workers with it."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
+    try:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+    finally:
+        # Who presses Ctrl-C again does not want to wait. The server has a group of its own, so
+        # whatever is left of it can be found.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
-    # The server has a group of its own, so whatever is left of it can be found.
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+
+def stop_on_signals() -> None:
+    """Make this command end its server when its terminal closes, or when somebody kills it."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
 
 
 @contextmanager
@@ -112,9 +133,8 @@ def serving(
     Raises:
         ServerError: the server does not start. The log says why.
     """
-    host, port = address
-    if port is None:
-        port = unused_port(host)
+    host = address[0]
+    port = unused_port(*address)
     command = [str(python), "-m", MODULE, "--model", str(folder), "--served-model-name", model]
     command += ["--host", host, "--port", str(port)]
 

@@ -10,11 +10,15 @@ from packaging.specifiers import SpecifierSet
 
 from vzip.errors import UserError, check_choice
 from vzip.families import Family, families
-from vzip.reducers import Reducer
+from vzip.reducers import Reducer, create
 from vzip.runs.meta import EXPORT, FORMAT, anyres_of, reducers_of
+from vzip.runs.projector import budget_of
 
 SUPPORTED = SpecifierSet(">=0.32,<0.33")
 """Versions of vLLM that the plugin was tested with. It uses parts that vLLM does not promise to keep."""
+
+FAMILIES = ("llava", "llava_next", "llava_onevision", "mini_gemini")
+"""Families that the plugin was tested with. Others may count or place their tokens in another way."""
 
 
 def check_version() -> None:
@@ -42,7 +46,7 @@ class ServedReducers:
     def __init__(self, config: Any) -> None:
         self.config = config
         meta = getattr(config, EXPORT, None)
-        if not isinstance(meta, Mapping) or "reducer" not in meta:
+        if not isinstance(meta, Mapping) or not isinstance(meta.get("reducer"), Mapping):
             raise UserError(
                 f"config.json has no description {EXPORT!r} of a reducer; serve a folder that "
                 f"`make export TO=hf` wrote"
@@ -54,7 +58,7 @@ class ServedReducers:
             )
 
         self.family: Family = self.family_class(SimpleNamespace(config=config), anyres=anyres_of(meta))
-        self.reducers: dict[int, Reducer] = reducers_of({"other_budgets": {}, **meta})
+        self.reducers: dict[int, Reducer] = reducers_of(self._with_budget(meta))
 
         # A reducer that does not fit the model is refused at the start, not at the first picture.
         for reducer in self.reducers.values():
@@ -63,8 +67,21 @@ class ServedReducers:
     @property
     def family_class(self) -> type[Family]:
         """The adapter of the model's family."""
-        check_choice("model_type", self.config.model_type, sorted(families()))
+        check_choice("model_type", self.config.model_type, FAMILIES)
         return families()[self.config.model_type]
+
+    def _with_budget(self, meta: Mapping[str, Any]) -> dict[str, Any]:
+        """Add the budget to a description that a user gave, and that names a reducer alone."""
+        if "budget" in meta:
+            return {"other_budgets": {}, **meta}
+
+        # A budget counts the tokens of several tiles here as it does everywhere.
+        settings = {name: value for name, value in meta["reducer"].items() if name not in ("name", "anyres")}
+        if "budget" in settings:
+            settings["tiles"] = self.family.budget_tiles
+        reducer = create(str(meta["reducer"].get("name")), settings)
+        description = self.family.describe_reduction(reducer)
+        return {"budget": budget_of(self.family, reducer), "reducer": description, "other_budgets": {}}
 
     @cached_property
     def default(self) -> int:
