@@ -44,15 +44,10 @@ def test_the_lowest_limit_of_all_groups_around_a_process_counts(monkeypatch, tmp
     assert usable_cpus() == 2
 
 
-def test_without_control_groups_there_are_no_limits(monkeypatch, tmp_path):
+def test_without_control_groups_there_are_no_limits_and_a_part_of_a_cpu_is_one(monkeypatch, tmp_path):
     monkeypatch.setattr(cgroups, "CGROUPS", tmp_path)
     monkeypatch.setattr(cgroups, "OWN_GROUPS", tmp_path / "none")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3})
     assert memory_limits() == [] and usable_cpus() == 2
-
-
-def test_a_container_with_less_than_one_cpu_has_one(monkeypatch, tmp_path):
     (tmp_path / "cpu.max").write_text("50000 100000\n")
-    monkeypatch.setattr(cgroups, "CGROUPS", tmp_path)
-    monkeypatch.setattr(cgroups, "OWN_GROUPS", tmp_path / "none")
     assert usable_cpus() == 1

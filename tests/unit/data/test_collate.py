@@ -58,7 +58,6 @@ def test_without_a_pad_token_the_end_token_pads():
 
 
 BATCHES = {
-    "one picture each": ["<image>one", "<image>and another"],
     "several and none": IMAGE_TEXTS,
     "several in one example": ["<image><image><image>example"],
     "videos and pictures": VIDEO_TEXTS,
@@ -145,32 +144,6 @@ def test_an_image_of_unknown_size_counts_as_a_usual_one():
     assert collator.lengths(examples).tolist() == [1 + num_tokens]
 
 
-@pytest.mark.parametrize(
-    ("kind", "medium"), [(kind, medium) for kind in tiny.KINDS for medium in shared_family(kind).kinds]
-)
-def test_media_that_no_example_has_are_blank(tmp_path, kind, medium):
-    """Under ZeRO 3 every rank must run the same modules, so there is one black picture of the usual shape."""
-    family = shared_family(kind)
-    texts = {"image": "<image>one", "video": "<video>one"}
-    others = [texts[other] for other in family.kinds if other != medium]
-    batch = collate(kind, examples_of([*others, "text"], tmp_path), REDUCER, kinds=family.kinds)
-    real = collate(kind, examples_of([texts[medium], "text"], tmp_path), REDUCER, kinds=family.kinds)
-
-    assert list(batch.media) == list(family.kinds)
-    assert {name for name, count in batch.num_placeholders.items() if not count} == {medium}
-    assert not (batch.input_ids == family.placeholder_id(medium)).any()
-
-    blank, filled = batch.media[medium], real.media[medium]
-    assert blank.num_media == 1
-    assert blank.pixels.dim() == filled.pixels.dim()
-    assert blank.extra.keys() == filled.extra.keys()
-    assert not blank.pixels.any()
-    assert filled.pixels.any()
-    with torch.no_grad():
-        features = family.visual_features(medium, blank.normalized(torch.float32), REDUCER)
-        assert family.project(features).isfinite().all()
-
-
 def test_a_kind_of_media_that_the_model_does_not_take_is_refused():
     with pytest.raises(UserError, match="holds videos, which a 'llava' model does not take"):
         Collator(PROCESSOR, shared_family(), Identity(), kinds=("image", "video"))
@@ -191,8 +164,7 @@ def test_a_collator_is_light_enough_for_workers_that_get_a_copy(kind):
 @pytest.mark.parametrize("template", [vicuna(), chatml("be kind")], ids=lambda template: template.name)
 def test_a_cut_example_has_as_many_placeholders_as_images_and_videos(tmp_path, template):
     # An image without its placeholder makes the model refuse the batch in the middle of a run. The
-    # number of images
-    # matters too: LLaVA-OneVision cuts only an image that is alone in its example into tiles.
+    # number of images matters too: LLaVA-OneVision cuts only an image that is alone into tiles.
     source = conversation(
         "<image>\nwhat?", "a cat", "and <image><video>?", "a dog", image=["1.jpg", "2.jpg"], video="1.mp4"
     )
@@ -298,18 +270,14 @@ def test_a_packed_batch_without_examples_is_one_token_that_counts_nothing():
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_all_tensors_of_a_micro_batch_go_to_the_device(tmp_path, kind):
-    batch = collate(kind, examples_of(texts_of(kind), tmp_path), REDUCER)
-    on_device = batch.to(torch.device("meta"))
-    assert {tensor.device.type for tensor in tensors_of(on_device)} == {"meta"}
-    assert len(tensors_of(on_device)) == len(tensors_of(batch)) >= 3 + 2 * len(batch.media)
-
-    packed = Packer(ready_collator(), num_prefix=0)(
-        [example_with_pictures([1, IMAGE_ID, 6], [IGNORED, IGNORED, 6])]
-    )
-    on_device = packed.to(torch.device("meta"))
-    assert {tensor.device.type for tensor in tensors_of(on_device)} == {"meta"}
-    assert on_device.lengths == packed.lengths == (3,)
-    assert on_device.num_examples == 1
+    padded = collate(kind, examples_of(texts_of(kind), tmp_path), REDUCER)
+    example = example_with_pictures([1, IMAGE_ID, 6], [IGNORED, IGNORED, 6])
+    packed = Packer(ready_collator(), num_prefix=0)([example])
+    for batch in (padded, packed):
+        on_device = batch.to(torch.device("meta"))
+        assert {tensor.device.type for tensor in tensors_of(on_device)} == {"meta"}
+        assert len(tensors_of(on_device)) == len(tensors_of(batch)) >= 3 + len(batch.media)
+    assert (on_device.lengths, on_device.num_examples) == ((3,), 1)
 
 
 @pytest.mark.gpu

@@ -34,19 +34,17 @@ def test_a_base_address_is_that_of_the_data_source(tmp_path):
 def test_a_folder_may_be_that_of_all_pictures_or_lie_deep_below(tmp_path):
     (tmp_path / "coco" / "train2017").mkdir(parents=True)
     (tmp_path / "coco" / "train2017" / "1.jpg").write_bytes(b"one")
+    with (tmp_path / "coco" / "train2017" / "3.jpg").open("wb") as file:
+        file.truncate(200_000_000_000)  # a hole, which takes no room on the disk
+
     for folder in (tmp_path, tmp_path / "coco", tmp_path / "coco" / "train2017"):
         source = parse_source(str(folder), QUICK)
         assert source.read("coco/train2017/1.jpg") == b"one"
         for path in ("coco/train2017/2.jpg", "coco/train2017"):
             with pytest.raises(NotFoundError, match=path):
                 source.read(path)
-
-
-def test_a_file_that_is_no_picture_by_its_size_is_never_read(tmp_path):
-    with (tmp_path / "1.jpg").open("wb") as file:
-        file.truncate(200_000_000_000)  # a hole, which takes no room on the disk
-    with pytest.raises(NotFoundError, match="more than 100,000,000 bytes"):
-        parse_source(str(tmp_path), QUICK).read("coco/1.jpg")
+        with pytest.raises(NotFoundError, match="more than 100,000,000 bytes"):
+            source.read("coco/train2017/3.jpg")
 
 
 @pytest.mark.parametrize("path", ["/etc/hostname", "../a.zip", "coco/../../a.zip"])
@@ -63,16 +61,9 @@ def test_paths_that_leave_are_never_read(tmp_path, path):
     ["", "nowhere", "nowhere.zip", "ftp://host/a/", "file:///etc/", "http://", "http://[/", "s3://a/b"],
 )
 def test_invalid_entries_are_named(entry):
-    with pytest.raises(
-        UserError, match=r"data\.pictures\.vg: .* is not a base address .*, a folder, or a zip file"
-    ):
+    words = r"data\.pictures\.vg: .* is not a base address .*, a folder, or a zip file"
+    with pytest.raises(UserError, match=words):
         open_sources({"coco": None, "vg": [entry]}, QUICK)
-
-
-@pytest.mark.parametrize("entries", [3, [None], {"a": "b"}, [["http://host/"]]])
-def test_entries_must_be_a_list(entries):
-    with pytest.raises(UserError, match=r"data\.pictures\.vg=.* must be a list, each entry a base address"):
-        open_sources({"vg": entries}, QUICK)
 
 
 def test_the_setting_holds_an_entry_a_list_or_nothing(tmp_path):
@@ -82,3 +73,7 @@ def test_the_setting_holds_an_entry_a_list_or_nothing(tmp_path):
     assert names == pictures | {"vg": ["https://host/a.ZIP"], "gqa": []}
     assert isinstance(sources["vg"][0], Archive)
     assert open_sources(None, QUICK) == {}
+
+    for wrong in (3, [None], {"a": "b"}, [["http://host/"]]):
+        with pytest.raises(UserError, match=r"data\.pictures\.vg=.* must be a list, each entry a base addr"):
+            open_sources({"vg": wrong}, QUICK)

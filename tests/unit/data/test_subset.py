@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import random
-import subprocess
 import sys
 import uuid
 from collections import Counter
@@ -15,8 +13,8 @@ from hypothesis import strategies as st
 
 from data.examples.subset import draw_subset
 from data.examples.table import open_table
-from data.paths import ROOT
-from tests.helpers.broken import messages
+from tests.helpers.broken import good, messages
+from tests.helpers.commands import start
 from vzip import UserError
 
 
@@ -102,27 +100,23 @@ def test_removing_an_example_moves_at_most_one_other_in(draw, removed, fraction,
     }
 
 
-def test_sources_are_chosen_and_unknown_ones_and_fractions_refused(draw):
+def test_sources_and_text_alone_can_be_left_out(draw):
     assert counts(draw(ENTRIES, sources=["gqa", "text"])) == {"gqa": 25, "text": 7}
 
     of_gqa = [name for name in draw(ENTRIES, fraction=0.3) if name.startswith("gqa")]
     assert draw(ENTRIES, sources=["gqa"], fraction=0.3) == of_gqa
     with pytest.raises(UserError, match=r"data\.sources.*no \['vg'\]; it has \['coco', 'gqa', 'text'\]"):
         draw(ENTRIES, sources=["gqa", "vg"])
-    for fraction in (0, -0.1, 1.01, 10, math.nan):
-        with pytest.raises(UserError, match=r"data\.fraction"):
-            draw(ENTRIES, fraction=fraction)
 
-
-def test_examples_of_text_alone_can_be_left_out(draw):
-    pictures = []
-    for number in range(9):
-        path = f"coco/{number}.jpg"
-        pictures.append({"id": f"coco-{number}", "image": path, "conversations": messages("<image>", "a")})
-
-    assert counts(draw(ENTRIES + pictures, text_examples=False)) == {"coco": 9}
+    assert draw([*ENTRIES, good(1)], text_examples=False) == ["row-1"]
     with pytest.raises(UserError, match=r"no example can be drawn.* data\.text_examples=false leaves none"):
         draw(ENTRIES, text_examples=False)
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.01, 10, math.nan])
+def test_a_fraction_outside_of_0_to_1_is_refused(draw, fraction):
+    with pytest.raises(UserError, match=r"data\.fraction"):
+        draw(ENTRIES, fraction=fraction)
 
 
 @pytest.mark.integration
@@ -136,9 +130,7 @@ def test_the_subset_is_the_same_in_another_process(tmp_path):
         "from data.examples.table import open_table\n"
         "print(draw_subset(open_table(sys.argv[1]), fraction=0.3, seed=5).positions)\n"
     )
-    env = os.environ | {"VZIP_DATA": str(tmp_path / "other"), "PYTHONHASHSEED": "12"}
-    command = [sys.executable, "-c", code, str(path)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    done = start([sys.executable, "-c", code, str(path)], VZIP_DATA=str(tmp_path), PYTHONHASHSEED="12")
     positions = draw_subset(open_table(path), fraction=0.3, seed=5).positions
     assert json.loads(done.stdout) == positions
     assert len(positions) == 27

@@ -78,6 +78,12 @@ def test_examples_in_memory_are_those_of_a_file(tmp_path):
     with pytest.raises(IndexError):
         examples[len(examples)]
 
+    # Other processes get the path of a file, and not its content.
+    sent = pickle.dumps(examples)
+    assert len(sent) < 1000
+    assert pickle.loads(sent)[2] == examples[2]
+    assert pickle.loads(pickle.dumps(in_memory))[1] == in_memory[1]
+
 
 def test_a_cut_is_recorded_and_an_example_needs_a_label(tmp_path):
     whole = [encode(vicuna(), TOKENIZER, source.turns)[0] for source in CONVERSATIONS]
@@ -91,33 +97,14 @@ def test_a_cut_is_recorded_and_an_example_needs_a_label(tmp_path):
     assert examples[0].num_labels == 1
 
 
-def test_other_processes_get_the_path_and_not_the_content(tmp_path):
-    examples = write(tmp_path, CONVERSATIONS * 300)
-    sent = pickle.dumps(examples)
-    assert len(sent) < 1000
-    assert pickle.loads(sent)[2] == examples[2]
-
-    in_memory = Examples.of([examples[0], examples[2]])
-    assert pickle.loads(pickle.dumps(in_memory))[1] == in_memory[1]
-
-
-def test_an_interrupted_command_leaves_no_file(tmp_path):
-    def conversations():
-        yield CONVERSATIONS[0]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, conversations())
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_conversation_that_can_not_be_used_is_named(tmp_path):
+def test_a_conversation_that_can_not_be_used_is_named_and_leaves_no_file(tmp_path):
     without_image = conversation("no picture", "here", name="this one")
     with pytest.raises(UserError, match=r"example this one: .*'plain' template.*remove such"):
         write(tmp_path, [CONVERSATIONS[0], without_image], plain())
 
     with pytest.raises(UserError, match=r"nothing is recorded about vg/1\.jpg; run `make data`"):
         write(tmp_path, sizes={"coco/1.jpg": (480, 640)})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_key_depends_on_all_that_the_tokens_depend_on():
