@@ -46,6 +46,9 @@ def test_a_file_that_is_no_object_is_refused(run, content):
 
 
 WRONG = [
+    ("format", 2),
+    ("format", "1"),
+    ("format", None),
     ("format", True),
     ("format", [1]),
     ("dtype", "int9"),
@@ -76,6 +79,7 @@ WRONG = [
     ("reducer.anyres", {}),
     ("template", None),
     ("template", []),
+    ("template", {"name": "x"}),
     ("template.user", 5),
     ("template.controls", "</s>"),
     ("template.controls", [1]),
@@ -87,8 +91,8 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda value: str(value)[:40])
-def test_a_wrong_entry_is_named(run, name, value):
+def set_entry(run, name, value):
+    """Change an entry of meta.json, or of one of its groups."""
     *parents, key = name.split(".")
 
     def change(meta):
@@ -97,7 +101,26 @@ def test_a_wrong_entry_is_named(run, name, value):
         meta[key] = value
 
     edit_meta(run, change)
-    refused(vzip.load, run, device="cpu", words=[str(run / META), key])
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda value: str(value)[:40])
+def test_a_wrong_entry_is_named(run, name, value):
+    set_entry(run, name, value)
+    refused(vzip.load, run, device="cpu", words=[str(run / META), name.split(".")[-1]])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("base.model_type", "flamingo", ["'flamingo'", "does not know"]),
+        ("reducer.name", "fastv", ["'fastv'", "visionzip"]),
+        ("reducer.temperature", 0.5, ["visionzip", "temperature"]),
+        ("template.colour", "red", ["template is unknown", "colour", "tune again"]),
+    ],
+)
+def test_what_another_version_may_know_is_refused_by_name(run, name, value, words):
+    set_entry(run, name, value)
+    refused(vzip.load, run, device="cpu", words=words)
 
 
 @pytest.mark.parametrize("path", ["x" * 5_000, "a\0b", "/dev/zero", "."])

@@ -16,9 +16,10 @@ from tests.helpers import damage, tiny
 from tests.helpers.errors import refused
 from tests.helpers.runs import BUDGET, attached, edit_meta, projector_of, save_run, tune
 from vzip.families import families, family_of
+from vzip.reducers import create
 from vzip.reducers.visionzip import VisionZip
-from vzip.runs.meta import META, WEIGHTS, locate, read_meta, reducers_of
-from vzip.runs.projector import fingerprint, load_projector, projector_meta
+from vzip.runs.meta import META, WEIGHTS, locate, read_meta
+from vzip.runs.projector import fingerprint, load_projector
 
 pytestmark = pytest.mark.slow
 
@@ -59,12 +60,6 @@ def unchanged(handle):
 
 
 def test_files_hold_the_projector_and_what_it_belongs_to(run, handle, tiny_folder):
-    expected = [
-        f"model.multi_modal_projector.linear_{layer}.{kind}"
-        for layer in (1, 2)
-        for kind in ("bias", "weight")
-    ]
-    assert sorted(load_file(run / WEIGHTS)) == expected
     assert_same_projector(handle, load_file(run / WEIGHTS))
 
     meta = read_meta(run)
@@ -118,18 +113,13 @@ def test_load_generates_what_the_model_that_wrote_it_does(run, handle, fresh):
     assert not torch.equal(fresh.family.model(**inputs).logits, model(**loaded_inputs).logits)
 
 
-def test_load_finds_a_base_that_has_moved(run, tmp_path):
+def test_load_finds_a_base_that_has_moved_and_casts_its_frozen_parameters(run, tmp_path):
+    """float16 rounds other bits than the fingerprint does. Buffers, which positions need, stay."""
     moved = tiny.save_llava(tmp_path / "moved")
     edit_meta(run, lambda meta: meta["base"].update(id=str(tmp_path / "gone")))
-    model, _ = vzip.load(str(run), base=str(moved), dtype=torch.bfloat16, device="cpu")
-    assert model.lm_head.weight.dtype == torch.bfloat16
+    model, _ = vzip.load(str(run), base=str(moved), dtype=torch.float16, device="cpu")
     expected = load_file(run / WEIGHTS)["model.multi_modal_projector.linear_1.weight"]
     assert torch.equal(model.model.multi_modal_projector.linear_1.weight, expected)
-
-
-def test_load_casts_frozen_parameters_after_it_has_compared_the_base(run):
-    """float16 rounds other bits than the fingerprint does. Buffers, which positions need, stay."""
-    model, _ = vzip.load(run, dtype=torch.float16, device="cpu")
     dtypes = {True: set(), False: set()}
     for name, parameter in model.named_parameters():
         dtypes["multi_modal_projector" in name].add(parameter.dtype)
@@ -138,7 +128,7 @@ def test_load_casts_frozen_parameters_after_it_has_compared_the_base(run):
 
 
 @pytest.mark.parametrize(
-    "reducer", [VisionZip(budget=6), *map(vzip.reducers.create, ["random", "identity"], [{"budget": 5}, {}])]
+    "reducer", [VisionZip(budget=6), create("random", {"budget": 5}), create("identity", {})], ids=repr
 )
 def test_every_reducer_comes_back(tmp_path, tiny_folder, reducer):
     handle = attached(tiny_folder, reducer=reducer)
@@ -206,12 +196,10 @@ def test_another_architecture_is_refused(run, shape):
         refused(load_projector, handle, run, words=["another base model"])
 
 
-def test_another_model_type_is_refused(run, fresh, tmp_path):
+def test_another_model_type_is_refused(run, fresh):
     edit_meta(run, lambda meta: meta["base"].update(model_type="llava_next"))
     with unchanged(fresh):
         refused(load_projector, fresh, run, words=["'llava_next'", "'llava'"])
-    edit_meta(run, lambda meta: meta["base"].update(model_type="flamingo"))
-    refused(vzip.load, run, words=["'flamingo'", "does not know"])
 
 
 def test_a_base_of_another_type_is_refused_by_its_config(run, tmp_path):
@@ -276,38 +264,23 @@ def test_a_broken_base_is_refused_with_the_way_out(run, tmp_path, make_damage, w
 
 # The reducer
 
-OTHER_REDUCERS = {
-    "random": ("random", {"budget": 6}, "Random(6 patches)"),
-    "identity": ("identity", {}, "Identity(all tokens)"),
-    "dominant": ("visionzip", {"dominant": 5}, "VisionZip(5 dominant + 2 contextual)"),
-    "contextual": ("visionzip", {"contextual": 3}, "VisionZip(4 dominant + 3 contextual)"),
-    "merge": (
-        "visionzip",
-        {"merge": "average"},
-        "VisionZip(4 dominant + 2 contextual, merge=average)",
-    ),
-    "keep_cls": (
-        "visionzip",
-        {"keep_cls": False},
-        "VisionZip(4 dominant + 2 contextual, keep_cls=False)",
-    ),
-    "layer": ("visionzip", {"layer": 1}, "VisionZip(4 dominant + 2 contextual, layer=1)"),
-}
 
-
-@pytest.mark.parametrize("other", OTHER_REDUCERS)
-def test_another_reducer_or_budget_is_refused(run, tiny_folder, other):
-    name, settings, shown = OTHER_REDUCERS[other]
-    settings = {**BUDGET, **settings} if name == "visionzip" else settings
-    reducer = vzip.reducers.create(name, settings)
-
-    # meta.json describes every reducer completely.
-    meta = projector_meta(family_of(tiny.llava()), reducer, base="x", base_fingerprint="y")
-    (again,) = reducers_of(json.loads(json.dumps(meta))).values()
-    assert (type(again), again.settings(), repr(again)) == (type(reducer), reducer.settings(), repr(reducer))
-
+@pytest.mark.parametrize(
+    "reducer",
+    [
+        create("random", {"budget": 6}),
+        create("identity", {}),
+        VisionZip(dominant=5, contextual=2),
+        VisionZip(dominant=4, contextual=3),
+        VisionZip(**BUDGET, merge="average"),
+        VisionZip(**BUDGET, keep_cls=False),
+        VisionZip(**BUDGET, layer=1),
+    ],
+    ids=repr,
+)
+def test_another_reducer_or_budget_is_refused(run, tiny_folder, reducer):
     handle = attached(tiny_folder, reducer=reducer)
-    words = [f"trained with the reducer VisionZip(4 dominant + 2 contextual), not with {shown}"]
+    words = [f"trained with the reducer VisionZip(4 dominant + 2 contextual), not with {reducer}"]
     with unchanged(handle):
         refused(load_projector, handle, run, words=words)
 
@@ -317,15 +290,6 @@ def test_another_order_of_tiles_is_refused(run, tiny_folder):
     words = ["reducer.anyres=released", "not with spatial", "anyres='released'"]
     with unchanged(handle):
         refused(load_projector, handle, run, words=words)
-
-
-def test_an_unknown_reducer_or_setting_is_refused(run, fresh):
-    edit_meta(run, lambda meta: meta["reducer"].update(temperature=0.5))
-    with unchanged(fresh):
-        refused(load_projector, fresh, run, words=["visionzip", "temperature"])
-    refused(vzip.load, run, device="cpu", words=["visionzip", "temperature"])
-    edit_meta(run, lambda meta: meta["reducer"].update(name="fastv"))
-    refused(vzip.load, run, device="cpu", words=["'fastv'", "visionzip"])
 
 
 # The run folder
@@ -355,13 +319,6 @@ def test_a_missing_path_is_refused_without_a_request_to_the_hub(tmp_path, monkey
     refused(locate, "me/model", words=["me/model does not exist"])
 
 
-@pytest.mark.parametrize("content", ['{"format": 1,\n "base": ', "", "[]", "null"])
-def test_a_broken_meta_is_refused(run, handle, content):
-    (run / META).write_text(content)
-    refused(vzip.load, run, device="cpu", words=[META])
-    refused(load_projector, handle, run, words=[META])
-
-
 @pytest.mark.parametrize(
     "name", ["base", "base.id", "reducer", "reducer.name", "budget", "template", "dtype", "adapter"]
 )
@@ -375,44 +332,22 @@ def test_a_meta_that_lacks_an_entry_is_refused(run, name):
     refused(vzip.load, run, device="cpu", words=[str(run / META), name, "tune again"])
 
 
-@pytest.mark.parametrize(
-    "template", [{"name": "x"}, {"name": "x", "user": "", "assistant": "", "end": "", "colour": "red"}]
-)
-def test_an_unknown_template_is_refused(run, template):
-    edit_meta(run, lambda meta: meta.update(template=template))
-    refused(vzip.load, run, device="cpu", words=[str(run), "template", "tune again"])
-
-
-@pytest.mark.parametrize("form", [0, 2, "1", None])
-def test_an_unknown_format_is_refused(run, form):
-    edit_meta(run, lambda meta: meta.update(format=form))
-    refused(vzip.load, run, words=[META, f"format {form!r} is unknown", "reads format 1"])
-
-
 # The weights
 
 
-def misname(tensors, path):
-    save_file({name.removeprefix("model."): value for name, value in tensors.items()}, path)
+CHANGES = {
+    "other names": lambda tensors: {name.removeprefix("model."): value for name, value in tensors.items()},
+    "one less": lambda tensors: dict(list(tensors.items())[1:]),
+    "one more": lambda tensors: {**tensors, "lm_head.weight": torch.zeros(2, 2)},
+    "transposed": lambda tensors: {name: value.t().contiguous() for name, value in tensors.items()},
+}
 
 
-def leave_one_out(tensors, path):
-    save_file(dict(list(tensors.items())[1:]), path)
-
-
-def add_one(tensors, path):
-    save_file({**tensors, "lm_head.weight": torch.zeros(2, 2)}, path)
-
-
-def transpose(tensors, path):
-    save_file({name: value.t().contiguous() for name, value in tensors.items()}, path)
-
-
-@pytest.mark.parametrize("change", [misname, leave_one_out, add_one, transpose])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_weights_that_do_not_fit_are_refused_and_nothing_is_loaded(run, fresh, change):
     # Copies, because load_file gives views of the file.
     tensors = {name: value.clone() for name, value in load_file(run / WEIGHTS).items()}
-    change(tensors, run / WEIGHTS)
+    save_file(change(tensors), run / WEIGHTS)
     with unchanged(fresh):
         refused(load_projector, fresh, run, words=[WEIGHTS, "does not fit"])
 
