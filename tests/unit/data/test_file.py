@@ -75,14 +75,6 @@ def test_a_hub_that_may_not_be_asked_is_not(published, target, as_hub, monkeypat
         assert not hub.requests
 
 
-def test_an_attempt_goes_on_where_the_last_one_broke_off(published, target):
-    with Server(published, {"/mix.json": ["truncate", "truncate"]}) as server:
-        fetch_file(f"{server.url}/mix.json", target, client=client())
-        assert [first for first, _ in server.ranges] == [0, 5120, 7680]
-
-    assert target.read_bytes() == CONTENT
-
-
 def test_a_file_that_changes_between_attempts_is_fetched_anew(published, target):
     class Changing(Server):
         def begin(self, path):
@@ -98,17 +90,22 @@ def test_a_file_that_changes_between_attempts_is_fetched_anew(published, target)
     assert target.read_bytes() == CONTENT[::-1]
 
 
-def test_a_server_without_parts_sends_the_file_again(published, target):
-    with Server(published, {"/mix.json": ["truncate", "whole"]}) as server:
-        fetch_file(f"{server.url}/mix.json", target, client=client())
-
-    assert target.read_bytes() == CONTENT
-
-
-@pytest.mark.parametrize("faults", [[], ["drop"], ["truncate", "503"], ["302"]])
-def test_other_addresses_are_tried_again(published, target, faults):
+@pytest.mark.parametrize(
+    ("faults", "starts"),
+    [
+        ([], [0]),
+        (["drop"], None),  # of what was sent, a part is lost
+        (["truncate", "503"], [0, 5120]),
+        (["truncate", "truncate"], [0, 5120, 7680]),
+        (["truncate", "whole"], [0, 0]),  # a server that sends no parts
+        (["302"], [0]),
+    ],
+    ids=str,
+)
+def test_an_attempt_goes_on_where_the_last_one_broke_off(published, target, faults, starts):
     with Server(published, {"/mix.json": faults}) as server:
         fetch_file(f"{server.url}/mix.json", target, client=client())
+        assert starts is None or [first for first, _ in server.ranges] == starts
 
     assert target.read_bytes() == CONTENT
     assert files_in(target.parent) == ["b.json"]
@@ -130,19 +127,15 @@ def test_nothing_half_is_left(published, target, fault, error, words):
     assert files_in(target.parent) == []
 
 
-def test_a_disk_that_is_too_small_is_told_before(published, target, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10_000, 9_000, 1_000))
-    with Server(published) as server:
-        with pytest.raises(UserError, match=r"needs 10,240 bytes .* 1,000 are free"):
-            fetch_file(f"{server.url}/mix.json", target)
-
-
-def test_a_file_of_unknown_size_leaves_room_on_the_disk(published, target, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**10, 9 * 10**9, 10**9))
-    with Server(published, {"/mix.json": "short"}) as server:
-        with pytest.raises(UserError, match=r"1,000,000,000 are free"):
+@pytest.mark.parametrize(
+    ("free", "fault", "words"),
+    [(1_000, None, r"needs 10,240 bytes .* 1,000 are free"), (10**9, "short", r"1,000,000,000 are free")],
+    ids=["a file of known size", "of unknown size"],
+)
+def test_a_file_leaves_room_on_the_disk(published, target, monkeypatch, free, fault, words):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(free))
+    with Server(published, {"/mix.json": fault}) as server:
+        with pytest.raises(UserError, match=words):
             fetch_file(f"{server.url}/mix.json", target)
     assert files_in(target.parent) == []
 
