@@ -46,11 +46,6 @@ def family(kind="clip"):
     return family_of(tiny.llava(kind).requires_grad_(False))
 
 
-@cache
-def processor(kind="clip"):
-    return tiny.processor(kind)
-
-
 def settings_of(family, reducer=REDUCER, *, processor=None, name="these", num_frames=NUM_FRAMES, kind="clip"):
     return cache_settings(
         family,
@@ -62,15 +57,16 @@ def settings_of(family, reducer=REDUCER, *, processor=None, name="these", num_fr
     )
 
 
-def usual_settings(kind="clip", reducer=REDUCER):
-    return settings_of(family(kind), reducer, kind=kind)
+def usual_settings(kind="clip", reducer=REDUCER, **changes):
+    return settings_of(family(kind), reducer, kind=kind, **changes)
 
 
 class WatchedMedia(ProcessedMedia):
     """Notes the examples that it loads. The user interrupts the command at example `last`."""
 
     def __init__(self, kind, reducer, *, last=None):
-        super().__init__(processor(kind), family(kind).without_weights(), reducer, num_frames=NUM_FRAMES)
+        weightless = family(kind).without_weights()
+        super().__init__(tiny.processor(kind), weightless, reducer, num_frames=NUM_FRAMES)
         self.last = last
         self.loaded = []
 
@@ -248,7 +244,7 @@ def test_workers_read_it_too(tmp_path):
     examples = examples_of(TEXTS, tmp_path)
     write(tmp_path / "cache", examples)
     cached = CachedMedia(tmp_path / "cache", usual_settings())
-    collator = Collator(processor(), family(), REDUCER, media=cached)
+    collator = Collator(tiny.processor(), family(), REDUCER, media=cached)
     batches = padded_batches(examples, collator, micro=4, num_steps=4)
     here = list(loader(batches, first=0, num_workers=0))
     in_workers = list(loader(batches, first=0, num_workers=2))
@@ -271,7 +267,7 @@ def other_layer():
 def other_pictures():
     changed = tiny.processor()
     changed.image_processor.image_mean = [0.5, 0.5, 0.5]
-    return settings_of(family(), processor=changed)
+    return usual_settings(processor=changed)
 
 
 CHANGES = {
@@ -283,7 +279,7 @@ CHANGES = {
     ),
     "pictures": (other_pictures, "processors.image.image_mean"),
     "budget": (
-        lambda: settings_of(family(), VisionZip(dominant=8, contextual=2)),
+        lambda: usual_settings(reducer=VisionZip(dominant=8, contextual=2)),
         "reducer.dominant: 4 in the cache, 8 wanted",
     ),
     "order": (
@@ -291,10 +287,10 @@ CHANGES = {
         "reducer.anyres: 'released' in the cache, 'spatial' wanted",
     ),
     "reducer": (
-        lambda: settings_of(family(), Random(budget=6)),
+        lambda: usual_settings(reducer=Random(budget=6)),
         "reducer.name: 'visionzip' in the cache, 'random' wanted",
     ),
-    "examples": (lambda: settings_of(family(), name="those"), "rows: 'these' in the cache, 'those' wanted"),
+    "examples": (lambda: usual_settings(name="those"), "rows: 'these' in the cache, 'those' wanted"),
     "versions": (lambda: usual_settings() | {"transformers": "4.0"}, "'4.0' wanted"),
 }
 
@@ -321,11 +317,8 @@ def test_a_cache_of_other_settings_is_refused_with_what_differs(tmp_path):
 
 
 def test_frames_matter_only_to_models_that_take_videos():
-    def settings(kind, num_frames):
-        return settings_of(family(kind), num_frames=num_frames, kind=kind)
-
-    assert settings("clip", 3) == settings("clip", 4)
-    assert settings("video", 3) != settings("video", 4)
+    assert usual_settings("clip", num_frames=3) == usual_settings("clip", num_frames=4)
+    assert usual_settings("video", num_frames=3) != usual_settings("video", num_frames=4)
 
 
 @pytest.mark.parametrize(
