@@ -23,12 +23,12 @@ from scripts.bench.command import check_gpu, print_environment
 from scripts.common.timing import where
 from scripts.serve.environment import CPU_PACKAGE, PACKAGE, has_gpu, serve_python
 from scripts.serve.load import LoadResult, noise_picture, put_load
-from scripts.serve.main import with_log, new_log, served_folder
+from scripts.serve.main import machine_options, new_log, served_folder, with_log
 from scripts.serve.models import SHAPES, all_tokens, reduced_by, save_random_model, served_shape
 from scripts.serve.server import Server, ServerError, serving, stop_on_signals
 from scripts.serve.table import ORDER, markdown, summarize
 from train.cli import exit_on_user_error, writable
-from train.hardware import best_device, native_dtype
+from train.hardware import best_device
 from vzip.files import write_json
 from vzip.runs.meta import read_meta
 
@@ -60,16 +60,14 @@ class ServedTarget:
 def _tuned_target(run: str, base: str | None) -> ServedTarget:
     """Serve a finished run, or its export."""
     folder = served_folder(run, base)
-    dtype = ["--dtype", native_dtype()]
-    settings = {"full": [*all_tokens(read_meta(folder)), *dtype], "reduced": dtype}
-    return ServedTarget(folder, settings)
+    return ServedTarget(folder, {"full": all_tokens(read_meta(folder)), "reduced": []})
 
 
 def _random_target(name: str, folder: Path) -> ServedTarget:
     """Serve a shape with random weights."""
     shape = served_shape(name)
     save_random_model(shape, folder)
-    random = ["--load-format", "dummy"]
+    random = ["--load-format", "dummy", "--dtype", str(shape.dtype).removeprefix("torch.")]
     return ServedTarget(folder, {"full": [*all_tokens(), *random], "reduced": [*reduced_by(shape), *random]})
 
 
@@ -78,9 +76,10 @@ def _both(target: ServedTarget) -> Iterator[dict[str, Server]]:
     """Serve a target in both settings."""
     python = serve_python()
 
-    # Both share one GPU. A CPU would need minutes to compile.
-    options = [*COMMON_OPTIONS]
-    options += ["--gpu-memory-utilization", "0.45"] if has_gpu() else ["--enforce-eager"]
+    # Both share one GPU.
+    options = [*machine_options(), *COMMON_OPTIONS]
+    if has_gpu():
+        options += ["--gpu-memory-utilization", "0.45"]
 
     with ExitStack() as stack:
         servers = {}

@@ -98,6 +98,19 @@ def with_log(error: ServerError, log: Path) -> UserError:
     return UserError(f"{error}. The end of its log:\n{end}\nThe whole log is {log}")
 
 
+def machine_options() -> list[str]:
+    """Return the options of vLLM that suit this machine."""
+    if has_gpu():
+        return []
+
+    # Compiling takes minutes. A processor without instructions for bf16 is several times faster in
+    # float32.
+    options = ["--enforce-eager"]
+    if native_dtype() != "bfloat16":
+        options += ["--dtype", native_dtype()]
+    return options
+
+
 @exit_on_user_error
 def main() -> None:
     """Export the run if needed, start vLLM, print a request to copy, and wait for Ctrl-C."""
@@ -113,9 +126,8 @@ def main() -> None:
     budgets = list(reducers_of(read_meta(folder)))
     python = serve_python()
 
-    # A processor without instructions for bf16 is several times faster in float32.
-    if not has_gpu() and native_dtype() != "bfloat16" and "--dtype" not in options:
-        options += ["--dtype", native_dtype()]
+    # What the user gives comes later, and counts.
+    options = [*machine_options(), *options]
 
     log = new_log()
     print(f"starting vLLM, which takes a minute or more (log: {log})", flush=True)

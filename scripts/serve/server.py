@@ -23,6 +23,9 @@ START_SECONDS = 1800
 STOP_SECONDS = 60
 """Most seconds that a server may take to end."""
 
+QUIT_SECONDS = 3
+"""The same for one that has not answered yet, and does not listen while it compiles."""
+
 ENVIRONMENT = {
     # vLLM sends statistics about its use unless it is told not to.
     "VLLM_NO_USAGE_STATS": "1",
@@ -89,13 +92,13 @@ def _wait(server: Server) -> None:
         time.sleep(0.5)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a server as Ctrl-C does, and its workers with it."""
+def _stop(process: subprocess.Popen[bytes], seconds: int) -> None:
+    """End a server as Ctrl-C does, and its workers with it. Kill it if that takes longer."""
     try:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_SECONDS)
+                process.wait(seconds)
     finally:
         # Who presses Ctrl-C again does not want to wait. The server has a group of its own, so
         # whatever is left of it can be found.
@@ -151,8 +154,10 @@ def serving(
             start_new_session=True,
         )
     server = Server(f"http://{host}:{port}", model, log, process)
+    patience = QUIT_SECONDS
     try:
         _wait(server)
+        patience = STOP_SECONDS
         yield server
     finally:
-        _stop(process)
+        _stop(process, patience)

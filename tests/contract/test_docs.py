@@ -7,10 +7,11 @@ import shlex
 
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import vzip
 from tests.conftest import ROOT
+from tests.helpers import tiny
 from tests.helpers.configs import composed
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -152,3 +153,20 @@ def test_the_reducer_that_docs_show_works(tiny_folder):
         assert handle.num_image_tokens() == 5
         features = model.model.get_image_features(pixel_values).pooler_output
         assert [len(image) for image in features] == [5, 5]
+
+
+def test_the_example_of_stored_features_answers_as_the_model_does(tiny_folder):
+    (code,) = re.findall(r"```python\n(.*?)```", TEXTS["docs/serving.md"], re.DOTALL)
+    names = {}
+    exec(code, names)
+
+    model = LlavaForConditionalGeneration.from_pretrained(tiny_folder)
+    processor = AutoProcessor.from_pretrained(tiny_folder)
+    picture = tiny.picture(1, 60, 90)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    with vzip.attach(model, dominant=4, contextual=2) as handle:
+        features = names["encode"](handle, processor, picture)
+        for question in ("<image>what is it?", "<image>where?"):
+            inputs = handle.processor(processor)(images=picture, text=question, return_tensors="pt")
+            answer = names["ask"](handle, processor, features, question, **settings)
+            assert torch.equal(answer, model.generate(**inputs, **settings))

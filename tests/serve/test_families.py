@@ -1,10 +1,17 @@
 """vLLM answers as `vzip.load` does, token by token, for every family that it serves."""
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
 from vllm.exceptions import VLLMValidationError
 
+import vzip
 from tests.helpers import tiny
 from tests.serve.models import assert_same_answers, prompt, reference, save_export
+from vzip.families import Family
+from vzip.integrations.vllm.model import VZipForConditionalGeneration
+from vzip.runs.meta import WEIGHTS
 
 IMAGE = tiny.SPECIAL.index("<image>")
 ONE, TWO = tiny.picture(1, 60, 150), tiny.picture(2, 80, 50)
@@ -59,6 +66,86 @@ def test_llava_with_mixed_budgets_repeated_pictures_caches_and_chunks(engine, ex
     with pytest.raises(ValueError, match="budget=7 was not tuned; this model serves: 6, 11"):
         llm.generate([prompt("<image>", images=[ONE], budget=7)], use_tqdm=False)
     assert_same_answers(llm, REQUESTS["clip"][:2], expected[:2])
+
+
+LAYOUTS = {
+    "transformers 4": {
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    },
+    "transformers 5": {},
+}
+"""Prefixes of the weights' names in checkpoints, by their prefixes in the model."""
+
+
+def in_layout(tensors, prefixes):
+    """Rename tensors, as the checkpoints of another version have them."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        before = next((each for each in prefixes if name.startswith(each)), "")
+        renamed[prefixes.get(before, "") + name.removeprefix(before)] = tensor
+    return renamed
+
+
+def without_caches(llm):
+    """Make an engine forget all pictures and prompts."""
+    llm.reset_prefix_cache()
+    llm.reset_mm_cache()
+    llm.llm_engine.reset_encoder_cache()
+    return llm
+
+
+def test_both_layouts_of_checkpoints_and_what_a_wrong_plugin_would_answer(engine, exports, monkeypatch):
+    folder, expected = exports["clip"]
+    requests = REQUESTS["clip"]
+    model = vzip.load(folder, dtype=torch.float32, device="cpu")[0]
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    llm = engine(folder)
+
+    def load(network, weights):
+        for parameter in network.parameters():
+            parameter.data.zero_()
+        network.load_weights(weights.items())
+
+    for prefixes in LAYOUTS.values():
+        weights = in_layout(tensors, prefixes)
+        llm.apply_model(lambda network, weights=weights: load(network, weights))
+        assert_same_answers(without_caches(llm), requests, expected)
+
+    # Pictures that are swapped in a batch are noticed.
+    embed = VZipForConditionalGeneration.embed_multimodal
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            VZipForConditionalGeneration,
+            "embed_multimodal",
+            lambda self, **fields: embed(self, **fields)[::-1],
+        )
+        two = [requests[1]]
+        with pytest.raises(AssertionError):
+            assert_same_answers(without_caches(llm), two, [expected[1]])
+
+    # Placeholders for all tokens are noticed.
+    monkeypatch.setattr(Family, "num_processed_tokens", lambda *arguments: 16)
+    with pytest.raises((AssertionError, ValueError, RuntimeError)):
+        assert_same_answers(without_caches(llm), requests[:1], expected[:1])
+
+
+def test_the_tower_is_that_of_transformers_and_the_projector_is_exact(engine, exports):
+    folder, _ = exports["clip"]
+    projector = load_file(folder / WEIGHTS)
+
+    def check(network):
+        queries = [each for name, each in network.family.tower.named_modules() if name.endswith("q_proj")]
+        assert len(queries) == tiny.LAYERS and all(type(each) is nn.Linear for each in queries)
+        assert network.family.language_model.dtype == torch.bfloat16
+        for name, parameter in network.family.projector.named_parameters():
+            right = projector[f"{network.family.projector_name}.{name}"]
+            torch.testing.assert_close(parameter.data, right, rtol=0, atol=0)
+
+    # Beside a language model in bf16, which would round the projector too.
+    engine(folder, dtype="bfloat16").apply_model(check)
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "next", "mini-gemini"])

@@ -21,11 +21,14 @@ from vzip.media import EXTRA_NAMES, PIXEL_NAMES, MediaInputs
 
 check_version()
 
+MAX_PICTURES = 32
+"""Pictures in one run of the tower. vLLM gives as many as their tokens fit, and these are few now."""
+
 
 def _groups(kind: str, fields: dict[str, Any]) -> Iterator[tuple[int, list[int], dict[str, Tensor]]]:
     """Yield the media that can be encoded together: budget, their indices, and their inputs.
 
-    They share a budget and the shape of their pixels.
+    They share a budget and the shape of their pixels, and there are at most `MAX_PICTURES`.
     """
     (pixel_name,) = [name for name in PIXEL_NAMES[kind] if name in fields]
     names = [pixel_name, *(name for name in EXTRA_NAMES if kind == "image" and name in fields)]
@@ -36,11 +39,13 @@ def _groups(kind: str, fields: dict[str, Any]) -> Iterator[tuple[int, list[int],
         shape = tuple(fields[pixel_name][index].shape)
         members.setdefault((budget, shape), []).append(index)
 
-    for (budget, _), indices in members.items():
-        inputs = {}
-        for name in names:
-            inputs[name] = torch.stack([fields[name][index] for index in indices])
-        yield budget, indices, inputs
+    for (budget, _), alike in members.items():
+        for start in range(0, len(alike), MAX_PICTURES):
+            indices = alike[start : start + MAX_PICTURES]
+            inputs = {}
+            for name in names:
+                inputs[name] = torch.stack([fields[name][index] for index in indices])
+            yield budget, indices, inputs
 
 
 @MULTIMODAL_REGISTRY.register_processor(

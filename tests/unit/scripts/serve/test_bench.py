@@ -100,7 +100,6 @@ def test_a_random_model_is_complete_but_for_its_weights(tmp_path):
 
 
 def test_settings_differ_in_the_reducer_alone():
-    print(reduced_by(served_shape("tiny")))
     assert '"dominant": 54' in reduced_by(served_shape("tiny"))[1]
     card = {
         "format": 1,
