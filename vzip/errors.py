@@ -1,6 +1,7 @@
 """The one exception for mistakes that a user can fix, and the most common checks."""
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,14 @@ def check_count(setting: str, value: Any, least: int) -> None:
     # isinstance() would take True and False for numbers.
     if type(value) is not int or value < least:
         raise UserError(f"{setting}={value} must be a whole number, at least {least}")
+
+
+def check_number(setting: str, value: Any, *, least: float, most: float | None = None) -> None:
+    """Raise UserError unless the value is a finite number from `least` to `most`."""
+    limits = f"at least {least:g}" if most is None else f"from {least:g} to {most:g}"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value < least or (most is not None and value > most):
+        raise UserError(f"{setting}={value} must be a number, {limits}")
 
 
 def check_package(package: str, *, extra: str, purpose: str) -> None:

@@ -1,4 +1,4 @@
-"""Run a vision tower up to one layer, and read that layer's attention.
+"""Run a vision tower up to one layer, and read that layer's attention, or that of several layers.
 
 The authors' released code makes all layers return full attention maps, only to use one row of one
 layer. Here the tower stays on SDPA or FlashAttention. Forward hooks on one layer's `q_proj` and
@@ -8,7 +8,7 @@ them. The layers after it are skipped. All of this is in place during the call a
 Legend of shapes: B images, N vision tokens, P patches, H heads, d width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -225,9 +225,10 @@ def run_tower(
     feature_layer: int,
     num_dropped: int,
     attention_layer: int | None,
+    received_layers: Sequence[int] = (),
     **kwargs: Any,
 ) -> VisionTokens:
-    """Return the tokens of `hidden_states[feature_layer]`, with the attention of one layer.
+    """Return the tokens of `hidden_states[feature_layer]`, with the attention of some layers.
 
     Args:
         tower: a vision model of a kind in `TOWER_LAYOUTS`.
@@ -235,6 +236,7 @@ def run_tower(
         feature_layer: index into the hidden states, as LLaVA's `vision_feature_layer`.
         num_dropped: see `VisionTokens`.
         attention_layer: the hidden state whose layer's saliency and keys are computed, if any.
+        received_layers: hidden states whose layers' `VisionTokens.received` is computed.
         kwargs: arguments of the tower, e.g. `interpolate_pos_encoding`.
 
     Raises:
@@ -250,11 +252,14 @@ def run_tower(
     hooked = {"features": layers[last_layer]}
 
     # Hook the projections to queries and keys: attention kernels return no maps, but take these.
+    received = [layer_index(layer, len(layers), setting="reducer.object_layer") for layer in received_layers]
+    read = list(received)
     if attention_layer is not None:
-        index = layer_index(attention_layer, len(layers), setting="reducer.layer")
+        read.append(layer_index(attention_layer, len(layers), setting="reducer.layer"))
+    for index in read:
         last_layer = max(last_layer, index)
-        hooked["queries"] = layers[index].get_submodule(layout.queries)
-        hooked["keys"] = layers[index].get_submodule(layout.keys)
+        hooked[f"queries {index}"] = layers[index].get_submodule(layout.queries)
+        hooked[f"keys {index}"] = layers[index].get_submodule(layout.keys)
 
     # Nothing reads the layers after the last one, so they return their input.
     skipped = dict.fromkeys(layers[last_layer + 1 :], _pass_through)
@@ -266,17 +271,53 @@ def run_tower(
         has_cls=layout.has_cls,
         num_dropped=num_dropped,
     )
-    if attention_layer is None:
+    if not read:
         return tokens
-    return _with_attention(tokens, outputs["queries"], outputs["keys"], tower.config)
+    config: Any = tower.config
+    of_layers = {index: (outputs[f"queries {index}"], outputs[f"keys {index}"]) for index in read}
+    return _with_attention(
+        tokens,
+        of_layers,
+        None if attention_layer is None else read[-1],
+        received,
+        num_heads=config.num_attention_heads,
+    )
 
 
 @torch.no_grad()
-def _with_attention(tokens: VisionTokens, queries: Tensor, keys: Tensor, config: Any) -> VisionTokens:
-    """Add saliency and keys, computed from a layer's projections float[B, N, d]."""
-    # Saliency ranks the patches, and keys say which of them are alike. Both only choose tokens, so
-    # no gradient goes through them.
-    query_heads = split_heads(queries, config.num_attention_heads)
-    key_heads = split_heads(keys, config.num_attention_heads)
-    saliency_of = cls_attention if tokens.has_cls else received_attention
-    return replace(tokens, saliency=saliency_of(query_heads, key_heads), keys=key_heads.mean(dim=1))
+def _with_attention(
+    tokens: VisionTokens,
+    projections: Mapping[int, tuple[Tensor, Tensor]],
+    layer: int | None,
+    received: Sequence[int],
+    *,
+    num_heads: int,
+) -> VisionTokens:
+    """Add what reducers read of some layers' attention.
+
+    Args:
+        tokens: the tokens.
+        projections: queries and keys float[B, N, d] of each layer, by its index.
+        layer: whose saliency and keys are computed, if any.
+        received: layers of which the attention that patches receive is computed.
+        num_heads: H.
+    """
+    # They only choose tokens, so no gradient goes through them.
+    heads = {}
+    for index, (queries, keys) in projections.items():
+        heads[index] = (split_heads(queries, num_heads), split_heads(keys, num_heads))
+
+    # Without CLS, the saliency is the same as what the patches receive.
+    first_patch = int(tokens.has_cls)
+    by_layer = {index: received_attention(*heads[index])[:, first_patch:] for index in set(received)}
+    tokens = replace(tokens, received=tuple(by_layer[index] for index in received))
+    if layer is None:
+        return tokens
+
+    # Saliency ranks the patches, and keys say which of them are alike.
+    if tokens.has_cls:
+        saliency = cls_attention(*heads[layer])
+    else:
+        saliency = by_layer[layer] if layer in by_layer else received_attention(*heads[layer])
+    _, keys = heads[layer]
+    return replace(tokens, saliency=saliency, keys=keys.mean(dim=1))

@@ -28,6 +28,7 @@ NO_ADAPTERS = (
     "loading",
     "patches",
     "positions",
+    *vzip.reducers.SHARED,
 )
 """Modules of these folders that define neither adapter nor reducer."""
 

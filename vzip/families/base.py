@@ -30,7 +30,7 @@ from vzip.families.features import LanguageInputs, VisualFeatures
 from vzip.families.install import check_not_attached, features_method, replace_method
 from vzip.families.loading import Loading
 from vzip.media import MediaInputs
-from vzip.reducers.base import Reducer, VisionTokens
+from vzip.reducers.base import Reducer, VisionTokens, received_layers
 from vzip.reducers.identity import Identity
 from vzip.tap import layer_index, run_tower, tower_layout
 
@@ -166,6 +166,9 @@ class Family(Loading):
         run = layer_index(config.vision_feature_layer, num_layers) + 1
         if reducer.uses_attention and reducer.layer is not None:
             run = max(run, layer_index(reducer.layer, num_layers, setting="reducer.layer") + 1)
+        for layer in received_layers(reducer, range(1, num_layers + 1)):
+            if layer is not None:
+                run = max(run, layer_index(layer, num_layers, setting="reducer.object_layer") + 1)
         return run
 
     def num_tile_tokens(self, reducer: Reducer) -> int:
@@ -277,6 +280,8 @@ class Family(Loading):
         attention_layer = None
         if reducer.uses_attention:
             attention_layer = feature_layer if reducer.layer is None else reducer.layer
+        num_layers = self.model.config.vision_config.num_hidden_layers
+        received = received_layers(reducer, range(1, num_layers + 1))
 
         tower_options = {name: value for name, value in options.items() if name not in HANDLED_OPTIONS}
         return run_tower(
@@ -285,6 +290,7 @@ class Family(Loading):
             feature_layer=feature_layer,
             num_dropped=num_dropped,
             attention_layer=attention_layer,
+            received_layers=[feature_layer if layer is None else layer for layer in received],
             **tower_options,
         )
 

@@ -116,13 +116,13 @@ def window_order(grids: Tensor, *, merge: int, window: int) -> Tensor:
     return torch.cat(orders)
 
 
-def pictures_of(grids: Tensor) -> Iterator[tuple[int, int]]:
-    """Yield (number of neighbouring pictures of equal size, patches of each of them)."""
-    sizes: list[int] = []
+def pictures_of(grids: Tensor) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Yield (number of neighbouring pictures of the same grid, (rows, columns) of each of them)."""
+    sizes: list[tuple[int, int]] = []
     for steps, rows, columns in grids.tolist():
-        sizes += [rows * columns] * steps
-    for num_patches, same in groupby(sizes):
-        yield len(list(same)), num_patches
+        sizes += [(rows, columns)] * steps
+    for size, same in groupby(sizes):
+        yield len(list(same)), size
 
 
 class ReducedGrids:
@@ -143,9 +143,10 @@ class ReducedGrids:
         self._kept: list[Tensor] = []
         self._num_groups: list[int] = []
 
-    def add(self, num_pictures: int, num_groups: int) -> None:
-        """Reduce the next pictures, each of `num_groups` groups."""
-        tokens = self._take(num_pictures, num_groups)
+    def add(self, num_pictures: int, grid: tuple[int, int]) -> None:
+        """Reduce the next pictures, each of rows x columns groups."""
+        num_groups = grid[0] * grid[1]
+        tokens = self._take(num_pictures, grid)
         output = fitting(self.reducer, num_groups)(tokens)
         self._features.append(output.features.flatten(0, 1))
 
@@ -159,23 +160,23 @@ class ReducedGrids:
         self._kept += source.gather(1, in_raster).unbind()
         self._num_groups += [num_groups] * num_pictures
 
-    def _take(self, num_pictures: int, num_groups: int) -> VisionTokens:
+    def _take(self, num_pictures: int, grid: tuple[int, int]) -> VisionTokens:
         """Take the next groups of all pictures, as tokens float[num_pictures, num_groups, d]."""
+        num_groups = grid[0] * grid[1]
         block = slice(self._first_group, self._first_group + num_pictures * num_groups)
         self._first_group = block.stop
 
-        def apart(values: Tensor | None) -> Tensor | None:
-            if values is None:
-                return None
+        def apart(values: Tensor) -> Tensor:
             return values[0, block].view(num_pictures, num_groups, -1).squeeze(-1)
 
-        features = apart(self.tokens.features)
-        assert features is not None
+        saliency, keys = self.tokens.saliency, self.tokens.keys
         return replace(
             self.tokens,
-            features=features,
-            saliency=apart(self.tokens.saliency),
-            keys=apart(self.tokens.keys),
+            features=apart(self.tokens.features),
+            saliency=None if saliency is None else apart(saliency),
+            keys=None if keys is None else apart(keys),
+            received=tuple(apart(layer) for layer in self.tokens.received),
+            grid=grid,
         )
 
     def features(self, steps: Tensor, grids: Tensor) -> VisualFeatures:

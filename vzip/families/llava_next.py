@@ -52,7 +52,7 @@ def stack_tiles(pixel_values: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def _reduce_visible(
-    tokens: VisionTokens, reducer: Reducer, tiles: Tensor, patches: Tensor
+    tokens: VisionTokens, reducer: Reducer, tiles: Tensor, patches: Tensor, grid: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Reduce tiles that show the same patches of the picture, without their padding.
 
@@ -63,6 +63,7 @@ def _reduce_visible(
         reducer: reduces each tile by itself.
         tiles: int64[tiles]: the tiles to reduce.
         patches: int64[P]: the patches that they show.
+        grid: rows and columns of these patches.
 
     Returns:
         The tokens float[tiles, n, d], and the patch of each token, int64[tiles, n].
@@ -74,6 +75,8 @@ def _reduce_visible(
         has_cls=False,
         saliency=None if tokens.saliency is None else tokens.saliency[rows, patches],
         keys=None if tokens.keys is None else tokens.keys[rows, patches],
+        received=tuple(layer[rows, patches] for layer in tokens.received),
+        grid=grid,
     )
     budget = reducer.num_tokens(tokens.features.shape[1], has_cls=False, num_dropped=0)
     if len(patches) <= budget:
@@ -257,7 +260,7 @@ class LlavaNext(Family):
             raster = [row * side + column for row in rows for column in columns]
             patches = torch.tensor(raster, dtype=torch.int64, device=device)
             features, positions = _reduce_visible(
-                tokens, reducer, torch.tensor(tiles, device=device), patches
+                tokens, reducer, torch.tensor(tiles, device=device), patches, (len(rows), len(columns))
             )
             for index, tile in enumerate(tiles):
                 reduced[tile] = (features[index], positions[index])

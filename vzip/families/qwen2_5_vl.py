@@ -39,7 +39,7 @@ from vzip.families.patches import FramePatchProcessor, picture_of
 from vzip.families.positions import grid_places, grid_positions
 from vzip.media import MediaInputs, check_num_frames
 from vzip.patch import replaced_forwards
-from vzip.reducers.base import Reducer, VisionTokens
+from vzip.reducers.base import Reducer, VisionTokens, received_layers
 from vzip.reducers.identity import Identity
 from vzip.tap import captured, captured_keywords, layer_index, received_attention
 
@@ -160,25 +160,35 @@ class Qwen25VL(Family):
 
     # ---- Checks before any work ----
 
-    def attention_layer(self, reducer: Reducer) -> int:
-        """Return the index of the layer whose attention is read.
+    def attention_layer(self, layer: int | None, *, setting: str = "reducer.layer") -> int:
+        """Return the index of a layer whose attention is read.
+
+        Args:
+            layer: hidden state that the layer computes; None for the last layer that can be read.
+            setting: the name that an error message uses.
 
         Raises:
-            UserError: `reducer.layer` is no layer of the tower, or attends within windows.
+            UserError: it is no layer of the tower, or attends within windows.
         """
         config = self.model.config.vision_config
         full = sorted(self.full_layers)
-        if reducer.layer is None:
+        if layer is None:
             return full[-1]
 
-        index = layer_index(reducer.layer, config.depth, setting="reducer.layer")
+        index = layer_index(layer, config.depth, setting=setting)
         if index not in full:
             choices = ", ".join(str(layer + 1) for layer in full)
             raise UserError(
-                f"reducer.layer={reducer.layer} attends within windows, so its attention does not rank "
+                f"{setting}={layer} attends within windows, so its attention does not rank "
                 f"all patches; choose one of {choices}, or null for the last of them"
             )
         return index
+
+    def layers_received(self, reducer: Reducer) -> list[int]:
+        """Return the indices of the layers whose `VisionTokens.received` the reducer reads."""
+        hidden_states = [layer + 1 for layer in sorted(self.full_layers)]
+        layers = received_layers(reducer, hidden_states)
+        return [self.attention_layer(layer, setting="reducer.object_layer") for layer in layers]
 
     @property
     def full_layers(self) -> Sequence[int]:
@@ -189,7 +199,8 @@ class Qwen25VL(Family):
         """Raise UserError if the reducer's layer can't be read."""
         self.num_tile_tokens(reducer)
         if reducer.uses_attention:
-            self.attention_layer(reducer)
+            self.attention_layer(reducer.layer)
+        self.layers_received(reducer)
 
     # ---- The two computations ----
 
@@ -211,8 +222,8 @@ class Qwen25VL(Family):
 
         # Neighbours of equal size, such as the steps of a video, are reduced together.
         reduced = ReducedGrids(tokens, reducer)
-        for num_pictures, num_patches in pictures_of(grids):
-            reduced.add(num_pictures, num_patches // self.merge**2)
+        for num_pictures, (rows, columns) in pictures_of(grids):
+            reduced.add(num_pictures, (rows // self.merge, columns // self.merge))
         return reduced.features(grids[:, 0], self.grids_of_tokens(kind, inputs))
 
     def _all_tokens(self, kind: str, inputs: MediaInputs, tokens: VisionTokens) -> VisualFeatures:
@@ -249,11 +260,11 @@ class Qwen25VL(Family):
         """
         # Attention is computed only for reducers that read it.
         tower: Any = self.tower
-        hooked = {"features": tower.blocks[-1]}
-        attention = {}
-        if reducer.uses_attention:
-            attention["layer"] = tower.blocks[self.attention_layer(reducer)].attn
-            hooked["qkv"] = attention["layer"].qkv
+        received = self.layers_received(reducer)
+        layer = self.attention_layer(reducer.layer) if reducer.uses_attention else None
+        read = set(received) if layer is None else {*received, layer}
+        attention = {str(index): tower.blocks[index].attn for index in read}
+        hooked = {"features": tower.blocks[-1]} | {name: each.qkv for name, each in attention.items()}
 
         # The merger runs later, and only for the groups that stay.
         tower_options = {name: value for name, value in options.items() if name not in HANDLED_OPTIONS}
@@ -267,16 +278,22 @@ class Qwen25VL(Family):
         in_raster = self.group_order(grids).to(pixels.device).argsort()
         features = self.by_group(outputs["features"])[in_raster].flatten(1)
         tokens = VisionTokens(features=features[None], has_cls=False)
-        if not reducer.uses_attention:
-            return tokens
-        return self._with_scores(
-            tokens, outputs["qkv"], keywords["layer"]["position_embeddings"], grids, in_raster
-        )
+
+        # What patches receive is their saliency too, as there is no CLS.
+        scores = {}
+        for index in read:
+            rotation = keywords[str(index)]["position_embeddings"]
+            scores[index] = self._scores(outputs[str(index)], rotation, grids, in_raster)
+        tokens = replace(tokens, received=tuple(scores[index][0] for index in received))
+        if layer is not None:
+            tokens = replace(tokens, saliency=scores[layer][0], keys=scores[layer][1])
+        return tokens
 
     def look(self, reducer: Reducer, inputs: MediaInputs) -> tuple[VisionTokens, tuple[int, int]]:
         grids = inputs.extra["image_grid_thw"]
         _, rows, columns = (grids[0] // self.merge).tolist()
-        return self.run_groups(reducer, inputs.pixels, grids), (rows, columns)
+        tokens = self.run_groups(reducer, inputs.pixels, grids)
+        return replace(tokens, grid=(rows, columns)), (rows, columns)
 
     def fitting(self, reducer: Reducer, tokens: VisionTokens) -> Reducer:
         """Return the reducer, or the identity for a picture of fewer tokens than its budget."""
@@ -291,15 +308,10 @@ class Qwen25VL(Family):
         return patches.view(-1, self.merge**2, *patches.shape[1:])
 
     @torch.no_grad()
-    def _with_scores(
-        self,
-        tokens: VisionTokens,
-        qkv: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        grids: Tensor,
-        in_raster: Tensor,
-    ) -> VisionTokens:
-        """Add the saliency and the keys of the groups, computed from float[patches, 3 d]."""
+    def _scores(
+        self, qkv: Tensor, rotation: tuple[Tensor, Tensor], grids: Tensor, in_raster: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Compute what groups receive, float[1, G], and their keys, from a layer's float[patches, 3 d]."""
         # Queries and keys are compared after they are rotated by their positions.
         num_heads = self.model.config.vision_config.num_heads
         heads = qkv.view(len(qkv), 3, num_heads, -1)
@@ -313,7 +325,8 @@ class Qwen25VL(Family):
         # The patches of a picture see each other, and no other picture.
         received = []
         first = 0
-        for num_pictures, num_patches in pictures_of(grids):
+        for num_pictures, (rows, columns) in pictures_of(grids):
+            num_patches = rows * columns
             block = slice(first, first + num_pictures * num_patches)
             first = block.stop
             shape = (num_pictures, num_patches, num_heads, -1)
@@ -324,7 +337,7 @@ class Qwen25VL(Family):
         # A group has the mean of its patches.
         saliency = self.by_group(torch.cat(received)).mean(dim=1)
         group_keys = self.by_group(keys.mean(dim=1)).mean(dim=1)
-        return replace(tokens, saliency=saliency[None], keys=group_keys[None])
+        return saliency[None], group_keys[None]
 
     def project(self, features: VisualFeatures) -> Tensor:
         return self.run_projector(features.features)[features.order]

@@ -9,10 +9,13 @@ from vzip.reducers.base import Reducer, ReducerOutput, VisionTokens
 
 __all__ = ["Reducer", "ReducerOutput", "VisionTokens", "create", "names", "reducer_class", "with_budget"]
 
+SHARED = ("base", "cells", "merging", "selection")
+"""Modules that hold no reducer, but what several of them share."""
+
 
 def names() -> list[str]:
     """Return the names of the reducers on disk, sorted."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in SHARED)
 
 
 def reducer_class(name: str) -> type[Reducer]:

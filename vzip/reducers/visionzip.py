@@ -9,28 +9,20 @@ For each picture:
 
 Source: arXiv 2412.04467, section 3, and the authors' released code (repository
 dvlab-research/VisionZip, `visionzip/clip_encoder.py`), whose results this module reproduces.
+`vzip/reducers/merging.py` merges, for other reducers too.
 
-Legend of shapes: see `vzip/reducers/base.py`; R = N - D remaining patches.
+Legend of shapes: see `vzip/reducers/base.py`.
 """
 
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vzip.errors import UserError, check_choice, check_count
 from vzip.reducers.base import ReducerOutput, VisionTokens, budget_of_a_tile, check_keep, share_of
-
-MERGES = ("sum", "average")
-
-
-def split_budget(budget: int) -> tuple[int, int]:
-    """Split a budget into (D, C) at the paper's ratio of 5.4 : 1."""
-    # 64 = 54 + 10, 128 = 108 + 20, 192 = 162 + 30.
-    contextual = round(budget / 6.4)
-    return budget - contextual, contextual
+from vzip.reducers.merging import MERGES, keep_and_merge, split_budget
 
 
 def select_dominant(saliency: Tensor, num_dominant: int, *, has_cls: bool, keep_cls: bool) -> Tensor:
@@ -57,87 +49,6 @@ def select_dominant(saliency: Tensor, num_dominant: int, *, has_cls: bool, keep_
     # From patches to tokens: patch 0 is token 1 if CLS comes first.
     dominant = in_raster_order + int(has_cls)
     return F.pad(dominant, (1, 0), value=0) if with_cls else dominant
-
-
-def remaining_tokens(dominant: Tensor, num_tokens: int, *, has_cls: bool) -> Tensor:
-    """List the patches that are not dominant, in raster order. CLS is never among them.
-
-    Args:
-        dominant: int64[B, D].
-        num_tokens: N.
-        has_cls: whether token 0 is CLS.
-
-    Returns:
-        int64[B, R]: indices into the N vision tokens.
-    """
-    # Mark all tokens, and unmark the dominant ones and CLS.
-    is_left = torch.ones(dominant.shape[0], num_tokens, dtype=torch.bool, device=dominant.device)
-    is_left.scatter_(1, dominant, False)
-    is_left[:, : int(has_cls)] = False
-
-    # The same number remains of each picture, so the list of all indices can be cut into rows.
-    return is_left.nonzero()[:, 1].view(dominant.shape[0], -1)
-
-
-def assign_to_targets(keys: Tensor, num_contextual: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose the merge targets, and a target for every other token.
-
-    Targets stand at 0, step, 2 step, ... of the remaining patches. Every other token goes to the
-    target with the most similar key (cosine).
-
-    Args:
-        keys: float[B, R, head_dim].
-        num_contextual: C.
-
-    Returns:
-        Indices of the targets int64[C] and of the others int64[R - C] among the remaining patches,
-        and the number of the target that each other token is assigned to, int64[B, R - C].
-    """
-    # Spread the targets evenly over the picture. The step is rounded down, so its multiples may go
-    # on after C targets; patches there are ordinary ones, as in the released code.
-    num_remaining = keys.shape[1]
-    step = max(1, num_remaining // num_contextual)
-    index = torch.arange(num_remaining, device=keys.device)
-    is_target = (index % step == 0) & (index < step * num_contextual)
-
-    # Similar patches have similar keys. The argmax decides, so it is computed in float32 at least.
-    directions = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
-    similarity = directions[:, ~is_target] @ directions[:, is_target].transpose(1, 2)
-    return index[is_target], index[~is_target], similarity.argmax(dim=2)
-
-
-def merge(targets: Tensor, others: Tensor, assigned: Tensor, how: str) -> Tensor:
-    """Merge every other token into the target that it is assigned to.
-
-    A target to which nothing is assigned is unchanged, in both ways of merging.
-
-    Args:
-        targets: float[B, C, d].
-        others: float[B, R - C, d].
-        assigned: int64[B, R - C], the target of each other token.
-        how: "sum", as in the released code: the target plus the mean of its cluster. "average", as
-            in the paper's text: the mean of target and cluster.
-
-    Returns:
-        float[B, C, d], in the precision of `targets`.
-    """
-    # Sums over clusters are matrix products with a 0/1 matrix, in float32 at least.
-    accurate = torch.promote_types(targets.dtype, torch.float32)
-    members = F.one_hot(assigned, targets.shape[1]).transpose(1, 2).to(accurate)
-    sizes = members.sum(dim=2, keepdim=True)
-    total = members @ others.to(accurate)
-
-    # An empty cluster has the sum 0, so its target is unchanged.
-    if how == "sum":
-        merged = targets + total / sizes.clamp(min=1)
-    else:
-        merged = (targets + total) / (1 + sizes)
-    return merged.to(targets.dtype)
-
-
-def take(values: Tensor, indices: Tensor) -> Tensor:
-    """Take the rows int64[B, T] of float[B, N, d]: float[B, T, d]."""
-    return values.gather(1, indices.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
 @dataclass(init=False)
@@ -280,40 +191,15 @@ class VisionZip:
         )
 
     def __call__(self, tokens: VisionTokens) -> ReducerOutput:
-        features, saliency, keys = tokens.features, tokens.saliency, tokens.keys
-        assert saliency is not None and keys is not None, "VisionZip reads the layer's attention"
+        saliency = tokens.saliency
+        assert saliency is not None and tokens.keys is not None, "VisionZip reads the layer's attention"
 
-        num_images, num_tokens, _ = features.shape
         has_cls = tokens.has_cls
 
         # Refuse a picture with fewer patches than the budget, such as a tile of another size.
         self.num_tokens(saliency.shape[1], has_cls=has_cls, num_dropped=tokens.num_dropped)
         num_dominant, num_contextual = self.counts(saliency.shape[1])
 
-        # Dominant tokens are kept unchanged. They take the first D slots of the output.
+        # Dominant tokens are kept unchanged, and the others are merged.
         dominant = select_dominant(saliency, num_dominant, has_cls=has_cls, keep_cls=self.keep_cls)
-        kept = take(features, dominant)
-        slot = torch.arange(num_dominant + num_contextual, device=features.device)
-        slot = slot.expand(num_images, -1)
-        slots = torch.full((num_images, num_tokens), -1, device=features.device)
-        slots.scatter_(1, dominant, slot[:, :num_dominant])
-        if num_contextual == 0:
-            nothing = dominant[:, :0]
-            return ReducerOutput(features=kept, dominant=dominant, contextual=nothing, slots=slots)
-
-        # Merge the remaining patches into C targets: keys choose the target, features are merged.
-        remaining = remaining_tokens(dominant, num_tokens, has_cls=has_cls)
-        target_index, other_index, assigned = assign_to_targets(take(keys, remaining), num_contextual)
-        targets = remaining[:, target_index]
-        others = remaining[:, other_index]
-        merged = merge(take(features, targets), take(features, others), assigned, self.merge)
-
-        # Each target takes one of the last C slots, together with the tokens assigned to it.
-        slots.scatter_(1, targets, slot[:, num_dominant:])
-        slots.scatter_(1, others, num_dominant + assigned)
-        return ReducerOutput(
-            features=torch.cat([kept, merged], dim=1),
-            dominant=dominant,
-            contextual=targets,
-            slots=slots,
-        )
+        return keep_and_merge(tokens, dominant, num_contextual, how=self.merge)

@@ -22,6 +22,7 @@ from vzip.runs.schema import (
     COUNT,
     FLAG,
     NAMED_TEXTS,
+    NUMBER,
     OBJECT,
     TEXT,
     TEXTS,
@@ -86,9 +87,13 @@ _REDUCER_OPTIONAL = {
     "budget": WHOLE,
     "dominant": WHOLE,
     "contextual": WHOLE,
-    "merge": TEXT,
+    "keep": NUMBER.or_null(),
+    "merge": TEXT.or_null(),
     "keep_cls": FLAG,
     "layer": WHOLE.or_null(),
+    "object_layer": WHOLE.or_null(),
+    "alpha": NUMBER,
+    "temperature": NUMBER,
 }
 _TEMPLATE_KINDS: dict[Any, Kind] = {str: TEXT, bool: FLAG, tuple[str, ...]: TEXTS}
 """Kinds of the fields of a template, by their type."""

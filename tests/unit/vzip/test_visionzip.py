@@ -466,8 +466,8 @@ def test_settings_make_the_same_reducer_again(reducer):
 
 @pytest.mark.parametrize("name", names())
 def test_an_unknown_setting_is_refused_by_name(name):
-    settings = {"visionzip": {"dominant": 4, "contextual": 2}, "random": {"budget": 8}, "identity": {}}[name]
-    assert_refused(lambda: create(name, {**settings, "temperature": 0.5}), ["temperature", name])
+    settings = {} if name == "identity" else {"budget": 8}
+    assert_refused(lambda: create(name, {**settings, "warmth": 0.5}), ["warmth", name])
 
 
 def test_an_unknown_reducer_is_refused_with_the_known_names():
