@@ -18,18 +18,6 @@ from vzip.templates.jinja import chat_template
 
 pytestmark = pytest.mark.slow
 
-LABELS = (
-    "visual tokens",
-    "prefill, language model alone",
-    "time to first token, from the pixels",
-    "each token after it",
-    "all questions",
-    "3 questions, 2 new tokens each",
-    "KV cache after prefill",
-    "weights, MiB",
-    "peak memory above the weights",
-    "weights and peak memory",
-)
 KV_VALUES_OF_A_TOKEN = 2 * 2 * 2 * 12
 """Layers, keys and values, heads, width of a head."""
 QUICK = ("--questions", 1, "--new-tokens", 1, "--rounds", 1)
@@ -61,7 +49,14 @@ def test_a_run_is_compared_with_itself_and_with_another_model(run, tmp_path, cal
     assert full["num_text_tokens"] == tuned["num_text_tokens"]
     assert full["language_flops"] > tuned["language_flops"]
 
-    assert all(label in printed for label in LABELS)
+    for label in (
+        "visual tokens",
+        "first token",
+        "3 questions, 2 new tokens each",
+        "KV cache",
+        "peak memory",
+    ):
+        assert label in printed
     for formula in ("language_flops", "whole_flops", "paper_flops"):
         assert f"{full[formula] / tuned[formula]:.2f}" in printed
     assert f"{small['paper_flops'] / tuned['paper_flops']:.2f}" in printed
@@ -98,10 +93,8 @@ def test_a_run_whose_questions_have_no_picture_is_asked_about_noise(run, tmp_pat
 @pytest.mark.parametrize("kind", ["next", "mini-gemini", "video", "onevision"])
 def test_every_family_is_measured(kind, tmp_path, call):
     path = tmp_path / "figures.json"
-    budget = 20 if kind == "next" else 4
-    call(
-        efficiency.main, tiny.save_llava(tmp_path / "model", kind), "--budget", budget, *QUICK, "--json", path
-    )
+    options = ("--budget", 20 if kind == "next" else 4, "--json", path)
+    call(efficiency.main, tiny.save_llava(tmp_path / "model", kind), *options, *QUICK)
 
     full, free = json.loads(path.read_text())["rows"].values()
     assert full["num_visual_tokens"] > free["num_visual_tokens"]

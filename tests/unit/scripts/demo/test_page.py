@@ -1,4 +1,4 @@
-"""The page's reactions, without a browser."""
+"""The page's reactions, without a browser: those that `tests/integration/test_demo*.py` does not see."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -28,20 +28,6 @@ def page(model):
     return Page(model, title="a model", examples=examples)
 
 
-def test_the_page_opens_with_the_first_example(page):
-    updates = page.show_first_example(6)
-    assert updates[page.question] == "question 1?"
-    assert updates[page.session].picture == updates[page.picture] == tiny.picture(1)
-    assert "16 → 6 visual tokens" in updates[page.summary]
-    assert all(updates[drawing] is not None for drawing in page.drawings)
-
-
-def test_a_question_needs_a_picture_and_words(page):
-    assert list(page.ask(None, "what?")) == [{page.hint: "Choose a picture first, then ask about it."}]
-    session = page.show_first_example(6)[page.session]
-    assert list(page.ask(session, "  ")) == [{page.hint: "Type a question."}]
-
-
 def test_all_open_settings_answer(page):
     session = page.change_budget(page.show_first_example(6)[page.session], 9)[page.session]
     *_, last = page.ask(session, "what?")
@@ -54,24 +40,6 @@ def test_all_open_settings_answer(page):
     assert page.clear()[page.session] is None
 
 
-def upload(page, name="picture.png"):
-    """What a request says about a picture that was uploaded."""
-    folder = Path(get_upload_folder())
-    tiny.picture(3).save(folder / name)
-    return {"path": str(folder / name)}
-
-
-def test_an_upload_is_shown_and_no_other_file(page, tmp_path):
-    updates = page.choose(upload(page), 6)
-    assert updates[page.session].picture == tiny.picture(3)
-
-    tiny.picture().save(tmp_path / "secret.png")
-    for file in ({"path": str(tmp_path / "secret.png")}, {"path": None}, None, "text"):
-        updates = page.choose(file, 6)
-        assert "uploaded to this page" in updates[page.message]
-        assert updates[page.session] is updates[page.picture] is None
-
-
 def test_only_examples_of_the_page_can_be_picked(page):
     assert page.pick(6, pick_event(1))[page.question] == "question 2?"
     for index in (2, -1, None, "0", [0]):
@@ -82,23 +50,7 @@ def pick_event(index):
     return gr.SelectData(None, {"index": index, "value": None})
 
 
-def test_questions_that_are_not_plain_text_get_a_message(page):
-    session = page.show_first_example(6)[page.session]
-    for question, words in (("half \ud83d", "U+D83D"), ("x" * 3_000, "3,000 characters"), (None, "Type a")):
-        (updates,) = page.ask(session, question)
-        assert list(updates) == [page.hint] and words in updates[page.hint]
-    assert session.turns == {"full": [], "free": [], "tuned": []}
-
-    # Markup and very long words are text like any other.
-    *_, last = page.ask(session, "<img src=x onerror=alert(1)> " + "x" * 500)
-    assert "&lt;img src=x" in last[page.answers["tuned"]][0]["content"]
-
-
-def test_a_conversation_that_was_forgotten_begins_again_with_the_shown_picture(page):
-    first, *_ = updates = list(page.ask(None, "what?", upload(page), 6))
-    assert first[page.session].picture == tiny.picture(3)
-    assert updates[-1][page.session].turns["tuned"][0].answer.text
-
+def test_a_conversation_that_was_forgotten_needs_a_picture_that_is_still_there(page):
     gone = {"path": str(Path(get_upload_folder()) / "gone.png")}
     first, last = page.ask(None, "what?", gone, 6)
     assert "upload it" in first[page.message] and last == {page.hint: NO_SESSION}
@@ -128,34 +80,24 @@ def chat_on_page_of(source):
     return page
 
 
-def test_the_page_of_an_export_has_one_budget_and_no_slider(run, tmp_path):
-    (tmp_path / "export").mkdir()
-    write_hf(run, tmp_path / "export")
-    page = chat_on_page_of(tmp_path / "export")
-    assert list(page.answers) == ["tuned"]
-    assert isinstance(page.budget, gr.State) and page.budget.value == 6
-    assert page.change_budget(page.show_first_example(6)[page.session], 6)[page.message] == ""
+@pytest.mark.parametrize(("source", "budget"), [("export", 6), ("no start", 6), ("no reducer", 16)])
+def test_the_page_of_an_export_or_a_run_of_one_budget_has_no_slider(tiny_folder, tmp_path, source, budget):
+    reducer = {"reducer": Identity()} if source == "no reducer" else {}
+    handle = tune(attached(tiny_folder, **reducer))
+    folder = save_run(tmp_path / "run", handle, tiny_folder, template=asdict(vicuna("s ")))
+    if source == "export":
+        (tmp_path / "export").mkdir()
+        write_hf(folder, tmp_path / "export")
+        folder = tmp_path / "export"
+    elif source == "no start":
+        gone = str(tmp_path / "gone.safetensors")
+        edit_meta(folder, lambda meta: meta["base"].update(projector=gone))
 
-
-def test_the_page_of_a_run_whose_starting_projector_is_gone_offers_its_own_budgets(tiny_folder, tmp_path):
-    handle = tune(attached(tiny_folder))
-    template = asdict(vicuna("s "))
-    folder = save_run(tmp_path / "run", handle, tiny_folder, template=template)
-
-    def name_a_projector_that_is_gone(meta):
-        meta["base"]["projector"] = str(tmp_path / "gone.safetensors")
-
-    edit_meta(folder, name_a_projector_that_is_gone)
     page = chat_on_page_of(folder)
-    assert list(page.answers) == ["tuned"]
-    assert isinstance(page.budget, gr.State) and page.budget.value == 6
-
-
-def test_the_page_of_a_run_without_a_reducer_has_no_slider(tiny_folder, tmp_path):
-    template = asdict(vicuna("s "))
-    handle = tune(attached(tiny_folder, reducer=Identity()))
-    page = chat_on_page_of(save_run(tmp_path / "run", handle, tiny_folder, template=template))
-    assert isinstance(page.budget, gr.State) and page.budget.value == 16
+    assert isinstance(page.budget, gr.State) and page.budget.value == budget
+    if source != "no reducer":
+        assert list(page.answers) == ["tuned"]
+        assert page.change_budget(page.show_first_example(6)[page.session], 6)[page.message] == ""
 
 
 def test_visitors_do_not_learn_where_the_run_is(model, run, tmp_path):

@@ -68,16 +68,6 @@ def test_a_slider_between_budgets_takes_the_nearest(model):
     assert [model.nearest_budget(value) for value in (None, "9", [], float("nan"))] == [6, 6, 6, 6]
 
 
-def test_a_visitor_who_leaves_gives_the_model_back(model):
-    session = Session(model, tiny.picture(), 6)
-    growing = session.ask("free", "what?")
-    next(growing)
-    growing.close()
-
-    # A model that was left in the other setting would refuse this question.
-    assert last_answer(Session(model, tiny.picture(), 6), "tuned", "what?").text
-
-
 def test_answers_that_grow_in_turns_are_the_same_as_alone(run):
     model = SharedModel(Comparison.open(run, device="cpu"), max_new_tokens=3 * VALUES_PER_TURN)
     asked = [

@@ -35,11 +35,8 @@ def as_tuples(settings):
 
 
 def test_settings_of_a_run(run):
-    assert as_tuples(settings_of_run(run)) == [
-        ("full", "full", None),
-        ("free", "free", 6),
-        ("tuned", "tuned", 6),
-    ]
+    expected = [("full", "full", None), ("free", "free", 6), ("tuned", "tuned", 6)]
+    assert as_tuples(settings_of_run(run)) == expected
 
     edit_meta(run, lambda meta: meta.update(other_budgets=OTHER_BUDGETS))
     names = [setting.name for setting in settings_of_run(run)]
@@ -66,11 +63,8 @@ def test_results_stay_in_their_folder(run, tmp_path, tiny_folder, monkeypatch):
 
 
 def test_settings_of_a_base_model(tiny_folder, tmp_path):
-    assert as_tuples(target_of(tiny_folder, tmp_path, budget=[6, 9]).settings) == [
-        ("full", "full", None),
-        ("free-6", "free", 6),
-        ("free-9", "free", 9),
-    ]
+    expected = [("full", "full", None), ("free-6", "free", 6), ("free-9", "free", 9)]
+    assert as_tuples(target_of(tiny_folder, tmp_path, budget=[6, 9]).settings) == expected
 
 
 def test_settings_of_an_export(run, tmp_path):
@@ -83,13 +77,8 @@ def test_settings_of_an_export(run, tmp_path):
     assert as_tuples(target.settings) == [("tuned-6", "tuned", 6), ("tuned-9", "tuned", 9)]
     assert target.run is None
     assert target.names == [read_meta(export)["base"]["id"]]
-    refused(
-        target_of,
-        export,
-        tmp_path,
-        budget=[6],
-        words=["an export, which has its own budgets; leave --budget out"],
-    )
+    words = ["an export, which has its own budgets; leave --budget out"]
+    refused(target_of, export, tmp_path, budget=[6], words=words)
 
 
 def test_bad_sources_are_refused(run, tmp_path):

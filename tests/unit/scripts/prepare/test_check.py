@@ -15,11 +15,7 @@ pytestmark = pytest.mark.slow
 
 def settings_of(overrides, folder, *changes):
     """The settings of a run on the data in a folder."""
-    of_data = [
-        f"data.path={folder}/train.json",
-        "data.held_out=null",
-        f"data.image_folder={folder}/images",
-    ]
+    of_data = [f"data.path={folder}/train.json", f"data.image_folder={folder}/images", "data.held_out=null"]
     return compose_settings(*overrides, *of_data, *changes)
 
 
@@ -30,9 +26,8 @@ def test_data_that_can_be_tuned_on_passes_and_bad_rows_are_named(overrides, tmp_
     path.write_text(json.dumps(entries))
     check_data(settings_of(overrides, tmp_path))
 
-    assert "left out: row-3 (invalid): conversations is not a list" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "left out: row-3 (invalid): conversations is not a list" in printed
     (report,) = (data_dir() / "prepared").glob("train-*/check.json")
     assert [bad["id"] for bad in json.loads(report.read_text())["left_out"]] == ["row-3"]
 
@@ -51,11 +46,8 @@ def test_what_a_run_would_refuse_is_refused(overrides, tmp_path, case):
     tiny.save_data(tmp_path, 9, **data)
     with pytest.raises(UserError, match=message):
         check_data(settings_of(overrides, tmp_path, *changes))
-
-
-def test_lora_in_the_language_model_learns_from_text(overrides, tmp_path):
-    tiny.save_data(tmp_path, 9, text_only=9)
-    check_data(settings_of(overrides, tmp_path, "tune=language_lora"))
+    if case == "text alone":  # from which LoRA in the language model learns
+        check_data(settings_of(overrides, tmp_path, "tune=language_lora"))
 
 
 def test_pictures_of_questions_that_changed_are_named(overrides, tmp_path):

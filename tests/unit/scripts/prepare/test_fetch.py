@@ -78,10 +78,12 @@ def test_a_data_file_that_can_not_be_written_is_named(tmp_path):
             fetch_instructions(f"{server.url}/file", tmp_path / "file" / "mix.json", client())
 
 
+NAMESPACE = ("unshare", "--pid", "--fork", "--mount-proc")
+
+
 def can_make_namespaces():
-    command = ["unshare", "--pid", "--fork", "--mount-proc", "true"]
     try:
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        return subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode == 0
     except FileNotFoundError:
         return False
 
@@ -93,15 +95,7 @@ def test_two_containers_that_share_a_disk_fetch_the_same(tmp_path):
     """Two namespaces have processes of the same numbers, and each sees none of the other's."""
     mix.save_mix(tmp_path, 200)
     with Server(tmp_path / "published", delay_s=0.02) as server:
-        command = [
-            "unshare",
-            "--pid",
-            "--fork",
-            "--mount-proc",
-            sys.executable,
-            "-m",
-            "scripts.prepare.fetch",
-        ]
+        command = [*NAMESPACE, sys.executable, "-m", "scripts.prepare.fetch"]
         command += ["model=llava-7b", *mix.settings(server.url, tmp_path)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         processes = [subprocess.Popen(command, cwd=ROOT, env=environment(), **pipes) for _ in range(2)]
