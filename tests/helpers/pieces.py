@@ -8,27 +8,7 @@ LICENSE = Path(__file__).resolve().parents[2] / "LICENSE"
 NUM_PIECES = 1000
 
 WHOLE_WORDS = (
-    "ASSISTANT",
-    "INST",
-    "What",
-    "Where",
-    "Say",
-    "Be",
-    "kind",
-    "is",
-    "it",
-    "A",
-    "a",
-    "red",
-    "car",
-    "On",
-    "the",
-    "road",
-    "Two",
-    "and",
-    "Describe",
-    "assistant",
-    "answers",
+    "ASSISTANT INST What Where Say Be kind is it A a red car On the road Two and Describe assistant answers"
 )
 """Words that become one piece each, at the start of a word (`▁car`) and inside of one (`car`)."""
 
@@ -38,7 +18,7 @@ def save_sentencepiece_model(folder: Path):
     import sentencepiece
 
     lines = LICENSE.read_text(encoding="utf-8").splitlines()
-    for word in WHOLE_WORDS:
+    for word in WHOLE_WORDS.split():
         # Seen behind other letters as well, a word is merged before its space is.
         lines += [f"{word} x{word} y{word} z{word}?"] * 300
 

@@ -105,13 +105,9 @@ def architecture(kind="clip", *, grid=GRID, layers=LAYERS, width=32, text_width=
     }
     text = {
         "model_type": "qwen2" if kind == "onevision" else "llama",
+        **TEXT,
         "hidden_size": text_width,
         "intermediate_size": 2 * text_width,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": len(SPECIAL) + 256,
-        "max_position_embeddings": 2048,
     }
     config = {
         "vision_config": vision,
@@ -247,6 +243,11 @@ def video(seed=0, num_frames=3) -> list[Image.Image]:
     return [picture(1000 * seed + frame) for frame in range(num_frames)]
 
 
+def turn(question, answer):
+    """A question and its answer, in LLaVA's form."""
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
 def save_mixed_data(folder: Path, kind: str) -> Path:
     """Write 12 examples with pictures of mixed sizes, two pictures, text alone, and videos if the
     model takes them.
@@ -272,10 +273,7 @@ def save_mixed_data(folder: Path, kind: str) -> Path:
             for number, name in enumerate(record["image"]):
                 picture(index + 100 * number, *sizes[(index + number) % 3]).save(images / name)
 
-        record["conversations"] = [
-            {"from": "human", "value": f"{prefix}what is in {index}?"},
-            {"from": "gpt", "value": f"noise {index % 7}"},
-        ]
+        record["conversations"] = turn(f"{prefix}what is in {index}?", f"noise {index % 7}")
         records.append(record)
 
     target = folder / "train.json"
@@ -301,12 +299,9 @@ def save_data(folder: Path, num_examples=24, *, text_only=2, held_out=False, see
 
         record["conversations"] = []
         num_turns = 1 if held_out else 1 + index % 3
-        for turn in range(num_turns):
-            prefix = "<image>\n" if "image" in record and turn == 0 else ""
-            record["conversations"] += [
-                {"from": "human", "value": f"{prefix}what is in picture {index}?"},
-                {"from": "gpt", "value": f"noise {index % 7}"},
-            ]
+        for number in range(num_turns):
+            prefix = "<image>\n" if "image" in record and number == 0 else ""
+            record["conversations"] += turn(f"{prefix}what is in picture {index}?", f"noise {index % 7}")
         if held_out:
             record["type"] = "open" if index % 2 else "yesno"
         records.append(record)
