@@ -40,7 +40,7 @@ def _without_values(match: re.Match[str]) -> str:
 def redacted(text: str) -> str:
     """Hide logins and the values of queries in all addresses of a text, or in one address.
 
-    A text without addresses comes back as it is, and so does one that was redacted before.
+    A text without addresses does not change, and neither does one that was redacted before.
     """
     text = LOGIN.sub(f"{HIDDEN}@", text)
     text = BROKEN_LOGIN.sub(f"{HIDDEN}@", text)

@@ -23,7 +23,7 @@ VALUES_PER_TURN = 16
 # eq=False: two readers of the same work are still different ones.
 @dataclass(eq=False)
 class _Job:
-    """Work that is done in turns, and the values that its reader has not taken yet."""
+    """Work that is done in turns, and the values that wait for its reader."""
 
     work: Callable[[Any], Iterator[Any]]
     inside: Callable[[], AbstractContextManager[Any]]
