@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -51,6 +52,10 @@ def main() -> None:
 
     # Killed processes leave semaphores, which Python tidies up with a warning.
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
+    # In the background or under nohup, signals are ignored, and processes inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
     tallies = []
     with tempfile.TemporaryDirectory(prefix="vzip-faults-") as folder:
         os.environ["VZIP_DATA"] = str(Path(folder, "vzip"))
