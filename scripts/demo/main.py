@@ -22,6 +22,7 @@ from starlette.middleware import Middleware
 
 from scripts.demo.guard import MAX_FILE_MB, ExpectedRequests, NoOtherHosts, gr
 from scripts.demo.page import ExamplePicture, Page
+from scripts.demo.served import ServedModel
 from scripts.demo.sessions import SharedModel
 from scripts.demo.style import STYLE
 from train.cli import count, exit_on_user_error
@@ -91,7 +92,14 @@ def held_out_examples(run: Path) -> list[ExamplePicture]:
     return examples
 
 
-def open_model(source: str, *, base: str | None, template: str | None, max_new_tokens: int) -> SharedModel:
+def open_model(
+    source: str,
+    *,
+    base: str | None,
+    template: str | None,
+    max_new_tokens: int,
+    served: ServedModel | None = None,
+) -> SharedModel:
     """Load a run or a model.
 
     Args:
@@ -99,6 +107,7 @@ def open_model(source: str, *, base: str | None, template: str | None, max_new_t
         base: folder or hub id of a run's base model, if it has moved.
         template: a name in `TEMPLATES`, for a model without a chat template.
         max_new_tokens: most tokens of an answer.
+        served: a model that a server answers for, as one more setting.
 
     Raises:
         UserError: the source is neither a finished run nor a model, or it has no chat template.
@@ -115,7 +124,7 @@ def open_model(source: str, *, base: str | None, template: str | None, max_new_t
             f"{source} has no chat template; name the one it was trained with: --template vicuna "
             f"(LLaVA-1.5, LLaVA-NeXT with Vicuna), mistral, or chatml (Qwen2, SmolLM2)"
         )
-    return SharedModel(comparison, max_new_tokens=max_new_tokens)
+    return SharedModel(comparison, max_new_tokens=max_new_tokens, served=served)
 
 
 def title_of(source: str, model: SharedModel) -> str:
@@ -241,6 +250,7 @@ def parse_demo_arguments(arguments: Sequence[str] | None = None) -> argparse.Nam
     add("--base", help="folder or hub id of a run's base model, if it has moved")
     add("--template", choices=TEMPLATES, help="chat template, for a model that has none")
     add("--max-new-tokens", type=count, default=128, help="most tokens of an answer")
+    add("--served", metavar="ADDRESS", help="show a served model too, e.g. http://127.0.0.1:8000")
     return parser.parse_args(arguments)
 
 
@@ -255,11 +265,13 @@ def main() -> None:
     with suppress(KeyboardInterrupt), uploads_folder():
         # Look for the port first: loading the model takes minutes.
         port = free_port(arguments.host, arguments.port)
+        served = None if arguments.served is None else ServedModel(arguments.served)
         model = open_model(
             arguments.source,
             base=arguments.base,
             template=arguments.template,
             max_new_tokens=arguments.max_new_tokens,
+            served=served,
         )
         model.warm_up()
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from scripts.demo.guard import UploadsOnly, get_upload_folder, gr
+from scripts.demo.served import SERVED
 from scripts.demo.sessions import OUT_OF_MEMORY, Session, SharedModel
 from scripts.demo.show import as_figures, as_messages, describe_tokens
 from scripts.demo.uploads import MAX_QUESTION, check_question, open_upload, uploaded_file
@@ -29,7 +30,12 @@ MAX_WAITING = 64
 """Length of that queue. Who comes when it is full is told to try again."""
 SECONDS_KEPT = 3600
 """After so many seconds without a question, a conversation is forgotten. So is an uploaded file."""
-PROJECTORS = {"full": "base projector", "free": "base projector", "tuned": "tuned projector"}
+PROJECTORS = {
+    "full": "base projector",
+    "free": "base projector",
+    "tuned": "tuned projector",
+    SERVED: "a server, at its own budget",
+}
 """The projector of each setting, as the page names it."""
 DRAWINGS = {
     "**Kept**: dominant orange, merge targets blue": kept_tokens,
@@ -200,7 +206,7 @@ class Page:
 
     def _title(self, setting: str, session: Session | None) -> str:
         """Return the text above a setting's answers."""
-        if session is None:
+        if session is None or setting == SERVED:
             return f"**{setting}**: {PROJECTORS[setting]}"
         if reason := session.why_closed(setting):
             return f"**{setting}**: {reason}"

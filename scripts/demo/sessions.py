@@ -1,6 +1,7 @@
 """One model that many visitors share, and their conversations.
 
-A setting is one of `vzip.runs.compare.SETTINGS`: "full", "free" (training-free) or "tuned".
+A setting is one of `vzip.runs.compare.SETTINGS`: "full", "free" (training-free) or "tuned". A model
+that a server answers for is one more, "served".
 """
 
 import math
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from scripts.demo.served import SERVED, ServedModel
 from scripts.demo.turns import ModelThread
 from scripts.demo.uploads import open_upload
 from vzip import Comparison, UserError
@@ -62,6 +64,7 @@ class SharedModel:
     Args:
         comparison: the model, opened from a run or a base model.
         max_new_tokens: most tokens of an answer.
+        served: a model that a server answers for.
 
     Attributes:
         settings: names of the settings.
@@ -71,10 +74,13 @@ class SharedModel:
         thread: the thread that uses the model. Nothing else may.
     """
 
-    def __init__(self, comparison: Comparison, *, max_new_tokens: int) -> None:
+    def __init__(
+        self, comparison: Comparison, *, max_new_tokens: int, served: ServedModel | None = None
+    ) -> None:
         self.comparison = comparison
         self.max_new_tokens = max_new_tokens
-        self.settings = comparison.rows
+        self.served = served
+        self.settings = comparison.rows if served is None else (*comparison.rows, SERVED)
         self.tuned_budgets: Sequence[int] = list(comparison.reducers)
 
         # A budget is a multiple of `step`, from one token per tile to all tokens.
@@ -275,13 +281,8 @@ class Session:
             self._chats[setting] = chat
         return self._chats[setting]
 
-    def ask(self, setting: str, question: str) -> Generator[Turn]:
-        """Ask a question, and yield the turn as its answer grows.
-
-        A question that can't be asked yields one turn with the reason.
-        """
-        turns = self.turns[setting]
-        turns.append(Turn(question, None))
+    def _answers(self, setting: str, question: str) -> Generator[Answer]:
+        """Yield the growing answer of one of the model's own settings."""
 
         # Both are called in the model's thread. Other visitors, in other settings, have their turns
         # between those of this answer.
@@ -291,9 +292,28 @@ class Session:
         def answers(entered: tuple[Any, Any]) -> Iterator[Answer]:
             yield from self._chat(setting, *entered).ask(question)
 
+        return self.model.thread.stream(answers, setting_of_model)
+
+    def _served_answers(self, question: str) -> Generator[Answer]:
+        """Yield the growing answer of the served model, which needs no turn of this one."""
+        assert self.model.served is not None
+        before = [(turn.question, turn.answer.text) for turn in self.turns[SERVED] if turn.answer is not None]
+        max_new = self.model.max_new_tokens
+        yield from self.model.served.ask(self.open_picture(), before, question, max_new=max_new)
+
+    def ask(self, setting: str, question: str) -> Generator[Turn]:
+        """Ask a question, and yield the turn as its answer grows.
+
+        A question that can't be asked yields one turn with the reason.
+        """
+        turns = self.turns[setting]
+        is_served = setting == SERVED
+        answers = self._served_answers(question) if is_served else self._answers(setting, question)
+        turns.append(Turn(question, None))
+
         # The page shows `turns`, so each longer answer replaces the last one.
         try:
-            with closing(self.model.thread.stream(answers, setting_of_model)) as growing:
+            with closing(answers) as growing:
                 for answer in growing:
                     turns[-1] = Turn(question, answer)
                     yield turns[-1]

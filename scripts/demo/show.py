@@ -76,12 +76,15 @@ def as_figures(turns: Sequence[Turn]) -> str:
         # The rate counts the tokens behind the first one, so an answer of one token has none.
         rate = "–" if answer.tokens_per_second is None else f"{answer.tokens_per_second:.1f}"
         num_run = answer.num_prompt_tokens - answer.num_cached_tokens
+
+        # A server does not tell how much it keeps.
+        cache = f"{answer.cache_bytes / 2**20:,.2f} MiB" if answer.cache_bytes else "–"
         cells = [
             str(number),
             f"{answer.seconds_to_first_token:.2f} s",
             rate,
             f"{num_run:,} of {answer.num_prompt_tokens:,}",
-            f"{answer.cache_bytes / 2**20:,.2f} MiB",
+            cache,
         ]
         lines.append(f"| {' | '.join(cells)} |")
 

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,15 +69,15 @@ def unused_port(host: str, port: int | None = None) -> int:
 def read_page(address: str, path: str, *, seconds: float = 10) -> str | None:
     """Return a page of a server at http://HOST:PORT; None if it does not answer with one."""
     # http.client does not ask the network's proxy, which can't reach this machine.
-    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=seconds)
     try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        content = response.read().decode(errors="replace")
+        with closing(
+            http.client.HTTPConnection(address.removeprefix("http://"), timeout=seconds)
+        ) as connection:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            content = response.read().decode(errors="replace")
     except (OSError, http.client.HTTPException):
         return None
-    finally:
-        connection.close()
     return content if response.status == http.HTTPStatus.OK else None
 
 
