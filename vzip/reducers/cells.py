@@ -18,11 +18,13 @@ STRETCH = 1.5
 def rows_of_cells(num_cells: int, rows: int, columns: int) -> list[int]:
     """Count the cells in each row of cells, for a picture of rows x columns patches."""
     # A row of cells is at least one patch high, and a cell at least one patch wide.
-    possible = range(math.ceil(num_cells / columns), rows + 1)
+    possible = range(math.ceil(num_cells / columns), min(rows, num_cells) + 1)
     square = math.sqrt(num_cells * rows / columns)
     alike = [count for count in possible if num_cells % count == 0]
     close = [count for count in alike if square / STRETCH <= count <= square * STRETCH]
-    num_rows = min(close or possible, key=lambda count: abs(math.log(count / square)))
+
+    # Rounded, so that of two equally good numbers the smaller one is taken.
+    num_rows = min(close or possible, key=lambda count: round(abs(math.log(count / square)), 6))
 
     # Later rows take what does not divide evenly.
     bounds = _bounds(num_cells, num_rows)
