@@ -102,6 +102,19 @@ def start(arguments, **changes):
     )
 
 
+def begin(command, **changes):
+    """Begin a command at the repository's root. Its process prints into a pipe."""
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(**changes),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 def begin_ranks(overrides, *, ranks, script="train/tune.py", **changes):
     """Begin the recipe on several ranks of this machine, as the DeepSpeed launcher starts them."""
     port = free_port()

@@ -26,30 +26,24 @@ def test_a_question_has_the_turns_and_the_media_up_to_it():
     assert (third.images, third.videos) == (second.images, second.videos)
 
 
-@pytest.mark.parametrize("limit", range(1, 8))
-def test_questions_are_the_first_ones(limit):
-    every_question = held_out_questions([TALK, TALK], limit=6)
-    assert [question.turn for question in every_question] == [0, 1, 2, 0, 1, 2]
-    assert held_out_questions([TALK, TALK], limit=limit) == every_question[:limit]
-
-
-def test_no_conversation_is_read_beyond_the_limit():
+def test_questions_are_the_first_ones_and_nothing_is_read_beyond_them():
     def conversations():
-        yield TALK
+        yield from (TALK, TALK)
         pytest.fail("read on")
 
-    assert len(held_out_questions(conversations(), limit=3)) == 3
+    every_question = held_out_questions(conversations(), limit=6)
+    assert [question.turn for question in every_question] == [0, 1, 2, 0, 1, 2]
+    for limit in range(1, 6):
+        assert held_out_questions(conversations(), limit=limit) == every_question[:limit]
+    assert held_out_questions([TALK, TALK], limit=7) == every_question
 
 
-@pytest.mark.parametrize("answer", ["yes", "Yes", " yes.", "YES!\n", "'yes'", ". yes ."])
-def test_case_and_punctuation_around_an_answer_do_not_matter(answer):
-    assert is_correct(answer, "Yes.")
-    assert is_correct("yes", answer)
-
-
-@pytest.mark.parametrize("answer", ["no", "yes, it is", "y e s", ""])
-def test_other_answers_are_wrong(answer):
-    assert not is_correct(answer, "Yes.")
+def test_case_and_punctuation_around_an_answer_do_not_matter():
+    for answer in ("yes", "Yes", " yes.", "YES!\n", "'yes'", ". yes ."):
+        assert is_correct(answer, "Yes.")
+        assert is_correct("yes", answer)
+    for answer in ("no", "yes, it is", "y e s", ""):
+        assert not is_correct(answer, "Yes.")
 
 
 def test_the_record_of_an_answer():
@@ -82,8 +76,7 @@ def test_the_score_is_the_share_of_correct_answers_by_kind():
     }
     assert list(row["metrics"]) == ["yesno", "open", "all"]
 
-
-def test_an_answer_without_a_kind_counts_once():
+    # An answer without a kind counts once.
     assert score("full", answers_of(all=[1, 0, 0, 0]))["metrics"] == {"all": 0.25}
     assert score("full", answers_of(all=[1], open=[0, 0, 0]))["metrics"] == {"open": 0, "all": 0.25}
 

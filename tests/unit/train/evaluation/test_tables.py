@@ -6,12 +6,8 @@ from train.evaluation.tables import gap_closed, print_results
 
 
 def row(name, value, num_visual_tokens=8):
-    return {
-        "name": name,
-        "num_visual_tokens": num_visual_tokens,
-        "num_questions": 9,
-        "metrics": {"all": value},
-    }
+    counts = {"num_visual_tokens": num_visual_tokens, "num_questions": 9}
+    return {"name": name, **counts, "metrics": {"all": value}}
 
 
 def rows_of(**values):
@@ -54,11 +50,8 @@ def test_results_show_every_setting_and_what_each_budget_closes(capsys, monkeypa
     assert "all: tuning closes 75% of the gap between free-8 and full" in shown
 
 
-def test_results_of_one_budget(capsys):
+def test_results_of_one_budget_and_of_no_questions(capsys):
     print_results(rows_of(full=0.8, free=0.4, tuned=0.6), title="runs/one")
     assert "all: tuning closes 50% of the gap between free and full\n" in capsys.readouterr().out
-
-
-def test_a_run_without_questions_says_how_to_ask_some(capsys):
     print_results([], title="runs/one")
     assert "`make eval RUN=runs/one`" in capsys.readouterr().out
