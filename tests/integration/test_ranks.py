@@ -1,13 +1,11 @@
 """Ranks that other programs start: as srun does, and the launcher on several hosts of a hostfile."""
 
 import os
-import subprocess
 import sys
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.helpers.commands import BIN, assert_same_metrics, environment, free_port, metrics, tune
+from tests.helpers.commands import BIN, assert_same_metrics, begin, free_port, metrics, tune
 
 pytestmark = pytest.mark.integration
 
@@ -32,26 +30,9 @@ def settings(overrides, runs):
 @pytest.fixture(scope="module")
 def plain(settings, runs):
     """A run of an sbatch script that calls python: a single rank, whatever the size of the job."""
-    batch = {
-        "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0",
-        "SLURM_NODEID": "0",
-        "SLURM_TASKS_PER_NODE": "1(x2)",
-    }
-    tune([*settings, "name=plain"], **JOB, **batch)
+    first = dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"), "0")
+    tune([*settings, "name=plain"], **JOB, **first, SLURM_TASKS_PER_NODE="1(x2)")
     return runs / "plain"
-
-
-def begin(command, **changes):
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(**changes),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def assert_all_succeed(processes):
