@@ -13,7 +13,7 @@ from data.batches.dataset import MicroBatches, explain_workers, loader
 from data.progress import progress
 from train.checkpoint import RunFolder
 from train.engine import Engine
-from train.guards.finite import check_number, check_weights
+from train.guards.finite import check_finite, check_weights
 from train.guards.signals import STOP, Stopped
 from train.track import Tracker, memory_gb
 
@@ -80,13 +80,13 @@ def train_step(
     total, *flags = engine.sum_over_ranks([loss_sum.item(), *STOP.flags()])
     STOP.agree(flags)
     loss_mean = total / max(batches.num_grad_labels(step), 1)
-    check_number("loss", loss_mean, step=step, engine=engine, cfg=cfg)
+    check_finite("loss", loss_mean, step=step, engine=engine, cfg=cfg)
 
     # The weights change here, and nowhere else.
     num_steps = batches.plan.num_steps
     lr = learning_rate(step, num_steps=num_steps, peak=cfg.optim.lr, warmup=cfg.optim.warmup)
     grad_norm = engine.optimizer_step(lr)
-    check_number("gradient norm", grad_norm, step=step, engine=engine, cfg=cfg)
+    check_finite("gradient norm", grad_norm, step=step, engine=engine, cfg=cfg)
     return {"train/loss": loss_mean, "train/lr": lr, "train/grad_norm": grad_norm}
 
 

@@ -17,7 +17,7 @@ def _num_not_finite(parameter: nn.Parameter) -> int:
     return int((~torch.isfinite(values)).sum())
 
 
-def check_number(what: str, value: float, *, step: int, engine: Engine, cfg: DictConfig) -> None:
+def check_finite(what: str, value: float, *, step: int, engine: Engine, cfg: DictConfig) -> None:
     """Check the loss or the gradient norm of a step.
 
     Args:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.helpers.configs import composed
-from train.guards.finite import check_number, check_weights
+from train.guards.finite import check_finite, check_weights
 from vzip import UserError
 
 
@@ -25,16 +25,16 @@ def test_the_first_step_blames_the_weights_and_later_ones_the_learning_rate(valu
     cfg = composed("optim.lr=1e-3", "model=llava-7b")
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     arguments = {"engine": engine_of(model), "cfg": cfg}
-    check_number("loss", 1.5, step=0, **arguments)
+    check_finite("loss", 1.5, step=0, **arguments)
 
     with pytest.raises(UserError, match=rf"the loss is {value} at step 3; lower optim\.lr=0\.001"):
-        check_number("loss", value, step=3, **arguments)
+        check_finite("loss", value, step=3, **arguments)
     with pytest.raises(UserError, match=r"before anything was tuned, though all weights .*float32"):
-        check_number("gradient norm", value, step=0, **arguments)
+        check_finite("gradient norm", value, step=0, **arguments)
     with torch.no_grad():
         model[1].weight[0, 1] = value
     with pytest.raises(UserError, match=r"because 1\.weight holds .*model\.id=llava-hf/.*model\.projector"):
-        check_number("loss", value, step=0, **arguments)
+        check_finite("loss", value, step=0, **arguments)
 
 
 def test_tuned_weights_are_checked_also_where_ranks_share_them_out():
