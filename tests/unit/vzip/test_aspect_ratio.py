@@ -137,19 +137,16 @@ def run(tmp_path, tiny_folder, ratio):
     return save_run(tmp_path / "run", tune(attached(tiny_folder)), tiny_folder, image_aspect_ratio=ratio)
 
 
-def test_a_run_is_opened_with_its_own_pictures(run, ratio):
-    for processor in (Comparison.open(run, device="cpu").processor, vzip.load(run, device="cpu")[1]):
-        assert image_aspect_ratio(processor) == ratio
-
-
-def test_a_base_that_pads_in_another_way_does_not_change_a_run(run, ratio, tmp_path):
+def test_a_run_is_opened_with_its_own_pictures_also_on_a_base_that_pads_in_another_way(run, ratio, tmp_path):
     """The same weights in LLaVA's layout, whose config.json has the other ratio."""
     other = {"pad": "square", "square": "pad"}[ratio]
     base = tmp_path / "base"
     tiny.llava().save_pretrained(base)
     set_aspect_ratio(tiny.processor(), other).save_pretrained(base)
-    comparison = Comparison.open(run, base=str(base), device="cpu")
-    assert image_aspect_ratio(comparison.processor) == ratio
+    for source in (None, str(base)):
+        comparison = Comparison.open(run, base=source, device="cpu")
+        _, loaded = vzip.load(run, base=source, device="cpu")
+        assert image_aspect_ratio(comparison.processor) == image_aspect_ratio(loaded) == ratio
 
 
 def test_a_run_that_records_nothing_has_the_processor_as_it_is(run):
@@ -202,17 +199,9 @@ def test_an_export_for_llavas_code_says_it(tmp_path, ratio):
 
 def test_a_feature_cache_belongs_to_one_of_them(tiny_folder):
     handle = attached(tiny_folder)
+    names = {"base_fingerprint": "", "examples_name": "", "num_frames": 1}
     settings = []
     for ratio in ("pad", "square"):
         processor = set_aspect_ratio(family_class().load_processor(str(tiny_folder)), ratio)
-        settings.append(
-            cache_settings(
-                handle.family,
-                handle.reducer,
-                processor,
-                base_fingerprint="",
-                examples_name="",
-                num_frames=1,
-            )
-        )
+        settings.append(cache_settings(handle.family, handle.reducer, processor, **names))
     assert settings[0] != settings[1]

@@ -105,14 +105,6 @@ def test_attention_is_that_of_each_example_alone(lengths, num_prefix, heads):
     assert_same_gradients(actual, expected, inputs, least=1.0)
 
 
-def test_examples_of_similar_length_share_a_block():
-    empty = (torch.zeros(1, 0, 1),) * 2
-    blocks = Segments([50, 48, 41, 30, 29, 5], [empty]).blocks
-    assert [block.num_examples for block in blocks] == [3, 2, 1]
-    blocks = Segments([1000] * 5, [empty]).blocks
-    assert [block.num_examples for block in blocks] == [2, 2, 1]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_is_the_stock_models_to_the_bit(dtype):
     norm = LlamaModel(LlamaConfig(**SHAPE)).norm.to(dtype)

@@ -146,24 +146,6 @@ def test_logits_loss_and_gradients_are_those_of_the_formulas():
         torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
 
 
-def test_image_features_are_the_mined_ones_and_their_projections():
-    model, pixels = build(torch.float64), batch(torch.float64)["pixel_values"]
-    with torch.no_grad():
-        output = model.get_image_features(pixels)
-        low = model.model.low_resolution_features(pixels)
-        high = model.model.high_resolution_tower(pixels)
-        mined = torch.stack(
-            [mine(low[i], high[i], dict(model.model.mining.named_parameters())) for i in range(2)]
-        )
-    assert high.shape == (2, sum(WIDTHS), SIDE // 4, SIDE // 4)
-    assert output.last_hidden_state.shape == (2, 16, 32) and [
-        len(image) for image in output.pooler_output
-    ] == [16, 16]
-    torch.testing.assert_close(output.last_hidden_state, mined)
-    torch.testing.assert_close(model.model.mining(low, high), mined)
-    torch.testing.assert_close(model.model.mine(low, pixels), mined)
-
-
 def test_an_example_of_a_batch_is_as_if_alone_and_generate_works():
     model, inputs = build(), batch()
     with torch.no_grad():

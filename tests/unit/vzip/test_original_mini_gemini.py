@@ -40,6 +40,10 @@ def test_the_processor_of_a_public_checkpoint_fits_its_model(tmp_path):
     assert load(path)(**inputs).logits.shape == (1, 18, GROWN)
 
 
+HIGH = "model.vision_tower_aux.vision_"
+LOW = "model.vision_tower.vision_tower.vision_model."
+
+
 def without(name):
     return lambda weights: weights.pop(name)
 
@@ -52,29 +56,14 @@ def with_wrong(name):
     ("change", "words"),
     [
         (without("model.vlm_uni_aux_projector.1.bias"), ["missing are model.mining.key.1.bias"]),
-        (
-            without("model.vision_tower_aux.vision_stages.3.blocks.0.gamma"),
-            ["stages.3.layers.0.layer_scale_parameter"],
-        ),
-        (
-            without("model.vision_tower_aux.vision_stages.2.blocks.0.conv_dw.weight"),
-            ["stages.2.blocks.*.conv_dw.weight"],
-        ),
-        (
-            without("model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias"),
-            ["model.vision_tower.pre_layrnorm.bias"],
-        ),
+        (without(f"{HIGH}stages.3.blocks.0.gamma"), ["stages.3.layers.0.layer_scale_parameter"]),
+        (without(f"{HIGH}stages.2.blocks.0.conv_dw.weight"), ["stages.2.blocks.*.conv_dw.weight"]),
+        (without(f"{LOW}pre_layrnorm.bias"), ["model.vision_tower.pre_layrnorm.bias"]),
         (without("model.layers.0.mlp.up_proj.weight"), ["language_model.layers.0.mlp.up_proj.weight"]),
         (without("model.mm_projector.2.weight"), ["mm_projector"]),
         (with_wrong("model.vision_fpn.weight"), ["not part of the model are model.vision_fpn.weight"]),
-        (
-            with_wrong("model.vlm_uni_val_projector.1.weight"),
-            ["mining.value.1.weight (3, 5), not (32, 56)"],
-        ),
-        (
-            with_wrong("model.vision_tower_aux.vision_stem.0.weight"),
-            ["embeddings.patch_embeddings.weight"],
-        ),
+        (with_wrong("model.vlm_uni_val_projector.1.weight"), ["mining.value.1.weight (3, 5), not (32, 56)"]),
+        (with_wrong(f"{HIGH}stem.0.weight"), ["embeddings.patch_embeddings.weight"]),
     ],
 )
 def test_weights_that_are_not_the_models_are_refused_by_name(tmp_path, change, words):

@@ -105,48 +105,28 @@ def test_a_starting_projector_is_cast_to_the_precision_of_the_model(tmp_path):
     assert_equal_tensors(loaded, {name: value.float() for name, value in half.items()})
 
 
-def empty(tensors):
-    tensors.update(dict.fromkeys(tensors, torch.zeros(0)))
-
-
-def lack_a_weight(tensors):
-    del tensors["model.mm_projector.2.weight"]
-
-
-def be_linear(tensors):
-    tensors.clear()
-    tensors["model.mm_projector.weight"] = torch.zeros(48, 32)
-
-
-def have_an_embedding(tensors):
-    tensors["model.embed_tokens.weight"] = torch.zeros(9, 48)
-
-
-def be_wide(tensors):
-    tensors["model.mm_projector.0.weight"] = torch.zeros(48, 64)
-
-
-def be_a_head(tensors):
-    tensors.clear()
-    tensors["lm_head.weight"] = torch.zeros(2)
+WIDE = {"model.mm_projector.0.weight": torch.zeros(48, 64)}
+EMBEDDING = {"model.embed_tokens.weight": torch.zeros(9, 48)}
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (empty, ["size 0", "LLaVA#665: saved under ZeRO-3 without gathering"]),
-        (lack_a_weight, ["mm_projector.* has", "mlp2x_gelu"]),
-        (be_linear, ["['weight']", "not linear"]),
-        (have_an_embedding, ["more than mm_projector", "embed_tokens"]),
-        (be_wide, ["does not fit the model", "(48, 64)"]),
-        (be_a_head, ["does not fit the model", "lm_head.weight"]),
+        (
+            lambda tensors: dict.fromkeys(tensors, torch.zeros(0)),
+            ["size 0", "LLaVA#665: saved under ZeRO-3 without gathering"],
+        ),
+        (lambda tensors: dict(list(tensors.items())[1:]), ["mm_projector.* has", "mlp2x_gelu"]),
+        (lambda _: {"model.mm_projector.weight": torch.zeros(48, 32)}, ["['weight']", "not linear"]),
+        (lambda tensors: tensors | EMBEDDING, ["more than mm_projector", "embed_tokens"]),
+        (lambda tensors: tensors | WIDE, ["does not fit the model", "(48, 64)"]),
+        (lambda _: {"lm_head.weight": torch.zeros(2)}, ["does not fit the model", "lm_head.weight"]),
     ],
+    ids=["empty", "one less", "linear", "an embedding", "wide", "a head"],
 )
 def test_a_starting_projector_that_does_not_fit_is_refused(tmp_path, change, words):
     file = save_projector(tmp_path / "mm_projector.bin", projector_of(tiny.llava(seed=5)))
-    tensors = torch.load(file)
-    change(tensors)
-    torch.save(tensors, file)
+    torch.save(change(torch.load(file)), file)
 
     model = tiny.llava()
     refused(load, file, model, words=[str(file), *words])
