@@ -45,15 +45,8 @@ def test_a_processor_without_bf16_computes_in_float32(cpuinfo, monkeypatch, flag
 
 
 def environment(**changes):
-    values = {
-        "date": "2025-12-31",
-        "commit": "0123456789abcdef",
-        "modified_files": [],
-        "python": "3.11",
-        "torch": "2.9",
-        "device": "A Processor",
-        "num_cpus": 2,
-    }
+    values = {"date": "2025-12-31", "commit": "0123456789abcdef", "modified_files": [], "python": "3.11"}
+    values |= {"torch": "2.9", "device": "A Processor", "num_cpus": 2}
     return Environment(**(values | changes))
 
 

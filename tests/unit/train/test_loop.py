@@ -27,9 +27,6 @@ def test_the_rate_warms_up_peaks_and_decays_to_zero():
 @pytest.mark.parametrize("warmup", [0.0, 0.03, 0.99])
 def test_a_run_of_one_step_uses_the_peak(warmup):
     assert rates(1, warmup, peak=2e-5) == [2e-5]
-
-
-def test_without_warmup_the_first_step_has_the_peak():
     assert rates(10, warmup=0)[0] == 1
 
 

@@ -33,16 +33,11 @@ def task(rank, node, local, **changes):
 def test_each_task_has_its_rank_and_all_meet_on_the_steps_first_host():
     tasks = [(0, 0, 0), (1, 0, 1), (2, 0, 2), (3, 1, 0), (4, 1, 1)]
     found = [_srun_ranks(task(*where)) for where in tasks]
-    assert [(int(each["RANK"]), int(each["LOCAL_RANK"]), int(each["LOCAL_SIZE"])) for each in found] == [
-        (0, 0, 3),
-        (1, 1, 3),
-        (2, 2, 3),
-        (3, 0, 2),
-        (4, 1, 2),
-    ]
-    assert {each["WORLD_SIZE"] for each in found} == {"5"} and {each["MASTER_ADDR"] for each in found} == {
-        "node07"
-    }
+    for (rank, node, local), each in zip(tasks, found, strict=True):
+        assert (each["RANK"], each["LOCAL_RANK"]) == (str(rank), str(local))
+        assert each["LOCAL_SIZE"] == str((3, 2)[node])
+        assert (each["WORLD_SIZE"], each["MASTER_ADDR"]) == ("5", "node07")
+
     (port,) = {int(each["MASTER_PORT"]) for each in found}
     assert 1024 < port < 32_768  # below those that Linux gives to clients
     assert set(found[0]) == set(_single_rank())
