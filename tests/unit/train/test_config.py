@@ -24,9 +24,7 @@ pytestmark = pytest.mark.slow
 def test_the_defaults_pass():
     check(composed())
 
-
-def test_settings_of_a_finished_run_pass():
-    """They are read from its config.yaml, which has no types."""
+    # The settings of a finished run are read from its config.yaml, which has no types.
     check(OmegaConf.create(OmegaConf.to_yaml(composed(), resolve=True)))
 
 
@@ -48,13 +46,10 @@ def test_settings_of_a_finished_run_pass():
         ("optim.weight_decay=-1", "optim.weight_decay=-1.0 must be at least 0"),
         ("optim.max_grad_norm=-1", "optim.max_grad_norm=-1"),
         ("optim.lr=1e38", "optim.lr=1e+38 must be at most 1000"),
-        ("optim.lr=inf", "optim.lr=inf"),
         ("optim.weight_decay=1e30", "optim.weight_decay=1e+30 must be at most"),
-        ("optim.weight_decay=nan", "optim.weight_decay=nan"),
         ("optim.betas=[nan,0.9]", "optim.betas=[nan, 0.9]"),
         ("optim.warmup=nan", "optim.warmup=nan"),
         ("optim.max_grad_norm=inf", "optim.max_grad_norm=inf"),
-        ("optim.max_grad_norm=nan", "optim.max_grad_norm=nan"),
         ("optim.epochs=1e30", "optim.epochs=1e+30 must be at most"),
         ("evaluate.batch=0", "evaluate.batch=0"),
         ("evaluate.max_new_tokens=0", "evaluate.max_new_tokens=0"),
@@ -73,26 +68,14 @@ def test_settings_of_a_finished_run_pass():
         ("tune=projector_lora tune.lora.r=0", "tune.lora.r=0"),
         ("tune=projector_lora tune.lora.r=1.5", "tune.lora.r=1.5 must be a whole number"),
         ("tune=projector_lora +tune.lora.rank=4", "tune.lora.rank is no setting"),
-        (
-            "tune=projector_lora tune.lora.target=vision",
-            "tune.lora.target='vision' does not exist; choose one of: projector, language_model",
-        ),
-        (
-            "deepspeed.zero_optimization.stage=4",
-            "deepspeed.zero_optimization.stage=4 does not exist; choose one",
-        ),
+        ("tune=projector_lora tune.lora.target=vision", "choose one of: projector, language_model"),
+        ("deepspeed.zero_optimization.stage=4", "stage=4 does not exist; choose one"),
         ("deepspeed=zero3 quantize=nf4", "quantize=nf4 does not go with ZeRO 3"),
         ("reducer.budget=[4,4]", "reducer.budget=[4, 4] must be a whole number, or a list of different ones"),
         ("reducer.budget=[4,8] data.cache=true", "does not go with data.cache=true"),
         ("+lr=1e-4", "lr is no setting; did you mean optim.lr?"),
         ("+optim.lrr=4", "optim.lrr is no setting; did you mean optim.lr?"),
-        ("+data.fractoin=0.2", "data.fractoin is no setting; did you mean data.fraction?"),
-        ("+model.bugdet=4", "model.bugdet is no setting; did you mean model.budget?"),
         ("+inexact=nf4", "inexact is no setting any more: it was renamed to quantize"),
-        (
-            "+data.text_rows=false",
-            "data.text_rows is no setting any more: it was renamed to data.text_examples",
-        ),
     ],
 )
 def test_a_wrong_setting_is_refused_with_a_reason(override, message):
@@ -122,13 +105,8 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(override, reason):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("inexact=nf4", "inexact is no setting any more: it was renamed to quantize"),
-        (
-            "data.text_rows=false",
-            "data.text_rows is no setting any more: it was renamed to data.text_examples",
-        ),
+        ("data.text_rows=false", "data.text_rows is no setting any more: it was renamed to data.text_exam"),
         ("++data.text_rows=false", "it was renamed to data.text_examples"),
-        ("batch.tokns=4", "batch.tokns is no setting; did you mean batch.tokens?"),
         ("model.bugdet=4", "model.bugdet is no setting; did you mean model.budget?"),
     ],
 )
@@ -138,24 +116,16 @@ def test_a_wrong_name_on_the_command_line_is_refused_with_the_right_one(argument
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "argument",
-    [
-        "model=smol",
-        "optim.lr=1,2",
-        "tune.lora.r=4",
-        "data.expected.rows=9",
-        "data.pictures.coco=[x]",
-        "model.architecture.text_config.hidden_size=8",
-        "reducer.anything=1",
-        "+optim.new=1",
-        "hydra.mode=RUN",
-        "--multirun",
-        "/runs/optim.x=y/run",
-    ],
-)
-def test_other_arguments_are_left_to_hydra(argument):
-    check_argument(argument)
+OTHER_ARGUMENTS = """
+    model=smol optim.lr=1,2 tune.lora.r=4 data.expected.rows=9 data.pictures.coco=[x] +optim.new=1
+    model.architecture.text_config.hidden_size=8 reducer.anything=1 hydra.mode=RUN --multirun
+    /runs/optim.x=y/run
+"""
+
+
+def test_other_arguments_are_left_to_hydra():
+    for argument in OTHER_ARGUMENTS.split():
+        check_argument(argument)
 
 
 def test_values_without_a_type_are_checked_too():
@@ -251,7 +221,6 @@ def test_the_name_is_a_function_of_the_settings():
     assert name == config.run_name(composed("seed=3").copy())
     assert name.startswith("smol-visionzip-8-projector-seed3-")
     assert config.run_name(composed("reducer=identity")).startswith("smol-identity-projector-seed0-")
-    assert config.run_name(composed("reducer.budget=[4,8]")).startswith("smol-visionzip-4-8-projector-")
     assert config.run_name(composed("name=mine", "seed=3")) == "mine"
 
 
@@ -262,25 +231,17 @@ def test_a_run_is_recognised_by_the_settings_it_has_written():
     assert config.run_name(written) == config.run_name(cfg)
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "optim.lr=1e-4",
-        "model.budget=9",
-        "data.fraction=0.2",
-        "seed=1",
-        "tune=projector_lora",
-        "batch.micro=4",
-        "weights=random",
-    ],
-)
-def test_the_name_changes_with_a_setting(override):
-    assert config.run_name(composed(override)) != config.run_name(composed())
+def test_the_name_changes_with_the_settings_that_change_results():
+    names = [config.run_name(composed())]
+    for override in (
+        *("optim.lr=1e-4", "model.budget=9", "data.fraction=0.2", "seed=1"),
+        *("tune=projector_lora", "batch.micro=4", "weights=random"),
+    ):
+        names.append(config.run_name(composed(override)))
+    assert len(set(names)) == len(names)
 
-
-@pytest.mark.parametrize("override", ["fresh=true", "track=none", "dry_run=true", "runs=elsewhere"])
-def test_the_name_does_not_change_with_a_setting_that_changes_no_result(override):
-    assert config.run_name(composed(override)) == config.run_name(composed())
+    for override in ("fresh=true", "track=none", "dry_run=true", "runs=elsewhere"):
+        assert config.run_name(composed(override)) == names[0]
 
 
 @pytest.mark.parametrize(
@@ -317,10 +278,7 @@ def test_a_target_that_can_not_be_built_is_named(node):
             ["model.budget=64", "reducer.merge=average"],
             VisionZip(dominant=54, contextual=10, merge="average"),
         ),
-        (["model=llava-7b"], VisionZip(dominant=54, contextual=10)),
         (["model=llava-7b", "reducer.budget=192"], VisionZip(dominant=162, contextual=30)),
-        (["model=next-7b"], VisionZip(dominant=27, contextual=5)),
-        (["model=next-7b", "reducer.budget=640"], VisionZip(dominant=108, contextual=20)),
         (["model=next-mistral-7b", "model.budget=320"], VisionZip(dominant=54, contextual=10)),
         (
             ["model=next-7b", "reducer.dominant=27", "reducer.contextual=5"],
@@ -332,11 +290,8 @@ def test_a_target_that_can_not_be_built_is_named(node):
         (["+exp=ablate-no-cls"], VisionZip(dominant=7, contextual=1, keep_cls=False)),
         (["+exp=ablate-early-layer"], VisionZip(dominant=7, contextual=1, layer=4)),
         (["+exp=ablate-no-dominant"], VisionZip(dominant=0, contextual=8)),
-        (["model=llava-7b", "reducer=random"], Random(budget=64)),
         (["model=next-7b", "reducer=random"], Random(budget=32)),
-        (["model=onevision-0.5b", "reducer=random"], Random(budget=81)),
         (["model=next-7b", "reducer=identity"], Identity()),
-        (["reducer.budget=[4,16,8]"], VisionZip(dominant=14, contextual=2)),  # the largest
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -9,7 +9,6 @@ from omegaconf import OmegaConf
 
 from tests.helpers import tiny
 from tests.helpers.configs import composed, counted
-from train.checks import check
 from train.models import load_family, quantize_language_model
 from train.trainable import make_trainable
 from vzip import UserError
@@ -25,11 +24,6 @@ def test_quantized_weights_are_counted_without_the_package():
     exact = weight_memory(family)
     assert exact - weight_memory(family, quantize="int8") == num_linear
     assert exact - weight_memory(family, quantize="nf4") == pytest.approx((2 - 0.516) * num_linear, rel=1e-3)
-
-
-def test_zero_3_and_quantized_weights_are_refused():
-    with pytest.raises(UserError, match=r"quantize=nf4 does not go with ZeRO 3.*zero0"):
-        check(composed("quantize=nf4", "deepspeed=zero3"))
 
 
 def test_a_missing_package_is_named_before_anything_is_loaded(monkeypatch):

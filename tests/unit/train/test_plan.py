@@ -42,19 +42,14 @@ def test_a_budget_of_five_tiles(plan_of, reducer):
             assert plan[f"image of {num_tiles} tiles"] == counts
         assert plan["budget"].startswith(f"{budget} is the total of 5 tiles: {each} each")
 
-
-def test_all_tokens_have_no_budget(plan_of):
-    plan = plan_of("model=next-7b", "reducer=identity")
-    assert plan["image of 5 tiles"] == "2,928 before, 2,928 after (672 x 672 px)"
-    assert "budget" not in plan
-
-
-def test_spatial_order_counts_row_ends(plan_of):
-    plan = plan_of("model=next-7b", "reducer.anyres=spatial")
-
-    # Two tiles of 24 rows of patches lie one below the other.
+    # In spatial order, row ends count: two tiles of 24 rows of patches lie one below the other.
+    plan = plan_of("model=next-7b", f"reducer={reducer}", "reducer.anyres=spatial")
     assert plan["image of 5 tiles"].startswith(f"2,928 before, {160 + 48} after")
     assert plan["image of 3 tiles"].startswith(f"1,776 before, {96 + 48} after")
+
+    all_tokens = plan_of("model=next-7b", "reducer=identity")
+    assert all_tokens["image of 5 tiles"] == "2,928 before, 2,928 after (672 x 672 px)"
+    assert "budget" not in all_tokens
 
 
 def test_one_tile_or_frame(plan_of):
@@ -102,8 +97,7 @@ def test_the_micro_batch_of_a_card(plan_of):
     plan = plan_of("model=llava-7b", "engine=reference", "batch.micro=4")
     assert plan["a micro batch"].startswith("4 examples, padded")
 
-
-def test_a_model_that_does_not_fit_is_planned_to_the_end(plan_of):
+    # A model that does not fit is planned to the end.
     plan = plan_of("model=llava-13b", "memory_gb=8")
     assert plan["a micro batch"].startswith("none: weights") and "memory a rank" not in plan
     assert "time on one H100" in plan
