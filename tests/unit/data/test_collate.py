@@ -7,12 +7,9 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import vzip
 from data.batches.collate import Collator, Packer
-from data.batches.packing import shared_prefix
 from data.examples.tokens import Example, Examples
 from tests.helpers import tiny
 from tests.helpers.conversations import conversation
@@ -21,7 +18,6 @@ from tests.helpers.examples import (
     IMAGE_TEXTS,
     NUM_FRAMES,
     NUM_LABELS,
-    PAD_ID,
     VIDEO_ID,
     VIDEO_TEXTS,
     collate,
@@ -33,7 +29,7 @@ from tests.helpers.examples import (
     tokenize,
     without_padding,
 )
-from tests.helpers.strategies import drawn_examples, example_with_pictures, ready_collator
+from tests.helpers.strategies import example_with_pictures, ready_collator
 from vzip import UserError
 from vzip.families import family_of
 from vzip.media import MediaInputs
@@ -108,16 +104,10 @@ def assert_equal_inputs(inputs, expected):
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_lengths_and_placeholders_are_those_of_the_features(tmp_path, kind):
+def test_lengths_are_known_before_the_media_are_loaded(tmp_path, kind):
     family = shared_family(kind)
     examples = examples_of([*texts_of(kind), "<image>\nfifth"], tmp_path)
-    reducers = [
-        Identity(),
-        Random(budget=5),
-        REDUCER,
-        VisionZip(dominant=3, contextual=4, keep_cls=False),
-    ]
-    for reducer in reducers:
+    for reducer in (Identity(), Random(budget=5), VisionZip(dominant=3, contextual=4, keep_cls=False)):
         batch = collate(kind, examples, reducer)
         assert list(batch.media) == (["image", "video"] if kind in tiny.VIDEO else ["image"])
 
@@ -127,14 +117,6 @@ def test_lengths_and_placeholders_are_those_of_the_features(tmp_path, kind):
             # The sizes of frames are not recorded, so the videos at the end count as usual ones.
             lengths = [*lengths[:4], *batch.attention_mask.sum(dim=1).tolist()[4:7], *lengths[7:]]
         assert lengths == batch.attention_mask.sum(dim=1).tolist()
-
-        for medium, inputs in batch.media.items():
-            with torch.no_grad():
-                normalized = inputs.normalized(torch.float32)
-                features = family.project(family.visual_features(medium, normalized, reducer))
-            num_positions = (batch.input_ids == family.placeholder_id(medium)).sum()
-            assert len(features) == batch.num_placeholders[medium] == num_positions > 0
-            assert features.isfinite().all()
 
 
 def test_an_image_of_unknown_size_counts_as_a_usual_one():
@@ -207,62 +189,6 @@ def test_a_picture_or_video_that_vanishes_or_breaks_is_named(tmp_path, text, dam
         shutil.rmtree(path)
         with pytest.raises(UserError, match=path.name):
             collate("video", examples, REDUCER)
-
-
-# Packed micro batches
-
-
-@given(drawn_examples(), st.booleans(), st.sampled_from([1, 2, 5]))
-def test_a_packed_batch_is_its_examples_one_behind_the_other(examples, behind_prefix, num_tokens):
-    # The features of a picture have to find their positions, so it is run even behind the last label.
-    with_pictures = [example for example in examples if example.media]
-    prefix = []
-    if behind_prefix and with_pictures:
-        prefix = shared_prefix(examples, [IMAGE_ID])
-        examples = Examples.of(with_pictures)
-
-    packer = Packer(ready_collator(num_tokens), num_prefix=len(prefix), reducer=3)
-    batch = packer(list(examples))
-
-    ids = []
-    lengths = []
-    targets = {}
-    for example in examples:
-        start = len(ids)
-        needed = [label != IGNORED for label in example.labels[1:]] + [False]
-        needed = [need or token == IMAGE_ID for need, token in zip(needed, example.ids, strict=True)]
-        stop = max(position for position, need in enumerate(needed) if need) + 1
-        assert example.ids[: len(prefix)] == prefix
-        for position in range(len(prefix), stop):
-            token = example.ids[position]
-            ids += [token] * (num_tokens if token == IMAGE_ID else 1)
-            label = example.labels[position + 1] if position + 1 < len(example.labels) else IGNORED
-            if label != IGNORED:
-                targets[len(ids) - 1] = label
-        lengths.append(len(ids) - start)
-
-    assert batch.input_ids.tolist() == ids
-    assert list(batch.lengths) == packer.lengths(examples).tolist() == lengths
-    assert dict(zip(batch.at_labels.tolist(), batch.targets.tolist(), strict=True)) == targets
-    assert len(batch.targets) == sum(example.num_labels for example in examples)
-    assert (batch.num_examples, batch.reducer) == (len(examples), 3)
-    assert batch.num_placeholders == {"image": ids.count(IMAGE_ID)}
-
-    numbers = []
-    for example in examples:
-        numbers += [float(example.index)] * (num_tokens * len(example.media.get("image", ())))
-    assert batch.media["image"].features.flatten().tolist() == (numbers or [0.0] * num_tokens)
-
-
-def test_a_packed_batch_without_examples_is_one_token_that_counts_nothing():
-    batch = Packer(ready_collator(), num_prefix=4)([])
-    assert batch.input_ids.tolist() == batch.targets.tolist() == [PAD_ID]
-    assert batch.at_labels.tolist() == [0]
-    assert batch.lengths == (1,)
-    assert batch.num_examples == 0
-    assert batch.num_placeholders == {"image": 0}
-    assert not batch.media["image"].features.any()
-    assert batch.input_ids.dtype == batch.at_labels.dtype == batch.targets.dtype == torch.int64
 
 
 # On the way to the device

@@ -118,7 +118,8 @@ def test_every_split_of_a_step_takes_the_same_examples_and_counts_the_same(split
 
 @pytest.mark.parametrize("count", [24, 20])
 def test_an_epoch_sees_every_example_once_and_the_next_one_in_another_order(count):
-    (batches,) = all_ranks(text_examples([4] * count), (4, 1, 1), num_steps=15)
+    examples = text_examples([4] * count)
+    (batches,) = all_ranks(examples, (4, 1, 1), num_steps=15)
     stream = batches.examples_by_step.flatten().tolist()
     epochs = [stream[start : start + count] for start in range(0, 60 - count + 1, count)]
     assert len(epochs) >= 2
@@ -130,18 +131,12 @@ def test_an_epoch_sees_every_example_once_and_the_next_one_in_another_order(coun
         taken += numbers_of(batches[step])
     assert sorted(taken) == list(range(count))
 
-
-def test_the_order_is_a_function_of_the_seed_alone():
-    examples = text_examples([4] * 24)
-
-    def order(split, *, num_steps=9, seed=3, rank=0):
-        return all_ranks(examples, split, num_steps=num_steps, seed=seed)[rank].examples_by_step
-
-    first = order((2, 2, 2))
+    # The order is a function of the seed, and of no other draws.
     torch.manual_seed(99)
-    assert torch.equal(order((2, 2, 2), rank=1), first)
-    assert torch.equal(order((8, 1, 1), num_steps=6), first[:6])
-    assert not torch.equal(order((2, 2, 2), seed=4), first)
+    (same,) = all_ranks(examples, (4, 1, 1), num_steps=15)
+    (other,) = all_ranks(examples, (4, 1, 1), num_steps=15, seed=4)
+    assert torch.equal(same.examples_by_step, batches.examples_by_step)
+    assert not torch.equal(other.examples_by_step, batches.examples_by_step)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -224,6 +219,7 @@ def test_all_ranks_together_run_each_example_with_a_gradient_once(
         learned = []
         num_targets = 0
         for batch in batches:
+            assert batch.num_examples < 2 or len(batch.input_ids) == sum(batch.lengths) <= tokens
             learned += [token - FIRST_NUMBER for token in batch.targets.tolist() if token >= FIRST_NUMBER]
             num_targets += len(batch.targets) if batch.num_examples else 0
         assert sorted(learned) == sorted(run)
@@ -333,13 +329,12 @@ def test_other_errors_stay_what_they_are():
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_run_resumes_where_a_picture_vanished(tmp_path, num_workers):
+def test_a_run_ends_and_resumes_where_a_picture_vanished(tmp_path, num_workers):
     examples = examples_of([f"<image>number {number}" for number in range(6)], tmp_path)
     with_files = Collator(PROCESSOR, shared_family(), Identity())
     batches = padded_batches(examples, with_files, micro=1, num_steps=6)
-    whole = list(loader(batches, first=0, num_workers=0))
     (path,) = examples[batches.examples_by_step[3].item()].media["image"]
-    elsewhere = path.rename(path.with_suffix(".gone"))
+    path.unlink()
 
     seen = []
     with pytest.raises(UserError, match=rf"{path.name}.*resumes") as error:
@@ -348,10 +343,5 @@ def test_a_run_resumes_where_a_picture_vanished(tmp_path, num_workers):
     assert len(seen) == 3
     assert "Traceback" not in str(error.value)  # a worker's error comes with one in its message
     assert not multiprocessing.active_children()
-
-    elsewhere.rename(path)
-    seen += loader(batches, first=3, num_workers=num_workers)
-    assert len(seen) == len(whole) == 6
-    assert all(map(are_equal, whole, seen))
-    assert not are_equal(whole[0], whole[1])
+    assert len(list(loader(batches, first=4, num_workers=num_workers))) == 2
     assert list(loader(batches, first=6, num_workers=num_workers)) == []

@@ -28,12 +28,27 @@ def select(folder):
     return Selection(path=str(folder), image_folder=str(folder.parent / "images"))
 
 
+def save_paths(folder, *paths):
+    """A `datasets` folder whose pictures are paths."""
+    columns = {"image": list(paths), "conversations": [ONE_PICTURE] * len(paths)}
+    datasets.Dataset.from_dict(columns).save_to_disk(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a.jsonl, and a file beside it that it must not name."""
+    (tmp_path / "mine").mkdir()
+    for path in ("secret.jsonl", "mine/a.jsonl"):
+        (tmp_path / path).write_text(json.dumps({"conversations": ONE_PICTURE}))
+    return tmp_path / "mine"
+
+
 def save_colours(folder, colours, **columns):
     """A `datasets` folder of one-coloured pictures, always named train."""
     columns = {name: [value] * len(colours) for name, value in columns.items()}
     columns["image"] = [Image.new("RGB", (8, 8), colour) for colour in colours]
     columns["conversations"] = [ONE_PICTURE] * len(colours)
-    folder.mkdir(exist_ok=True)
     datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).save_to_disk(folder / "train")
     return Selection(path=str(folder / "train"), image_folder=str(folder.parent / "images"))
 
@@ -102,48 +117,38 @@ def test_a_folder_with_columns_of_its_own_is_left_unchanged(tmp_path):
 
 
 def test_paths_are_files_in_the_folder_or_refused(tmp_path):
-    data = datasets.Dataset.from_dict({"image": ["red.png"] * 2, "conversations": [ONE_PICTURE] * 2})
-    data.save_to_disk(tmp_path / "mine")
+    folder = save_paths(tmp_path / "mine", "red.png", "red.png")
     with pytest.raises(UserError, match="only 0 of 2 examples of mine can be used"):
-        prepare(select(tmp_path / "mine"))
+        prepare(select(folder))
 
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "mine" / "red.png")
-    assert sorted(prepare(select(tmp_path / "mine")).manifest["ids"]) == ["0", "1"]
+    Image.new("RGB", (8, 8), "red").save(folder / "red.png")
+    assert sorted(prepare(select(folder)).manifest["ids"]) == ["0", "1"]
 
 
-def test_a_picture_outside_of_the_folder_is_never_read(tmp_path):
+def test_a_picture_outside_of_the_folder_or_without_a_limit_is_never_read(tmp_path):
     secret = tmp_path / "secret.png"
     Image.new("RGB", (8, 8), "red").save(secret)
-    folder = tmp_path / "mine"
-    paths = ["../secret.png", str(secret), "/dev/zero", "link.png", "pipe.png", "a\0b", "", None]
-    data = datasets.Dataset.from_dict({"image": paths, "conversations": [ONE_PICTURE] * len(paths)})
-    data.save_to_disk(folder)
+    paths = ["../secret.png", str(secret), "/dev/zero", "link.png", "pipe.png", "large.png", "a\0b", "", None]
+    folder = save_paths(tmp_path / "mine", *paths)
     (folder / "link.png").symlink_to(secret)
     os.mkfifo(folder / "pipe.png")
+    with (folder / "large.png").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
 
     source = HfFolder(folder)
     entries = list(source.entries())
     assert len(entries) == len(paths)
+    reasons = r"leaves the folder|a pipe or a device|null byte|a file of 100,000,001 bytes"
     for entry in entries[:-2]:
-        with pytest.raises(NotFoundError, match=r"leaves the folder|a pipe or a device|null byte"):
+        with pytest.raises(NotFoundError, match=reasons):
             source.read(entry["image"][0])
 
 
-def test_a_picture_is_limited_in_size(tmp_path):
-    data = datasets.Dataset.from_dict({"image": ["a.png"], "conversations": [ONE_PICTURE]})
-    data.save_to_disk(tmp_path / "mine")
-    with (tmp_path / "mine" / "a.png").open("wb") as file:
-        file.truncate(MAX_BYTES + 1)
-    with pytest.raises(NotFoundError, match="a file of 100,000,001 bytes"):
-        HfFolder(tmp_path / "mine").read("mine/0-0-x")
-
-
 def test_links_of_the_hubs_cache_are_followed(tmp_path):
-    folder = tmp_path / "datasets--me--mine" / "snapshots" / "abc"
-    data = datasets.Dataset.from_dict({"image": ["red.png"], "conversations": [ONE_PICTURE]})
-    data.save_to_disk(folder)
-    (tmp_path / "datasets--me--mine" / "blobs").mkdir()
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "datasets--me--mine" / "blobs" / "123", "PNG")
+    cache = tmp_path / "datasets--me--mine"
+    folder = save_paths(cache / "snapshots" / "abc", "red.png")
+    (cache / "blobs").mkdir()
+    Image.new("RGB", (8, 8), "red").save(cache / "blobs" / "123", "PNG")
     (folder / "red.png").symlink_to("../../blobs/123")
     assert prepare(select(folder)).manifest["num_rows"] == 1
 
@@ -167,29 +172,20 @@ OUTSIDE = {
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_a_folder_that_names_data_outside_of_itself_is_refused(tmp_path, name):
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    (tmp_path / "secret.jsonl").write_text(json.dumps({"conversations": ONE_PICTURE}))
-    (folder / "a.jsonl").write_text(json.dumps({"conversations": ONE_PICTURE}))
+def test_a_folder_that_names_data_outside_of_itself_is_refused(folder, name):
     (folder / name.strip()).write_text(OUTSIDE[name](folder))
     with pytest.raises(UserError, match=r"`datasets` can't read this folder: .*leaves the folder"):
         HfFolder(folder).dataset  # noqa: B018
 
 
-def test_a_card_without_files_is_no_obstacle(tmp_path):
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    (folder / "a.jsonl").write_text(json.dumps({"conversations": ONE_PICTURE}))
+def test_a_card_without_files_is_no_obstacle(folder):
     for text in ("# Pictures: of: mine\n", "Mine: all: mine [", "---\nlicense: mit\n---\nconfigs: /etc"):
         (folder / "README.md").write_text(text)
         assert len(HfFolder(folder).dataset) == 1
 
 
-def test_what_the_library_chose_is_checked_too(tmp_path, monkeypatch):
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    (tmp_path / "secret.jsonl").write_text(json.dumps({"conversations": ONE_PICTURE}))
+def test_what_the_library_chose_is_checked_too(folder, monkeypatch):
+    (folder / "a.jsonl").unlink()
     (folder / "README.md").write_text(card("../secret.jsonl"))
     monkeypatch.setattr("data.examples.hf_folder.CARDS", ())
     with pytest.raises(UserError, match=r"secret\.jsonl leaves the folder"):
@@ -205,10 +201,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_script_and_broken_descriptions_end_in_a_message(tmp_path, name):
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    (folder / "a.jsonl").write_text(json.dumps({"conversations": ONE_PICTURE}))
+def test_a_script_and_broken_descriptions_end_in_a_message(folder, name):
     (folder / name).write_text(BROKEN[name])
     with pytest.raises(UserError, match=r"data\.path=.*can't read this folder|is damaged"):
         HfFolder(folder).dataset  # noqa: B018
@@ -217,10 +210,9 @@ def test_a_script_and_broken_descriptions_end_in_a_message(tmp_path, name):
 def test_text_that_is_not_utf8_is_a_listed_row(tmp_path):
     texts = [b"un caf\xc3\xa9", b"un caf\xe9"]
     offsets = np.cumsum([0, *map(len, texts)]).astype("int32")
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(texts))]
-    identifiers = pa.StringArray.from_buffers(2, *buffers[1:])
-    table = pa.table({"id": identifiers, "conversations": [messages("hello", "hi")] * 2})
-    datasets.Dataset(table).save_to_disk(tmp_path / "mine")
+    identifiers = pa.StringArray.from_buffers(2, pa.py_buffer(offsets), pa.py_buffer(b"".join(texts)))
+    columns = pa.table({"id": identifiers, "conversations": [messages("hello", "hi")] * 2})
+    datasets.Dataset(columns).save_to_disk(tmp_path / "mine")
 
     table = open_table(tmp_path / "mine")
     (bad,) = table.bad_examples()
