@@ -91,19 +91,17 @@ def expand(case, counts):
 
 @pytest.fixture(scope="module")
 def attached(case):
-    """Attach the reducer through the public API, and run forward and backward once."""
-    handle = vzip.attach(case.model(), **case.budget)
-    rows = expand(case, [handle.num_image_tokens(size) for size in case.sizes])
-    answer = handle.family.model(**rows, **case.images)
-    answer.loss.backward()
-    return SimpleNamespace(handle=handle, rows=rows, answer=answer)
-
-
-def test_the_loss_without_a_reducer(case):
+    """Run forward without a reducer; attach one through the public API, and run forward and backward once."""
     model = case.model()
-    features = model.model.get_image_features(**case.images).pooler_output
-    loss = model(**expand(case, [len(image) for image in features]), **case.images).loss
-    assert error(loss.reshape(1), case.want["full.loss"]) < TOLERANCE
+    with torch.no_grad():
+        features = model.model.get_image_features(**case.images).pooler_output
+        full = model(**expand(case, [len(image) for image in features]), **case.images)
+
+    handle = vzip.attach(model, **case.budget)
+    rows = expand(case, [handle.num_image_tokens(size) for size in case.sizes])
+    answer = model(**rows, **case.images)
+    answer.loss.backward()
+    return SimpleNamespace(handle=handle, rows=rows, answer=answer, full_loss=full.loss)
 
 
 @torch.no_grad()
@@ -143,6 +141,7 @@ def test_a_step_of_training(case, attached):
     mask = case.want["expanded_mask"].bool()
     assert error(attached.answer.logits[mask], case.want["logits"][mask]) < TOLERANCE
     assert error(attached.answer.loss.reshape(1), case.want["loss"]) < TOLERANCE
+    assert error(attached.full_loss.reshape(1), case.want["full.loss"]) < TOLERANCE
 
     projector = attached.handle.family.projector
     for name in (name for name in case.want if name.startswith("grad.")):

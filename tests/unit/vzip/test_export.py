@@ -259,7 +259,9 @@ def save_lora_run(folder, base, target):
 
 
 @pytest.mark.parametrize("target", ["projector", "language_model"])
-def test_lora_is_merged_into_a_complete_model(target, tmp_path, tiny_folder):
+def test_lora_is_merged_into_a_complete_model_and_its_adapter_is_loaded_by_peft(
+    target, tmp_path, tiny_folder
+):
     run = save_lora_run(tmp_path / "run", tiny_folder, target)
     expected = logits(*vzip.load(run, device="cpu"))
     base = attached(tiny_folder)
@@ -270,6 +272,10 @@ def test_lora_is_merged_into_a_complete_model(target, tmp_path, tiny_folder):
     merged = logits(*vzip.load(folder, device="cpu"))
     torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
 
+    adapter = write(write_peft, run, tmp_path / "adapter")
+    loaded = logits(*load_with_peft(adapter, tiny_folder))
+    torch.testing.assert_close(loaded, expected, rtol=1e-5, atol=1e-5)
+
 
 def load_with_peft(folder, base, kind="clip"):
     """(model, processor): a base with an exported adapter, reduced to 6 tokens."""
@@ -277,14 +283,6 @@ def load_with_peft(folder, base, kind="clip"):
     PeftModel.from_pretrained(model, str(folder))
     handle = vzip.attach(model, dominant=4, contextual=2)
     return model, handle.processor(family_class(kind).load_processor(str(base)))
-
-
-@pytest.mark.parametrize("target", ["projector", "language_model"])
-def test_peft_loads_the_adapter_of_a_run_with_lora(target, tmp_path, tiny_folder):
-    run = save_lora_run(tmp_path / "run", tiny_folder, target)
-    folder = write(write_peft, run, tmp_path / "adapter")
-    loaded = logits(*load_with_peft(folder, tiny_folder))
-    torch.testing.assert_close(loaded, logits(*vzip.load(run, device="cpu")), rtol=1e-5, atol=1e-5)
 
 
 def test_peft_loads_a_projector_of_every_family(exported, kind, tmp_path):
@@ -324,21 +322,10 @@ def test_llavas_config_describes_the_same_model(tiny_folder):
     written = json.loads(json.dumps(llava_config(config, tiny.processor(), "some/clip")))
     _check_config("here", written)
     read = _llava_config(written, config.vision_config)
-    for name in (
-        "image_token_id",
-        "vision_feature_layer",
-        "vision_feature_select_strategy",
-        "image_seq_length",
-    ):
-        assert getattr(read, name) == getattr(config, name)
-    for name in (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_key_value_heads",
-        "rms_norm_eps",
-        "rope_parameters",
-    ):
-        assert getattr(read.text_config, name) == getattr(config.text_config, name)
+    names = ("image_token_id", "vision_feature_layer", "vision_feature_select_strategy", "image_seq_length")
+    assert all(getattr(read, name) == getattr(config, name) for name in names)
+    names = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_parameters")
+    assert all(getattr(read.text_config, name) == getattr(config.text_config, name) for name in names)
     assert (written["mm_vision_tower"], written["mm_hidden_size"]) == ("some/clip", 32)
     assert written["rope_theta"] == 10000.0
 
@@ -371,26 +358,17 @@ def test_what_llavas_format_can_not_hold_is_refused(tmp_path, tiny_folder):
 # Bases in the layouts of other code
 
 
-@pytest.fixture(scope="module")
-def original_run(tmp_path_factory):
-    """A run on a base in the layout of LLaVA's own code."""
-    folder = tmp_path_factory.mktemp("original")
-    tower = str(folder / "some" / "clip")
-    base = save_original(folder / "llava", tiny.llava(), mm_vision_tower=tower)
-    return save_run(folder / "run", tune(attached(base)), base)
-
-
-def test_a_base_in_llavas_layout_becomes_a_complete_model(original_run, tmp_path):
-    folder = write(write_hf, original_run, tmp_path / "export")
-    assert_same_model(folder, original_run)
+def test_a_base_in_llavas_layout_becomes_a_complete_model_and_gives_its_config(tmp_path):
+    tower = str(tmp_path / "some" / "clip")
+    base = save_original(tmp_path / "base", tiny.llava(), mm_vision_tower=tower)
+    run = save_run(tmp_path / "run", tune(attached(base)), base)
+    folder = write(write_hf, run, tmp_path / "export")
+    assert_same_model(folder, run)
     assert_complete(folder)
 
-
-def test_llavas_loader_gets_the_config_of_the_base(original_run, tmp_path):
-    folder = write(write_llava, original_run, tmp_path / "export")
-    base = Path(read_meta(original_run)["base"]["id"])
-    expected = json.loads((base / "config.json").read_text())
-    assert json.loads((folder / "config.json").read_text()) == expected
+    folder = write(write_llava, run, tmp_path / "llava")
+    config = [json.loads((path / "config.json").read_text()) for path in (base, folder)]
+    assert config[0] == config[1]
 
 
 def test_a_public_mini_gemini_becomes_a_complete_model(tmp_path):

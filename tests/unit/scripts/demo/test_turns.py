@@ -106,7 +106,7 @@ def test_a_reader_who_leaves_ends_the_work(thread):
     assert len(produced) == num_produced < 2_000
 
 
-def test_an_error_reaches_its_reader_alone(thread):
+def test_an_error_of_the_work_or_its_context_reaches_its_reader_alone(thread):
     def work(_):
         yield 1
         raise ArithmeticError
@@ -117,8 +117,6 @@ def test_an_error_reaches_its_reader_alone(thread):
         next(reader)
     assert list(thread.stream(lambda _: iter([2]))) == [2]
 
-
-def test_an_error_of_the_context_reaches_the_reader(thread):
     @contextmanager
     def inside():
         raise LookupError

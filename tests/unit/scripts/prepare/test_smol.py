@@ -55,13 +55,11 @@ def test_a_held_out_question_is_a_conversation_with_its_type(tmp_path):
     assert asked == [message["value"] for message in training["conversations"][1::2]]
 
 
-def test_it_is_prepared_once_and_again_when_its_version_changes(tmp_path, monkeypatch):
+def test_it_is_prepared_once_and_again_when_its_version_changes_or_its_stamp_is_damaged(
+    tmp_path, monkeypatch
+):
     targets = []
-
-    def build(target, wheels):
-        targets.append(target)
-
-    monkeypatch.setattr(smol, "build_smol", build)
+    monkeypatch.setattr(smol, "build_smol", lambda target, wheels: targets.append(target))
     assert smol.prepare_smol(tmp_path / "smol")
     assert not smol.prepare_smol(tmp_path / "smol")
 
@@ -69,10 +67,6 @@ def test_it_is_prepared_once_and_again_when_its_version_changes(tmp_path, monkey
     assert smol.prepare_smol(tmp_path / "smol")
     assert len(targets) == 2 and sorted(path.name for path in tmp_path.iterdir()) == [".smol.lock", "smol"]
 
-
-def test_a_damaged_stamp_makes_everything_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(smol, "build_smol", lambda target, wheels: None)
-    assert smol.prepare_smol(tmp_path / "smol")
     (tmp_path / "smol" / "prepared.json").write_bytes(bytes(20))
     assert smol.prepare_smol(tmp_path / "smol")
     assert not smol.prepare_smol(tmp_path / "smol")
@@ -107,6 +101,7 @@ def test_processes_that_prepare_at_once_build_it_once(tmp_path):
         "import sys, time\n"
         "from pathlib import Path\n"
         "from scripts.prepare import smol\n"
+        "assert not {'torch', 'transformers', 'onnx'} & set(sys.modules), 'the command would start slowly'\n"
         "def build(new, wheels):\n"
         "    time.sleep(0.3)\n"
         "    (new / 'x').touch()\n"
@@ -141,11 +136,6 @@ def test_a_full_disk_and_a_missing_package_are_refused_before_anything_is_writte
     with pytest.raises(UserError, match="GB are needed; set VZIP_DATA"):
         smol.prepare_smol(tmp_path / "smol")
     assert [path.name for path in tmp_path.iterdir()] == [".smol.lock"]
-
-
-def test_starting_the_command_imports_no_torch():
-    code = "import sys, scripts.prepare.smol; assert not {'torch', 'transformers', 'onnx'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_every_tiny_model_gets_a_processor_once(tmp_path, monkeypatch):
