@@ -320,7 +320,7 @@ class Engine:
         # LoRA may be inside the projector, so modules don't separate the two: names do.
         tuned = {}
         for name, parameter in family.model.named_parameters():
-            if name.startswith(family.projector_name) or "lora_" in name:
+            if name.startswith(family.projector_names) or "lora_" in name:
                 tuned[name] = parameter
 
         # Under ZeRO 3 a rank holds a part of each tensor: gather all parts, then copy.

@@ -50,7 +50,7 @@ def make_trainable(family: Family, tune: DictConfig, *, seed: int = 0) -> Traina
     opened = {}
     for name, parameter in family.model.named_parameters():
         is_lora = "lora_" in name
-        is_tuned_projector = tune.projector and name.startswith(family.projector_name)
+        is_tuned_projector = tune.projector and name.startswith(family.projector_names)
         if is_lora or is_tuned_projector:
             parameter.requires_grad_(True)
 

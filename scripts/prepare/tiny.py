@@ -92,10 +92,9 @@ def _mini_gemini(architecture: dict[str, Any], tokenizer: Any) -> Any:
     return mini_gemini.make_processor(mini_gemini.MiniGeminiConfig(**architecture), tokenizer)
 
 
-def _qwen2_5_vl(architecture: dict[str, Any], tokenizer: Any) -> Any:
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
+def _qwen_vl(processor_class: Any, frame_processor: Any, tokenizer: Any) -> Any:
+    from transformers import Qwen2VLImageProcessorPil
 
-    from vzip.families.patches import FramePatchProcessor
     from vzip.media import build_processor
 
     # Every picture has 8 x 8 tokens, each made of 2 x 2 patches.
@@ -104,7 +103,19 @@ def _qwen2_5_vl(architecture: dict[str, Any], tokenizer: Any) -> Any:
     images = Qwen2VLImageProcessorPil(size=size, patch_size=PATCH)
     for old, new in VISION_TOKENS.items():
         tokenizer = rename_token(tokenizer, old, new)
-    return build_processor(Qwen2_5_VLProcessor, images, tokenizer, {}, frame_processor=FramePatchProcessor)
+    return build_processor(processor_class, images, tokenizer, {}, frame_processor=frame_processor)
+
+
+def _qwen2_5_vl(architecture: dict[str, Any], tokenizer: Any) -> Any:
+    from vzip.families.qwen2_5_vl import Qwen25VL
+
+    return _qwen_vl(Qwen25VL.processor_class, Qwen25VL.frame_processor, tokenizer)
+
+
+def _qwen3_vl(architecture: dict[str, Any], tokenizer: Any) -> Any:
+    from vzip.families.qwen3_vl import Qwen3VL
+
+    return _qwen_vl(Qwen3VL.processor_class, Qwen3VL.frame_processor, tokenizer)
 
 
 # Functions that build the processor of a tiny model from its architecture and a tokenizer, by the
@@ -116,6 +127,7 @@ PROCESSORS = {
     "video_llava": _video_llava,
     "mini_gemini": _mini_gemini,
     "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
 }
 
 

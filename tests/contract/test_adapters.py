@@ -9,7 +9,6 @@ import pkgutil
 
 import pytest
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vzip
 from tests.helpers import tiny
@@ -57,11 +56,13 @@ def test_the_model_takes_its_features_from_the_patched_method(kind):
 
     @functools.wraps(plain)
     def replaced(*args, **kwargs):
-        features = plain(inner, *args, **kwargs).pooler_output
+        output = plain(inner, *args, **kwargs)
+        features = output.pooler_output
         noise = [torch.randn_like(image) for image in features]
         returned.append(torch.cat(noise))
         is_list = isinstance(features, list | tuple)
-        return BaseModelOutputWithPooling(pooler_output=noise if is_list else torch.stack(noise))
+        output.pooler_output = noise if is_list else torch.stack(noise)
+        return output
 
     inner.get_image_features = replaced
     with torch.no_grad():
@@ -86,7 +87,9 @@ def test_the_parts_of_the_model_are_where_the_family_expects_them(model):
     family = family_of(model)
     # The features of these models are those of the last layer but one.
     assert family.num_layers_run(Identity()) == tiny.LAYERS - (not family.has_grids)
-    assert family.projector is model.get_submodule(family.projector_name)
+    projector = [model.get_submodule(name) for name in family.projector_names]
+    of_modules = [parameter for part in projector for parameter in part.parameters()]
+    assert [id(value) for value in family.projector.parameters()] == [id(value) for value in of_modules]
     assert family.language_model is model.model.language_model and family.lm_head is model.lm_head
     for title, name in family.frozen_names.items():
         assert family.frozen_parts[title] is model.get_submodule(name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from transformers import Qwen3VLProcessor
 
 import vzip
 from tests.helpers import tiny
@@ -44,14 +45,18 @@ def processor(kind):
 
 
 def batch(processor, texts=TEXTS, side="right", seconds=None):
-    """Padded examples with pictures of three sizes and videos of 3 and 2 frames, in float64."""
+    """Padded examples with pictures of three sizes, and videos of 3 and 2 frames if the model takes them,
+    in float64.
+    """
+    if isinstance(processor, Qwen3VLProcessor):
+        texts = [text.replace("<video>", "") for text in texts]
     num_images = "".join(texts).count("<image>")
     pictures = [tiny.picture(number, *SIZES[number]) for number in range(num_images)]
     videos = [tiny.video(seed, 3 - seed) for seed in range("".join(texts).count("<video>"))]
     media = {name: values for name, values in (("images", pictures), ("videos", videos)) if values}
     inputs = dict(processor(text=list(texts), padding=True, padding_side=side, return_tensors="pt", **media))
     inputs.pop("video_metadata", None)
-    if seconds is not None:
+    if seconds is not None and "video_grid_thw" in inputs:
         inputs["second_per_grid_ts"] = torch.tensor(seconds)
     return {name: value.double() if name.startswith("pixel") else value for name, value in inputs.items()}
 
@@ -87,13 +92,19 @@ def shortened(model, inputs, keeps):
     positions, _ = inner.get_rope_index(**{k: v for k, v in inputs.items() if not k.startswith("pixel")})
     embeddings = inner.get_input_embeddings()(inputs["input_ids"])
     is_kept = inputs["attention_mask"].bool().clone()
+    deepstack = []
     for name, placeholder in (("image", IMAGE_ID), ("video", VIDEO_ID)):
         if f"{name}_grid_thw" not in inputs:
             continue
         grids = inputs[f"{name}_grid_thw"]
         pixels = inputs["pixel_values" + ("_videos" if name == "video" else "")]
-        tokens = torch.cat(getattr(inner, f"get_{name}_features")(pixels, grids).pooler_output)
+        encoded = getattr(inner, f"get_{name}_features")(pixels, grids)
+        tokens = torch.cat(encoded.pooler_output)
         embeddings[inputs["input_ids"] == placeholder] = tokens.to(embeddings)
+        for tokens in getattr(encoded, "deepstack_features", []):
+            added = torch.zeros_like(embeddings)
+            added[inputs["input_ids"] == placeholder] = torch.cat(tokens).to(embeddings)
+            deepstack.append(added)
 
         stays = []
         for steps, rows, columns in grids.tolist():
@@ -105,8 +116,15 @@ def shortened(model, inputs, keeps):
 
     rows = []
     for row, kept in enumerate(is_kept):
+        more = {}
+        if deepstack:
+            # Text is among them, with zeros.
+            more["visual_pos_masks"] = torch.ones(1, int(kept.sum()), dtype=torch.bool)
+            more["deepstack_visual_embeds"] = [added[row, kept] for added in deepstack]
         output = inner.language_model(
-            inputs_embeds=embeddings[row : row + 1, kept], position_ids=positions[:, row : row + 1, kept]
+            inputs_embeds=embeddings[row : row + 1, kept],
+            position_ids=positions[:, row : row + 1, kept],
+            **more,
         )
         rows.append(model.lm_head(output.last_hidden_state)[0])
     return rows
@@ -151,7 +169,9 @@ def test_a_contextual_token_is_merged_before_the_merger_and_stands_at_its_target
     output = VISIONZIP(tokens)
     source = torch.cat([output.dominant, output.contextual], dim=1)[0]
 
-    merged = handle.family.run_projector(output.features[0])[source.argsort()]
+    # The first columns are those of the tower's last layer.
+    family = handle.family
+    merged = family.run_projector(output.features[0, :, : family.group_width])[source.argsort()]
     assert torch.equal(torch.cat(model.model.get_image_features(pixels, grids).pooler_output), merged)
 
     rows, columns = (grids[0, 1:] // 2).tolist()
@@ -216,6 +236,19 @@ def test_several_turns_go_on_at_the_right_positions(model, processor):
     types[:, : inputs["mm_token_type_ids"].shape[1]] = inputs["mm_token_type_ids"]
     whole = {**inputs, "input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types}
     assert torch.equal(second, model.generate(**whole, **GREEDY))
+
+
+def test_videos_that_a_model_does_not_take_are_refused(kind, model, processor):
+    handle = vzip.attach(model, reducer=VISIONZIP)
+    if "video" in handle.family.kinds:
+        return
+    inputs = batch(handle.processor(processor), ["<image>a"])
+    with pytest.raises(UserError, match="takes no videos"):
+        model.model.get_rope_index(**inputs, video_grid_thw=inputs["image_grid_thw"])
+    with pytest.raises(UserError, match="text stands between their steps"):
+        handle.num_video_tokens(4)
+    with pytest.raises(UserError, match="text stands between their steps"):
+        handle.processor(processor)(text=["<video>a"], videos=[tiny.video(1)], return_tensors="pt")
 
 
 def test_token_types_are_those_of_the_processor(kind, processor):

@@ -16,12 +16,14 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
+    Qwen3VLProcessor,
     VideoLlavaImageProcessor,
     VideoLlavaProcessor,
 )
 
 from vzip.families import families
 from vzip.families.patches import FramePatchProcessor
+from vzip.families.qwen3_vl import Qwen3Frames
 from vzip.media import MediaInputs, build_processor
 from vzip.models.mini_gemini import MiniGeminiConfig, make_processor
 
@@ -81,8 +83,9 @@ KINDS = {  # (model_type of the family, vision tower, more of the config)
     "video": ("video_llava", "clip", {}),
     "mini-gemini": ("mini_gemini", "clip", {}),
     "qwen2.5-vl": ("qwen2_5_vl", "qwen2_5_vl", {}),
+    "qwen3-vl": ("qwen3_vl", "qwen3_vl", {}),
 }
-NATIVE = ("qwen2.5-vl",)
+NATIVE = ("qwen2.5-vl", "qwen3-vl")
 """Kinds that take pictures of any size. Their tokens are groups of 2 x 2 patches."""
 TILED = ("next", "next-siglip", "onevision")
 VIDEO = tuple(kind for kind, (model_type, *_) in KINDS.items() if "video" in families()[model_type].kinds)
@@ -158,6 +161,28 @@ def native_architecture(kind, *, layers=LAYERS, width=32):
     }
     ends = {"bos_token_id": SPECIAL.index("<s>"), "eos_token_id": SPECIAL.index("</s>")}
     rope = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 2, 2]}
+    if kind == "qwen3-vl":
+        # Every layer sees whole pictures, and two of them are added to those of the language model.
+        del vision["window_size"], vision["fullatt_block_indexes"], vision["tokens_per_second"]
+        vision |= {
+            "model_type": "qwen3_vl_vision",
+            "num_position_embeddings": 36,
+            "deepstack_visual_indexes": [0, 1],
+        }
+        rope["mrope_interleaved"] = True
+        text = {
+            "model_type": "qwen3_vl_text",
+            "rope_parameters": rope,
+            **TEXT,
+            "num_hidden_layers": 3,
+            "head_dim": 12,
+        }
+        return {
+            "vision_config": vision,
+            "text_config": text | {"bos_token_id": 1, "eos_token_id": 2},
+            "image_token_id": SPECIAL.index("<image>"),
+            "video_token_id": SPECIAL.index("<video>"),
+        }
     return {
         "vision_config": vision,
         "text_config": {"model_type": "qwen2_5_vl_text", "rope_parameters": rope, **TEXT, **ends},
@@ -180,6 +205,9 @@ def llava(kind="clip", *, seed=0, dtype=torch.float32, **shape):
         for name, parameter in model.named_parameters():
             if "patch_embed" in name or "projection.weight" in name:
                 parameter.normal_(std=0.1)
+        if kind in NATIVE:
+            # Random weights might write a placeholder, for which there is no picture.
+            model.lm_head.weight[[SPECIAL.index("<image>"), SPECIAL.index("<video>")]] = 0.0
     return model.to(dtype)
 
 
@@ -221,6 +249,8 @@ def native_processor(kind):
     size = {"shortest_edge": SIDE * SIDE * 4, "longest_edge": 2 * SIDE * SIDE * 4}
     images = Qwen2VLImageProcessorPil(size=size, patch_size=PATCH)
     named = tokenizer(names={"image_token": "<image>", "video_token": "<video>"})
+    if kind == "qwen3-vl":
+        return build_processor(Qwen3VLProcessor, images, named, {}, frame_processor=Qwen3Frames)
     return build_processor(Qwen2_5_VLProcessor, images, named, {}, frame_processor=FramePatchProcessor)
 
 

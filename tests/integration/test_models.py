@@ -51,7 +51,7 @@ def settings_of(model, folder, data, runs):
 
 
 def assert_only_the_projector_differs(model, base):
-    projector = family_of(model).projector_name
+    projector = family_of(model).projector_names
     for name, value in base.state_dict().items():
         same = torch.equal(model.state_dict()[name], value)
         assert same != name.startswith(projector), name

@@ -20,7 +20,8 @@ def families() -> dict[str, type[Family]]:
     for entry in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{entry.name}")
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, Family) and value is not Family:
+            # Base classes of families name no type.
+            if isinstance(value, type) and issubclass(value, Family) and hasattr(value, "model_type"):
                 by_type[value.model_type] = value
     return by_type
 

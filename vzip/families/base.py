@@ -98,8 +98,20 @@ class Family(Loading):
         return {title: self._module(name) for title, name in self.frozen_names.items()}
 
     @property
+    def projector_names(self) -> tuple[str, ...]:
+        """Names of the modules that make up the projector."""
+        return (self.projector_name,)
+
+    @property
+    def projector_modules(self) -> tuple[nn.Module, ...]:
+        """The modules that make up the projector, as the model runs them."""
+        return tuple(self._module(name) for name in self.projector_names)
+
+    @property
     def projector(self) -> nn.Module:
-        return self._module(self.projector_name)
+        """The projector, as one module."""
+        modules = self.projector_modules
+        return modules[0] if len(modules) == 1 else nn.ModuleList(modules)
 
     @property
     def language_model(self) -> nn.Module:
@@ -243,11 +255,7 @@ class Family(Loading):
         return self._run_tower(self.tower, reducer, pixel_values, num_dropped=dropped, **options)
 
     def look(self, reducer: Reducer, inputs: MediaInputs) -> tuple[VisionTokens, tuple[int, int]]:
-        """Show one image to the tower, or its first tile, which shows the whole image.
-
-        Returns:
-            Its tokens, and the rows and columns of its patches.
-        """
+        """Show the tower an image, or its first tile: its tokens, and rows and columns of its patches."""
         tokens = self.vision_tokens(reducer, inputs.pixels.flatten(0, -4)[:1])
         num_patches = tokens.features.shape[1] - int(tokens.has_cls)
         side = math.isqrt(num_patches)

@@ -7,18 +7,19 @@ remembers which tokens its encoder has kept, and `get_rope_index` encodes first 
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vzip.errors import UserError
+from vzip.families.base import Family
 from vzip.families.features import VisualFeatures
 from vzip.families.install import replace_method
-from vzip.families.positions import first_of_rows
+from vzip.families.positions import first_of_rows, grid_places, grid_positions
 from vzip.media import PIXEL_NAMES, MediaInputs
 from vzip.reducers.base import Reducer
 
@@ -91,6 +92,9 @@ def _rope_index_method(family: Any, reducer: Reducer) -> Callable[..., Any]:
 def _rope_index(family: Any, reducer: Reducer, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return positions int64[3, B, L], and int64[B, 1]: how far text goes on ahead of its index."""
     input_ids = arguments["input_ids"]
+    if arguments.get("video_grid_thw") is not None and "video" not in family.kinds:
+        raise UserError(f"a reducer for {family.model_type!r} models takes no videos; give images alone")
+
     encoded = encoded_by(family)
     features = {}
     for kind in family.kinds:
@@ -138,3 +142,59 @@ def _checked(family: Any, kind: str, encoded: Encoded, arguments: dict[str, Any]
         )
         features = replace(features, grids=family.grids_of_tokens(kind, inputs))
     return features
+
+
+class GridPositions(Family):
+    """The base of families whose visual tokens have positions of time, row and column."""
+
+    has_grids: ClassVar[bool] = True
+
+    # ---- Positions ----
+
+    def text_arguments(self, input_ids: Tensor) -> dict[str, Tensor]:
+        # The model looks for positions of pictures only if it is told where they are.
+        types = torch.zeros_like(input_ids)
+        for number, kind in enumerate(self.kinds, start=1):
+            types += number * (input_ids == self.placeholder_id(kind))
+        return {"mm_token_type_ids": types}
+
+    def positions(
+        self,
+        input_ids: Tensor,
+        features: Mapping[str, VisualFeatures],
+        *,
+        counted: Tensor,
+        first: Tensor,
+    ) -> Tensor | None:
+        positions, _ = self.positions_and_reach(input_ids, features, counted=counted, first=first)
+        return positions
+
+    def positions_and_reach(
+        self,
+        input_ids: Tensor,
+        features: Mapping[str, VisualFeatures],
+        *,
+        counted: Tensor,
+        first: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `vzip.families.positions.grid_positions` returns."""
+        places = []
+        for kind, media in features.items():
+            places.append((self.placeholder_id(kind), grid_places(media)))
+        return grid_positions(input_ids, places, counted=counted, first=first)
+
+    # ---- Patching one model instance ----
+
+    def install(self, reducer: Reducer) -> None:
+        super().install(reducer)
+        install_positions(self, reducer)
+
+    def uninstall(self) -> None:
+        super().uninstall()
+        uninstall_positions(self)
+
+    def features_for_model(
+        self, kind: str, inputs: MediaInputs, reducer: Reducer, **options: Any
+    ) -> VisualFeatures:
+        """Compute the features, and remember which tokens stay: the model asks for positions later."""
+        return encoded_by(self).features(self, kind, inputs, reducer, **options)

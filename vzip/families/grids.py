@@ -17,6 +17,7 @@ from vzip.errors import UserError
 from vzip.families.features import VisualFeatures
 from vzip.reducers.base import Reducer, VisionTokens
 from vzip.reducers.identity import Identity
+from vzip.tap import received_attention
 
 MAX_RATIO = 200
 """The processors refuse pictures that are longer than this many times their width."""
@@ -123,6 +124,27 @@ def pictures_of(grids: Tensor) -> Iterator[tuple[int, tuple[int, int]]]:
         sizes += [(rows, columns)] * steps
     for size, same in groupby(sizes):
         yield len(list(same)), size
+
+
+def attention_in_pictures(queries: Tensor, keys: Tensor, grids: Tensor) -> Tensor:
+    """Compute the attention that each patch receives from its picture: float[patches].
+
+    Args:
+        queries: float[patches, H, head_dim], picture by picture.
+        keys: float[patches, H, head_dim].
+        grids: int64[media, 3].
+    """
+    received = []
+    first = 0
+    for num_pictures, (rows, columns) in pictures_of(grids):
+        num_patches = rows * columns
+        block = slice(first, first + num_pictures * num_patches)
+        first = block.stop
+        shape = (num_pictures, num_patches, *queries.shape[1:])
+        block_queries = queries[block].view(shape).transpose(1, 2)
+        block_keys = keys[block].view(shape).transpose(1, 2)
+        received.append(received_attention(block_queries, block_keys).flatten())
+    return torch.cat(received)
 
 
 class ReducedGrids:

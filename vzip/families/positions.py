@@ -32,14 +32,8 @@ class GridPlaces:
     """int64[n]: one more than the largest offset of all tokens of the picture, kept or not."""
 
 
-def grid_places(features: VisualFeatures, *, steps_apart: bool = False) -> GridPlaces:
-    """Find the places of visual tokens in their grids.
-
-    Args:
-        features: with `kept` and `grids`.
-        steps_apart: whether text stands between the steps of a video, so that each step is a
-            picture of its own.
-    """
+def grid_places(features: VisualFeatures) -> GridPlaces:
+    """Find the places of visual tokens, which have `kept` and `grids`, in their grids."""
     kept, grids = features.kept, features.grids
     assert kept is not None and grids is not None
 
@@ -56,14 +50,10 @@ def grid_places(features: VisualFeatures, *, steps_apart: bool = False) -> GridP
     # The model multiplies in float32, and rounds down.
     time = (step.float() * interval.float()).long()
     last_time = ((steps - 1).float() * interval.float()).long()
-    picture = medium
-    if steps_apart:
-        time = last_time = torch.zeros_like(time)
-        picture = medium * (int(steps.max()) if len(steps) else 1) + step
 
     # A token is its picture's last one if the next token belongs to another picture.
     is_last = torch.ones_like(kept, dtype=torch.bool)
-    is_last[:-1] = picture[1:] != picture[:-1]
+    is_last[:-1] = medium[1:] != medium[:-1]
     largest = torch.maximum(rows, columns)
     return GridPlaces(
         offsets=torch.stack([time, row, column], dim=1),

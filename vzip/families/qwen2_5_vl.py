@@ -12,7 +12,7 @@ Legend of shapes: G groups of all pictures, d width of the tower, H heads.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -23,12 +23,13 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 from vzip.checkpoints import hf
 from vzip.errors import UserError
-from vzip.families.base import HANDLED_OPTIONS, Family
-from vzip.families.encoded import encoded_by, install_positions, uninstall_positions
+from vzip.families.base import HANDLED_OPTIONS
+from vzip.families.encoded import GridPositions
 from vzip.families.features import VisualFeatures
 from vzip.families.grids import (
     PixelLimits,
     ReducedGrids,
+    attention_in_pictures,
     check_grids,
     fitting,
     num_reduced,
@@ -36,23 +37,23 @@ from vzip.families.grids import (
     window_order,
 )
 from vzip.families.patches import FramePatchProcessor, picture_of
-from vzip.families.positions import grid_places, grid_positions
 from vzip.media import MediaInputs, check_num_frames
 from vzip.patch import replaced_forwards
 from vzip.reducers.base import Reducer, VisionTokens, received_layers
 from vzip.reducers.identity import Identity
-from vzip.tap import captured, captured_keywords, layer_index, received_attention
+from vzip.tap import captured, captured_keywords, layer_index
 
 USUAL_SIDE = 24
 """Groups a side of the square picture that is assumed if no size is known: 576 tokens."""
 
 
-class Qwen25VL(Family):
+class Qwen25VL(GridPositions):
     """Adapter of `Qwen2_5_VLForConditionalGeneration`. A budget counts the tokens of a picture."""
 
     model_type: ClassVar[str] = "qwen2_5_vl"
     model_class: ClassVar[type] = Qwen2_5_VLForConditionalGeneration
     processor_class: ClassVar[type] = Qwen2_5_VLProcessor
+    frame_processor: ClassVar[type[FramePatchProcessor]] = FramePatchProcessor
     projector_name: ClassVar[str] = "model.visual.merger"
     frozen_names = {  # noqa: RUF012
         "vision tower": "model.visual.blocks",
@@ -60,12 +61,9 @@ class Qwen25VL(Family):
     }
     kinds: ClassVar[tuple[str, ...]] = ("image", "video")
     config_of_features: ClassVar[tuple[str, ...]] = ()
-    has_grids: ClassVar[bool] = True
 
     rotate: ClassVar[Any] = staticmethod(modeling_qwen2_5_vl.apply_rotary_pos_emb_vision)
     """The tower's function that rotates queries and keys by their positions."""
-    steps_apart: ClassVar[bool] = False
-    """Whether text stands between the steps of a video."""
 
     def __init__(self, model: Any, *, anyres: str = "released") -> None:
         super().__init__(model, anyres=anyres)
@@ -76,7 +74,7 @@ class Qwen25VL(Family):
 
     @classmethod
     def load_processor(cls, path: str) -> Any:
-        return hf.load_video_processor(cls.processor_class, path, frame_processor=FramePatchProcessor)
+        return hf.load_video_processor(cls.processor_class, path, frame_processor=cls.frame_processor)
 
     def read_processor(self, processor: Any) -> None:
         self.limits = PixelLimits.of(processor.image_processor)
@@ -108,8 +106,18 @@ class Qwen25VL(Family):
         return self.merge * int(self.model.config.vision_config.patch_size)
 
     @property
-    def feature_width(self) -> int:
+    def group_width(self) -> int:
+        """Numbers of a group in one layer of the tower."""
         return super().feature_width * self.merge**2
+
+    @property
+    def feature_width(self) -> int:
+        return self.group_width * len(self.feature_layers)
+
+    @property
+    def feature_layers(self) -> Sequence[int]:
+        """Indices of the layers whose outputs are merged, in the order of `projector_modules`."""
+        return (self.model.config.vision_config.depth - 1,)
 
     @property
     def tile_side(self) -> int:
@@ -127,8 +135,8 @@ class Qwen25VL(Family):
     @property
     def patches_seen(self) -> list[int]:
         config = self.model.config.vision_config
-        in_window: int = min(self.num_patches, (config.window_size // config.patch_size) ** 2)
-        seen = [in_window] * config.depth
+        window: int = getattr(config, "window_size", 0)
+        seen = [min(self.num_patches, (window // config.patch_size) ** 2)] * config.depth
         for layer in self.full_layers:
             seen[layer] = self.num_patches
         return seen
@@ -256,7 +264,7 @@ class Qwen25VL(Family):
         """Run the tower without its merger, and return the groups of all pictures in raster order.
 
         Returns:
-            Tokens float[1, G, 4 d], whose patches lie side by side.
+            Tokens float[1, G, 4 d], whose patches lie side by side. Those of several layers, too.
         """
         # Attention is computed only for reducers that read it.
         tower: Any = self.tower
@@ -264,20 +272,24 @@ class Qwen25VL(Family):
         layer = self.attention_layer(reducer.layer) if reducer.uses_attention else None
         read = set(received) if layer is None else {*received, layer}
         attention = {str(index): tower.blocks[index].attn for index in read}
-        hooked = {"features": tower.blocks[-1]} | {name: each.qkv for name, each in attention.items()}
+        hooked = {name: each.qkv for name, each in attention.items()}
+        for index in self.feature_layers:
+            hooked[f"features {index}"] = tower.blocks[index]
 
-        # The merger runs later, and only for the groups that stay.
+        # The mergers run later, and only for the groups that stay.
         tower_options = {name: value for name, value in options.items() if name not in HANDLED_OPTIONS}
         with (
-            replaced_forwards({tower.merger: lambda hidden: hidden}),
+            replaced_forwards(dict.fromkeys(self.projector_modules, lambda hidden: hidden)),
             captured(hooked) as outputs,
             captured_keywords(attention) as keywords,
         ):
             tower(pixels.to(next(tower.parameters()).dtype), grid_thw=grids, **tower_options)
 
         in_raster = self.group_order(grids).to(pixels.device).argsort()
-        features = self.by_group(outputs["features"])[in_raster].flatten(1)
-        tokens = VisionTokens(features=features[None], has_cls=False)
+        features = []
+        for index in self.feature_layers:
+            features.append(self.by_group(outputs[f"features {index}"])[in_raster].flatten(1))
+        tokens = VisionTokens(features=torch.cat(features, dim=1)[None], has_cls=False)
 
         # What patches receive is their saliency too, as there is no CLS.
         scores = {}
@@ -323,78 +335,30 @@ class Qwen25VL(Family):
         keys = self.by_group(keys)[in_raster].flatten(0, 1).to(accurate)
 
         # The patches of a picture see each other, and no other picture.
-        received = []
-        first = 0
-        for num_pictures, (rows, columns) in pictures_of(grids):
-            num_patches = rows * columns
-            block = slice(first, first + num_pictures * num_patches)
-            first = block.stop
-            shape = (num_pictures, num_patches, num_heads, -1)
-            block_queries = queries[block].view(shape).transpose(1, 2)
-            block_keys = keys[block].view(shape).transpose(1, 2)
-            received.append(received_attention(block_queries, block_keys).flatten())
+        received = attention_in_pictures(queries, keys, grids)
 
         # A group has the mean of its patches.
-        saliency = self.by_group(torch.cat(received)).mean(dim=1)
+        saliency = self.by_group(received).mean(dim=1)
         group_keys = self.by_group(keys.mean(dim=1)).mean(dim=1)
         return saliency[None], group_keys[None]
 
     def project(self, features: VisualFeatures) -> Tensor:
-        return self.run_projector(features.features)[features.order]
+        return self.merge_groups(features, 0)
 
     def run_projector(self, features: Tensor) -> Tensor:
-        """Run the merger in its own precision on float[..., 4 d], and return float[m, d_llm]."""
-        # The merger norms the patches of a group one by one.
-        patches = features.reshape(-1, super().feature_width)
-        return super().run_projector(patches)
+        """Run the first merger on float[..., 4 d], and return float[m, d_llm]."""
+        return self.run_merger(self.projector_modules[0], features)
 
-    # ---- Positions ----
+    def run_merger(self, merger: nn.Module, groups: Tensor) -> Tensor:
+        """Run a merger in its own precision on float[..., 4 d], and return float[m, d_llm]."""
+        # Mergers take patches, because most of them norm the patches of a group one by one.
+        dtype = next(merger.parameters()).dtype
+        patches = groups.reshape(-1, self.group_width // self.merge**2)
+        merged: Tensor = merger(patches.to(dtype))
+        return merged
 
-    def text_arguments(self, input_ids: Tensor) -> dict[str, Tensor]:
-        # The model looks for positions of pictures only if it is told where they are.
-        types = torch.zeros_like(input_ids)
-        for number, kind in enumerate(self.kinds, start=1):
-            types += number * (input_ids == self.placeholder_id(kind))
-        return {"mm_token_type_ids": types}
-
-    def positions(
-        self,
-        input_ids: Tensor,
-        features: Mapping[str, VisualFeatures],
-        *,
-        counted: Tensor,
-        first: Tensor,
-    ) -> Tensor | None:
-        positions, _ = self.positions_and_reach(input_ids, features, counted=counted, first=first)
-        return positions
-
-    def positions_and_reach(
-        self,
-        input_ids: Tensor,
-        features: Mapping[str, VisualFeatures],
-        *,
-        counted: Tensor,
-        first: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Compute what `vzip.families.positions.grid_positions` returns."""
-        places = []
-        for kind, media in features.items():
-            steps_apart = self.steps_apart and kind == "video"
-            places.append((self.placeholder_id(kind), grid_places(media, steps_apart=steps_apart)))
-        return grid_positions(input_ids, places, counted=counted, first=first)
-
-    # ---- Patching one model instance ----
-
-    def install(self, reducer: Reducer) -> None:
-        super().install(reducer)
-        install_positions(self, reducer)
-
-    def uninstall(self) -> None:
-        super().uninstall()
-        uninstall_positions(self)
-
-    def features_for_model(
-        self, kind: str, inputs: MediaInputs, reducer: Reducer, **options: Any
-    ) -> VisualFeatures:
-        """Compute the features, and remember which tokens stay: the model asks for positions later."""
-        return encoded_by(self).features(self, kind, inputs, reducer, **options)
+    def merge_groups(self, features: VisualFeatures, number: int) -> Tensor:
+        """Merge the groups of layer `number` in `feature_layers`: float[n, d_llm]."""
+        first = number * self.group_width
+        groups = features.features[..., first : first + self.group_width]
+        return self.run_merger(self.projector_modules[number], groups)[features.order]

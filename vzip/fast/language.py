@@ -23,7 +23,7 @@ from vzip.fast.fused import rms_norm, swiglu_mlp
 from vzip.fast.segments import Prefix, Segments
 from vzip.patch import replaced_forwards
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3_vl_text")
 """Language models whose layers consist of a norm, attention, a norm and a SwiGLU MLP."""
 
 

@@ -78,7 +78,8 @@ def _load_base(
     family.projector.float()
 
     # A reducer's method casts what the projector gets. Without a reducer, the model's own does not.
-    family.projector.register_forward_pre_hook(_cast_inputs)
+    for module in family.projector_modules:
+        module.register_forward_pre_hook(_cast_inputs)
     family.read_processor(processor)
     return family, processor
 

@@ -124,14 +124,14 @@ def _link(source: Path, target: Path) -> None:
         target.symlink_to(source.resolve())
 
 
-def _add_shard(shard: Path, folder: Path, projector_name: str, *, copy: bool) -> None:
+def _add_shard(shard: Path, folder: Path, projector_names: tuple[str, ...], *, copy: bool) -> None:
     """Link or copy a base's shard. If it holds tensors of the projector, write it without them."""
     target = folder / (ONLY_SHARD if shard.name == SINGLE else shard.name)
     names = _tensor_names(shard)
     others = []
     for name in names:
         # Before transformers 4.52 names lacked the leading "model.".
-        if not f"model.{name.removeprefix('model.')}".startswith(projector_name):
+        if not f"model.{name.removeprefix('model.')}".startswith(projector_names):
             others.append(name)
 
     # The old projector must go: a reader that found two of them could take either.
@@ -149,7 +149,7 @@ def _save_model(family: Family, folder: Path) -> None:
     weights = {}
     for name, tensor in family.model.state_dict().items():
         # The projector gets a shard of its own, in float32.
-        if not name.startswith(family.projector_name):
+        if not name.startswith(family.projector_names):
             weights[name] = tensor
     family.model.save_pretrained(folder, state_dict=weights)
 
@@ -229,7 +229,7 @@ def write_hf(
     # Merged LoRA changes the base's weights, so its shards can't be used.
     shards = [] if has_lora else _base_shards(base, type(family))
     for shard in shards:
-        _add_shard(shard, folder, family.projector_name, copy=copy)
+        _add_shard(shard, folder, family.projector_names, copy=copy)
     if not shards:
         _save_model(family, folder)
     save_file(_projector_copies(family), folder / WEIGHTS, metadata={"format": "pt"})
@@ -325,8 +325,8 @@ def _has_language_lora(comparison: Comparison) -> bool:
     if comparison.adapter is None:
         return False
 
-    prefix = comparison.family.projector_name
-    return not all(name.startswith(prefix) for name in comparison.meta["trained"])
+    prefixes = comparison.family.projector_names
+    return not all(name.startswith(prefixes) for name in comparison.meta["trained"])
 
 
 def write_peft(run: Path, folder: Path, *, base: str | None = None) -> None:
@@ -360,7 +360,8 @@ def write_peft(run: Path, folder: Path, *, base: str | None = None) -> None:
         tensors = {}
 
     # `modules_to_save` makes peft replace the base's projector by the complete one in the file.
-    config.modules_to_save = [family.projector_name]
+    modules = {id(module) for module in family.projector_modules}
+    config.modules_to_save = [name for name, module in family.model.named_modules() if id(module) in modules]
     config.base_model_name_or_path = base
     config.inference_mode = True
     config.save_pretrained(folder)

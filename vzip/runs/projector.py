@@ -67,7 +67,7 @@ def _base_digest(family: Family, summary: Callable[[Tensor], bytes]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(family.model.named_parameters()):
         # Tuning changes the projector, and must not change the fingerprint.
-        if name.startswith(family.projector_name):
+        if name.startswith(family.projector_names):
             continue
 
         # A model on the meta device has shapes but no values.
@@ -100,7 +100,7 @@ def _sample(values: Tensor) -> bytes:
 def projector_parameters(family: Family) -> dict[str, nn.Parameter]:
     """The projector's parameters, by their names in the model."""
     parameters = family.model.named_parameters()
-    return {name: value for name, value in parameters if name.startswith(family.projector_name)}
+    return {name: value for name, value in parameters if name.startswith(family.projector_names)}
 
 
 def budget_of(family: Family, reducer: Reducer) -> int:
