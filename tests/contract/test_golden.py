@@ -101,14 +101,17 @@ def attached(case):
     rows = expand(case, [handle.num_image_tokens(size) for size in case.sizes])
     answer = model(**rows, **case.images)
     answer.loss.backward()
-    return SimpleNamespace(handle=handle, rows=rows, answer=answer, full_loss=full.loss)
+    with torch.no_grad():
+        output = tiny.reduce(handle, case.tiles)
+    return SimpleNamespace(handle=handle, rows=rows, answer=answer, full_loss=full.loss, output=output)
 
 
 @torch.no_grad()
-def test_kept_indices(case, attached):
+def test_kept_indices_and_reduced_features(case, attached):
     family = attached.handle.family
     want = case.want["kept_indices"]
-    assert torch.equal(tiny.reduce(attached.handle, case.tiles).dominant, want.sort(dim=1).values)
+    assert torch.equal(attached.output.dominant, want.sort(dim=1).values)
+    assert error(attached.output.features, case.want["reduced"]) < TOLERANCE
 
     layer = family.model.config.vision_feature_layer
     tokens = run_tower(family.tower, case.tiles, feature_layer=layer, num_dropped=1, attention_layer=layer)
@@ -116,11 +119,6 @@ def test_kept_indices(case, attached):
     falling = tokens.saliency.argsort(dim=1, descending=True)[:, : want.shape[1] - cls] + cls
     assert not want[:, :cls].any()  # CLS is token 0 and comes first, whatever its score
     assert torch.equal(want[:, cls:], falling)
-
-
-@torch.no_grad()
-def test_reduced_features(case, attached):
-    assert error(tiny.reduce(attached.handle, case.tiles).features, case.want["reduced"]) < TOLERANCE
 
 
 def test_what_the_language_model_receives(case, attached):

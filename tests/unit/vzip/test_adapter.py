@@ -7,16 +7,13 @@ import signal
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 import vzip
 from tests.helpers import damage
 from tests.helpers.errors import refused
-from tests.helpers.runs import attached, edit_meta, logits, projector_of, save_run
-from train.trainable import make_trainable
-from vzip.runs.meta import ADAPTER, ADAPTER_WEIGHTS, read_meta
-from vzip.runs.projector import fingerprint, save_checkpoint
+from tests.helpers.runs import attached, edit_meta, logits, save_lora_run
+from vzip.runs.meta import ADAPTER, ADAPTER_WEIGHTS
 
 pytestmark = pytest.mark.slow
 
@@ -27,19 +24,7 @@ WEIGHTS = f"{ADAPTER}/{ADAPTER_WEIGHTS}"
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_folder):
     """A finished run with LoRA in its language model. Tests share it, and must not change it."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    handle = attached(tiny_folder)
-    base_fingerprint = fingerprint(handle.family)
-    lora = {"target": "language_model", "r": 4, "alpha": 8}
-    tuned = make_trainable(handle.family, OmegaConf.create({"projector": True, "lora": lora}))
-    with torch.no_grad():
-        for parameter in tuned.parameters.values():
-            parameter.add_(torch.randn(parameter.shape) * 0.1)
-    tuned.peft_model.save_pretrained(folder / ADAPTER)
-    save_run(folder, handle, tiny_folder, adapter=True, trained=list(tuned.parameters))
-    edit_meta(folder, lambda meta: meta["base"].update(fingerprint=base_fingerprint))
-    save_checkpoint(folder, projector_of(handle), read_meta(folder))
-    return folder
+    return save_lora_run(tmp_path_factory.mktemp("runs") / "run", tiny_folder, "language_model")
 
 
 @pytest.fixture

@@ -28,11 +28,10 @@ from tests.helpers.runs import (
     edit_meta,
     family_class,
     logits,
-    projector_of,
+    save_lora_run,
     save_run,
     tune,
 )
-from train.trainable import make_trainable
 from vzip import Comparison, UserError
 from vzip.checkpoints.original.llava import _check_config, _llava_config
 from vzip.checkpoints.original.llava_config import llava_config
@@ -41,8 +40,7 @@ from vzip.families import families
 from vzip.reducers.identity import Identity
 from vzip.reducers.visionzip import VisionZip
 from vzip.runs.export import _llava_loader_config, write_hf, write_llava, write_peft
-from vzip.runs.meta import ADAPTER, WEIGHTS, read_meta
-from vzip.runs.projector import fingerprint, save_checkpoint
+from vzip.runs.meta import WEIGHTS
 
 pytestmark = pytest.mark.slow
 
@@ -233,29 +231,6 @@ def test_a_budget_becomes_the_default_and_the_others_stay(tmp_path, tiny_folder)
 
 
 # LoRA and peft
-
-
-def save_lora_run(folder, base, target):
-    """Write a run with LoRA that is not zero, as training does."""
-    handle = attached(base)
-    family = handle.family
-    base_fingerprint = fingerprint(family)
-    lora = {"target": target, "r": 4, "alpha": 8}
-    tuned = make_trainable(family, OmegaConf.create({"projector": target == "language_model", "lora": lora}))
-    with torch.no_grad():
-        for parameter in tuned.parameters.values():
-            parameter.add_(torch.randn(parameter.shape) * 0.1)
-    tuned.peft_model.save_pretrained(folder / ADAPTER)
-
-    # LoRA is not part of the projector's file.
-    projector = {}
-    for name, value in projector_of(handle).items():
-        if "lora_" not in name:
-            projector[name.replace(".base_layer", "")] = value
-    save_run(folder, handle, base, adapter=True, trained=list(tuned.parameters))
-    save_checkpoint(folder, projector, read_meta(folder))
-    edit_meta(folder, lambda meta: meta["base"].update(fingerprint=base_fingerprint))
-    return folder
 
 
 @pytest.mark.parametrize("target", ["projector", "language_model"])
