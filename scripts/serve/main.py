@@ -30,6 +30,8 @@ def served_folder(source: str, base: str | None) -> Path:
     """
     folder = locate(source)
     if folder is None:
+        # A config.json that can't be read is damaged, and says nothing about the model.
+        is_export(Path(source))
         raise UserError(
             f"{source} is a base model, which is not tuned for fewer tokens; give a run folder, or an "
             f"export (`make export TO=hf`)"
