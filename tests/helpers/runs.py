@@ -4,13 +4,11 @@ import json
 from dataclasses import asdict
 
 import torch
-from omegaconf import OmegaConf
 
 import vzip
 from tests.helpers import tiny
-from train.trainable import make_trainable
 from vzip.families import families
-from vzip.runs.meta import ADAPTER, META, read_meta
+from vzip.runs.meta import META
 from vzip.runs.projector import fingerprint, projector_meta, projector_parameters, save_checkpoint
 from vzip.templates.encode import vicuna
 
@@ -62,29 +60,6 @@ def save_run(folder, handle, base, *other_reducers, **changes):
         "trained": list(tensors),
     }
     save_checkpoint(folder, tensors, meta | changes)
-    return folder
-
-
-def save_lora_run(folder, base, target):
-    """Write a run with LoRA that is not zero, as training does; returns the folder."""
-    handle = attached(base)
-    family = handle.family
-    base_fingerprint = fingerprint(family)
-    lora = {"target": target, "r": 4, "alpha": 8}
-    tuned = make_trainable(family, OmegaConf.create({"projector": target == "language_model", "lora": lora}))
-    with torch.no_grad():
-        for parameter in tuned.parameters.values():
-            parameter.add_(torch.randn(parameter.shape) * 0.1)
-    tuned.peft_model.save_pretrained(folder / ADAPTER)
-
-    # LoRA is not part of the projector's file.
-    projector = {}
-    for name, value in projector_of(handle).items():
-        if "lora_" not in name:
-            projector[name.replace(".base_layer", "")] = value
-    save_run(folder, handle, base, adapter=True, trained=list(tuned.parameters))
-    save_checkpoint(folder, projector, read_meta(folder))
-    edit_meta(folder, lambda meta: meta["base"].update(fingerprint=base_fingerprint))
     return folder
 
 
