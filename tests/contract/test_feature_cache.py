@@ -17,8 +17,11 @@ from tests.helpers.examples import IMAGE_TEXTS, NUM_FRAMES, examples_of, texts_o
 from train.losses import FastLoss, ReferenceLoss, visual_tokens
 from vzip import UserError
 from vzip.families import family_of
+from vzip.reducers.hiprune import HiPrune
 from vzip.reducers.identity import Identity
+from vzip.reducers.pool import Pool
 from vzip.reducers.random import Random
+from vzip.reducers.scope import Scope
 from vzip.reducers.visionzip import VisionZip
 from vzip.runs.projector import fingerprint
 
@@ -32,6 +35,9 @@ REDUCERS = {  # (reducer, order of tiles)
     "without CLS": (VisionZip(dominant=3, contextual=4, keep_cls=False), "released"),
     "random": (Random(budget=5), "released"),
     "random-spatial": (Random(budget=5), "spatial"),
+    "pool": (Pool(budget=5), "released"),
+    "hiprune-spatial": (HiPrune(budget=5), "spatial"),
+    "scope-merging": (Scope(budget=6, merge="sum"), "released"),
 }
 
 

@@ -188,7 +188,7 @@ class Qwen25VL(GridPositions):
             choices = ", ".join(str(layer + 1) for layer in full)
             raise UserError(
                 f"{setting}={layer} attends within windows, so its attention does not rank "
-                f"all patches; choose one of {choices}, or null for the last of them"
+                f"all patches; choose one of {choices}, or null"
             )
         return index
 

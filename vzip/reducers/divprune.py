@@ -24,15 +24,14 @@ class DivPrune(Selector):
     name: ClassVar[str] = "divprune"
 
     def select(self, tokens: VisionTokens, num_selected: int) -> Tensor:
-        # Rounding can make the two halves differ, so that the first of equal patches would not win.
-        similar = cosines(tokens.features)
-        distances = 1 - (similar + similar.transpose(1, 2)) / 2
-        num_images, num_patches, _ = distances.shape
-        image = torch.arange(num_images, device=distances.device)
+        distances = 1 - cosines(tokens.features)
+        image = torch.arange(len(distances), device=distances.device)
 
-        # The smallest distance of a patch is that to itself, the second one that to its neighbour.
-        smallest = distances.topk(min(2, num_patches), dim=2, largest=False).values
-        latest = smallest[:, :, -1].argmax(dim=1)
+        # The two halves can differ by rounding. The smaller distance is taken, so that of two patches
+        # that are each other's neighbours the first one wins.
+        distances.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+        to_neighbour = torch.minimum(distances.amin(dim=1), distances.amin(dim=2))
+        latest = to_neighbour.argmax(dim=1)
         selected = [latest]
 
         # Distance of each patch to the nearest selected one; selected patches are out.

@@ -3,8 +3,9 @@
 A patch covers another as well as they are alike (cosine). The gain of a patch is what it would add
 to the coverage of all patches. Each step selects the patch with the highest gain x saliency^alpha.
 
-Source: the authors' released code (repository kinredon/SCOPE, `scope/clip_encoder.py`), whose
-selections this module reproduces. They compute all gains anew in each step; `cover` does not.
+Source: NeurIPS 2025, and the authors' released code (repository kinredon/SCOPE,
+`scope/clip_encoder.py`), whose selections this module reproduces. It computes all gains anew in
+each step, which `cover` does not.
 """
 
 from typing import Any, ClassVar

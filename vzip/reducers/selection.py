@@ -89,24 +89,33 @@ def most_salient(saliency: Tensor, num_selected: int) -> Tensor:
     return saliency.argsort(dim=1, descending=True, stable=True)[:, :num_selected]
 
 
+STRIPES = 4
+"""Stripes in which `cosines` computes its matrix: the first half of it, as the other is the same."""
+
+
 def cosines(features: Tensor) -> Tensor:
     """Compute the cosine of each patch with each other: float[B, P, P], in float32 at least."""
     # In half precision, too many patches would be equally similar.
     accurate = features.to(torch.promote_types(features.dtype, torch.float32))
     directions = F.normalize(accurate, dim=-1)
-    return directions @ directions.transpose(1, 2)
 
-
-CANDIDATES = 8
-"""Patches whose gain `cover` computes at a time."""
+    # Each stripe holds the patches of some columns with themselves, and with those after them.
+    num_images, num_patches, _ = features.shape
+    similar = directions.new_empty(num_images, num_patches, num_patches)
+    for stripe in torch.arange(num_patches, device=features.device).chunk(STRIPES):
+        first, last = int(stripe[0]), int(stripe[-1]) + 1
+        below = directions[:, first:] @ directions[:, first:last].transpose(1, 2)
+        similar[:, first:, first:last] = below
+        similar[:, first:last, first:] = below.transpose(1, 2)
+    return similar
 
 
 def cover(coverage: Tensor, weights: Tensor, num_selected: int) -> Tensor:
     """Select patches one by one, so that they cover all patches best: the greedy way.
 
     A selection covers a patch as well as its best member does, and at least with 0. The gain of a
-    candidate is what it would add, over all patches. The candidate with the highest product of gain
-    and weight is selected. Of equal ones the first in raster order wins.
+    candidate is what it would add, over all patches. The candidate with the highest score, the
+    product of gain and weight, is selected. Of equal ones the first in raster order wins.
 
     Args:
         coverage: float[B, P, P]: how well a candidate (first P) covers each patch (second P).
@@ -116,35 +125,34 @@ def cover(coverage: Tensor, weights: Tensor, num_selected: int) -> Tensor:
     Returns:
         int64[B, K], in the order of selection.
     """
+    # All candidates of all pictures stand one behind the other.
     num_images, num_patches, _ = coverage.shape
-    rows = coverage.reshape(num_images * num_patches, num_patches)
-    first_row = torch.arange(num_images, device=rows.device).unsqueeze(1) * num_patches
+    rows = coverage.reshape(-1, num_patches)
+    weight = weights.flatten()
+    first = torch.arange(num_images, device=rows.device) * num_patches
+    covered = coverage.new_zeros(num_images, num_patches)
 
-    # A gain never grows. So an old score is an upper bound, and few of them must be computed again.
-    covered = coverage.new_zeros(num_images, 1, num_patches)
-    scores = coverage.clamp(min=0).sum(dim=2) * weights
-    num_candidates = min(CANDIDATES, num_patches)
+    def scores_of(candidates: Tensor, pictures: Tensor) -> Tensor:
+        """Compute the scores of candidates int64[n] of the pictures int64[n]."""
+        gains = (
+            (rows.index_select(0, candidates) - covered.index_select(0, pictures)).clamp_(min=0).sum(dim=1)
+        )
+        return torch.minimum(gains * weight.index_select(0, candidates), scores.index_select(0, candidates))
 
+    # A gain never grows, so an old score is an upper bound. Few of them must be computed again.
+    scores = coverage.clamp(min=0).sum(dim=2).flatten() * weight
+    table = scores.view(num_images, num_patches)
+    picture = torch.arange(num_images, device=rows.device)
     selected = []
     for _ in range(num_selected):
-        # Compute the scores anew, best bounds first, until no old one can win.
-        old_scores = scores.clone()
-        while True:
-            candidates = old_scores.topk(num_candidates, dim=1, sorted=False).indices
-            of_candidates = rows.index_select(0, (candidates + first_row).flatten())
-            gains = (of_candidates.view(num_images, -1, num_patches) - covered).clamp_(min=0).sum(dim=2)
-            new_scores = gains * weights.gather(1, candidates)
+        # The candidate with the best old score shows what can be reached; those below it can't win.
+        reached = scores_of(table.argmax(dim=1) + first, picture)
+        candidates = (table >= reached.unsqueeze(1)).flatten().nonzero().squeeze(1)
+        scores.index_copy_(0, candidates, scores_of(candidates, candidates // num_patches))
 
-            # The score of a patch that is selected already stays below all others.
-            new_scores = torch.minimum(new_scores, scores.gather(1, candidates))
-            scores.scatter_(1, candidates, new_scores)
-            old_scores.scatter_(1, candidates, -1)
-            best = scores.argmax(dim=1, keepdim=True)
-            if bool((old_scores.amax(dim=1, keepdim=True) < scores.gather(1, best)).all()):
-                break
-
+        # Selected patches have the score -1, below all others.
+        best = table.argmax(dim=1)
         selected.append(best)
-        scores.scatter_(1, best, -1)
-        of_best = rows.index_select(0, (best + first_row).flatten())
-        covered = torch.maximum(covered, of_best.unsqueeze(1))
-    return torch.cat(selected, dim=1)
+        covered = torch.maximum(covered, rows.index_select(0, best + first))
+        scores.index_fill_(0, best + first, -1)
+    return torch.stack(selected, dim=1)

@@ -16,7 +16,7 @@ from tests.helpers import damage, tiny
 from tests.helpers.errors import refused
 from tests.helpers.runs import BUDGET, attached, edit_meta, projector_of, save_run, tune
 from vzip.families import families, family_of
-from vzip.reducers import create
+from vzip.reducers import create, names
 from vzip.reducers.visionzip import VisionZip
 from vzip.runs.meta import META, WEIGHTS, locate, read_meta
 from vzip.runs.projector import fingerprint, load_projector
@@ -128,7 +128,14 @@ def test_load_finds_a_base_that_has_moved_and_casts_its_frozen_parameters(run, t
 
 
 @pytest.mark.parametrize(
-    "reducer", [VisionZip(budget=6), create("random", {"budget": 5}), create("identity", {})], ids=repr
+    "reducer",
+    [
+        VisionZip(budget=6),
+        create("identity", {}),
+        create("scope", {"budget": 6, "merge": "sum", "alpha": 0.5}),
+        *(create(name, {"budget": 5}) for name in names() if name not in ("identity", "visionzip")),
+    ],
+    ids=repr,
 )
 def test_every_reducer_comes_back(tmp_path, tiny_folder, reducer):
     handle = attached(tiny_folder, reducer=reducer)
