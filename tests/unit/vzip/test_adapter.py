@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 import vzip
 from tests.helpers import damage
 from tests.helpers.errors import refused
-from tests.helpers.runs import attached, edit_meta, logits, save_lora_run
+from tests.helpers.lora import save_lora_run
+from tests.helpers.runs import attached, edit_meta, logits
 from vzip.runs.meta import ADAPTER, ADAPTER_WEIGHTS
 
 pytestmark = pytest.mark.slow

@@ -21,6 +21,7 @@ import vzip
 from tests.helpers import damage, tiny
 from tests.helpers.configs import composed
 from tests.helpers.errors import refused
+from tests.helpers.lora import save_lora_run
 from tests.helpers.mini_gemini import build, save_public
 from tests.helpers.original import save_original
 from tests.helpers.runs import (
@@ -28,7 +29,6 @@ from tests.helpers.runs import (
     edit_meta,
     family_class,
     logits,
-    save_lora_run,
     save_run,
     tune,
 )
