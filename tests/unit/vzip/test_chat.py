@@ -119,6 +119,20 @@ def test_an_answer_ends_at_the_end_token_of_the_template_too(model):
     assert chat.messages[-1] == {"role": "assistant", "content": [{"type": "text", "text": ""}]}
 
 
+@pytest.mark.parametrize("kind", ["clip", *tiny.NATIVE])
+def test_conversations_that_share_a_model_do_not_change_each_other(kind):
+    pictures = [tiny.picture(1, 90, 60), tiny.picture(2, 40, 200)]
+    handle, processor = attached_with_template(kind)
+    alone = []
+    for picture in pictures:
+        chat = chat_with(handle, processor, picture)
+        alone.append([ask(chat, question).text for question in QUESTIONS])
+
+    chats = [chat_with(handle, processor, picture) for picture in pictures]
+    in_turns = [[ask(chat, question).text for chat in chats] for question in QUESTIONS]
+    assert [list(texts) for texts in zip(*in_turns, strict=True)] == alone
+
+
 def test_text_that_changed_behind_the_picture_is_run_again(model):
     chat = chat_with(*model)
     ask(chat, "what?")
