@@ -37,22 +37,15 @@ def test_failures_are_counted_named_and_repeatable(capsys):
         f"FAILED odd 3 (drew {drawn}): it was odd [python -m tests.faults --only odd --seed 7 --trial 3]"
     )
     assert capsys.readouterr().out.count("FAILED") == 2
+    assert run_campaign(campaign, Nowhere(), seed=7, numbers=range(5), seconds=-1).tried == 0
 
     table = results.as_table([tally], 7)
     assert "| odd (of 5) | 5 | 3 | 2 |" in table and "- FAILED odd 1" in table
     before = f"# Results\n\n{results.BEGIN}\nold\n{results.END}\n\n## Runs\n"
-    assert (
-        results.insert(before, table)
-        == f"# Results\n\n{results.BEGIN}\n\n{table}\n\n{results.END}\n\n## Runs\n"
-    )
+    after = f"# Results\n\n{results.BEGIN}\n\n{table}\n\n{results.END}\n\n## Runs\n"
+    assert results.insert(before, table) == after
     with pytest.raises(UserError, match="needs a line"):
         results.insert("# Results\n", table)
-
-
-def test_no_trial_begins_after_the_time():
-    campaign = Campaign("odd", odd_numbers_fail, count=5, share=1)
-    tally = run_campaign(campaign, Nowhere(), seed=7, numbers=range(5), seconds=-1)
-    assert tally.tried == 0
 
 
 def test_a_slice_of_the_campaign_is_survived():

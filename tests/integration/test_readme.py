@@ -91,12 +91,9 @@ def test_make_refuses_what_it_would_pass_over(arguments, words):
     assert not done.stdout
 
 
-def test_make_takes_variables_of_the_environment():
-    assert start(["make", "--dry-run", "help", "VZIP_DATA=/tmp", "http_proxy="]).returncode == 0
-
-
-def test_make_help_lists_every_target():
+def test_make_help_lists_every_target_and_takes_variables_of_the_environment():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
-    listed = {line.split()[0] for line in start(["make", "help"]).stdout.splitlines()}
-    assert listed == targets
+    done = start(["make", "help", "VZIP_DATA=/tmp", "http_proxy="])
+    assert done.returncode == 0
+    assert {line.split()[0] for line in done.stdout.splitlines()} == targets

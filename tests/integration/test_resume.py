@@ -188,11 +188,10 @@ def test_a_second_command_is_refused_while_a_run_lives(settings, runs):
     long = [*settings, "name=alive", "optim.max_steps=30000", "optim.epochs=10000"]
     script = WarmScript(command(long)[1:], environment())
     wait_until(lambda: (runs / "alive" / "metrics.jsonl").is_file() or not script.process.is_alive())
-    for changes in ([], ["fresh=true"], ["fresh=true", "optim.lr=1e-3"]):
-        done = start(command([*long, *changes]))
-        assert done.returncode == 2, done.stderr
-        assert f"{runs / 'alive'} is being written by process {script.process.pid} on" in done.stderr
-        assert "Traceback" not in done.stderr
+    done = start(command([*long, "fresh=true"]))
+    assert done.returncode == 2, done.stderr
+    assert f"{runs / 'alive'} is being written by process {script.process.pid} on" in done.stderr
+    assert "Traceback" not in done.stderr
     assert script.process.is_alive()
     script.process.kill()
     script.wait()
