@@ -55,13 +55,6 @@ def address(run):
         yield address
 
 
-@pytest.fixture(scope="module")
-def slow_page(run):
-    """(page, address) where an answer takes seconds."""
-    with serving(run, max_new_tokens=LONG) as served:
-        yield served
-
-
 def result(messages):
     """Whether an event succeeded, and what it has sent, as text."""
     return messages[-1]["success"], str(messages)
@@ -167,11 +160,6 @@ def test_thirty_visitors_at_once_have_whole_conversations_in_bounded_memory(addr
     assert num_chats <= 3 * MAX_OPEN_SESSIONS
 
 
-def is_answering(page):
-    """Whether the page generates an answer."""
-    return any(session.in_use.locked() for session in page.model._open_sessions)
-
-
 def wait_until(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
@@ -190,23 +178,13 @@ def begin_long_answer(address):
     return visitor, messages
 
 
-def test_a_picture_is_shown_while_a_long_answer_grows(slow_page):
-    page, address = slow_page
-    _, messages = begin_long_answer(address)
-    assert Visitor(address).choose(2)
-    assert is_answering(page)
-
-    # All events of the visitor who left have to be gone before the next test.
-    messages.close()
-    wait_until(lambda: not is_answering(page))
-
-
-def test_a_visitor_who_leaves_ends_the_answer(slow_page):
-    page, address = slow_page
-    _, messages = begin_long_answer(address)
-    (session,) = [session for session in page.model._open_sessions if session.in_use.locked()]
-    messages.close()
-    wait_until(lambda: not is_answering(page))
+def test_a_picture_is_shown_while_a_long_answer_grows_which_ends_when_its_visitor_leaves(run):
+    with serving(run, max_new_tokens=LONG) as (page, address):
+        _, messages = begin_long_answer(address)
+        assert Visitor(address).choose(2)
+        (session,) = [session for session in page.model._open_sessions if session.in_use.locked()]
+        messages.close()
+        wait_until(lambda: not session.in_use.locked())
 
     # The first of three answers was broken off.
     assert [len(turns) for turns in session.turns.values()] == [1, 0, 0]
