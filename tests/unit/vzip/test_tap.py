@@ -286,11 +286,6 @@ def test_an_unknown_tower_is_refused():
     assert "clip_vision_model" in str(error.value)
 
 
-@pytest.mark.parametrize(("feature_layer", "index"), [(-1, 23), (-2, 22), (-24, 0), (1, 0), (24, 23)])
-def test_layer_index_counts_like_hidden_states(feature_layer, index):
-    assert layer_index(feature_layer, 24) == index
-
-
 @pytest.mark.parametrize(
     ("layer", "words"),
     [

@@ -153,12 +153,10 @@ def test_a_folder_of_frames_is_taken_in_natural_order(tmp_path):
     assert numbers_of(read_frames(tmp_path, 24)) == sample(12, 24)
     check_video(tmp_path)
 
-
-def test_names_of_frames_may_mix_text_and_numbers(tmp_path):
-    names = ["1.png", "2.png", "02b.png", "10.png", "a.png", "a1.png", "a01.png", "a2c.png", "b.png"]
-    for name in names:
+    # Names may mix text and numbers, so that a number is compared with a text.
+    for name in ("02b.png", "10.png", "a.png", "a01.png", "a2c.png", "b.png"):
         tiny.picture(0, 8).save(tmp_path / name)
-    assert len(read_frames(tmp_path, len(names))) == len(names)
+    assert len(read_frames(tmp_path, 18)) == 18
 
 
 def assert_raises(path, reason):

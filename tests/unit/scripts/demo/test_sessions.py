@@ -53,15 +53,6 @@ def test_sessions_share_the_model_but_not_their_turns(model):
     assert first.restart().turns == {"full": [], "free": [], "tuned": []}
 
 
-def test_tuned_is_closed_at_other_budgets(model):
-    session = Session(model, tiny.picture(), 9)
-    assert session.open_settings == ["full", "free"]
-    assert session.why_closed("tuned") == "for a budget of 6 alone; move the slider there"
-
-    answer = last_answer(session, "free", "what?")
-    assert session.num_visual_tokens("free") == answer.num_visual_tokens == 9
-
-
 def test_a_slider_between_budgets_takes_the_nearest(model):
     assert [model.nearest_budget(value) for value in (-3, 1, 6.4, 99)] == [1, 1, 6, 16]
     # A request may hold anything.

@@ -93,7 +93,7 @@ def can_make_namespaces():
 @pytest.mark.skipif(not can_make_namespaces(), reason="needs the right to make PID namespaces")
 def test_two_containers_that_share_a_disk_fetch_the_same(tmp_path):
     """Two namespaces have processes of the same numbers, and each sees none of the other's."""
-    mix.save_mix(tmp_path, 200)
+    mix.save_mix(tmp_path, 80)
     with Server(tmp_path / "published", delay_s=0.02) as server:
         command = [*NAMESPACE, sys.executable, "-m", "scripts.prepare.fetch"]
         command += ["model=llava-7b", *mix.settings(server.url, tmp_path)]
