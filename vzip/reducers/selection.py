@@ -6,6 +6,7 @@ what becomes of the other patches. They are dropped, or merged as VisionZip does
 Legend of shapes: see `vzip/reducers/base.py`; K patches to keep.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def most_salient(saliency: Tensor, num_selected: int) -> Tensor:
 
 
 STRIPES = 4
-"""Stripes in which `cosines` computes its matrix: the first half of it, as the other is the same."""
+"""Stripes in which `cosines` computes one half of its matrix. The other half is the same."""
 
 
 def cosines(features: Tensor) -> Tensor:
@@ -102,11 +103,12 @@ def cosines(features: Tensor) -> Tensor:
     # Each stripe holds the patches of some columns with themselves, and with those after them.
     num_images, num_patches, _ = features.shape
     similar = directions.new_empty(num_images, num_patches, num_patches)
-    for stripe in torch.arange(num_patches, device=features.device).chunk(STRIPES):
-        first, last = int(stripe[0]), int(stripe[-1]) + 1
-        below = directions[:, first:] @ directions[:, first:last].transpose(1, 2)
-        similar[:, first:, first:last] = below
-        similar[:, first:last, first:] = below.transpose(1, 2)
+    width = math.ceil(num_patches / STRIPES)
+    for first in range(0, num_patches, width):
+        stripe = slice(first, first + width)
+        below = directions[:, first:] @ directions[:, stripe].transpose(1, 2)
+        similar[:, first:, stripe] = below
+        similar[:, stripe, first:] = below.transpose(1, 2)
     return similar
 
 
