@@ -54,3 +54,24 @@ def test_another_version_of_vllm_is_refused(monkeypatch):
 def test_the_plugin_is_imported_without_torch():
     code = "import sys, vzip.integrations.vllm; sys.exit('torch' in sys.modules or 'vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_reducer_alone_is_a_card_of_its_own():
+    # What --hf-overrides gives for a model that was not tuned.
+    settings = config()
+    settings.vzip = {"reducer": {"name": "visionzip", "budget": 6}}
+    assert list(served.ServedReducers(settings).reducers) == [6]
+    settings.vzip = {"reducer": {"name": "identity"}}
+    assert list(served.ServedReducers(settings).reducers) == [16]
+
+
+def test_a_family_that_was_not_tested_is_refused():
+    settings = SimpleNamespace(model_type="video_llava", vzip={"reducer": {"name": "identity"}})
+    with pytest.raises(UserError, match="model_type"):
+        served.ServedReducers(settings)
+
+
+def test_stages_of_a_pipeline_are_refused():
+    served.check_stages(SimpleNamespace(pipeline_parallel_size=1))
+    with pytest.raises(UserError, match="--tensor-parallel-size instead"):
+        served.check_stages(SimpleNamespace(pipeline_parallel_size=2))

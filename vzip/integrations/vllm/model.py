@@ -16,7 +16,7 @@ from vllm.model_executor.models.transformers.multimodal import MultiModalDummyIn
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vzip.integrations.vllm.processing import ReducedInfo, ReducedProcessor, budget_field
-from vzip.integrations.vllm.served import ServedReducers, check_version
+from vzip.integrations.vllm.served import ServedReducers, check_stages, check_version
 from vzip.media import EXTRA_NAMES, PIXEL_NAMES, MediaInputs
 
 check_version()
@@ -31,7 +31,7 @@ def _groups(kind: str, fields: dict[str, Any]) -> Iterator[tuple[int, list[int],
     They share a budget and the shape of their pixels, and there are at most `MAX_PICTURES`.
     """
     (pixel_name,) = [name for name in PIXEL_NAMES[kind] if name in fields]
-    names = [pixel_name, *(name for name in EXTRA_NAMES if kind == "image" and name in fields)]
+    names = [pixel_name, *(name for name in EXTRA_NAMES[kind] if name in fields)]
     budgets = [int(budget) for budget in fields[budget_field(kind)]]
 
     members: dict[tuple[Any, ...], list[int]] = {}
@@ -55,6 +55,7 @@ class VZipForConditionalGeneration(TransformersMultiModalForCausalLM):
     """A LLaVA-type model behind a reducer, in vLLM."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        check_stages(vllm_config.parallel_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.served = ServedReducers(self.config)
 

@@ -115,8 +115,7 @@ class ReducedProcessor(MultiModalProcessor):
     def _get_modality_field_names(self, modality: str) -> set[str]:
         # vLLM drops fields that belong to no kind of media if a prompt has several kinds.
         names: set[str] = super()._get_modality_field_names(modality)
-        extra = EXTRA_NAMES if modality == "image" else ()
-        return names | {*PIXEL_NAMES[modality], *extra}
+        return names | {*PIXEL_NAMES[modality], *EXTRA_NAMES[modality]}
 
     def _apply_hf_processor_main(
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]

@@ -30,6 +30,15 @@ def check_version() -> None:
         )
 
 
+def check_stages(parallel_config: Any) -> None:
+    """Raise UserError for a model that is split into stages, which end at the first request."""
+    if parallel_config.pipeline_parallel_size > 1:
+        raise UserError(
+            f"--pipeline-parallel-size={parallel_config.pipeline_parallel_size}: vzip does not serve a "
+            f"model in stages; split its layers with --tensor-parallel-size instead"
+        )
+
+
 class ServedReducers:
     """The reducers of a served model, by budget.
 
