@@ -208,6 +208,8 @@ def test_all_ranks_together_run_each_example_with_a_gradient_once(
     ranks = packed_ranks(examples, world_size=world_size, tokens=tokens, text_has_gradient=text_has_gradient)
     padded = padded_batches(examples, ready_collator(), micro=6, num_steps=3, seed=3)
     assert torch.equal(ranks[0].examples_by_step, padded.examples_by_step)
+    num_prefix = 0 if text_has_gradient else len(shared_prefix(examples, [IMAGE_ID]))
+    lengths = Packer(ready_collator(), num_prefix=num_prefix).lengths(examples)
 
     for step, numbers in enumerate(padded.examples_by_step.tolist()):
         run = [number for number in numbers if text_has_gradient or examples[number].media]
@@ -217,11 +219,13 @@ def test_all_ranks_together_run_each_example_with_a_gradient_once(
             batches += micro_batches_of(rank, step)
 
         learned = []
-        num_targets = 0
+        num_targets = num_tokens = 0
         for batch in batches:
+            num_tokens += sum(batch.lengths) if batch.num_examples else 0
             assert batch.num_examples < 2 or len(batch.input_ids) == sum(batch.lengths) <= tokens
             learned += [token - FIRST_NUMBER for token in batch.targets.tolist() if token >= FIRST_NUMBER]
             num_targets += len(batch.targets) if batch.num_examples else 0
+        assert num_tokens == lengths[run].sum()
         assert sorted(learned) == sorted(run)
         assert sum(batch.num_examples for batch in batches) == len(run)
 
