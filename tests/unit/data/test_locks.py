@@ -2,7 +2,6 @@
 
 import errno
 import os
-import subprocess
 import sys
 import time
 from threading import Thread
@@ -10,23 +9,22 @@ from threading import Thread
 import pytest
 
 from data.locks import locked
-from data.paths import ROOT
+from tests.helpers.commands import begin
 from vzip import UserError
 
 
 def test_the_second_process_is_told_who_holds_the_lock(tmp_path):
     lock = tmp_path / "run.lock"
     code = (
-        "import sys\n"
+        "import sys, time\n"
         "from pathlib import Path\n"
         "from data.locks import locked\n"
         "with locked(Path(sys.argv[1]), wait=False):\n"
         "    print('held', flush=True)\n"
-        "    sys.stdin.read()\n"
+        "    time.sleep(60)\n"
     )
-    command = [sys.executable, "-c", code, str(lock)]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"held\n"
+    with begin([sys.executable, "-c", code, str(lock)]) as other:
+        assert other.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=rf"a is being written by process {other.pid} on .*wait until"):
             with locked(lock, wait=False, busy="a is being written"):
                 pass

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.examples.prepare import Selection, prepare
@@ -237,7 +237,7 @@ def test_examples_are_made_once_for_a_template_and_for_the_pictures(tmp_path, mo
     assert len(examples_of(prepare(selection, sources={}), vicuna("Be brief. "))) == 62
 
 
-@pytest.mark.slow
+@settings(max_examples=20, deadline=None)
 @given(
     entries=st.lists(mutated() | JSON, max_size=3),
     files=st.dictionaries(st.integers(0, 199).filter(lambda number: number % 3 < 2), pictures(), max_size=2),
