@@ -28,10 +28,13 @@ PIXEL_NAMES = {
 """Names of the pixels, by kind of media. Video-LLaVA has its own name for those of images."""
 
 EXTRA_NAMES = {
-    "image": ("image_sizes", "batch_num_images", "image_grid_thw"),
+    "image": ("image_sizes", "batch_num_images", "image_grid_thw", "num_patches"),
     "video": ("video_grid_thw", "second_per_grid_ts"),
 }
 """Names of what some processors return beside the pixels, by kind of media."""
+
+NUM_TILES = "num_patches"
+"""Name of the numbers of tiles, for processors that put the tiles of all images in one list."""
 
 GRID_NAMES = ("image_grid_thw", "video_grid_thw")
 """Names of the grids of patches, for processors that cut pictures of any size into patches."""
@@ -56,13 +59,15 @@ class MediaInputs:
     """All images, or all videos, of a micro batch: what the model's processor makes of them."""
 
     pixels: Tensor
-    """float or uint8[B, (tiles or frames,) 3, height, width]. Of a processor that cuts pictures into
+    """float or uint8[B, (tiles or frames,) 3, height, width], or all tiles of all images, one behind
+    the other. Of a processor that cuts pictures into
     patches: [patches, 3 * frames * height * width], all patches one behind the other.
     """
     extra: dict[str, Tensor] = field(default_factory=dict)
     """Other arguments: `image_sizes` int64[images, 2], as (height, width) in pixels,
     `batch_num_images` int64[examples], `image_grid_thw` and `video_grid_thw` int64[media, 3], as
-    (steps in time, rows, columns) of patches, and `second_per_grid_ts`, the seconds of a step.
+    (steps in time, rows, columns) of patches, `second_per_grid_ts`, the seconds of a step, and
+    `num_patches` int64[images], the tiles of each image.
     """
     lookup: Tensor | None = None
     """float32[3, 256]: the normalized value of each uint8 value, by channel; None if it is done."""
@@ -85,7 +90,7 @@ class MediaInputs:
     @property
     def num_media(self) -> int:
         """Number of images or videos."""
-        for name in GRID_NAMES:
+        for name in (*GRID_NAMES, NUM_TILES):
             if name in self.extra:
                 return len(self.extra[name])
         return len(self.pixels)
@@ -94,7 +99,8 @@ class MediaInputs:
     def arguments(self) -> dict[str, Tensor]:
         """The same as keyword arguments of the model. The pixels must be normalized."""
         assert self.lookup is None, "the pixels are not normalized"
-        return {self.pixel_name: self.pixels, **self.extra}
+        extra = {name: value for name, value in self.extra.items() if name != NUM_TILES}
+        return {self.pixel_name: self.pixels, **extra}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Apply a function to each tensor, e.g. move it to a device."""

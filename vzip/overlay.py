@@ -80,7 +80,7 @@ class TileTokens:
 def first_tile(family: Family, image_processor: Any, picture: Image.Image) -> Tensor:
     """Prepare a picture for the tower: float[1, 3, height, width].
 
-    If the model cuts pictures into tiles, this is the first one, which shows the whole picture.
+    If the model cuts pictures into tiles, this is the one that shows the whole picture.
 
     Raises:
         UserError: the model takes pictures of any size, cut into patches.
@@ -92,8 +92,8 @@ def first_tile(family: Family, image_processor: Any, picture: Image.Image) -> Te
         )
     weight = next(family.tower.parameters())
     processed = image_processor([[picture]], return_tensors="pt")
-    pixels: Tensor = MediaInputs.from_processed("image", processed).pixels
-    return pixels.flatten(0, -4)[:1].to(weight.device, weight.dtype)
+    seen = family.seen_picture(MediaInputs.from_processed("image", processed))
+    return seen[None].to(weight.device, weight.dtype)
 
 
 @torch.no_grad()

@@ -26,13 +26,11 @@ def reduced_processor(processor: Any, family: Family, reducer: Reducer) -> Any:
     # image, or of one video, into the text.
     def replace_image_token(image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         inputs = MediaInputs.from_processed("image", image_inputs)
-        token: str = reduced.image_token
-        return token * family.num_processed_tokens(reducer, "image", inputs, image_idx)
+        return family.written(processor, reducer, "image", inputs, image_idx)
 
     def replace_video_token(video_inputs: dict[str, Any], video_idx: int, **kwargs: Any) -> str:
         inputs = MediaInputs.from_processed("video", video_inputs)
-        token: str = reduced.video_token
-        return token * family.num_processed_tokens(reducer, "video", inputs, video_idx)
+        return family.written(processor, reducer, "video", inputs, video_idx)
 
     def get_num_multimodal_tokens(image_sizes: Any = None, video_sizes: Any = None, **kwargs: Any) -> Any:
         # Processors of models without videos do not take `video_sizes`.
@@ -43,7 +41,8 @@ def reduced_processor(processor: Any, family: Family, reducer: Reducer) -> Any:
 
         # Replace the numbers of all tokens by those that remain.
         if image_sizes is not None:
-            counts.num_image_tokens = [family.num_image_tokens(reducer, tuple(size)) for size in image_sizes]
+            kept = [family.num_image_tokens(reducer, tuple(size)) for size in image_sizes]
+            counts.num_image_tokens = [number + family.num_around_image for number in kept]
         if video_sizes is not None:
             counts.num_video_tokens = [family.num_video_tokens(reducer, size[0]) for size in video_sizes]
         return counts

@@ -33,11 +33,13 @@ class TowerLayout:
     layers: str
     """Name of the list of layers in the tower."""
     queries: str
-    """Name of the query projection in a layer."""
+    """Name of what computes the queries in a layer: a projection, or the norm behind it."""
     keys: str
-    """Name of the key projection in a layer."""
+    """Name of what computes the keys in a layer."""
     has_cls: bool
     """Whether token 0 is CLS."""
+    norm: str | None = None
+    """Name of the norm behind the last layer, if the model takes its output for layer -1."""
 
 
 # transformers 5.18 renamed the projections of DINOv2.
@@ -55,6 +57,14 @@ TOWER_LAYOUTS = {
         queries="attention.attention.query" if _OLD_DINOV2 else "attention.q_proj",
         keys="attention.attention.key" if _OLD_DINOV2 else "attention.k_proj",
         has_cls=True,
+    ),
+    "internvl_vision": TowerLayout(
+        layers="encoder.layer",
+        # Behind the projections. In towers without these norms they return what they get.
+        queries="attention.q_norm",
+        keys="attention.k_norm",
+        has_cls=True,
+        norm="layernorm",
     ),
     "siglip_vision_model": TowerLayout(
         layers="encoder.layers",
@@ -218,6 +228,11 @@ def check_pixel_values(pixel_values: Tensor) -> None:
         )
 
 
+def _features_module(tower: nn.Module, layout: TowerLayout, layer: int, module: nn.Module) -> nn.Module:
+    """Return the module whose output the model takes for a layer: the layer's, or the norm behind it."""
+    return tower.get_submodule(layout.norm) if layer == -1 and layout.norm is not None else module
+
+
 def run_tower(
     tower: nn.Module,
     pixel_values: Tensor,
@@ -249,7 +264,7 @@ def run_tower(
     # List the outputs to catch, and the last layer that one of them needs. The features are what
     # LLaVA passes to its projector.
     last_layer = layer_index(feature_layer, len(layers))
-    hooked = {"features": layers[last_layer]}
+    hooked = {"features": _features_module(tower, layout, feature_layer, layers[last_layer])}
 
     # Hook the projections to queries and keys: attention kernels return no maps, but take these.
     received = [layer_index(layer, len(layers), setting="reducer.object_layer") for layer in received_layers]

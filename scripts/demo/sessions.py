@@ -85,7 +85,7 @@ class SharedModel:
 
         # A budget is a multiple of `step`, from one token per tile to all tokens.
         step = comparison.family.budget_tiles
-        most = comparison.family.num_patches * step
+        most = comparison.family.num_groups * step
 
         if self.tuned_budgets:
             self.default_budget = self.tuned_budgets[0]

@@ -54,7 +54,7 @@ class FigureInputs:
         """The VisionZip that figures show: the run's own, if it has one.
 
         A run with random tokens gets a VisionZip with as many tokens. Otherwise it has a ninth of
-        the patches.
+        all tokens.
         """
         reducer = next(iter(self.comparison.reducers.values()), None)
         if isinstance(reducer, VisionZip):
@@ -63,7 +63,7 @@ class FigureInputs:
             return VisionZip(budget=reducer.budget)
 
         # A ninth is the paper's 64 of LLaVA-1.5's 576 patches.
-        return VisionZip(budget=max(2, self.family.num_patches // 9))
+        return VisionZip(budget=max(2, self.family.num_groups // 9))
 
     @cached_property
     def attention(self) -> list[tuple[Tensor, LayerAttention]]:
@@ -115,10 +115,10 @@ class FigureInputs:
         if self.budgets:
             return sorted(self.budgets)
 
-        # A tile can't keep more tokens than it has patches.
+        # A tile can't keep more tokens than it has.
         per_tile = self.reducer.dominant + self.reducer.contextual
         candidates = (per_tile // 2, per_tile, 2 * per_tile, 4 * per_tile)
-        fitting = [budget for budget in candidates if 1 <= budget <= self.family.num_patches]
+        fitting = [budget for budget in candidates if 1 <= budget <= self.family.num_groups]
         return [budget * self.family.budget_tiles for budget in fitting]
 
 

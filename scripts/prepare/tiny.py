@@ -39,6 +39,14 @@ VISION_TOKENS = {
 }
 
 
+# And those that become the tokens that InternVL writes around pictures.
+TILE_TOKENS = {
+    "<file_sep>": "<img>",
+    "<filename>": "<IMG_CONTEXT>",
+    "<gh_stars>": "</img>",
+}
+
+
 def rename_token(tokenizer: Any, old: str, new: str) -> Any:
     """Return the tokenizer with a special token under another name."""
     from transformers import AutoTokenizer
@@ -49,6 +57,15 @@ def rename_token(tokenizer: Any, old: str, new: str) -> Any:
         for path in Path(scratch).glob("tokenizer*.json"):
             path.write_text(path.read_text().replace(old, new))
         return AutoTokenizer.from_pretrained(scratch, trust_remote_code=False)
+
+
+def with_names(tokenizer: Any, names: dict[str, str]) -> Any:
+    """Return the tokenizer with special tokens as attributes of these names."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        return AutoTokenizer.from_pretrained(scratch, trust_remote_code=False, extra_special_tokens=names)
 
 
 def _llava(architecture: dict[str, Any], tokenizer: Any) -> Any:
@@ -118,6 +135,22 @@ def _qwen3_vl(architecture: dict[str, Any], tokenizer: Any) -> Any:
     return _qwen_vl(Qwen3VL.processor_class, Qwen3VL.frame_processor, tokenizer)
 
 
+def _internvl(architecture: dict[str, Any], tokenizer: Any) -> Any:
+    from transformers import GotOcr2ImageProcessorPil, InternVLProcessor
+
+    from vzip.media import build_processor
+
+    images = GotOcr2ImageProcessorPil(size={"height": SIDE, "width": SIDE}, crop_to_patches=True)
+    for old, new in TILE_TOKENS.items():
+        tokenizer = rename_token(tokenizer, old, new)
+
+    # The processor asks its tokenizer for these tokens by name.
+    names = {"start_image_token": "<img>", "end_image_token": "</img>", "video_token": "<video>"}
+    tokenizer = with_names(tokenizer, names | {"context_image_token": "<IMG_CONTEXT>"})
+    settings = {"image_seq_length": (SIDE // PATCH) ** 2}
+    return build_processor(InternVLProcessor, images, tokenizer, settings)
+
+
 # Functions that build the processor of a tiny model from its architecture and a tokenizer, by the
 # module of the model's family.
 PROCESSORS = {
@@ -128,6 +161,7 @@ PROCESSORS = {
     "mini_gemini": _mini_gemini,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
+    "internvl": _internvl,
 }
 
 

@@ -25,6 +25,7 @@ NO_ADAPTERS = (
     "grids",
     "install",
     "loading",
+    "looking",
     "patches",
     "positions",
     *vzip.reducers.SHARED,

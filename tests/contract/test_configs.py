@@ -34,6 +34,7 @@ def projector(vision, text):
 
 
 CLIP_336, CLIP_224, SIGLIP = 303_507_456, 303_179_776, 397_747_744
+INTERN_300M = 304_012_288
 QWEN_TOWER = 630_470_400 + 1_505_280  # and its patch embedding
 VICUNA_7B, VICUNA_13B = 6_607_605_760 + 32064 * 4096, 12_852_352_000 + 32064 * 5120
 COUNTS = {  # parameters before the projector, of the projector, of language model and head
@@ -51,6 +52,13 @@ COUNTS = {  # parameters before the projector, of the projector, of language mod
     "qwen3-vl-2b": (306_242_560, 100_714_496, 1_720_574_976),
     "qwen3-vl-4b": (306_242_560, 109_105_152, 4_022_468_096),
     "qwen3-vl-8b": (415_891_440, 160_496_896, 8_190_735_360),
+    "internvl3-1b": (INTERN_300M, 8192 + projector(4096, 896), 629_697_920),
+    "internvl3-2b": (INTERN_300M, 8192 + projector(4096, 1536), 1_776_283_136),
+    "internvl3-8b": (INTERN_300M, 8192 + projector(4096, 3584), 7_612_820_992),
+    "internvl3.5-1b": (INTERN_300M, 8192 + projector(4096, 1024), 751_632_384),
+    "internvl3.5-2b": (INTERN_300M, 8192 + projector(4096, 2048), 2_031_739_904),
+    "internvl3.5-4b": (INTERN_300M, 8192 + projector(4096, 2560), 4_411_424_256),
+    "internvl3.5-8b": (INTERN_300M, 8192 + projector(4096, 4096), 8_190_735_360),
     "qwen2.5-vl-7b": (QWEN_TOWER, 1280 + projector(5120, 5120) - 5120 * 1536 - 1536, 7_615_616_512),
 }
 BUDGETS = {  # tokens of the paper's picture: before, after
@@ -145,8 +153,10 @@ def test_only_the_projector_of_a_model_is_trainable(name):
         before = sum(num_parameters(part) for part in family.frozen_parts.values())
         after = num_parameters(family.language_model, family.lm_head)
         assert (before, num_parameters(family.projector), after) == COUNTS[name]
-        # The mergers of Qwen-VL have norms besides two linear layers, and Qwen3-VL has four of them.
-        assert len(opened) == {"qwen2_5_vl": 5, "qwen3_vl": 24}.get(family.model_type, 4)
+        # Besides two linear layers, the mergers of Qwen-VL and the projector of InternVL have norms, and
+        # Qwen3-VL has four mergers.
+        num_opened = {"qwen2_5_vl": 5, "qwen3_vl": 24, "internvl": 6}
+        assert len(opened) == num_opened.get(family.model_type, 4)
 
 
 def test_real_models_have_documented_counts():

@@ -105,7 +105,8 @@ class TwoRuns:
             for kind, media in from_pictures.media.items():
                 inputs = media.normalized(model.dtype)
                 method = getattr(model.model, f"get_{kind}_features")
-                expected[kind] = torch.cat(list(method(inputs.pixels, **inputs.extra).pooler_output))
+                tokens = method(**inputs.arguments).pooler_output
+                expected[kind] = torch.cat(list(tokens))
         with torch.no_grad():
             for kind in from_cache.media:
                 actual[kind] = visual_tokens(self.without_towers, self.reducer, from_cache, kind)

@@ -8,6 +8,8 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
+    GotOcr2ImageProcessorPil,
+    InternVLProcessor,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     LlavaOnevisionImageProcessorPil,
@@ -84,9 +86,12 @@ KINDS = {  # (model_type of the family, vision tower, more of the config)
     "mini-gemini": ("mini_gemini", "clip", {}),
     "qwen2.5-vl": ("qwen2_5_vl", "qwen2_5_vl", {}),
     "qwen3-vl": ("qwen3_vl", "qwen3_vl", {}),
+    "internvl": ("internvl", "internvl", {}),
 }
 NATIVE = ("qwen2.5-vl", "qwen3-vl")
 """Kinds that take pictures of any size. Their tokens are groups of 2 x 2 patches."""
+SHUFFLED = ("internvl",)
+"""Kinds whose tokens are groups of 2 x 2 patches, in tiles of one size."""
 TILED = ("next", "next-siglip", "onevision")
 VIDEO = tuple(kind for kind, (model_type, *_) in KINDS.items() if "video" in families()[model_type].kinds)
 
@@ -98,6 +103,8 @@ def architecture(kind="clip", *, grid=GRID, layers=LAYERS, width=32, text_width=
     _, tower, more = KINDS[kind]
     if kind in NATIVE:
         return native_architecture(kind, layers=layers, width=width)
+    if kind in SHUFFLED:
+        return shuffled_architecture(grid=grid, layers=layers, width=width)
     vision = {
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -191,6 +198,29 @@ def native_architecture(kind, *, layers=LAYERS, width=32):
     }
 
 
+def shuffled_architecture(*, grid=GRID, layers=LAYERS, width=32):
+    """Like `architecture`, of an InternVL with a tile of `grid` x `grid` tokens."""
+    side, patch = grid * PATCH, PATCH // 2
+    vision = {
+        "model_type": "internvl_vision",
+        "hidden_size": width,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "attention_bias": True,
+        "image_size": [side, side],
+        "patch_size": [patch, patch],
+    }
+    return {
+        "vision_config": vision,
+        "text_config": {"model_type": "qwen2", **TEXT},
+        "image_token_id": SPECIAL.index("<image>"),
+        "image_seq_length": grid * grid,
+        "vision_feature_layer": -2,
+        "tie_word_embeddings": False,
+    }
+
+
 def llava(kind="clip", *, seed=0, dtype=torch.float32, **shape):
     """A model of a kind in `KINDS`.
 
@@ -239,6 +269,8 @@ def processor(kind="clip", *, grid=GRID):
             "vision_aspect_ratio": "anyres_max_4",
         }
         return build_processor(LlavaOnevisionProcessor, images, tokenizer(), settings)
+    if kind in SHUFFLED:
+        return shuffled_processor(grid=grid)
     if model_type == "video_llava":
         return build_processor(VideoLlavaProcessor, VideoLlavaImageProcessor(**square), tokenizer(), layout)
     return LlavaProcessor(CLIPImageProcessorPil(**square), tokenizer(), **layout)
@@ -252,6 +284,29 @@ def native_processor(kind):
     if kind == "qwen3-vl":
         return build_processor(Qwen3VLProcessor, images, named, {}, frame_processor=Qwen3Frames)
     return build_processor(Qwen2_5_VLProcessor, images, named, {}, frame_processor=FramePatchProcessor)
+
+
+MARKUP = {
+    "start_image_token": "<|im_start|>",
+    "context_image_token": "<image>",
+    "end_image_token": "<|im_end|>",
+    "video_token": "<video>",
+}
+
+
+def marked(kind, text):
+    """Write the tokens around each image that the model's processor writes."""
+    if kind not in SHUFFLED:
+        return text
+    return text.replace("<image>", MARKUP["start_image_token"] + "<image>" + MARKUP["end_image_token"])
+
+
+def shuffled_processor(*, grid=GRID):
+    """The processor of an InternVL, which cuts a picture into up to 4 tiles."""
+    size = {"height": grid * PATCH, "width": grid * PATCH}
+    images = GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, max_patches=4)
+    named = tokenizer(names=MARKUP)
+    return build_processor(InternVLProcessor, images, named, {"image_seq_length": grid * grid})
 
 
 def save_llava(folder: Path, kind="clip", *, seed=0, **shape) -> Path:

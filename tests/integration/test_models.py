@@ -22,8 +22,16 @@ MODELS = {
     "video": "video-llava-7b",
     "mini-gemini": "mini-gemini-7b",
     "qwen2.5-vl": "qwen2.5-vl-3b",
+    "internvl": "internvl3-1b",
 }
-LONGEST_EXAMPLE = {"next": 95, "onevision": 230, "video": 85, "mini-gemini": 50, "qwen2.5-vl": 120}
+LONGEST_EXAMPLE = {
+    "next": 95,
+    "onevision": 230,
+    "video": 85,
+    "mini-gemini": 50,
+    "qwen2.5-vl": 120,
+    "internvl": 90,
+}
 """Packed tokens, with a few to spare."""
 
 
@@ -67,7 +75,7 @@ def test_a_family_is_tuned_alike_on_one_rank_and_sharded_and_loads(tmp_path, kin
     runs = tmp_path / "runs"
     settings = settings_of(MODELS[kind], folder, tmp_path, runs)
     sharded = [f"batch.tokens={LONGEST_EXAMPLE[kind]}", "deepspeed=zero3"]
-    if kind in tiny.NATIVE:
+    if kind in (*tiny.NATIVE, *tiny.SHUFFLED):
         settings.append("model.template._target_=vzip.templates.chatml")  # the tokenizer has `<image>`
     if kind == "next":
         settings.append("reducer.anyres=spatial")  # with image_newline, which ZeRO 3 shards

@@ -16,7 +16,6 @@ Legend of shapes: B pictures (images, tiles or frames), n visual tokens, d_llm w
 model.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -29,6 +28,7 @@ from vzip.families.anyres import ANYRES
 from vzip.families.features import LanguageInputs, VisualFeatures
 from vzip.families.install import check_not_attached, features_method, replace_method
 from vzip.families.loading import Loading
+from vzip.families.looking import Looking
 from vzip.media import MediaInputs
 from vzip.reducers.base import Reducer, VisionTokens, received_layers
 from vzip.reducers.identity import Identity
@@ -43,7 +43,7 @@ def num_dropped_tokens(config: Any) -> int:
     return 1 if config.vision_feature_select_strategy == "default" else 0
 
 
-class Family(Loading):
+class Family(Loading, Looking):
     """Adapter of one family of models, around one model.
 
     A subclass in this folder is found by its `model_type`. The defaults suit models that keep their
@@ -69,6 +69,8 @@ class Family(Loading):
     """Number of tiles whose tokens a `budget` counts together."""
     config_of_features: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
     """Entries of the model's config that `visual_features` depends on."""
+    num_around_image: ClassVar[int] = 0
+    """Tokens that the model's processor writes around the placeholders of an image."""
     has_grids: ClassVar[bool] = False
     """Whether visual tokens have positions of time, row and column in the language model."""
     export_note: ClassVar[str | None] = None
@@ -155,6 +157,12 @@ class Family(Loading):
         return int((self.tile_side // self.model.config.vision_config.patch_size) ** 2)
 
     @property
+    def num_groups(self) -> int:
+        """What a reducer chooses from in one picture: its patches, or groups that become one token."""
+        # In front of the projector, a group has the numbers of all its patches.
+        return self.num_patches * int(self.model.config.vision_config.hidden_size) // self.feature_width
+
+    @property
     def image_sizes(self) -> list[tuple[int, int]]:
         """(height, width) of images that the processor cuts in different ways."""
         return [(self.tile_side, self.tile_side)]
@@ -211,6 +219,11 @@ class Family(Loading):
             return self.num_video_tokens(reducer, len(inputs.pixels[index]))
         return self.num_image_tokens(reducer)
 
+    def written(self, processor: Any, reducer: Reducer, kind: str, inputs: MediaInputs, index: int) -> str:
+        """Return the text that a processor writes for a processed image or video."""
+        token: str = getattr(processor, f"{kind}_token")
+        return token * self.num_processed_tokens(reducer, kind, inputs, index)
+
     def placeholder_id(self, kind: str) -> int:
         """Id of the token that stands for one visual token of an image, or of a video."""
         return int(getattr(self.model.config, f"{kind}_token_id"))
@@ -253,21 +266,6 @@ class Family(Loading):
         """Run the vision tower on float[B, 3, height, width], and return the reducer's input."""
         dropped = num_dropped_tokens(self.model.config)
         return self._run_tower(self.tower, reducer, pixel_values, num_dropped=dropped, **options)
-
-    def look(self, reducer: Reducer, inputs: MediaInputs) -> tuple[VisionTokens, tuple[int, int]]:
-        """Show the tower an image, or its first tile: its tokens, and rows and columns of its patches."""
-        tokens = self.vision_tokens(reducer, inputs.pixels.flatten(0, -4)[:1])
-        num_patches = tokens.features.shape[1] - int(tokens.has_cls)
-        side = math.isqrt(num_patches)
-        return tokens, (side, side)
-
-    def fitting(self, reducer: Reducer, tokens: VisionTokens) -> Reducer:
-        """Return what reduces a picture of these tokens: the reducer."""
-        return reducer
-
-    def seen_picture(self, inputs: MediaInputs) -> Tensor:
-        """Return the pixels [3, height, width] of one image, or of its first tile."""
-        return inputs.pixels.flatten(0, -4)[0]
 
     def _run_tower(
         self,

@@ -146,7 +146,7 @@ class Qwen25VL(GridPositions):
         return depth
 
     def num_tile_tokens(self, reducer: Reducer) -> int:
-        return num_reduced(reducer, self.num_patches // self.merge**2)
+        return num_reduced(reducer, self.num_groups)
 
     def num_image_tokens(self, reducer: Reducer, image_size: tuple[int, int] | None = None) -> int:
         """Count the placeholders of one image. Raises UserError for a size that can't be shown."""

@@ -23,7 +23,7 @@ from vzip.fast.fused import rms_norm, swiglu_mlp
 from vzip.fast.segments import Prefix, Segments
 from vzip.patch import replaced_forwards
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3_vl_text")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text")
 """Language models whose layers consist of a norm, attention, a norm and a SwiGLU MLP."""
 
 
@@ -60,7 +60,9 @@ def check_language_model(config: Any, *, longest: int) -> None:
         )
 
     rope_type = (config.rope_parameters or {}).get("rope_type")
-    if rope_type in ("dynamic", "longrope"):
+    # "dynamic" positions are the usual ones up to the length that the model was trained with.
+    is_dynamic = rope_type == "dynamic" and longest > config.max_position_embeddings
+    if is_dynamic or rope_type == "longrope":
         raise UserError(
             "engine=fast does not support positions that depend on an example's length "
             f"(rope_type={rope_type!r}); {advice}"

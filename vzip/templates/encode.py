@@ -67,6 +67,8 @@ class Template:
     """Tokens of an image. The one in the middle is repeated for each visual token."""
     video: tuple[str, ...] = (VIDEO,)
     """Tokens of a video, like those of an image."""
+    image_text: str = ""
+    """What a text says for an image, if the model's processor adds the other tokens of `image`."""
     media_end: str = "\n"
     """Text behind each image and video of a question."""
 

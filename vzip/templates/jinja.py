@@ -81,10 +81,11 @@ def chat_template(template: Template, tokenizer: Any) -> str:
     if template.adds_bos and not tokenizer_adds_bos:
         opening = tokenizer.bos_token + space + opening
 
+    image = template.image_text or "".join(template.image)
     expressions = {
         "OPENING": _literal(opening),
         "USER": _literal(template.user),
-        "IMAGE_LINE": _literal("".join(template.image) + space + template.media_end),
+        "IMAGE_LINE": _literal(image + space + template.media_end),
         "VIDEO_LINE": _literal("".join(template.video) + space + template.media_end),
         "TEXT_LINES": _TEXT_LINES,
         "ASSISTANT": _literal(template.assistant),

@@ -90,7 +90,7 @@ def stock_loss(handle, kind, texts, examples):
 def assert_losses_are_the_stock_models(handle, kind, texts, folder, kinds=None):
     model = handle.family.model
     texts = [f"see: {text}" for text in texts]
-    examples = examples_of(texts, folder)
+    examples = examples_of([tiny.marked(kind, text) for text in texts], folder)
     stock = stock_loss(handle, kind, texts, examples)
     expected = [gradient.clone() for gradient in projector_gradients(model, stock)]
     assert stock > 0 and all(gradient.any() for gradient in expected)

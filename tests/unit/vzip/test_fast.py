@@ -15,6 +15,8 @@ from transformers import (
     MistralModel,
     Qwen2Config,
     Qwen2Model,
+    Qwen3Config,
+    Qwen3Model,
 )
 
 from tests.helpers import tiny
@@ -37,6 +39,7 @@ MODELS = {
     "llama": lambda: LlamaModel(LlamaConfig(**SHAPE)),
     "mistral": lambda: MistralModel(MistralConfig(**SHAPE, sliding_window=None)),
     "qwen2": lambda: Qwen2Model(Qwen2Config(**SHAPE)),
+    "qwen3": lambda: Qwen3Model(Qwen3Config(**SHAPE, head_dim=16)),
 }
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
@@ -195,11 +198,12 @@ def test_models_that_the_fast_path_does_not_support_are_refused():
     check_language_model(MistralConfig(sliding_window=100), longest=100)
     check_language_model(Qwen2Config(sliding_window=100, use_sliding_window=False), longest=1000)
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    check_language_model(LlamaConfig(rope_parameters=dynamic), longest=2048)
     for config, longest, words in (
         (MistralConfig(sliding_window=100), 101, ["100 tokens", "has 101", "engine=reference"]),
         (LlamaConfig(hidden_act="gelu"), 1, ["not 'llama' with 'gelu'"]),
         (LlamaConfig(attention_dropout=0.1), 1, ["attention_dropout=0.1"]),
-        (LlamaConfig(rope_parameters=dynamic), 1, ["rope_type='dynamic'"]),
+        (LlamaConfig(rope_parameters=dynamic), 2049, ["rope_type='dynamic'"]),
     ):
         refused(check_language_model, config, longest=longest, words=words)
 

@@ -163,7 +163,7 @@ def test_every_family_shows_its_tokens_and_answers_at_all_offered_budgets(kind, 
 
         text = describe_tokens(tokens)
         assert f"{tokens.num_full_tokens:,} → {tokens.num_tokens:,} visual tokens" in text
-        assert ("tiles" in text) == (tokens.num_tiles > 1) == (kind in tiny.TILED)
+        assert ("tiles" in text) == (tokens.num_tiles > 1) == (kind in (*tiny.TILED, *tiny.SHUFFLED))
 
 
 def test_the_figures_have_a_line_for_each_turn(model):

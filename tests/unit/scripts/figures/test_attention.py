@@ -71,7 +71,7 @@ def test_the_first_tile_of_every_family_has_attention(kind):
     layers = attention_of_layers(family, tile)
     assert len(layers) == tiny.LAYERS
     for layer in layers:
-        assert layer.shares().shape == (1, tiny.GRID**2)
+        assert layer.shares().shape == (1, family.num_patches)
         torch.testing.assert_close(layer.shares().sum(), torch.tensor(1.0))
 
 
