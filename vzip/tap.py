@@ -268,10 +268,10 @@ def run_tower(
 
     # Hook the projections to queries and keys: attention kernels return no maps, but take these.
     received = [layer_index(layer, len(layers), setting="reducer.object_layer") for layer in received_layers]
-    read = list(received)
+    layer = None
     if attention_layer is not None:
-        read.append(layer_index(attention_layer, len(layers), setting="reducer.layer"))
-    for index in read:
+        layer = layer_index(attention_layer, len(layers), setting="reducer.layer")
+    for index in received if layer is None else [*received, layer]:
         last_layer = max(last_layer, index)
         hooked[f"queries {index}"] = layers[index].get_submodule(layout.queries)
         hooked[f"keys {index}"] = layers[index].get_submodule(layout.keys)
@@ -281,28 +281,15 @@ def run_tower(
     with replaced_forwards(skipped), captured(hooked) as outputs:
         tower(pixel_values, **kwargs)
 
-    tokens = VisionTokens(
-        features=outputs["features"],
-        has_cls=layout.has_cls,
-        num_dropped=num_dropped,
-    )
-    if not read:
-        return tokens
+    tokens = VisionTokens(outputs["features"], has_cls=layout.has_cls, num_dropped=num_dropped)
     config: Any = tower.config
-    of_layers = {index: (outputs[f"queries {index}"], outputs[f"keys {index}"]) for index in read}
-    return _with_attention(
-        tokens,
-        of_layers,
-        None if attention_layer is None else read[-1],
-        received,
-        num_heads=config.num_attention_heads,
-    )
+    return _with_attention(tokens, outputs, layer, received, num_heads=config.num_attention_heads)
 
 
 @torch.no_grad()
 def _with_attention(
     tokens: VisionTokens,
-    projections: Mapping[int, tuple[Tensor, Tensor]],
+    outputs: Mapping[str, Tensor],
     layer: int | None,
     received: Sequence[int],
     *,
@@ -312,27 +299,32 @@ def _with_attention(
 
     Args:
         tokens: the tokens.
-        projections: queries and keys float[B, N, d] of each layer, by its index.
+        outputs: holds queries and keys float[B, N, d] of each layer.
         layer: whose saliency and keys are computed, if any.
         received: layers of which the attention that patches receive is computed.
         num_heads: H.
     """
     # They only choose tokens, so no gradient goes through them.
-    heads = {}
-    for index, (queries, keys) in projections.items():
-        heads[index] = (split_heads(queries, num_heads), split_heads(keys, num_heads))
+    queries = {}
+    keys = {}
+    for index in {*received} if layer is None else {*received, layer}:
+        queries[index] = split_heads(outputs[f"queries {index}"], num_heads)
+        keys[index] = split_heads(outputs[f"keys {index}"], num_heads)
 
     # Without CLS, the saliency is the same as what the patches receive.
     first_patch = int(tokens.has_cls)
-    by_layer = {index: received_attention(*heads[index])[:, first_patch:] for index in set(received)}
+    by_layer = {}
+    for index in set(received):
+        by_layer[index] = received_attention(queries[index], keys[index])[:, first_patch:]
     tokens = replace(tokens, received=tuple(by_layer[index] for index in received))
     if layer is None:
         return tokens
 
     # Saliency ranks the patches, and keys say which of them are alike.
     if tokens.has_cls:
-        saliency = cls_attention(*heads[layer])
+        saliency = cls_attention(queries[layer], keys[layer])
+    elif layer in by_layer:
+        saliency = by_layer[layer]
     else:
-        saliency = by_layer[layer] if layer in by_layer else received_attention(*heads[layer])
-    _, keys = heads[layer]
-    return replace(tokens, saliency=saliency, keys=keys.mean(dim=1))
+        saliency = received_attention(queries[layer], keys[layer])
+    return replace(tokens, saliency=saliency, keys=keys[layer].mean(dim=1))

@@ -17,7 +17,8 @@ class Pool(Budgeted):
     def __call__(self, tokens: VisionTokens) -> ReducerOutput:
         features = tokens.without_cls().features
         cell_of, middles = cells_of(self.num_kept(tokens), *tokens.rows_and_columns)
-        cell_of, middles = cell_of.to(features.device), middles.to(features.device)
+        cell_of = cell_of.to(features.device)
+        middles = middles.to(features.device)
 
         # Means are matrix products, in float32 at least.
         accurate = torch.promote_types(features.dtype, torch.float32)
