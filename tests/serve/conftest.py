@@ -21,7 +21,14 @@ os.environ |= {
 
 
 # `.venv` has no vLLM, and its tests pass over these.
-collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
+
+
+def pytest_collection_modifyitems(items):
+    """Put the tests that start an engine in this process last: it changes transformers for good."""
+    if HAS_VLLM:
+        items.sort(key=lambda item: "engine" in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture
