@@ -27,8 +27,8 @@ from vzip import UserError
             2,
         ),
         (
-            "RuntimeError('[pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:544] Connection closed by peer')"
-            " if __import__('torch') else None",
+            "RuntimeError('[pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:544] "
+            "Connection closed by peer') if __import__('torch') else None",
             "error: a rank can't reach another one any more ([pytorch",
             2,
         ),
