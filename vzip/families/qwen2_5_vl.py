@@ -128,6 +128,11 @@ class Qwen25VL(GridPositions):
         rows, columns = self.grid_of((self.tile_side, self.tile_side))
         return rows * columns * self.merge**2
 
+    @property
+    def num_groups(self) -> int:
+        # A group's features may come from several layers, so their width says nothing of its size.
+        return self.num_patches // self.merge**2
+
     def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Count the rows and columns of tokens that the model itself has of an image."""
         return self.limits.grid(image_size, side=self.group_side)
@@ -213,7 +218,7 @@ class Qwen25VL(GridPositions):
     # ---- The two computations ----
 
     def group_order(self, grids: Tensor) -> Tensor:
-        """int64[G]: the group, in raster order, at each place of the tower's own order."""
+        """Return int64[G]: the group, in raster order, at each place of the tower's own order."""
         # The layers that attend within windows keep the groups of a window together.
         window = self.model.config.vision_config.window_size // self.group_side
         return window_order(grids, merge=self.merge, window=window)
@@ -249,7 +254,7 @@ class Qwen25VL(GridPositions):
         )
 
     def grids_of_tokens(self, kind: str, inputs: MediaInputs) -> Tensor:
-        """float64[media, 4]: see `VisualFeatures.grids`."""
+        """Return float64[media, 4], see `VisualFeatures.grids`."""
         grids = inputs.extra[f"{kind}_grid_thw"].double()
         interval = torch.ones_like(grids[:, :1])
 
@@ -264,7 +269,8 @@ class Qwen25VL(GridPositions):
         """Run the tower without its merger, and return the groups of all pictures in raster order.
 
         Returns:
-            Tokens float[1, G, 4 d], whose patches lie side by side. Those of several layers, too.
+            Tokens float[1, G, L * 4 d] of the L layers in `feature_layers`. A group's patches lie side by
+            side, one layer after the other.
         """
         # Attention is computed only for reducers that read it.
         tower: Any = self.tower
@@ -323,7 +329,17 @@ class Qwen25VL(GridPositions):
     def _scores(
         self, qkv: Tensor, rotation: tuple[Tensor, Tensor], grids: Tensor, in_raster: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Compute what groups receive, float[1, G], and their keys, from a layer's float[patches, 3 d]."""
+        """Compute the saliency and the keys of groups from the attention of one layer.
+
+        Args:
+            qkv: float[patches, 3 d], the layer's queries, keys and values, in the tower's order.
+            rotation: cosines and sines of the patches' positions, float[patches, head_dim] each.
+            grids: int64[media, 3].
+            in_raster: int64[G], the place in the tower's order of each group in raster order.
+
+        Returns:
+            The attention that each group receives, float[1, G], and its key, float[1, G, head_dim].
+        """
         # Queries and keys are compared after they are rotated by their positions.
         num_heads = self.model.config.vision_config.num_heads
         heads = qkv.view(len(qkv), 3, num_heads, -1)
