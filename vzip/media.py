@@ -59,9 +59,9 @@ class MediaInputs:
     """All images, or all videos, of a micro batch: what the model's processor makes of them."""
 
     pixels: Tensor
-    """float or uint8[B, (tiles or frames,) 3, height, width], or all tiles of all images, one behind
-    the other. Of a processor that cuts pictures into
-    patches: [patches, 3 * frames * height * width], all patches one behind the other.
+    """float or uint8, in the shape that the model's processor returns. [B, 3, height, width], with an
+    axis for tiles or frames behind B if there are any; or the tiles of all images one behind the other.
+    A processor that cuts pictures into patches returns [patches, 3 * frames * height * width].
     """
     extra: dict[str, Tensor] = field(default_factory=dict)
     """Other arguments: `image_sizes` int64[images, 2], as (height, width) in pixels,
@@ -70,7 +70,7 @@ class MediaInputs:
     `num_patches` int64[images], the tiles of each image.
     """
     lookup: Tensor | None = None
-    """float32[3, 256]: the normalized value of each uint8 value, by channel; None if it is done."""
+    """float32[3, 256]: the normalized value of each uint8 value, by channel; None for normalized pixels."""
     pixel_name: str = "pixel_values"
     """Name of the pixels among the model's arguments."""
 
@@ -99,6 +99,8 @@ class MediaInputs:
     def arguments(self) -> dict[str, Tensor]:
         """The same as keyword arguments of the model. The pixels must be normalized."""
         assert self.lookup is None, "the pixels are not normalized"
+
+        # The family needs the numbers of tiles, the model's own method does not take them.
         extra = {name: value for name, value in self.extra.items() if name != NUM_TILES}
         return {self.pixel_name: self.pixels, **extra}
 

@@ -117,10 +117,12 @@ class Family(Loading, Looking):
 
     @property
     def language_model(self) -> nn.Module:
+        """The language model, without `lm_head`."""
         return self._module("model.language_model")
 
     @property
     def lm_head(self) -> nn.Module:
+        """The layer that computes the logits."""
         module: nn.Module = self.model.lm_head
         return module
 
@@ -159,7 +161,7 @@ class Family(Loading, Looking):
     @property
     def num_groups(self) -> int:
         """What a reducer chooses from in one picture: its patches, or groups that become one token."""
-        # In front of the projector, a group has the numbers of all its patches.
+        # The projector takes the patches of a group side by side, so their number follows from its width.
         return self.num_patches * int(self.model.config.vision_config.hidden_size) // self.feature_width
 
     @property

@@ -1,8 +1,9 @@
 """What an attached model has encoded last: its positions depend on the tokens that stay.
 
 A model of the Qwen-VL type computes positions in `get_rope_index`, from token ids and grids. Its
-`forward` encodes the pictures before that, `generate` encodes them behind it. So an attached model
-remembers which tokens its encoder has kept, and `get_rope_index` encodes first if it is early.
+`forward` encodes the pictures before it asks for positions, and `generate` afterwards. So an attached
+model remembers which tokens its encoder has kept, and `get_rope_index` encodes pictures itself if
+nobody has done it yet.
 """
 
 import functools
@@ -90,7 +91,15 @@ def _rope_index_method(family: Any, reducer: Reducer) -> Callable[..., Any]:
 
 
 def _rope_index(family: Any, reducer: Reducer, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return positions int64[3, B, L], and int64[B, 1]: how far text goes on ahead of its index."""
+    """Return what `get_rope_index` returns, for the tokens that stay.
+
+    Returns:
+        Positions int64[3, B, L], and `rope_deltas` int64[B, 1]: what is added to the index of a later
+        token to get its position.
+
+    Raises:
+        UserError: a video for a family that takes none, or placeholders that do not fit the tokens.
+    """
     input_ids = arguments["input_ids"]
     if arguments.get("video_grid_thw") is not None and "video" not in family.kinds:
         raise UserError(f"a reducer for {family.model_type!r} models takes no videos; give images alone")
@@ -100,7 +109,6 @@ def _rope_index(family: Any, reducer: Reducer, arguments: dict[str, Any]) -> tup
     for kind in family.kinds:
         if arguments.get(f"{kind}_grid_thw") is None:
             continue
-        inputs = None
         if any(arguments.get(name) is not None for name in PIXEL_NAMES[kind]):
             inputs = MediaInputs.from_processed(kind, arguments)
             encoded.encode_ahead(family, kind, inputs, reducer)
@@ -117,10 +125,10 @@ def _rope_index(family: Any, reducer: Reducer, arguments: dict[str, Any]) -> tup
         counted=counted.flatten(),
         first=first_of_rows(input_ids).flatten(),
     )
-    # A new token's position is its index, plus what this adds.
+    # A picture may take more positions than it has tokens, or fewer.
     next_position = reach.view(num_rows, length).amax(dim=1, keepdim=True)
-    ahead = next_position - counted.sum(dim=1, keepdim=True)
-    return positions.reshape(3, num_rows, length).to(input_ids.dtype), ahead
+    rope_deltas = next_position - counted.sum(dim=1, keepdim=True)
+    return positions.reshape(3, num_rows, length).to(input_ids.dtype), rope_deltas
 
 
 def _checked(family: Any, kind: str, encoded: Encoded, arguments: dict[str, Any]) -> VisualFeatures:

@@ -25,7 +25,7 @@ MAX_RATIO = 200
 
 @dataclass(frozen=True)
 class PixelLimits:
-    """Fewest and most pixels of a picture behind the processor."""
+    """Fewest and most pixels of a picture after the processor has resized it."""
 
     least: int
     most: int
@@ -94,7 +94,7 @@ def num_reduced(reducer: Reducer, num_tokens: int) -> int:
 
 
 def window_order(grids: Tensor, *, merge: int, window: int) -> Tensor:
-    """int64[G]: the groups of all pictures, window by window.
+    """Return int64[G]: the groups of all pictures, window by window.
 
     Args:
         grids: int64[media, 3], steps in time, rows and columns of patches.
@@ -118,7 +118,7 @@ def window_order(grids: Tensor, *, merge: int, window: int) -> Tensor:
 
 
 def pictures_of(grids: Tensor) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Yield (number of neighbouring pictures of the same grid, (rows, columns) of each of them)."""
+    """Yield neighbouring pictures of equal size together: their number, and (rows, columns) of patches."""
     sizes: list[tuple[int, int]] = []
     for steps, rows, columns in grids.tolist():
         sizes += [(rows, columns)] * steps

@@ -51,7 +51,8 @@ class FramePatchProcessor(FrameProcessor):
         """Process the frames of one video.
 
         Returns:
-            (patches float[steps * patches, 3 * frames * side * side], grid int64[3], its speed)
+            (patches float[steps * patches, 3 * frames * side * side], grid int64[3], and the numbers and
+            the speed of the frames)
         """
         # The image processor makes a step of one frame, then the frames of a step are put together.
         in_step = settings.get("temporal_patch_size", self.temporal_patch_size)

@@ -63,7 +63,7 @@ def grid_places(features: VisualFeatures) -> GridPlaces:
 
 
 def first_of_rows(input_ids: Tensor) -> Tensor:
-    """int64[B, L]: for each token of padded sequences, the index of the first one of its sequence."""
+    """Return int64[B, L]: for each token of padded sequences, the index of its sequence's first one."""
     num_rows, length = input_ids.shape
     first = torch.arange(num_rows, device=input_ids.device) * length
     return first[:, None].expand(num_rows, length)

@@ -58,7 +58,7 @@ def chat_template(template: Template, tokenizer: Any) -> str:
     """Write a template as Jinja text, which makes the prompts of `vzip.templates.encode.encode`.
 
     A message's content is a string, or a list of parts of the types "image", "video" and "text".
-    Pictures and videos go to the front, each followed by a newline, as in training. Each part of
+    Pictures and videos go to the front, each followed by `media_end`, as in training. Each part of
     text begins a new line: evaluation harnesses cut a question at its pictures, and leave the text
     between the pieces to the template.
 
