@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 STRETCH = 1.5
-"""Rows may be this many times more, or fewer, than makes cells square, if all are alike then."""
+"""How far the number of rows may be from the one that makes cells square, as a factor.
+
+Within it, a number of rows is preferred that gives all rows the same number of cells.
+"""
 
 
 def rows_of_cells(num_cells: int, rows: int, columns: int) -> list[int]:

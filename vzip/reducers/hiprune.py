@@ -24,7 +24,8 @@ class HiPrune(Selector):
     """Keep anchors, their neighbours and registers.
 
     Args:
-        alpha: share of the budget that is meant for anchors and neighbours, five patches each.
+        alpha: share of the budget that is meant for anchors. Each counts as five patches, with its four
+            neighbours.
         object_layer: hidden state whose layer gives the anchors. None: three eighths of the tower's
             layers, which is 9 of 24, as in the paper.
         layer: hidden state whose layer gives the registers; None: that of the features.
@@ -62,7 +63,8 @@ class HiPrune(Selector):
         if len(tokens.received) != 2:
             raise UserError(
                 f"reducer={self.name} reads the attention that patches receive in two layers of the "
-                f"vision tower, and there are {len(tokens.received)} here"
+                f"vision tower, and there are {len(tokens.received)} here; "
+                f"give VisionTokens with received of two layers"
             )
         in_object_layer, in_late_layer = tokens.received
         num_patches = in_object_layer.shape[1]

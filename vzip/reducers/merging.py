@@ -132,7 +132,10 @@ def keep_and_merge(
         return ReducerOutput(features=kept, dominant=dominant, contextual=nothing, slots=slots)
 
     if tokens.keys is None or how is None:
-        raise UserError("merging reads the keys of the vision tower's attention, and there are none here")
+        raise UserError(
+            "merging reads the keys of the vision tower's attention, and there are none here; "
+            "give VisionTokens with keys"
+        )
 
     # Keys choose the target, features are merged.
     remaining = remaining_tokens(dominant, num_tokens, has_cls=tokens.has_cls)

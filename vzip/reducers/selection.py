@@ -81,7 +81,10 @@ class Selector(Budgeted):
 def required_saliency(tokens: VisionTokens, reducer: str) -> Tensor:
     """Return the saliency. Raises UserError if the tower's attention was not computed."""
     if tokens.saliency is None:
-        raise UserError(f"reducer={reducer} reads the attention of the vision tower, and there is none here")
+        raise UserError(
+            f"reducer={reducer} reads the attention of the vision tower, and there is none here; "
+            f"give VisionTokens with saliency"
+        )
     return tokens.saliency
 
 
@@ -134,16 +137,19 @@ def cover(coverage: Tensor, weights: Tensor, num_selected: int) -> Tensor:
     first = torch.arange(num_images, device=rows.device) * num_patches
     covered = coverage.new_zeros(num_images, num_patches)
 
-    def scores_of(candidates: Tensor, pictures: Tensor) -> Tensor:
-        """Compute the scores of candidates int64[n] of the pictures int64[n]."""
-        gains = (
-            (rows.index_select(0, candidates) - covered.index_select(0, pictures)).clamp_(min=0).sum(dim=1)
-        )
-        return torch.minimum(gains * weight.index_select(0, candidates), scores.index_select(0, candidates))
-
-    # A gain never grows, so an old score is an upper bound. Few of them must be computed again.
+    # A gain never grows, so an old score is an upper bound. Few of them must be computed again. `table`
+    # shows the same scores by picture.
     scores = coverage.clamp(min=0).sum(dim=2).flatten() * weight
     table = scores.view(num_images, num_patches)
+
+    def scores_of(candidates: Tensor, pictures: Tensor) -> Tensor:
+        """Compute the scores of candidates int64[n] of the pictures int64[n]."""
+        added = rows.index_select(0, candidates) - covered.index_select(0, pictures)
+        gains = added.clamp_(min=0).sum(dim=1)
+
+        # Rounding must not raise a score, and a selected patch keeps its -1.
+        return torch.minimum(gains * weight.index_select(0, candidates), scores.index_select(0, candidates))
+
     picture = torch.arange(num_images, device=rows.device)
     selected = []
     for _ in range(num_selected):
