@@ -39,16 +39,16 @@ Processors scale the shorter side up to the tower's, and the longer side with it
 of 2,000 x 1 would take 2 GB.
 """
 MIN_SIDE = 4
-"""Shortest side in pixels. Some processors take one of 3 pixels for the colours."""
+"""Shortest side in pixels. Some processors take a side of 3 pixels for the three channels."""
 MAX_SCANS = 100
 """Most passes over a JPEG. Ten are usual, and each takes the time of a whole picture."""
 
 TILE_SIDES = (322, 323)
 """TIFF's tags for the width and the height of tiles."""
 BITS = 258
-"""TIFF's tag for the bits of a pixel's values."""
+"""TIFF's tag for the bits of a pixel's values (BitsPerSample)."""
 ZERO_IS = 262
-"""TIFF's tag that is 0 where the value 0 means white."""
+"""TIFF's tag that is 0 where the value 0 means white (PhotometricInterpretation)."""
 
 
 def check_size(width: int, height: int) -> None:
@@ -111,8 +111,8 @@ def _check_comments(file: BinaryIO) -> None:
     if header[10] & 0x80:
         file.seek(3 << ((header[10] & 7) + 1), io.SEEK_CUR)
 
-    # An exclamation mark begins a comment, of blocks that start with their length. The last one has
-    # none. A picture begins with a comma.
+    # An exclamation mark begins a comment, which is a list of blocks. Each starts with its length, and
+    # the length 0 ends the list. A picture begins with a comma.
     while file.read(1) == b"!":
         file.seek(1, io.SEEK_CUR)
         while (length := file.read(1)) not in (b"", b"\0"):

@@ -13,8 +13,9 @@ HIDDEN = "***"
 LOGIN = re.compile(r"(?<=://)[^/?#\s]*@")
 """A login in front of a host: everything up to the last @."""
 
-# A password with a slash in it makes the address invalid, and such addresses come in messages. A
-# colon and digits are a port instead, and then an @ further on belongs to the path.
+# `LOGIN` misses a password that holds "/", "?" or "#", because these end a host. The address is then
+# invalid, and comes back in an error message. Digits alone behind the colon are a port: an @ further
+# on belongs to the path.
 BROKEN_LOGIN = re.compile(r"""(?<=://)[^/?#\s@:]*:(?!\d*(?:[/?#,;"'\s)\]]|$))[^\s@]*@""")
 """A login whose password holds characters that end a host."""
 

@@ -55,7 +55,7 @@ def fingerprint(family: Family) -> str:
 
 def _same_base(recorded: str, family: Family) -> bool:
     """Whether a recorded fingerprint is that of the model."""
-    # Yesterday's runs have fingerprints of the first version, which covers some values.
+    # Runs of older versions have fingerprints of the first version, which covers some values.
     if recorded.startswith(_SECOND_VERSION):
         return recorded == fingerprint(family)
     return recorded == _base_digest(family, _sample)
