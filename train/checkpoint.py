@@ -90,7 +90,7 @@ def settings_without_secrets(cfg: DictConfig) -> str:
 def _changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
     """List the settings that differ, each as "optim.lr=1e-05 there, 2e-05 now"."""
     changed = []
-    # The keys of both, each once, in their order: a setting may be new or gone.
+    # Go through the keys of both, each once: a setting may be new or gone.
     for key in dict.fromkeys([*before, *now]):
         old = before.get(key)
         new = now.get(key)

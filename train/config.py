@@ -120,7 +120,7 @@ def _full_name(thing: Any) -> str:
 
 def _buildable() -> dict[str, Any]:
     """List the reducers and templates that settings may build, by the names of their `_target_`."""
-    # Settings may come with a stranger's run. So the list decides, and no name is ever imported.
+    # Settings may come with a stranger's run, so no name in them is ever imported.
     buildable = {}
     for name in reducers.names():
         reducer = reducers.reducer_class(name)

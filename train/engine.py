@@ -240,7 +240,8 @@ class Engine:
             tensors: what `gather` returned, on rank 0. The other ranks' argument is not used.
         """
         if self.is_sharded:
-            self.optimizer.checkpoint_event_prologue()  # no rank holds a whole parameter from now on
+            # Small parameters are whole on all ranks. Until the epilogue, each has only its share.
+            self.optimizer.checkpoint_event_prologue()
 
         for name, parameter in self.trainable.parameters.items():
             if self.rank == 0:
@@ -251,7 +252,7 @@ class Engine:
             self._restore_one(parameter, part, value)
 
         if self.is_sharded:
-            self.optimizer.checkpoint_event_epilogue()  # small parameters are whole on all ranks again
+            self.optimizer.checkpoint_event_epilogue()
 
     def _restore_one(self, parameter: Any, part: str, value: Tensor) -> None:
         """Put a whole tensor into this rank's fragment of a parameter, and into the model."""

@@ -64,7 +64,8 @@ def language_inputs(
     features = {kind: visual_features(family, reducer, batch, kind) for kind in batch.media}
     tokens = {kind: (family.project(media), *family.project_deep(media)) for kind, media in features.items()}
 
-    # Embed all ids. The placeholders are embedded too, and replaced below.
+    # Embed all ids. The placeholders are embedded too, and replaced below. Some families (Qwen3-VL)
+    # also add visual tokens to the outputs of the first layers: one tensor a layer, zero at text.
     embeddings: Tensor = family.model.get_input_embeddings()(batch.input_ids)
     num_added = max(len(of_kind) for of_kind in tokens.values()) - 1
     inputs = [embeddings, *[torch.zeros_like(embeddings) for _ in range(num_added)]]
@@ -146,8 +147,8 @@ class ReferenceLoss(nn.Module):
         )
         loss_by_example = losses.view_as(targets).sum(dim=1)
 
-        # Report the loss of the examples that teach something: without a picture, an example gives
-        # the projector no gradient.
+        # Report the loss of the examples that have a gradient: without a picture, an example gives
+        # the projector none.
         placeholders = [self.family.placeholder_id(kind) for kind in batch.media]
         is_placeholder = torch.isin(batch.input_ids, torch.tensor(placeholders, device=losses.device))
         has_gradient = is_placeholder.any(dim=1) | self.text_has_gradient

@@ -64,7 +64,7 @@ def load_family(cfg: DictConfig) -> tuple[Family, Any]:
 
 
 def _name_other_pictures(cfg: DictConfig, processor: Any) -> None:
-    """Print it if the starting projector was tuned with pictures of another form."""
+    """Print a line if the starting projector was tuned with another `image_aspect_ratio`."""
     folder = Path(cfg.model.projector).expanduser().parent
     if not (folder / META).is_file():
         return
@@ -84,7 +84,7 @@ def load_unreduced_processor(cfg: DictConfig) -> Any:
     It pads pictures if `model.image_aspect_ratio` says so.
 
     Raises:
-        UserError: nothing is there, or a processor that can't pad.
+        UserError: nothing is there, or the processor can't pad.
     """
     processor = _load_from_id(family_class(cfg).load_processor, cfg)
     own_ratio = image_aspect_ratio(processor)
@@ -163,7 +163,6 @@ def _nf4_layer(layer: nn.Linear) -> Any:
     import bitsandbytes
 
     # On the meta device, because the weight is replaced below: this saves a copy.
-
     quantized = bitsandbytes.nn.Linear4bit(
         layer.in_features,
         layer.out_features,
@@ -183,7 +182,6 @@ def _int8_layer(layer: nn.Linear) -> Any:
     import bitsandbytes
 
     # Without float16 weights, because these are frozen. Large inputs skip the quantization.
-
     quantized = bitsandbytes.nn.Linear8bitLt(
         layer.in_features,
         layer.out_features,

@@ -98,7 +98,7 @@ def _values(settings: Any) -> Iterator[Any]:
 
 
 def read_answers(path: Path) -> list[dict[str, Any]]:
-    """Read the answers in one setting, a file that `answers_SETTING.json` names.
+    """Read the answers of one setting from its file, `answers_SETTING.json`.
 
     Raises:
         UserError: the file is damaged.
@@ -280,7 +280,6 @@ class FinishedRun:
 
     def _text(self, name: str, consequence: str) -> str:
         """Read a file. `consequence` says what is wrong if it is missing."""
-        # Say what is missing, and why that matters to the user.
         path = self.path / name
         if not path.is_file():
             raise UserError(f"{self.path} has no {name}, so {consequence}; give a folder that a run wrote")

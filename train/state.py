@@ -106,7 +106,7 @@ class StateFolder:
 
     def _delete(self, step: int) -> None:
         """Delete the folder of a state, if there is one."""
-        # Without its index it is no state, also if the rest of the deletion is interrupted.
+        # The index goes first: without it, a half-deleted folder does not count as a state.
         folder = self.of(step)
         if folder.is_dir():
             (folder / INDEX).unlink(missing_ok=True)
@@ -117,7 +117,7 @@ class StateFolder:
     def newest(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Find the newest whole state. Return its step, or 0 if no state was ever finished.
 
-        States that were passed over are named in a line each.
+        A printed line names each state that was passed over.
 
         Args:
             shapes: of the trainable parameters, by name.
@@ -185,7 +185,7 @@ def _part_shapes(part: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
 
 def _part_fault(file: Path, checksum: object, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """Say what is wrong with a file of a state; None if it is as it was written."""
-    # Something else than a file, such as a pipe, could hold the reader for ever.
+    # Reading a pipe or a device could last for ever.
     if not file.is_file():
         return "is missing"
     try:

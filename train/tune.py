@@ -8,6 +8,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from train.guards.start import listen
 
+# The imports below take seconds, and signals must end a run in order even then.
 if __name__ == "__main__":
     listen()
 

@@ -34,7 +34,7 @@ def check_finite(what: str, value: float, *, step: int, engine: Engine, cfg: Dic
         return
     problem = f"the {what} is {value} at step {step}"
 
-    # After the first step, it is the tuning that went wrong, as a rule.
+    # After the first step, the cause is usually the tuning itself.
     if step > 0:
         raise UserError(f"{problem}; lower optim.lr={cfg.optim.lr}, and start over with fresh=true")
 
@@ -63,7 +63,7 @@ def check_weights(engine: Engine, cfg: DictConfig, *, num_done: int) -> None:
     Raises:
         UserError: some weights are not finite.
     """
-    # Ranks hold the same weights, or each a share of them. In both cases 0 means that all is well.
+    # Ranks hold the same weights, or a share each. Either way, a sum of 0 means that all are finite.
     own = sum(_num_not_finite(parameter) for parameter in engine.trainable.parameters.values())
     (total,) = engine.sum_over_ranks([own])
     if total:

@@ -1,4 +1,4 @@
-"""Start DeepSpeed's launcher, and hand signals that ask a run to stop to its ranks.
+"""Start DeepSpeed's launcher, and hand on to the ranks the signals that ask a run to stop.
 
     python -m train.guards.launch ARGUMENTS        takes the arguments of `deepspeed`
 
@@ -46,8 +46,8 @@ def _hand_on(launcher: psutil.Process, number: int, _frame: FrameType | None) ->
 
 
 def main(arguments: list[str]) -> int:
-    """Run `deepspeed` with these arguments. Returns its exit code."""
-    # In a group of its own, so that Ctrl-C in the terminal reaches only this process.
+    """Run `deepspeed` with these arguments. Return its exit code."""
+    # The launcher has a process group of its own, so that Ctrl-C reaches only this process.
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *arguments]
     launcher = subprocess.Popen(command, process_group=0)
 
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, hand_on)
 
-    # Python waits on after each signal.
+    # The wait goes on after a signal: ranks save their state first.
     code = launcher.wait()
     return code if code >= 0 else exit_code(-code)
 

@@ -1,6 +1,6 @@
 """The launcher that started a rank, and the commands around it: when one ends, the rank must end.
 
-Nobody else tells the ranks. DeepSpeed's launcher does not outlive SIGKILL, and `deepspeed`, which
+The ranks have to look themselves. DeepSpeed's launcher does not outlive SIGKILL, and `deepspeed`, which
 starts it, does not even hand SIGTERM on.
 """
 
@@ -37,6 +37,7 @@ def _is_launcher(process: "psutil.Process") -> bool:
         words = process.cmdline()
     except psutil.Error:
         return False
+    # The name stands among the first words: behind Python, its options and `-m`.
     names = {Path(word).name for word in words[:6]}
     return bool(names & LAUNCHERS) or (bool(words) and Path(words[0]).name in ("make", "gmake"))
 

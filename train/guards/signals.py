@@ -106,7 +106,7 @@ class StopRequest:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)
 
-        # A forked child has the same pipe, so its signals would look like ours until it lets go.
+        # A forked child has the same pipe: until it lets go, signals to it would look like ours.
         os.register_at_fork(
             before=self._hold_signals,
             after_in_parent=self._release_signals,
@@ -125,7 +125,7 @@ class StopRequest:
             with self._lock:
                 self._is_noting = False
 
-        # The loop was through before it saw the signal.
+        # The loop was done before it saw the signal.
         if self.number:
             self._end()
 
@@ -139,7 +139,8 @@ class StopRequest:
         Args:
             counts: the `flags` of all ranks, added up.
         """
-        # From now on this rank ends by itself, and further signals of a launcher must not disturb it.
+        # All ranks must choose the same signal. After that, this rank ends by itself, and further
+        # signals of a launcher must not disturb it.
         arrived = [number for number, count in zip(STOPS, counts, strict=True) if count]
         self.agreed = arrived[0] if arrived else 0
 
