@@ -21,7 +21,7 @@ from vllm.multimodal.processing import ProcessorInputs, TimingContext
 
 from vzip.errors import UserError
 from vzip.integrations.vllm.served import ServedReducers
-from vzip.media import EXTRA_NAMES, KINDS, PIXEL_NAMES
+from vzip.media import EXTRA_NAMES, KINDS, PIXEL_NAMES, set_aspect_ratio
 from vzip.processor import reduced_processor
 
 BUDGET = "budget"
@@ -64,7 +64,10 @@ class ReducedInfo(MultiModalProcessingInfo):
 
         The family loads it, because transformers needs torchvision for those of videos.
         """
-        return self.served.family_class.load_processor(self.ctx.model_config.model)
+        processor = self.served.family_class.load_processor(self.ctx.model_config.model)
+
+        # With torchvision, transformers loads an image processor that rounds in another way.
+        return set_aspect_ratio(processor, self.served.aspect_ratio)
 
     def budget_of(self, settings: Mapping[str, object]) -> int:
         """Return the budget of a request. Raises UserError for one that was not tuned."""

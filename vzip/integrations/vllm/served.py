@@ -8,7 +8,7 @@ from typing import Any
 import vllm
 from packaging.specifiers import SpecifierSet
 
-from vzip.errors import UserError, check_choice
+from vzip.errors import UserError
 from vzip.families import Family, families
 from vzip.reducers import Reducer, create
 from vzip.runs.meta import EXPORT, FORMAT, anyres_of, reducers_of
@@ -31,7 +31,8 @@ def check_version() -> None:
 
 
 def check_stages(parallel_config: Any) -> None:
-    """Raise UserError for a model that is split into stages, which end at the first request."""
+    """Raise UserError if the model is split into stages of a pipeline."""
+    # Such a server would start, and end at the first request.
     if parallel_config.pipeline_parallel_size > 1:
         raise UserError(
             f"--pipeline-parallel-size={parallel_config.pipeline_parallel_size}: vzip does not serve a "
@@ -47,6 +48,8 @@ class ServedReducers:
 
     Attributes:
         reducers: the reducers by budget, the default first.
+        aspect_ratio: how the run's processor treats pictures that are not square
+            (`vzip.media.ASPECT_RATIOS`). None if any processor will do.
 
     Raises:
         UserError: the config describes no reducer, or one that does not fit the model.
@@ -66,6 +69,7 @@ class ServedReducers:
                 f"format {FORMAT}, so install the version that wrote the export"
             )
 
+        self.aspect_ratio: str | None = meta.get("image_aspect_ratio")
         self.family: Family = self.family_class(SimpleNamespace(config=config), anyres=anyres_of(meta))
         self.reducers: dict[int, Reducer] = reducers_of(self._with_budget(meta))
 
@@ -75,9 +79,13 @@ class ServedReducers:
 
     @property
     def family_class(self) -> type[Family]:
-        """The adapter of the model's family."""
-        check_choice("model_type", self.config.model_type, FAMILIES)
-        return families()[self.config.model_type]
+        """The adapter of the model's family. Raises UserError for one that is not served."""
+        model_type = self.config.model_type
+        if model_type not in FAMILIES:
+            raise UserError(
+                f"model_type={model_type!r} is not served with vLLM; serve one of: {', '.join(FAMILIES)}"
+            )
+        return families()[model_type]
 
     def _with_budget(self, meta: Mapping[str, Any]) -> dict[str, Any]:
         """Add the budget to a description that a user gave, and that names a reducer alone."""
