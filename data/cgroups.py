@@ -40,7 +40,7 @@ def _limiting_groups(resource: str) -> Iterator[Path]:
 
 
 def _read(file: Path) -> list[str]:
-    """Read the words of a file. None of them if there is no such file."""
+    """Read the words of a file. An empty list if there is no such file."""
     return file.read_text().split() if file.is_file() else []
 
 

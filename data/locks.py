@@ -55,7 +55,7 @@ def locked(lock: Path, *, wait: bool, busy: str = "") -> Iterator[None]:
         if not wait:
             raise UserError(f"{busy} by {holder(lock)}; wait until it ends, or stop it") from error
 
-        # Say it, or this command would seem to hang.
+        # Without this line, the command would seem to hang.
         print(f"waiting for {holder(lock)}, which holds {lock}", file=sys.stderr, flush=True)
         file_lock.acquire()
     except OSError as error:
@@ -66,7 +66,7 @@ def locked(lock: Path, *, wait: bool, busy: str = "") -> Iterator[None]:
             f"write at once; choose a folder on another disk"
         ) from error
 
-    # Tell the next one who it is waiting for.
+    # Tell other processes whom they wait for.
     try:
         write_json(
             _holder_file(lock),

@@ -7,7 +7,7 @@ import threading
 from data.cgroups import usable_cpus
 
 STOPS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM)
-"""Signals that ask a run to stop. They often reach all of its processes."""
+"""Signals that ask a run to stop, as in `train.guards.signals`. They often reach all of its processes."""
 
 
 def usable_workers(num_workers: int) -> int:
@@ -25,8 +25,8 @@ def outlive_stops(_number: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         return
 
-    # A blocked signal waits until the thread below takes it. torch ends a worker that hangs with
-    # SIGTERM, so the one from the rank itself counts.
+    # A blocked signal waits until the thread below takes it. Only SIGTERM from the rank ends the
+    # worker: torch sends it to a worker that hangs.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     rank = os.getppid()
 

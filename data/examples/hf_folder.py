@@ -38,7 +38,7 @@ def is_hf_folder(path: Path) -> bool:
     if any((path / name).is_file() for name in SAVED):
         return True
 
-    # The first file of each form is enough: a folder may hold thousands.
+    # Stop at the first file of each form: a folder may hold thousands.
     return any(next(path.rglob(f"*.{suffix}"), None) for suffix in ("parquet", "arrow", "jsonl"))
 
 
@@ -175,7 +175,7 @@ class HfFolder:
 
         Raises UserError if `datasets` can't read the folder, or a column is missing.
         """
-        # The import takes seconds, which only such folders cost.
+        # The import takes seconds, so commands that need no such folder skip it.
         check_package("datasets", extra="datasets", purpose=f"reading {self.path}")
         import datasets
 
@@ -194,7 +194,7 @@ class HfFolder:
             raise
         except Exception as error:
             # Its files may hold anything, and `datasets` has no error of its own for that. A folder
-            # with a script is among them: no setting lets a script run.
+            # with a script ends here too, because `datasets` never runs scripts.
             raise UserError(f"data.path={self.path}: `datasets` can't read this folder: {error}") from error
 
         # Several splits come as a dict.

@@ -20,10 +20,7 @@ def first_fault(example: Conversation, reasons: Mapping[str, str]) -> str | None
 
 
 class MediaCheck:
-    """Checks the pictures and videos of examples, and fetches those that are missing.
-
-    A call with examples returns what is wrong, by path.
-    """
+    """Checks the pictures and videos of examples, and fetches those that are missing."""
 
     def __init__(
         self,
@@ -41,7 +38,7 @@ class MediaCheck:
         self.num_examples = 0
 
     def __call__(self, examples: Sequence[Conversation]) -> dict[str, str]:
-        """Raise UserError if too much is wrong, or if servers did not answer."""
+        """Return the faults by path. Raise UserError if too much is wrong, or servers did not answer."""
         # All media together, so that one pool of threads fetches them.
         media = []
         for example in examples:

@@ -1,6 +1,6 @@
-"""Notice pictures and videos that became others after their subset was prepared.
+"""Notice pictures and videos that have changed since their subset was prepared.
 
-A run would go on with them without a word, also after an interruption.
+Otherwise a run would use them without a word, also when it resumes.
 """
 
 import random

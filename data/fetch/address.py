@@ -27,7 +27,7 @@ def split_login(address: str) -> tuple[str, str | None]:
 
 
 def origin(address: str) -> Origin:
-    """Return scheme, host and port. A login is sent to no other ones than its own."""
+    """Return scheme, host and port. A login is only sent to its own."""
     parts = parse_url(address)
     usual_port = 443 if parts.scheme == "https" else 80
     return parts.scheme, parts.host, parts.port or usual_port

@@ -79,7 +79,7 @@ class _Download:
         deadline = Deadline(self.client.total_s)
         with self.client.answer(self.url, headers, deadline) as response:
             first, size = self._place(response, num_there)
-            # The bytes of an attempt that can't be continued make room for the new ones.
+            # The file starts over: delete what an earlier attempt wrote, also to free its space.
             if not first:
                 self.path.unlink(missing_ok=True)
             check_num_bytes(self.url, size or 0, MAX_BYTES)
@@ -93,7 +93,7 @@ class _Download:
             raise TransientError(f"{self.url}: {num_bytes:,} of {size:,} bytes came")
 
     def _place(self, response: BaseHTTPResponse, num_there: int) -> tuple[int, int | None]:
-        """Return (number of an answer's first byte, size of the whole file), and keep its version."""
+        """Return (number of an answer's first byte, size of the whole file). Remember its version."""
         # A weak version, W/"...", does not promise the same bytes.
         etag = response.headers.get("ETag", "")
         self.etag = "" if etag.startswith("W/") else etag
@@ -120,7 +120,7 @@ class _Download:
                 file.write(chunk)
                 self.bar.update(len(chunk))
 
-                # Whoever sends enough may go on for hours.
+                # A server that sends enough may take hours.
                 num_since += len(chunk)
                 if num_since >= MIN_PROGRESS:
                     deadline.renew()
@@ -152,7 +152,7 @@ def fetch_file(
     """
     client = client or Client(logins=hub_logins())
     if constants.HF_HUB_OFFLINE and url.startswith(ENDPOINTS):
-        raise NotFoundError(f"{url}: HF_HUB_OFFLINE=1 in the environment forbids to ask the hub")
+        raise NotFoundError(f"{url}: HF_HUB_OFFLINE=1 in the environment forbids asking the hub; unset it")
 
     target.parent.mkdir(parents=True, exist_ok=True)
     bar = progress(None, total=0, title=target.name, unit="B")

@@ -262,7 +262,7 @@ class Client:
             if not location:
                 return response
 
-            # A short body is read, because the next request may use the connection again.
+            # Read a short body, so that the next request can use the connection again.
             response.read(MAX_REDIRECT_BODY)
             response.close()
             try:

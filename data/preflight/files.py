@@ -1,4 +1,7 @@
-"""Check that the images and videos of a subset can be read: all headers, and a decoded sample."""
+"""Check that the images and videos of a subset can be read, and are those that it was prepared with.
+
+The headers and the bytes of all images are checked, and a sample is decoded.
+"""
 
 import random
 from concurrent.futures import ThreadPoolExecutor

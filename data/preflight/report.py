@@ -91,8 +91,8 @@ def check_faults(report: Mapping[str, Any], folder: Path) -> None:
     num_too_long = report["all"]["too_long"]
 
     lines = [
-        f"{num_broken} files of the subset can't be read and {num_too_long} examples are too long "
-        f"({counts}). The first ones:"
+        f"{num_broken} files of the subset can't be read or have changed, and {num_too_long} "
+        f"examples are too long ({counts}). The first ones:"
     ]
     for fault in faults[:NUM_SHOWN]:
         lines.append(f"  {fault['id']}: {fault['reason']}")
