@@ -217,10 +217,13 @@ class HfFolder:
 
     def _check_data_files(self, data_files: Mapping[str, Sequence[str]]) -> None:
         """Raise ValueError if `datasets` has chosen data outside of the folder, whatever made it."""
+        # Links are the user's own, and may lead to another disk. `datasets` follows those in the path
+        # of the folder itself.
+        roots = (self.path.absolute(), self.path.resolve())
         for files in data_files.values():
             for file in files:
-                # Links are the user's own, and may lead to another disk.
-                if not Path(os.path.normpath(file)).is_relative_to(self.path.absolute()):
+                path = Path(os.path.normpath(file))
+                if not any(path.is_relative_to(root) for root in roots):
                     raise ValueError(f"{file} leaves the folder")
 
     def _row(self, position: int) -> dict[str, Any]:
