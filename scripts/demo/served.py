@@ -39,7 +39,7 @@ class ServedModel:
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/").removesuffix("/v1")
         if not self.address.startswith("http://"):
-            raise UserError(f"--served {address}: give an address such as http://127.0.0.1:8000")
+            raise UserError(f"--served {address} must begin with http://, such as http://127.0.0.1:8000")
         try:
             self.name = str(json.loads(read_page(self.address, "/v1/models") or "")["data"][0]["id"])
         except (ValueError, LookupError, TypeError) as error:
@@ -71,6 +71,9 @@ class ServedModel:
             if response.status != HTTPStatus.OK:
                 raise UserError(f"The server refuses: {response.read(1000).decode(errors='replace')}")
             yield from self._read(response, start)
+        except UserError:
+            # UserError is a ValueError too, but this one already says what the server answered.
+            raise
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise UserError(f"The server at {self.address} does not answer: {error}") from error
         finally:
