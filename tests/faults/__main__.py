@@ -75,7 +75,7 @@ def main() -> None:
         finally:
             unmount(world)
 
-    # A part of the campaign is no result.
+    # Only a run of all campaigns goes into the results file.
     table = results.as_table(tallies, arguments.seed)
     print(table)
     if len(chosen) == len(CAMPAIGNS) and arguments.trial is None:

@@ -2,7 +2,6 @@
 
 import json
 import random
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ NUM_GOOD = 120
 
 @cache
 def _drawn(name: str, seed: int, count: int) -> list[Any]:
-    """Draw rows or pictures. The same for a seed."""
+    """Draw rows or pictures. The same seed draws the same ones."""
     strategy = {"row": mutated() | JSON, "picture": pictures()}[name]
     values = []
 
@@ -104,7 +103,7 @@ def _check(path: Path, folder: Path, good: set[str], num_rows: int) -> set[str]:
     Returns:
         the ids of the rows that are listed
     """
-    selection = replace(Selection(path=str(path), image_folder=str(folder / "images")), fraction=1.0)
+    selection = Selection(path=str(path), image_folder=str(folder / "images"))
     try:
         subset = prepare(selection)
     except UserError as error:

@@ -19,7 +19,7 @@ import os, runpy, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train.loop
 
-# Count what makes files last, from the first step on, and end at the given time.
+# Count the calls of fsync from the first step on, and kill the process after the given one.
 left = int(os.environ.pop("VZIP_KILLED_AT"))
 is_training = False
 fsync, step = os.fsync, train.loop.train_step
@@ -101,7 +101,8 @@ def signals(world: World, rng: random.Random, number: int) -> None:
         script = world.hooked(step, kill_it, ranks=(rng.randrange(ranks),))
         scripts = world.begin_tune(settings, ranks=ranks, script=script)
     else:
-        # Before it listens, a process of Python ends as any other. Then loading takes longer than this.
+        # Wait until the process listens: before that, a signal ends it without a message. It is
+        # still loading after the pause below.
         scripts = world.begin_tune(settings, ranks=ranks)
         for each in scripts:
             while not _listens(each.process.pid):

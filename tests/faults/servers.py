@@ -17,27 +17,23 @@ from vzip import UserError
 from vzip.pictures import open_picture
 
 FAULTS = [
-    *(
-        "header",
-        "trickle",
-        "endless",
-        "html",
-        "loop",
-        "drop",
-        "truncate",
-        "short",
-        "stall",
-        "404",
-        "429",
-        "503",
-    ),
-    *(
-        "to http://[::1",
-        "to file:///etc/passwd",
-        "to http://nowhere.invalid/x",
-        "to ftp://127.0.0.1/x",
-        "to ",
-    ),
+    "header",
+    "trickle",
+    "endless",
+    "html",
+    "loop",
+    "drop",
+    "truncate",
+    "short",
+    "stall",
+    "404",
+    "429",
+    "503",
+    "to http://[::1",
+    "to file:///etc/passwd",
+    "to http://nowhere.invalid/x",
+    "to ftp://127.0.0.1/x",
+    "to ",
 ]
 
 MOST_S = 60
@@ -109,7 +105,7 @@ def _client():
 
 
 def _make_data(world, server, number):
-    """`make data` keeps nothing that is no instruction file."""
+    """Check that `make data` refuses the answer, and does not keep it as the instruction file."""
     target = world.folder / f"server-{number}" / "mine" / "train.json"
     changes = [f"data.path={target}", f"data.address={server.url}/train.json"]
     done = world.run(*module("scripts.prepare.fetch", *world.settings("data", *changes)))

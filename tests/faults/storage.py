@@ -123,7 +123,7 @@ def corrupt(world: World, rng: random.Random, number: int) -> None:
     else:
         run = Path(shutil.copytree(reference, world.runs / name))
 
-    # Records for people only are not read again.
+    # An empty file has nothing to damage.
     files = [path for path in sorted(run.rglob("*")) if path.is_file() and path.stat().st_size]
     file = rng.choice(files)
     world.description = f"{file.relative_to(run)}: {damage.__name__}"
