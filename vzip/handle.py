@@ -37,7 +37,8 @@ class Handle:
         """Count the placeholders that an image of `image_size` = (height, width) pixels takes.
 
         Without a size, this counts an image of the tower's own size, or, if images are cut into
-        tiles, a square of 5 tiles. LLaVA-OneVision does not cut an image that shares its example
+        tiles, a square of 5 tiles. For a model that takes pictures of any size, it counts a square of
+        24 x 24 tokens. LLaVA-OneVision does not cut an image that shares its example
         with others; use `processor` to count those.
         """
         return self.family.num_image_tokens(self.reducer, image_size)

@@ -1,6 +1,5 @@
 """How a family shows one image to its tower, for drawings of the tokens that stay."""
 
-import math
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -22,15 +21,13 @@ class Looking:
         """Show one image to the tower, or its tile that shows the whole image.
 
         Returns:
-            Its tokens, and the rows and columns of its patches.
+            The picture's tokens, and their rows and columns.
         """
         tokens = self.vision_tokens(reducer, self.seen_picture(inputs)[None])
-        num_patches = tokens.features.shape[1] - int(tokens.has_cls)
-        side = math.isqrt(num_patches)
-        return tokens, (side, side)
+        return tokens, tokens.rows_and_columns
 
     def fitting(self, reducer: Reducer, tokens: VisionTokens) -> Reducer:
-        """Return what reduces a picture of these tokens: the reducer."""
+        """Return the reducer for a picture of these tokens, which is another one if they are too few."""
         return reducer
 
     def seen_picture(self, inputs: MediaInputs) -> Tensor:
