@@ -76,14 +76,14 @@ class InternVL(Family):
     # ---- Sizes and counts ----
 
     @property
-    def group_side(self) -> int:
+    def merge(self) -> int:
         """Patches a side of a group."""
         side: int = round(1 / self.model.config.downsample_ratio)
         return side
 
     @property
     def feature_width(self) -> int:
-        return super().feature_width * self.group_side**2
+        return super().feature_width * self.merge**2
 
     @property
     def tile_side(self) -> int:
@@ -141,10 +141,10 @@ class InternVL(Family):
         vision = config.vision_config
         num_patches = self.tile_side // vision.patch_size[0]
         is_square = len({*vision.image_size}) == len({*vision.patch_size}) == 1
-        if not is_square or num_patches % self.group_side:
+        if not is_square or num_patches % self.merge:
             raise UserError(
                 f"tiles of {list(vision.image_size)} pixels with patches of {list(vision.patch_size)} "
-                f"can't be divided into groups of {self.group_side} x {self.group_side} patches; "
+                f"can't be divided into groups of {self.merge} x {self.merge} patches; "
                 "use a model with square tiles"
             )
         super().check_reducer(reducer)
