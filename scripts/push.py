@@ -44,14 +44,14 @@ def files_of(folder: Path) -> list[Path]:
     foreign = [path.name for path in files if path.is_symlink() and not _holds_weights(path)]
     if foreign:
         raise UserError(
-            f"{folder}: {', '.join(foreign)} link to something else than weights, and `make export` makes "
-            "no such links; export again"
+            f"{folder}: {', '.join(foreign)} link to something other than weights, which "
+            "`make export` never does; export again"
         )
     return files
 
 
 def _holds_weights(path: Path) -> bool:
-    """Whether a file looks like safetensors, the only files that an export links to."""
+    """Whether a file looks like one of safetensors: an export links to no others."""
     # Such a file begins with the size of its header in 8 bytes, and a JSON object.
     with path.open("rb") as file:
         start = file.read(9)

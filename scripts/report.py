@@ -88,7 +88,10 @@ def block(run: FinishedRun) -> str:
 
     # The next report finds the blocks by these marks, so no text of a run may hold one.
     if any(mark in text for mark in ("\n#", BEGIN, END)):
-        raise UserError(f"{run.path} holds texts that no run writes: a heading, or a mark of the report")
+        raise UserError(
+            f"{run.path} holds texts that no run writes: a heading, or a mark of the report; move it out of "
+            f"{run.path.parent}"
+        )
     return f"### {run.name}\n\n{text}"
 
 

@@ -22,12 +22,12 @@ It is written last, so an unfinished environment has none.
 def make_environment(
     folder: Path, *, holds: str, ingredients: Sequence[str], fill: Callable[[Path], None]
 ) -> Path:
-    """Return an environment's Python; make it first if it is missing or was made of other things.
+    """Return the Python of an environment. Make the environment first if it is missing or outdated.
 
     Args:
         folder: the environment.
         holds: what it is for, to tell the user.
-        ingredients: everything that it depends on.
+        ingredients: everything that the environment depends on. If it changes, all is made again.
         fill: installs the packages, given the environment's Python.
 
     Raises:
@@ -54,11 +54,11 @@ def make_environment(
 
 
 def run_pip(python: Path, *arguments: str, package: str) -> None:
-    """Run the pip of this Python on another environment.
+    """Run this Python's pip on another environment.
 
     Args:
         python: the environment's Python.
-        arguments: of pip.
+        arguments: pip's own arguments.
         package: what is installed, for the message.
 
     Raises:

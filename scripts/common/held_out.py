@@ -41,7 +41,7 @@ def with_pictures(run: Path) -> list[tuple[Conversation, Path]]:
 
 
 def held_out_with_pictures(run: Path) -> list[tuple[Conversation, Path]]:
-    """List the same as `with_pictures`, but never return an empty list.
+    """List the same as `with_pictures`. Raise an error instead of returning an empty list.
 
     Raises:
         UserError: the run asks no questions, none of them has a picture, or the run's data is gone.

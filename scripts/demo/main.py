@@ -154,7 +154,9 @@ def spare_the_proxy(host: str) -> None:
 
 
 def read_auth(text: str | None) -> tuple[str, str] | None:
-    """Split USER:PASSWORD, by default that of the environment, in two. Without either, return None.
+    """Split USER:PASSWORD into its two parts. Return None if it is not given.
+
+    Without the option, the environment variable counts.
 
     Raises:
         UserError: one of the two is missing. The message does not repeat them.

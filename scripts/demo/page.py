@@ -257,7 +257,7 @@ class Page:
         self.new_conversation.click(self.restart, [self.session], **begin)
 
     def _begin(self, make_session: Callable[[], Session]) -> Updates:
-        """Start a session, and draw the tokens of its picture. Says so if that is not possible."""
+        """Start a session, and draw the tokens of its picture. If that fails, show why."""
         try:
             session = make_session()
             picture = session.open_picture()
@@ -353,7 +353,7 @@ class Page:
             yield {self.hint: str(error)}
             return
 
-        # The page was left for long, or too many visitors came since.
+        # The session was forgotten: the page was left for long, or too many visitors came since.
         if session is None and file is not None:
             updates = self._begin(lambda: self._open(file, slider))
             session = updates[self.session]

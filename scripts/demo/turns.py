@@ -104,6 +104,7 @@ class ModelThread:
             self._end(job)
 
     def _take_turn(self, job: _Job) -> None:
+        """Give a job its next turn, in the model's thread."""
         goes_on = False
         try:
             with job.inside() as context:

@@ -59,7 +59,7 @@ def open_upload(path: Path) -> Image.Image:
             f"This file is not a picture that can be read; choose another one ({', '.join(FORMATS)})."
         ) from error
     except ValueError as error:
-        # The limits say what is wrong. Of damaged files, the decoders do.
+        # The error says which limit is exceeded, or what the decoder could not read.
         reason = str(error).replace(str(path), path.name)
         raise UserError(f"This picture can't be shown ({reason}); choose another one.") from error
 

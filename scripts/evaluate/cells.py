@@ -28,7 +28,7 @@ _RESULT = {
     "table": TEXT,
     "prompt": TEXT,
 }
-"""What a cell's file holds for the table, and of which kind it is."""
+"""Entries of a cell's file that the table shows, with their kinds."""
 
 
 @dataclass(frozen=True)

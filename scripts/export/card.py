@@ -19,7 +19,7 @@ SHOWN_SETTINGS = ("reducer", "tune", "optim", "batch", "engine", "quantize", "se
 CODE_LICENCE = "Apache-2.0"
 
 _DATA = {"hash": TEXT, "num_rows": WHOLE, "fraction": NUMBER, "seed": WHOLE}
-"""What a run records of its data, and of which kind it is."""
+"""Entries about the data in meta.json, with their kinds."""
 
 
 def base_licence(base: str) -> str | None:

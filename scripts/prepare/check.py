@@ -52,7 +52,7 @@ def check_data(cfg: DictConfig) -> None:
         seed=cfg.seed,
     )
 
-    # What else would end a run: no or too few examples, or none that the trainable parts learn from.
+    # Two more checks of a run: whether there are enough examples, and some with a gradient.
     config.batch_plan(cfg, num_examples=len(examples), world_size=get_world_size())
     lora = cfg.tune.lora
     gradient_mask(cfg, examples, tunes_language=lora is not None and lora.target != "projector")

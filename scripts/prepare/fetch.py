@@ -36,7 +36,7 @@ HINTS = {
 def check_instructions(path: Path) -> None:
     """Raise NotFoundError if a downloaded file can't be a JSON list, or JSON lines.
 
-    Only its ends are looked at. The whole file is read later, when its examples are.
+    It reads only both ends of the file. `check_examples` reads all of it.
     """
     with path.open("rb") as file:
         start = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()

@@ -51,7 +51,7 @@ def prepared_once(target: Path, made_from: Any) -> Iterator[Path | None]:
             yield new
             write_json(new / STAMP, made_from)
 
-            # Two renames: there is hardly a moment without a folder.
+            # With two renames, the folder is missing only for a moment.
             if target.exists():
                 target.rename(old)
             new.rename(target)

@@ -30,7 +30,7 @@ WITH_CLS = {
 # An unused special token of SmolLM2's tokenizer, which becomes `<video>`.
 VIDEO_TOKEN = "<jupyter_script>"
 
-# More of them, which become the tokens that Qwen-VL models write around pictures.
+# Unused special tokens, and the tokens of Qwen-VL models around pictures that they become.
 VISION_TOKENS = {
     "<file_sep>": "<|vision_start|>",
     "<filename>": "<|image_pad|>",
@@ -38,8 +38,7 @@ VISION_TOKENS = {
     "<issue_start>": "<|video_pad|>",
 }
 
-
-# And those that become the tokens that InternVL writes around pictures.
+# Unused special tokens, and the tokens of InternVL around pictures that they become.
 TILE_TOKENS = {
     "<file_sep>": "<img>",
     "<filename>": "<IMG_CONTEXT>",

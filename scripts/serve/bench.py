@@ -5,7 +5,7 @@ make bench-serve ARGS="--run runs/my-run"             a tuned run instead of ran
 make bench-serve ARGS="--shape llava-7b --json FILE"  a published size, on a GPU
 
 Two servers of the same plugin run at the same time, and one of them keeps all tokens. They take
-turns: full, reduced, reduced, full. The one that waits takes no time of the processor. Each request
+turns: full, reduced, reduced, full. The one that waits uses no CPU time. Each request
 streams, and has a picture of its own.
 """
 
@@ -76,7 +76,7 @@ def _both(target: ServedTarget) -> Iterator[dict[str, Server]]:
     """Serve a target in both settings."""
     python = serve_python()
 
-    # Both share one GPU.
+    # Both servers share one GPU, so each gets a little less than half of its memory.
     options = [*machine_options(), *COMMON_OPTIONS]
     if has_gpu():
         options += ["--gpu-memory-utilization", "0.45"]
@@ -95,7 +95,7 @@ def _both(target: ServedTarget) -> Iterator[dict[str, Server]]:
 
 
 def measure(servers: Mapping[str, Server], load: Load) -> dict[int, dict[str, list[LoadResult]]]:
-    """Put the load on both servers in turns; returns the results by concurrency and setting."""
+    """Put the load on both servers in turns. Return the results by concurrency and setting."""
     seeds = count_up()
 
     def turn(setting: str, concurrency: int, num_requests: int) -> LoadResult:

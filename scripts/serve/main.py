@@ -80,7 +80,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
 
 def new_log() -> Path:
     """Make an empty file for what the server prints."""
-    # A run may lie in a folder that nobody can write into. The descriptor is not needed.
+    # Not in the run's folder, which may be read-only. The descriptor is not needed.
     descriptor, name = mkstemp(prefix="vzip-serve-", suffix=".log", dir=gettempdir())
     os.close(descriptor)
     return Path(name)
@@ -90,7 +90,7 @@ def with_log(error: ServerError, log: Path) -> UserError:
     """Say why a server has ended, with the end of its log."""
     lines = log.read_text(errors="replace").splitlines()
 
-    # vLLM's own traceback follows, of which the plugin's message is one line.
+    # The plugin's message is one line of the traceback that vLLM prints.
     prefix = f"{UserError.__name__}: "
     for line in lines:
         if prefix in line:
@@ -128,7 +128,7 @@ def main() -> None:
     budgets = list(reducers_of(read_meta(folder)))
     python = serve_python()
 
-    # What the user gives comes later, and counts.
+    # The user's options come last: vLLM takes the last one of each.
     options = [*machine_options(), *options]
 
     log = new_log()

@@ -1,4 +1,4 @@
-"""Models to measure: of random weights, and the settings that make vLLM keep all tokens."""
+"""Models with random weights to measure, and the options that make vLLM keep all tokens."""
 
 import json
 from collections.abc import Mapping
@@ -104,7 +104,11 @@ def reduced_by(shape: Shape) -> list[str]:
 
 
 def all_tokens(meta: Mapping[str, Any] | None = None) -> list[str]:
-    """Return the options of vLLM that keep all tokens, of a model with this card or with none."""
+    """Return the options of vLLM that keep all tokens.
+
+    Args:
+        meta: the card of an exported model. None for a model without a card.
+    """
     without = {"format": FORMAT, "reducer": {"name": Identity.name}, "other_budgets": {}}
     kept = {name: value for name, value in (meta or {}).items() if name not in ("budget", *without)}
     return overrides({**kept, **without})

@@ -36,7 +36,7 @@ ENVIRONMENT = {
 
 
 class ServerError(RuntimeError):
-    """The server ended before it answered."""
+    """The server does not start, refuses a request, or has ended."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Server:
 
 
 def unused_port(host: str, port: int | None = None) -> int:
-    """Return a port that nothing listens on. Raises ServerError if that is not `port`."""
+    """Return `port`, or any free one without it. Raises ServerError if it is taken."""
     # A server that listens there already would be taken for the new one.
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

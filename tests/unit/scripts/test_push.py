@@ -35,7 +35,7 @@ def test_a_link_to_a_private_file_is_not_sent(tmp_path, name):
     (folder / "README.md").write_text("---\ntags: [vzip]\n---\n")
     (tmp_path / "private.key").write_text("secret key of this machine")
     (folder / name).symlink_to(tmp_path / "private.key")
-    refused(push.files_of, folder, words=[name, "something else than weights"])
+    refused(push.files_of, folder, words=[name, "something other than weights"])
 
 
 def test_without_a_token_nothing_is_sent(tmp_path, monkeypatch):
