@@ -97,8 +97,8 @@ class Chat:
         self._cache = DynamicCache()
         # The ids whose keys and values the cache holds.
         self._cached_ids: list[int] = []
-        # How far text is ahead of its index, for a model with positions of rows and columns.
-        self._ahead: Tensor | None = None
+        # What is added to the index of a token to get its position, for a model with rows and columns.
+        self._rope_deltas: Tensor | None = None
 
     def _messages_with(self, question: str) -> list[dict[str, Any]]:
         """Return the messages with a new question. Raises UserError if it is not only text."""
@@ -158,12 +158,12 @@ class Chat:
 
     def _next_token(self, ids: list[int], **media: Tensor) -> int:
         """Run the ids that follow those in the cache, and return the most likely next token."""
-        # Such a model remembers this of the last sequence that it ran, which may be another
+        # The model remembers `rope_deltas` of the last sequence that it ran, which may be another
         # conversation's.
         inner = self.model.model
         has_rows = hasattr(inner, "rope_deltas")
         if has_rows and self._cached_ids:
-            inner.rope_deltas = self._ahead
+            inner.rope_deltas = self._rope_deltas
 
         try:
             output = self.model(
@@ -179,7 +179,7 @@ class Chat:
             raise
 
         self._cached_ids += ids
-        self._ahead = inner.rope_deltas if has_rows else None
+        self._rope_deltas = inner.rope_deltas if has_rows else None
         return int(output.logits[0, -1].argmax())
 
     def _cache_bytes(self) -> int:
