@@ -114,6 +114,8 @@ class ServedModel:
             if not event.startswith("{"):
                 continue
             content = json.loads(event)
+            if content.get("error"):
+                raise UserError(f"The server refuses: {content['error']}")
             usage = content.get("usage") or usage
             for choice in content.get("choices", []):
                 text += choice["delta"].get("content") or ""
