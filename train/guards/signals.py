@@ -41,7 +41,7 @@ class Stopped(Exception):  # noqa: N818 - it is no error
     def __init__(self, number: int, num_done: int, num_steps: int) -> None:
         super().__init__(
             f"stopped by {_name(number)} after {num_done} of {num_steps} steps, which are saved; the same "
-            f"command goes on from there"
+            f"command goes on from there, unless it has fresh=true"
         )
         self.exit_code = exit_code(number)
 
