@@ -102,7 +102,7 @@ def card_of(cfg: DictConfig) -> Card:
     # container the machine has more memory than the process may use, so the lower limit counts.
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     share = min([machine, *memory_limits()]) // 2 // num_local_ranks()
-    of_what = "that each rank has of half of this machine's memory (memory_gb=null)"
+    of_what = "that each rank has of half of the memory of this machine or container (memory_gb=null)"
     return Card(share, f"the {share / 1e9:.1f} GB {of_what}")
 
 

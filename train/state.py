@@ -97,7 +97,7 @@ class StateFolder:
         """
         write_json(self.of(step) / INDEX, {"format": FORMAT, "step": step, "sha256": dict(checksums)})
 
-        # The state before it stays. One with more steps was damaged, or this step would be done.
+        # The state before it stays. A state with more steps goes: the run passed it over as damaged.
         older = [each for each in self.steps() if each < step and self._is_finished(each)]
         kept = [step, *older[: NUM_KEPT - 1]]
         for each in self.steps():
