@@ -131,14 +131,21 @@ def locate(source: str | Path) -> Path | None:
         return folder
 
     # A model, here or on the hub. Its config.json tells whether it is an export.
+    # Whoever loads a model without one says what is wrong with it.
     try:
-        if EXPORT not in read_config(str(source)):
-            return None
-        if folder.is_dir():
-            return folder
-        return Path(snapshot_download(str(source), allow_patterns=EXPORT_FILES))
+        config = read_config(str(source))
     except OSError:
         return None
+    if EXPORT not in config:
+        return None
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=EXPORT_FILES))
+    except OSError as error:
+        raise UserError(
+            f"the export {source} can't be downloaded: {error}; run the same command again, which goes on"
+        ) from error
 
 
 def is_export(folder: Path) -> bool:
