@@ -34,10 +34,10 @@ def write_arrow(records: Iterable[dict[str, Any]], schema: pa.Schema, target: Pa
 
 
 def read_arrow(path: Path) -> pa.Table:
-    """Open a file, memory-mapped. Raises UserError if it is damaged."""
+    """Open a file, memory-mapped, and check all of it. Raises UserError if it is damaged."""
     try:
         table = ipc.open_file(pa.memory_map(str(path))).read_all()
-        # Arrow trusts what it maps: a damaged offset would end this process later.
+        # Arrow trusts what it maps: a damaged offset would crash this process later.
         table.validate(full=True)
         return table
     except (pa.ArrowException, OSError) as error:

@@ -165,9 +165,10 @@ class FlatTokens(NamedTuple):
 class Examples(Sequence[Example]):
     """Tokenized conversations in columns.
 
-    The file is mapped, so opening it takes no time, and all ranks and workers of a machine share
-    one copy. A conversation without a label, by the cut or by its template, is not an example:
-    `table` has a record of it, which is skipped here.
+    The file is mapped, so that all ranks and workers of a machine share one copy.
+
+    A conversation without a label, because of the cut or of its template, is not an example: its
+    record in `table` is skipped here.
 
     Args:
         table: the columns of `SCHEMA`.
