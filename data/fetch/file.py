@@ -78,7 +78,7 @@ class _Download:
         """Make one request, and write what comes."""
         deadline = Deadline(self.client.total_s)
         with self.client.answer(self.url, headers, deadline) as response:
-            first, size = self._place(response, num_there)
+            first, size = self._read_headers(response, num_there)
             # The file starts over: delete what an earlier attempt wrote, also to free its space.
             if not first:
                 self.path.unlink(missing_ok=True)
@@ -92,7 +92,7 @@ class _Download:
         if size not in (None, num_bytes):
             raise TransientError(f"{self.url}: {num_bytes:,} of {size:,} bytes came")
 
-    def _place(self, response: BaseHTTPResponse, num_there: int) -> tuple[int, int | None]:
+    def _read_headers(self, response: BaseHTTPResponse, num_there: int) -> tuple[int, int | None]:
         """Return (number of an answer's first byte, size of the whole file). Remember its version."""
         # A weak version, W/"...", does not promise the same bytes.
         etag = response.headers.get("ETag", "")
