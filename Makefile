@@ -150,4 +150,4 @@ format: setup ## format the code
 	$(BIN)/python -m ruff check --fix .
 
 clean: ## delete .venv and caches, but neither runs/ nor the prepared data
-	rm -rf .venv .venv-eval .venv-serve build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-eval* .venv-serve* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
