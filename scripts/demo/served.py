@@ -115,7 +115,7 @@ class ServedModel:
                 continue
             content = json.loads(event)
             if content.get("error"):
-                raise UserError(f"The server refuses: {content['error']}")
+                raise UserError(f"The server ended the answer: {content['error']}")
             usage = content.get("usage") or usage
             for choice in content.get("choices", []):
                 text += choice["delta"].get("content") or ""
