@@ -37,7 +37,7 @@ MANIFEST = "manifest.json"
 CHECKED = "checked.jsonl"
 LOCK = "prepare.lock"
 """Held by the process that writes a subset, or its token arrays."""
-VERSION = 3
+VERSION = 4
 """Version of the subsets.
 
 Raise it when a change of the code draws other examples from the same data, or changes the files.
@@ -123,10 +123,13 @@ class Subset:
             sizes=self.sizes(),
         )
 
-    def pictures(self) -> list[str]:
-        """Return the paths of all pictures in the examples, each once."""
-        images = self.table.columns["images"].take(pa.array(self.manifest["positions"], pa.int64()))
-        paths: list[str] = images.combine_chunks().flatten().unique().to_pylist()
+    def media_paths(self) -> list[str]:
+        """Return the paths of all pictures and videos in the examples, each once."""
+        positions = pa.array(self.manifest["positions"], pa.int64())
+        paths: list[str] = []
+        for column in ("images", "videos"):
+            of_examples = self.table.columns[column].take(positions)
+            paths += of_examples.combine_chunks().flatten().unique().to_pylist()
         return paths
 
     @property

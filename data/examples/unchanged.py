@@ -14,7 +14,7 @@ from vzip import UserError
 from vzip.files import sha256_of
 
 NUM_HASHED = 256
-"""Pictures whose content a run compares when it starts. It compares the sizes of all."""
+"""Pictures whose content a run compares when it starts. It compares the sizes of all, and of videos."""
 
 NUM_THREADS = 16
 """Threads that wait for the disk."""
@@ -43,11 +43,11 @@ def change_of(path: str, folder: Path, index: MediaIndex, *, hashed: bool) -> st
 
 
 def check_media_unchanged(subset: Subset, *, num_hashed: int = NUM_HASHED) -> None:
-    """Raise UserError if pictures of a subset are not those that it was prepared with.
+    """Raise UserError if pictures or videos of a subset are not those that it was prepared with.
 
-    It compares the sizes of all pictures, and the content of a sample, the same in every process.
+    It compares the sizes of all, and the content of a sample of pictures, the same in every process.
     """
-    paths = sorted(subset.pictures())
+    paths = sorted(subset.media_paths())
     sample = set(random.Random(0).sample(paths, min(num_hashed, len(paths))))
     index = subset.media_index
 
@@ -63,7 +63,7 @@ def check_media_unchanged(subset: Subset, *, num_hashed: int = NUM_HASHED) -> No
     changed = [(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason]
     if changed:
         raise UserError(
-            f"{len(changed):,} of {len(paths):,} pictures in {subset.image_folder} are not those that the "
-            f"data was prepared with. The first ones:\n{first_lines(changed)}\n"
+            f"{len(changed):,} of {len(paths):,} pictures or videos in {subset.image_folder} are not those "
+            f"that the data was prepared with. The first ones:\n{first_lines(changed)}\n"
             f"Put the old ones back. To use the new ones, delete {subset.folder} and run `make data` again."
         )

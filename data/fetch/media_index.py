@@ -17,7 +17,7 @@ class Checked:
 
     Attributes:
         path: path below the image folder.
-        bytes: size of the file. -1 if there is no file, 0 for a folder of frames.
+        bytes: size of the file, or of all frames in a folder. -1 if there is none.
         height, width: size of the upright picture in pixels. 0 for videos.
         digest: start of the sha256 of a picture's file.
         fault: why it can't be used. Empty if it can.
@@ -41,7 +41,10 @@ def media_bytes(path: Path) -> int:
     Raises OSError and ValueError for paths that no file can have.
     """
     try:
-        return 0 if path.is_dir() else path.stat().st_size
+        if path.is_dir():
+            # A video in frames, one file each.
+            return sum(frame.stat().st_size for frame in path.iterdir())
+        return path.stat().st_size
     except FileNotFoundError:
         return -1
 

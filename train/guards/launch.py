@@ -10,6 +10,7 @@ import functools
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from types import FrameType
 
 import psutil
@@ -33,13 +34,14 @@ def _hand_on(launcher: psutil.Process, number: int, _frame: FrameType | None) ->
     # A process may end while we look.
     try:
         ranks = _ranks(launcher)
-        for rank in ranks:
-            rank.send_signal(number)
-        if ranks:
-            return
-        for process in [*launcher.children(recursive=True), launcher]:
-            process.terminate()
+        processes = ranks or [*launcher.children(recursive=True), launcher]
     except psutil.NoSuchProcess:
+        return
+
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number if ranks else signal.SIGTERM)
+    if ranks:
         return
     print("error: stopped before the run began", file=sys.stderr, flush=True)
     sys.exit(exit_code(number))

@@ -294,14 +294,14 @@ def test_pictures_that_changed_are_named_before_a_run_goes_on(tmp_path):
     selection = save_examples(tmp_path, 40)
     subset = prepare(selection)
     shown = {path for conversation in subset.conversations() for path in conversation.images}
-    assert sorted(subset.pictures()) == sorted(shown)
+    assert sorted(subset.media_paths()) == sorted(shown)
     for path in (tmp_path / "images").rglob("*.png"):
         if path.relative_to(tmp_path / "images").as_posix() not in shown:
             path.unlink()
     check_media_unchanged(subset)
 
     # The first keeps its size in bytes.
-    of_same_size, replaced, gone = (tmp_path / "images" / path for path in subset.pictures()[:3])
+    of_same_size, replaced, gone = (tmp_path / "images" / path for path in subset.media_paths()[:3])
     content = of_same_size.read_bytes()
     of_same_size.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     replaced.write_bytes(content + content)
@@ -309,7 +309,7 @@ def test_pictures_that_changed_are_named_before_a_run_goes_on(tmp_path):
     with pytest.raises(UserError) as error:
         check_media_unchanged(subset)
     message = str(error.value)
-    assert f"3 of {len(subset.pictures())} pictures in" in message
+    assert f"3 of {len(subset.media_paths())} pictures or videos in" in message
     assert f"{of_same_size.parent.name}/{of_same_size.name}: it has another content" in message
     assert message.count("another size") == 2
     assert f"delete {subset.folder}" in message
@@ -319,6 +319,16 @@ def test_pictures_that_changed_are_named_before_a_run_goes_on(tmp_path):
     gone.write_bytes(content)
     shutil.rmtree(subset.folder)
     check_media_unchanged(prepare(selection))
+
+
+def test_videos_that_changed_are_named(tmp_path):
+    path = tiny.save_mixed_data(tmp_path, "onevision")
+    subset = prepare(Selection(path=str(path), image_folder=str(tmp_path / "images")))
+    check_media_unchanged(subset)
+
+    (tmp_path / "images" / "clips" / "3" / "0.png").unlink()
+    with pytest.raises(UserError, match="1 of 14 pictures or videos in"):
+        check_media_unchanged(subset)
 
 
 # Several processes
