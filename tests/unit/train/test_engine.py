@@ -181,8 +181,10 @@ def test_lora_in_the_language_model_learns_from_text_too(cfg, examples):
 
 
 @pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3", "zero3_offload"])
-def test_a_restored_state_goes_on_to_the_same_bits(cfg, examples, zero):
+def test_a_restored_state_goes_on_to_the_same_bits(cfg, examples, zero, monkeypatch):
     """Also into an engine that has gone another way before."""
+    # ZeRO 3 replaces this function for good. The test gives it back, because others count what it keeps.
+    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
     in_stage = copy.deepcopy(cfg)
     in_stage.deepspeed = OmegaConf.load(ROOT / f"configs/deepspeed/{zero}.yaml")
     whole = Trainer(in_stage, tiny.llava(), examples, "optim.weight_decay=0.1")
