@@ -20,15 +20,15 @@ from train.cli import exit_on_user_error
 from vzip.files import atomic_write
 
 CAMPAIGNS = [
-    Campaign("kill", kill, count=20, share=200),
-    Campaign("signals", signals, count=8, share=60),
+    Campaign("kill", kill, count=20, share=350),
+    Campaign("signals", signals, count=8, share=80),
     Campaign("together", together, count=4, share=40),
     Campaign("disk", disk, count=8, share=60),
     Campaign("corrupt", corrupt, count=24, share=120),
-    Campaign("examples", examples, count=300, share=120),
-    Campaign("servers", servers, count=17, share=100),
-    Campaign("strangers", strangers, count=len(TRICKS), share=120),
-    Campaign("special", special, count=16, share=80),
+    Campaign("examples", examples, count=300, share=80),
+    Campaign("servers", servers, count=17, share=50),
+    Campaign("strangers", strangers, count=len(TRICKS), share=80),
+    Campaign("special", special, count=16, share=40),
 ]
 
 
