@@ -17,7 +17,7 @@ class Checked:
 
     Attributes:
         path: path below the image folder.
-        bytes: size of the file, or of all frames in a folder. -1 if there is none.
+        bytes: size of the file, or of all frames in a folder. -1 for a missing file.
         height, width: size of the upright picture in pixels. 0 for videos.
         digest: start of the sha256 of a picture's file.
         fault: why it can't be used. Empty if it can.
