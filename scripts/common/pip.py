@@ -1,7 +1,7 @@
 """Look for pip, which not every environment has."""
 
-import importlib.util
 import sys
+from importlib.machinery import PathFinder
 
 from vzip.errors import UserError
 
@@ -12,7 +12,9 @@ def check_pip(purpose: str) -> None:
     Args:
         purpose: what needs it, to begin the message with.
     """
-    if importlib.util.find_spec("pip") is None:
+    # Not by importlib.util.find_spec: a hook of setuptools takes that for the start of pip, and
+    # breaks torch.compile in the same process.
+    if PathFinder.find_spec("pip") is None:
         raise UserError(
             f"{purpose} needs pip, which {sys.executable} does not have; add it with "
             f"`{sys.executable} -m ensurepip` (or `uv pip install pip`), and run the same command again"

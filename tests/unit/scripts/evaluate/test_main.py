@@ -177,6 +177,6 @@ def test_an_environment_that_pip_cannot_fill_is_refused(tmp_path, monkeypatch):
     refused(eval_python, folder, requirements=requirements, words=["pip can't install lmms-eval"])
 
     # An environment that uv made has no pip.
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.machinery.PathFinder.find_spec", lambda name, *rest: None)
     words = ["installing lmms-eval needs pip", "-m ensurepip"]
     refused(eval_python, folder, requirements=requirements, words=words)
