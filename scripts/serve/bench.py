@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from itertools import count as count_up
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +30,7 @@ from scripts.serve.server import Server, ServerError, serving, stop_on_signals
 from scripts.serve.table import ORDER, markdown, summarize
 from train.cli import exit_on_user_error, writable
 from train.hardware import best_device
+from vzip import UserError
 from vzip.files import write_json
 from vzip.runs.meta import read_meta
 
@@ -129,6 +131,8 @@ def _parse_load_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=writable, help="file to write all figures to")
     arguments = parser.parse_args()
     check_gpu(parser, [arguments.shape])
+    if arguments.base and not arguments.run:
+        parser.error("--base belongs to --run; give the run too")
     return arguments
 
 
@@ -150,7 +154,10 @@ def main() -> None:
         else:
             target = _tuned_target(arguments.run, arguments.base)
         with _both(target) as servers:
-            results = measure(servers, load)
+            try:
+                results = measure(servers, load)
+            except (ServerError, OSError, HTTPException) as error:
+                raise UserError(f"a server failed under the load: {error}; its log says why") from error
 
     figures = summarize(results)
     print(markdown(figures))
